@@ -1,0 +1,1 @@
+"""A laboratory for mixed autoregressive/diffusion image generators."""

@@ -1,0 +1,217 @@
+"""Block-by-block sampling that does no work twice.
+
+For each block the AR stage runs once and the clean tower runs once over the block before it; their keys and values of
+all layers stay in a cache. In the denoising loop only the noisy block's S tokens go through the last D layers.
+With guidance the batch is doubled, prompts first and null texts behind; the U-Net sees each noisy block once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from madformer.model.cache import KeyValueCache
+from madformer.model.decoder import autocast_dtype
+from madformer.model.madformer import MADFormer
+from madformer.model.plan import layer_plans
+from madformer.model.rope import Rope
+from madformer.model.text import null_text
+
+
+@torch.no_grad()
+def generate(
+    model: MADFormer,
+    scheduler: Any,
+    steps: int,
+    *,
+    batch_size: int | None = None,
+    seeds: Sequence[int] | None = None,
+    initial_noise_BLCYX: Tensor | None = None,
+    text: Tensor | None = None,
+    guidance: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
+    on_block: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Sample images, block by block.
+
+    Args:
+        model: the model; its device and dtype are used. Works under autocast.
+        scheduler: any diffusers scheduler with the model's prediction type. Its steps are set anew for every block.
+        steps: denoising steps per block; NFE = (N - D) + D * steps.
+        batch_size: images to sample; may be left out where seeds, noise or text tell it.
+        seeds: one for each image. Image b depends on its own seed alone, also with stochastic schedulers.
+        initial_noise_BLCYX: noise that the blocks start from, instead of drawn noise.
+        text: token ids [B, T]; None: the null text.
+        guidance: scale of classifier-free guidance; 1 is none. Needs text.
+        guidance_interval: lowest and highest timestep at which guidance acts; None: all.
+        on_block: called with (i, latents [B, L, C, Y, X]) after block i; later blocks are still zero. For previews.
+
+    Returns:
+        Latents [B, L, C, Y, X]; `blocks.to_image` puts them together.
+
+    Raises:
+        ValueError: a scheduler of another prediction type, timesteps outside the schedule, batch sizes that contradict
+            each other, or guidance without text.
+    """
+    _check_scheduler(model, scheduler, guidance, text)
+    batch = _batch_size(batch_size, seeds, initial_noise_BLCYX, text)
+    generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise_BLCYX = _initial_noise(model, batch, generators) if initial_noise_BLCYX is None else initial_noise_BLCYX
+    noise_BLCYX = noise_BLCYX.to(model.boi_SD)
+    latents_BLCYX = torch.zeros_like(noise_BLCYX)
+    sampler = _Sampler(model, scheduler, batch, text, guidance, guidance_interval)
+    options = {"generator": generators} if generators and "generator" in inspect.signature(scheduler.step).parameters else {}
+    for block in range(model.config.ar_length):
+        sampler.set_timesteps(steps)
+        sampler.start_block(block, latents_BLCYX[:, block - 1] if block else None)
+        x_BCYX = noise_BLCYX[:, block] * scheduler.init_noise_sigma
+        for index, t in enumerate(scheduler.timesteps):
+            prediction_BCYX = sampler.predict(scheduler.scale_model_input(x_BCYX, t), index)
+            x_BCYX = scheduler.step(prediction_BCYX, t, x_BCYX, **options).prev_sample.to(noise_BLCYX.dtype)
+        latents_BLCYX[:, block] = x_BCYX
+        if on_block:
+            on_block(block, latents_BLCYX)
+    return latents_BLCYX
+
+
+class _Sampler:
+    """The state of one `generate`: cache, condition and place of the block that is being denoised."""
+
+    def __init__(
+        self,
+        model: MADFormer,
+        scheduler: Any,
+        batch: int,
+        text: Tensor | None,
+        guidance: float,
+        interval: tuple[float, float] | None,
+    ) -> None:
+        config, device = model.config, model.boi_SD.device
+        self.model, self.config, self.scheduler = model, config, scheduler
+        self.guidance, self.interval = guidance, interval
+        self.images = batch
+        self.rows = batch if guidance == 1 else 2 * batch
+        self.plans = layer_plans(config, frozenset())
+        text_BT = self._prompts(text)
+        self.ropes = model.ropes(device, 0 if text_BT is None else text_BT.shape[1])
+        dtype = autocast_dtype(device, model.boi_SD.dtype)
+        self.cache = KeyValueCache(config, self.rows, len(self.ropes["text"].cos_NK), device, dtype)
+        if model.text is not None and text_BT is not None:
+            self._extend("text", model.text.embedding(text_BT), block=0)
+
+    def _prompts(self, text: Tensor | None) -> Tensor | None:
+        """Token ids for all rows of the batch: the prompts, and the null texts behind them under guidance."""
+        if self.config.text is None:
+            return None
+        device = self.model.boi_SD.device
+        prompts = null_text(self.config.text, self.images, device) if text is None else text.to(device)
+        null = null_text(self.config.text, self.rows - self.images, device, length=prompts.shape[1])
+        return torch.cat([prompts, null])
+
+    def set_timesteps(self, steps: int) -> None:
+        """Start the scheduler anew, and refuse timesteps that the model was never trained on."""
+        self.scheduler.set_timesteps(steps, device=self.model.boi_SD.device)
+        timesteps, end = self.scheduler.timesteps, self.scheduler.config.num_train_timesteps
+        if bool(((timesteps < 0) | (timesteps >= end)).any()):
+            outside = f"{steps} steps of this scheduler go from {timesteps.max()} to {timesteps.min()}"
+            raise ValueError(f"scheduler.timesteps: {outside}, outside 0..{end - 1}; take another number of steps")
+
+    def start_block(self, block: int, previous_BCYX: Tensor | None) -> None:
+        """Clean tower over the finished block before this one, then the AR stage: `self.condition` and the cache."""
+        self.block = block
+        self.condition_BSD = None
+        tokens_BSD = self.model.boi_SD.expand(self.rows, -1, -1)
+        if (previous_BCYX is not None and "clean" in self.plans[0].keys) or (
+            self.config.use_condition and previous_BCYX is not None
+        ):
+            t = self.scheduler.timesteps[-1] if self.config.clean_timestep == "released" else 0
+            tokens_BSD = self._for_all_rows(self._embed(previous_BCYX, t)[0])
+            if "clean" in self.plans[0].keys:
+                self._extend("clean", tokens_BSD, block - 1)
+        if self.config.use_condition:
+            self.condition_BSD = self._extend("noise", tokens_BSD, block, last=self.config.ar_depth)
+
+    def predict(self, noisy_BCYX: Tensor, index: int) -> Tensor:
+        """The network's guided output for the noisy block at step `index`: its S tokens through the last D layers."""
+        t = self.scheduler.timesteps[index]
+        guided = self._is_guided(t)
+        rows = self.rows if guided or self._fills_cache(index) else self.images
+        tokens_BSD, skips = self._embed(noisy_BCYX, t)
+        x_BSD = self._for_all_rows(tokens_BSD)[:rows]
+        if self.condition_BSD is not None:
+            x_BSD = x_BSD + self.condition_BSD[:rows]
+        x_BSD = self._extend("noise", x_BSD, self.block, first=self.config.ar_depth)
+        if not guided:
+            return self._unembed(x_BSD[: self.images], t, skips)
+        skips = tuple(torch.cat([skip, skip]) for skip in skips)
+        prompted_BCYX, null_BCYX = self._unembed(x_BSD, t, skips).chunk(2)
+        return null_BCYX + self.guidance * (prompted_BCYX - null_BCYX)
+
+    def _is_guided(self, t: Tensor) -> bool:
+        if self.rows == self.images:
+            return False
+        return self.interval is None or self.interval[0] <= float(t) <= self.interval[1]
+
+    def _fills_cache(self, index: int) -> bool:
+        """Without clean blocks, later blocks see the noisy one as it was at the last step: every row must run then."""
+        return not self.config.use_clean_blocks and index == len(self.scheduler.timesteps) - 1
+
+    def _extend(self, tower: str, x_BSD: Tensor, block: int, first: int = 0, last: int | None = None) -> Tensor:
+        """Run a tower's tokens through layers first .. last - 1 as far as their plan needs them, filling the cache."""
+        rope = self.ropes[tower]
+        if tower != "text":
+            place = slice(block * self.config.block_tokens, (block + 1) * self.config.block_tokens)
+            rope = Rope(rope.cos_NK[place], rope.sin_NK[place], rope.form)
+        for layer in range(first, self.config.depth if last is None else last):
+            if tower not in self.plans[layer].keys:
+                break
+            needed = tower in self.plans[layer].queries
+            slot = self.cache.slot(layer, tower, block, rows=len(x_BSD), with_queries=needed)
+            output = self.model.layers[layer]({tower: x_BSD}, {tower: rope}, slot)
+            if needed:
+                x_BSD = output[tower]
+        return x_BSD
+
+    def _embed(self, latents_BCYX: Tensor, t: Tensor | float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        tokens_B1SD, skips = self.model.embed(latents_BCYX[:, None], self._timesteps(len(latents_BCYX), t))
+        return tokens_B1SD[:, 0], skips
+
+    def _unembed(self, tokens_BSD: Tensor, t: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
+        return self.model.unembed(tokens_BSD[:, None], self._timesteps(len(tokens_BSD), t), skips)[:, 0]
+
+    def _timesteps(self, rows: int, t: Tensor | float) -> Tensor:
+        return torch.as_tensor(t, device=self.model.boi_SD.device).expand(rows, 1)
+
+    def _for_all_rows(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD if self.rows == self.images else torch.cat([x_BSD, x_BSD])
+
+
+def _check_scheduler(model: MADFormer, scheduler: Any, guidance: float, text: Tensor | None) -> None:
+    theirs, ours = scheduler.config.get("prediction_type"), model.config.prediction_type
+    if theirs != ours:
+        raise ValueError(f"scheduler.config.prediction_type = {theirs!r}: must be the model's, {ours!r}")
+    if guidance != 1 and text is None:
+        raise ValueError(f"guidance = {guidance}: needs text to guide towards; give text, or guidance=1")
+    if text is not None and model.text is None:
+        raise ValueError("text given to a model without text: set model.text")
+
+
+def _batch_size(batch_size: int | None, seeds: Sequence[int] | None, noise_BLCYX: Tensor | None, text: Tensor | None) -> int:
+    given = {"batch_size": batch_size, "seeds": seeds, "initial_noise_BLCYX": noise_BLCYX, "text": text}
+    sizes = {name: value if isinstance(value, int) else len(value) for name, value in given.items() if value is not None}
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        told = ", ".join(f"{name}: {size}" for name, size in sizes.items()) or "none given"
+        raise ValueError(f"number of images ({told}): give batch_size, seeds, initial_noise_BLCYX or text, and let them agree")
+    return next(iter(sizes.values()))
+
+
+def _initial_noise(model: MADFormer, batch: int, generators: list[torch.Generator] | None) -> Tensor:
+    c, device = model.config, model.boi_SD.device
+    shape = (c.ar_length, c.latent_channels, c.block_size, c.block_size)
+    if generators is None:
+        return torch.randn(batch, *shape, device=device)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])

@@ -1,0 +1,153 @@
+"""Checkpoints of the released MADFormer code: import and export of its state dict.
+
+Sizes are read from the shapes. What shapes do not tell is constant in the released code: 8 group-norm groups, 8 U-Net
+heads, epsilon prediction, its own RoPE, and clean blocks embedded with the noisy block's timestep.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from madformer.config import ModelConfig, UNetConfig
+from madformer.model.madformer import MADFormer
+
+_LAYER_NAMES = {
+    "input_layernorm_list": "attention_norm",
+    "self_attn.qkv_list": "qkv",
+    "self_attn.q_norm_list": "q_norm",
+    "self_attn.k_norm_list": "k_norm",
+    "self_attn.proj_list": "out",
+    "post_attention_layernorm_list": "ffn_norm",
+    "mlp_list.{}.gate_proj": "gate",
+    "mlp_list.{}.up_proj": "up",
+    "mlp_list.{}.down_proj": "down",
+}
+"""Released module of a layer -> ours in a tower; {} or the end is the tower's number."""
+
+_TOWER_NUMBERS = {"clean": 0, "noise": 1}
+
+_HABITS = {"rope": "released", "prediction_type": "epsilon", "clean_timestep": "released"}
+"""What every released model does."""
+
+
+def from_released(
+    state_dict: Mapping[str, Tensor],
+    diffusion_depth: int,
+    ar_length: int,
+    use_clean_blocks: bool = True,
+    use_condition: bool = True,
+    local_denoising: bool = False,
+) -> MADFormer:
+    """A model with released weights; the switches are not in the weights and must be told.
+
+    Args:
+        state_dict: parameters by released name, as in a checkpoint's `model` or `ema`.
+
+    Raises:
+        ValueError: not a released state dict, or switches that contradict its sizes.
+    """
+    config = released_config(
+        state_dict,
+        diffusion_depth=diffusion_depth,
+        ar_length=ar_length,
+        use_clean_blocks=use_clean_blocks,
+        use_condition=use_condition,
+        local_denoising=local_denoising,
+    )
+    with torch.device("meta"):
+        model = MADFormer(config)
+    names = {ours: theirs for theirs, ours in _names(config)}
+    if missing := [theirs for theirs in names.values() if theirs not in state_dict]:
+        raise ValueError(f"released state dict lacks {len(missing)} tensors, the first is {missing[0]!r}")
+    weights = {ours: state_dict[theirs].detach().clone() for ours, theirs in names.items()}
+    weights["boi_SD"] = weights["boi_SD"].squeeze(0)
+    for name, parameter in model.state_dict().items():
+        if weights[name].shape != parameter.shape:
+            raise ValueError(f"{names[name]} has shape {tuple(weights[name].shape)}: must be {tuple(parameter.shape)}")
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(True)
+
+
+def to_released(model: MADFormer) -> dict[str, Tensor]:
+    """The state dict in released names. Where ours has one parameter set for several towers, each gets a copy.
+
+    Raises:
+        ValueError: the model does something that the released code cannot.
+    """
+    config = model.config
+    for name, value in {**_HABITS, "text": None, "kv_heads": config.num_heads}.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"model.{name} = {getattr(config, name)!r}: the released code knows {value!r} alone")
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    weights["boi_SD"] = weights["boi_SD"][None]
+    return {theirs: weights[ours].clone() for theirs, ours in _names(config, all_towers=True)}
+
+
+def released_config(state_dict: Mapping[str, Tensor], *, ar_length: int, **switches: int | bool) -> ModelConfig:
+    """The configuration of a released state dict.
+
+    Raises:
+        ValueError: not a released state dict, or switches that contradict its sizes.
+    """
+    try:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        _, block_tokens, width = shapes["boi_block"]
+        head_width = shapes["blocks.0.self_attn.q_norm_list.0.weight"][0]
+        levels = _count(shapes, r"downsampler\.down_blocks\.(\d+)\.")
+        config = ModelConfig(
+            latent_channels=shapes["downsampler.conv_in.weight"][1],
+            latent_size=math.isqrt(block_tokens) * 2 ** (levels - 1) * math.isqrt(ar_length),
+            ar_length=ar_length,
+            depth=_count(shapes, r"blocks\.(\d+)\."),
+            width=width,
+            num_heads=width // head_width,
+            ffn_width=shapes["blocks.0.mlp_list.0.gate_proj.weight"][0],
+            unet=_released_unet(shapes, levels),
+            **_HABITS,  # type: ignore[arg-type]
+            **switches,  # type: ignore[arg-type]
+        )
+    except KeyError as error:
+        raise ValueError(f"not a released MADFormer state dict: it lacks {error.args[0]!r}") from error
+    return config
+
+
+def _released_unet(shapes: Mapping[str, tuple[int, ...]], levels: int) -> UNetConfig:
+    blocks = [f"downsampler.down_blocks.{level}" for level in range(levels)]
+    return UNetConfig(
+        channels=tuple(shapes[f"{block}.resnets.0.conv1.weight"][0] for block in blocks),
+        layers=tuple(_count(shapes, rf"{re.escape(block)}\.resnets\.(\d+)\.") for block in blocks),
+        attention=tuple(f"{block}.attentions.0.to_q.weight" in shapes for block in blocks),
+        groups=8,
+        num_heads=8,
+        time_embed_dim=shapes["downsampler.time_embedding.linear_1.weight"][0],
+    )
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
+    """One more than the largest number that the pattern finds at the start of a name."""
+    found = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
+    if not found:
+        raise ValueError(f"not a released MADFormer state dict: no parameter is named {pattern}")
+    return max(found) + 1
+
+
+def _names(config: ModelConfig, all_towers: bool = False) -> list[tuple[str, str]]:
+    """(released name, our name) of every parameter; `all_towers`: also of released towers that ours does without."""
+    with torch.device("meta"):
+        unet = [name for name in MADFormer(config).state_dict() if name.startswith(("downsampler.", "upsampler."))]
+    names = [("boi_block", "boi_SD"), *((name, name) for name in unet)]
+    kept = ("clean", "noise") if config.use_clean_blocks else ("noise",)
+    for layer in range(config.depth):
+        for tower in _TOWER_NUMBERS if all_towers else kept:
+            source = "shared" if config.parameter_sets == "shared" else tower if tower in kept else "noise"
+            for theirs, ours in _LAYER_NAMES.items():
+                number = str(_TOWER_NUMBERS[tower])
+                module = theirs.replace("{}", number) if "{}" in theirs else f"{theirs}.{number}"
+                for kind in ("weight", "bias") if ours in ("qkv", "out") else ("weight",):
+                    names.append((f"blocks.{layer}.{module}.{kind}", f"layers.{layer}.towers.{source}.{ours}.{kind}"))
+    return names

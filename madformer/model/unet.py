@@ -1,0 +1,120 @@
+"""The U-Net halves that embed a block's latents as tokens and map tokens back to latents, from diffusers' parts.
+
+Module names are those of the released code, so its checkpoints load as they are. Blocks are a batch axis (N = B * L here).
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, AttnUpBlock2D, DownBlock2D, UpBlock2D
+from torch import Tensor, nn
+
+from madformer.config import ModelConfig, UNetConfig
+
+Skips = tuple[Tensor, ...]
+"""Features that the downsampler hands to the upsampler of the same block, each [N, channels, rows, columns]."""
+
+
+class TimestepEmbedding(nn.Module):
+    """The raw timestep through two linear layers; no sinusoids."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(1, dim, bias=False)
+        self.linear_2 = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, t_N: Tensor) -> Tensor:
+        """[N] -> [N, time_embed_dim]."""
+        # Outside autocast: bfloat16 has no room for 999, neighbouring timesteps would become one.
+        with torch.autocast(t_N.device.type, enabled=False):
+            t_N1 = t_N[:, None].to(self.linear_1.weight.dtype)
+            return self.linear_2(nn.functional.silu(self.linear_1(t_N1)))
+
+
+class Downsampler(nn.Module):
+    """Latents of a block at a timestep to token features (the `Embed` of Eq. 1)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        unet = config.unet
+        self.conv_in = nn.Conv2d(config.latent_channels, unet.channels[0], kernel_size=3, padding=1)
+        self.time_embedding = TimestepEmbedding(unet.time_embed_dim)
+        self.down_blocks = nn.ModuleList(_down_block(unet, level) for level in range(len(unet.channels)))
+        self.conv_out = nn.Conv2d(unet.channels[-1], config.width, kernel_size=3, padding=1)
+
+    def forward(self, latents_NCYX: Tensor, t_N: Tensor) -> tuple[Tensor, Skips]:
+        """[N, C, Y, X] and [N] -> features [N, D, rows, columns], skips."""
+        time_embedding = self.time_embedding(t_N)
+        x = self.conv_in(latents_NCYX.contiguous())
+        skips: Skips = (x,)
+        for block in self.down_blocks:
+            x, block_skips = block(x, time_embedding)
+            skips += block_skips
+        return self.conv_out(x), skips
+
+
+class Upsampler(nn.Module):
+    """Token features and skips of a block at a timestep to latents (`Proj`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        unet = config.unet
+        self.conv_in = nn.Conv2d(config.width, unet.channels[-1], kernel_size=3, padding=1)
+        self.time_embedding = TimestepEmbedding(unet.time_embed_dim)
+        self.up_blocks = nn.ModuleList(_up_block(unet, level) for level in reversed(range(len(unet.channels))))
+        self.conv_out = nn.Conv2d(unet.channels[0], config.latent_channels, kernel_size=3, padding=1)
+
+    def forward(self, features_NDyx: Tensor, t_N: Tensor, skips: Skips) -> Tensor:
+        """[N, D, rows, columns] and [N] -> latents [N, C, Y, X]."""
+        time_embedding = self.time_embedding(t_N)
+        # Contiguous: torch's group norm on the CPU is inaccurate for channels-last input.
+        x = self.conv_in(features_NDyx.contiguous())
+        for block in self.up_blocks:
+            used = len(block.resnets)
+            x = block(x, skips[-used:], time_embedding)
+            skips = skips[:-used]
+        return self.conv_out(x)
+
+
+def skip_shapes(unet: UNetConfig, block_size: int) -> list[tuple[int, int]]:
+    """(channels, rows) of each skip of a block of `block_size` rows, in the downsampler's order."""
+    shapes = [(unet.channels[0], block_size)]
+    for level, (channels, layers) in enumerate(zip(unet.channels, unet.layers, strict=True)):
+        rows = block_size // 2**level
+        shapes += [(channels, rows)] * layers
+        if level < len(unet.channels) - 1:
+            shapes.append((channels, rows // 2))
+    return shapes
+
+
+def _down_block(unet: UNetConfig, level: int) -> nn.Module:
+    last = level == len(unet.channels) - 1
+    channels = unet.channels[level]
+    shared = {
+        "in_channels": unet.channels[max(level - 1, 0)],
+        "out_channels": channels,
+        "temb_channels": unet.time_embed_dim,
+        "num_layers": unet.layers[level],
+        "resnet_groups": unet.groups,
+    }
+    if unet.attention[level]:
+        down = None if last else "conv"
+        return AttnDownBlock2D(**shared, attention_head_dim=channels // unet.num_heads, downsample_type=down)
+    return DownBlock2D(**shared, add_downsample=not last)
+
+
+def _up_block(unet: UNetConfig, level: int) -> nn.Module:
+    first = level == 0
+    channels = unet.channels[level]
+    shared = {
+        "in_channels": unet.channels[max(level - 1, 0)],
+        "out_channels": channels,
+        "prev_output_channel": unet.channels[min(level + 1, len(unet.channels) - 1)],
+        "temb_channels": unet.time_embed_dim,
+        "num_layers": unet.layers[level] + 1,
+        "resnet_groups": unet.groups,
+    }
+    if unet.attention[level]:
+        up = None if first else "conv"
+        return AttnUpBlock2D(**shared, attention_head_dim=channels // unet.num_heads, upsample_type=up)
+    return UpBlock2D(**shared, add_upsample=not first)
