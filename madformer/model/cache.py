@@ -2,8 +2,8 @@
 
 A layer's buffer has room for the text and every block, in the order of the sequence. While block i is denoised its own
 keys and values lie in its slot and are overwritten at every step; what is seen is always the slice up to the slot's
-end, so there is no mask and nothing is concatenated. Afterwards the clean tower overwrites the slot (without clean blocks, those of the
-last denoising step stay). In a layer of local denoising one slot behind the text serves every block.
+end, so there is no mask and nothing is concatenated. Afterwards the clean tower overwrites the slot (without clean
+blocks, those of the last denoising step stay). In a layer of local denoising one slot behind the text serves all blocks.
 """
 
 from __future__ import annotations

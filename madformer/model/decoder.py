@@ -99,4 +99,5 @@ def initialise(module: nn.Module) -> None:
 
 def autocast_dtype(device: torch.device, default: torch.dtype) -> torch.dtype:
     """The dtype that linear layers compute in here: autocast's, or the weights'."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else default
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.get_autocast_dtype(device.type) if available and torch.is_autocast_enabled(device.type) else default

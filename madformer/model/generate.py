@@ -18,7 +18,6 @@ from madformer.model.cache import KeyValueCache
 from madformer.model.decoder import autocast_dtype
 from madformer.model.madformer import MADFormer
 from madformer.model.plan import layer_plans
-from madformer.model.rope import Rope
 from madformer.model.text import null_text
 
 
@@ -124,7 +123,7 @@ class _Sampler:
         """Clean tower over the finished block before this one, then the AR stage: `self.condition` and the cache."""
         self.block = block
         self.condition_BSD = None
-        tokens_BSD = self.model.boi_SD.expand(self.rows, -1, -1)
+        tokens_BSD = self.model.boi_SD.detach().expand(self.rows, -1, -1)
         if (previous_BCYX is not None and "clean" in self.plans[0].keys) or (
             self.config.use_condition and previous_BCYX is not None
         ):
@@ -164,8 +163,7 @@ class _Sampler:
         """Run a tower's tokens through layers first .. last - 1 as far as their plan needs them, filling the cache."""
         rope = self.ropes[tower]
         if tower != "text":
-            place = slice(block * self.config.block_tokens, (block + 1) * self.config.block_tokens)
-            rope = Rope(rope.cos_NK[place], rope.sin_NK[place], rope.form)
+            rope = rope.part(block * self.config.block_tokens, (block + 1) * self.config.block_tokens)
         for layer in range(first, self.config.depth if last is None else last):
             if tower not in self.plans[layer].keys:
                 break

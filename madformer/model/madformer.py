@@ -81,7 +81,7 @@ class MADFormer(nn.Module):
         x = self._embed_text(text, len(clean_BLCYX), clean_BLCYX.device)
         ropes = self.ropes(clean_BLCYX.device, x["text"].shape[1] if "text" in x else 0)
         blocks = clean_block_count(config, wanted)
-        ropes["clean"] = Rope(*(angles[: blocks * config.block_tokens] for angles in ropes["noise"][:2]), config.rope)
+        ropes["clean"] = ropes["clean"].part(0, blocks * config.block_tokens)
 
         # Eq. 1: h_0 = Embed(z_prev); the noise tower's input is the clean embedding shifted by one block, BOI first.
         if clean_t_BL is None:
@@ -215,8 +215,9 @@ class MADFormer(nn.Module):
         """Skips of the block that the position was embedded from, zeros for BOI: the target's own would leak it."""
         if not skips:
             return self._zero_skips(batch)
-        by_block = (skip.unflatten(0, (batch, -1))[:, : self.config.ar_length - 1] for skip in skips)
-        return tuple(torch.cat([torch.zeros_like(skip[:, :1]), skip], dim=1).flatten(0, 1) for skip in by_block)
+        kept = self.config.ar_length - 1
+        by_block = (skip.unflatten(0, (batch, -1)) for skip in skips)
+        return tuple(torch.cat([torch.zeros_like(skip[:, :1]), skip[:, :kept]], dim=1).flatten(0, 1) for skip in by_block)
 
     def _zero_skips(self, batch: int) -> Skips:
         shapes = skip_shapes(self.config.unet, self.config.block_size)

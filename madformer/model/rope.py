@@ -18,6 +18,10 @@ class Rope(NamedTuple):
     sin_NK: Tensor
     form: Literal["axial", "released"]
 
+    def part(self, start: int, end: int) -> Rope:
+        """The angles of tokens start .. end - 1."""
+        return Rope(self.cos_NK[start:end], self.sin_NK[start:end], self.form)
+
     def rotate(self, x_BHNK: Tensor) -> Tensor:
         """Rotate queries or keys, in their own dtype or float32, whichever is wider."""
         axes = 2 if self.form == "axial" else 1

@@ -5,6 +5,9 @@ Module names are those of the released code, so its checkpoints load as they are
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import cast
+
 import torch
 from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, AttnUpBlock2D, DownBlock2D, UpBlock2D
 from torch import Tensor, nn
@@ -25,8 +28,10 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, t_N: Tensor) -> Tensor:
         """[N] -> [N, time_embed_dim]."""
-        # Outside autocast: bfloat16 has no room for 999, neighbouring timesteps would become one.
-        with torch.autocast(t_N.device.type, enabled=False):
+        # Not under autocast: to bfloat16 the neighbours of 999 are 999.
+        device = t_N.device.type
+        full_precision = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        with full_precision:
             t_N1 = t_N[:, None].to(self.linear_1.weight.dtype)
             return self.linear_2(nn.functional.silu(self.linear_1(t_N1)))
 
@@ -70,7 +75,7 @@ class Upsampler(nn.Module):
         # Contiguous: torch's group norm on the CPU is inaccurate for channels-last input.
         x = self.conv_in(features_NDyx.contiguous())
         for block in self.up_blocks:
-            used = len(block.resnets)
+            used = len(cast(UpBlock2D, block).resnets)
             x = block(x, skips[-used:], time_embedding)
             skips = skips[:-used]
         return self.conv_out(x)

@@ -1,0 +1,300 @@
+"""What a model costs, from its configuration alone: parameters, NFE, FLOPs, memory. Needs no torch.
+
+FLOPs count multiplications and additions of matrix products, convolutions and attention, as torch's flop counter does; norms,
+activations and rotations are left out. All FLOPs are for one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from madformer.config import ConfigError, ModelConfig, UNetConfig
+from madformer.model.plan import clean_block_count, existing_outputs, layer_plans
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of an element by the dtype that matrix products run in."""
+
+
+# ---- parameters
+
+
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part: the U-Net halves, BOI block, each tower's (or the shared) layers, text embedding and head."""
+    towers = ["shared"]
+    if config.parameter_sets == "separate":
+        towers = ["text"] * (config.text is not None) + ["clean"] * config.use_clean_blocks + ["noise"]
+    parts = {"downsampler": downsampler(config).parameters, "upsampler": upsampler(config).parameters}
+    parts["boi_block"] = config.block_tokens * config.width
+    parts |= {f"{tower}_tower": config.depth * _tower_parameters(config) for tower in towers}
+    if config.text:
+        parts["text_embedding"] = config.text.vocab_size * config.width
+        parts["text_head"] = (config.text.vocab_size + 1) * config.width
+    return parts
+
+
+def _tower_parameters(config: ModelConfig) -> int:
+    projected = (config.num_heads + 2 * config.kv_heads) * config.head_width
+    norms = 2 * config.width + 2 * config.head_width
+    return norms + (config.width + 1) * projected + (config.width + 1) * config.width + 3 * config.width * config.ffn_width
+
+
+# ---- NFE
+
+
+def nfe(config: ModelConfig, steps: int) -> int:
+    """Layer evaluations per block, (N - D) + D * steps."""
+    return config.ar_depth + config.diffusion_depth * steps
+
+
+def steps_for_nfe(config: ModelConfig, budget: int) -> int:
+    """The most denoising steps that a budget of layer evaluations per block allows.
+
+    Raises:
+        ConfigError: the budget is too small for one step; the message says the smallest legal one.
+    """
+    steps = (budget - config.ar_depth) // config.diffusion_depth
+    if steps < 1:
+        shape = f"model.depth = {config.depth} and model.diffusion_depth = {config.diffusion_depth}"
+        raise ConfigError(f"nfe = {budget}: too small for one denoising step; with {shape} the smallest is {config.depth}")
+    return steps
+
+
+# ---- FLOPs
+
+
+@dataclass(frozen=True)
+class SamplingFlops:
+    """FLOPs of sampling one image, all its blocks together."""
+
+    text: int
+    """The text tower, once."""
+    ar_pass: int
+    """The AR stage and the clean tower, once per block."""
+    ar_unet: int
+    """Embedding each finished block as context for the next."""
+    step_layers: int
+    """One denoising step of every block in the D diffusion layers."""
+    step_unet: int
+    """One denoising step of every block in the U-Net, both ways. NFE leaves it out."""
+
+    def total(self, steps: int) -> int:
+        """All of it for `steps` denoising steps per block."""
+        return self.text + self.ar_pass + self.ar_unet + steps * (self.step_layers + self.step_unet)
+
+
+def sampling_flops(config: ModelConfig, guidance: bool = False) -> SamplingFlops:
+    """FLOPs of `generate` for one image.
+
+    Args:
+        guidance: classifier-free guidance at every step: two rows in the Transformer, one in the downsampler.
+    """
+    plans, rows, text = layer_plans(config, frozenset()), 2 if guidance else 1, text_tokens(config)
+    down, up = downsampler(config).flops, upsampler(config).flops
+    ar_pass = step_layers = 0
+    for block in range(config.ar_length):
+        behind = text + block * config.block_tokens
+        here = behind + config.block_tokens
+        for layer, plan in enumerate(plans):
+            local = config.local_denoising and layer >= config.ar_depth
+            if block and "clean" in plan.keys:
+                ar_pass += _layer_flops(config, config.block_tokens, behind, "clean" in plan.queries)
+            noise = _layer_flops(config, config.block_tokens, text + config.block_tokens if local else here)
+            if layer >= config.ar_depth:
+                step_layers += noise
+            elif config.use_condition:
+                ar_pass += noise
+    embeds = config.use_condition or "clean" in plans[0].keys
+    return SamplingFlops(
+        text=rows * sum(_layer_flops(config, text, text, "text" in plan.queries) for plan in plans if "text" in plan.keys),
+        ar_pass=rows * ar_pass,
+        ar_unet=(config.ar_length - 1) * down if embeds else 0,
+        step_layers=rows * step_layers,
+        step_unet=config.ar_length * (down + rows * up),
+    )
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs of training on one image."""
+
+    ar_stage: int
+    """Forward: the first N - D layers, image towers."""
+    diffusion_stage: int
+    """Forward: the last D layers, image towers, all noise draws."""
+    unet: int
+    """Forward: both U-Net halves, for clean and noisy blocks and the auxiliary outputs."""
+    text: int
+    """Forward: text tower and head."""
+    backward: int
+    """Backward, and the layers' second forward under activation checkpointing."""
+
+    @property
+    def forward(self) -> int:
+        """All of the forward pass."""
+        return self.ar_stage + self.diffusion_stage + self.unet + self.text
+
+    @property
+    def total(self) -> int:
+        """Forward and backward pass."""
+        return self.forward + self.backward
+
+
+def training_flops(config: ModelConfig, outputs: Iterable[str] | None = None, draws: int = 1) -> TrainingFlops:
+    """FLOPs of one training forward and backward for one image.
+
+    Args:
+        outputs: auxiliary outputs in the loss (`losses.wanted_outputs`); None: all that exist.
+        draws: noise draws per image.
+    """
+    wanted, text = existing_outputs(config, outputs), text_tokens(config)
+    image, prompt = [0, 0], 0
+    for layer, plan in enumerate(layer_plans(config, wanted)):
+        diffusion_stage = layer >= config.ar_depth
+        for tower in plan.keys:
+            queried = tower in plan.queries
+            if tower == "text":
+                prompt += _layer_flops(config, text, text, queried)
+                continue
+            blocks = config.ar_length if tower == "noise" else clean_block_count(config, wanted)
+            local = config.local_denoising and diffusion_stage
+            flops = _image_layer_flops(config, blocks, text, local, queried)
+            image[diffusion_stage] += flops * (draws if tower == "noise" and diffusion_stage else 1)
+    head = 2 * text * config.width * config.text.vocab_size if config.text and "text_logits" in wanted else 0
+    down, up = unet_passes(config, wanted, draws)
+    unet = down * downsampler(config).flops + up * upsampler(config).flops
+    # The gradient of a product is two products, but nobody needs the one of the latents.
+    backward = 2 * (sum(image) + prompt + head + unet) - down * downsampler(config).first_flops
+    again = sum(image) + prompt if config.activation_checkpointing else 0
+    return TrainingFlops(image[0], image[1], unet, prompt + head, backward + again)
+
+
+def text_tokens(config: ModelConfig) -> int:
+    """Tokens of the prompt (T)."""
+    return config.text.length if config.text else 0
+
+
+def unet_passes(config: ModelConfig, wanted: frozenset[str], draws: int) -> tuple[int, int]:
+    """Blocks of one image that go through the downsampler and the upsampler in training."""
+    clean = max(clean_block_count(config, wanted), config.ar_length - 1 if config.use_condition else 0)
+    auxiliary = len(wanted & {"condition", "clean_tower"})
+    return clean + config.ar_length * draws, config.ar_length * (draws + auxiliary)
+
+
+def _layer_flops(config: ModelConfig, tokens: int, keys: int, queried: bool = True) -> int:
+    """One tower's tokens in one layer, each attending to `keys` keys; not queried: only keys and values are projected."""
+    kv = 2 * config.width * 2 * config.kv_heads * config.head_width
+    if not queried:
+        return tokens * kv
+    projections = 4 * config.width**2 + kv
+    return tokens * (projections + 6 * config.width * config.ffn_width + 4 * config.width * keys)
+
+
+def _image_layer_flops(config: ModelConfig, blocks: int, text: int, local: bool, queried: bool) -> int:
+    """All blocks of a tower in one layer, in training."""
+    size = config.block_tokens
+    seen = (text + size * (1 if local else block + 1) for block in range(blocks))
+    return sum(_layer_flops(config, size, keys, queried) for keys in seen)
+
+
+# ---- the U-Net halves
+
+
+@dataclass
+class Network:
+    """Sums over the modules of one U-Net half, for one block."""
+
+    flops: int = 0
+    parameters: int = 0
+    kept: int = 0
+    """Activations kept for the backward pass."""
+    first_flops: int = 0
+    """Of the layer that the input goes into."""
+
+    def linear(self, inputs: int, outputs: int, rows: int = 1, bias: bool = True) -> None:
+        """A linear layer over `rows` vectors."""
+        self.flops += 2 * rows * inputs * outputs
+        self.parameters += (inputs + bias) * outputs
+        self.kept += rows * inputs
+
+    def conv(self, inputs: int, outputs: int, rows: int, kernel: int = 3, stride: int = 1) -> None:
+        """A convolution that gives `rows` x `rows` positions."""
+        self.flops += 2 * rows**2 * kernel**2 * inputs * outputs
+        self.parameters += (kernel**2 * inputs + 1) * outputs
+        self.kept += (rows * stride) ** 2 * inputs
+        self.first_flops = self.first_flops or self.flops
+
+    def norm(self, channels: int, rows: int) -> None:
+        """A group norm over `rows` x `rows` positions."""
+        self.parameters += 2 * channels
+        self.kept += rows**2 * channels
+
+    def time_embedding(self, dim: int) -> None:
+        """The two layers that embed the timestep."""
+        self.linear(1, dim, bias=False)
+        self.linear(dim, dim, bias=False)
+
+    def resnet(self, inputs: int, outputs: int, rows: int, time_dim: int) -> None:
+        """A ResNet layer over `rows` x `rows` positions."""
+        self.norm(inputs, rows)
+        self.kept += rows**2 * (inputs + outputs)  # the activation functions' inputs
+        self.conv(inputs, outputs, rows)
+        self.linear(time_dim, outputs)
+        self.norm(outputs, rows)
+        self.conv(outputs, outputs, rows)
+        if inputs != outputs:
+            self.conv(inputs, outputs, rows, kernel=1)
+            self.kept -= rows**2 * inputs  # the same tensor as the first norm's
+
+    def attention(self, channels: int, rows: int) -> None:
+        """A self-attention layer over `rows` x `rows` positions."""
+        self.norm(channels, rows)
+        for _ in range(4):
+            self.linear(channels, channels, rows=rows**2)
+        self.kept -= 2 * rows**2 * channels  # queries, keys and values share their input
+        self.kept += 5 * rows**2 * channels  # queries, keys, values, attended twice
+        self.flops += 4 * rows**4 * channels
+
+
+def downsampler(config: ModelConfig) -> Network:
+    """The downsampler for one block."""
+    unet, rows, network = config.unet, config.block_size, Network()
+    network.conv(config.latent_channels, unet.channels[0], rows)
+    network.time_embedding(unet.time_embed_dim)
+    for level, channels in enumerate(unet.channels):
+        for layer in range(unet.layers[level]):
+            inputs = channels if layer else unet.channels[max(level - 1, 0)]
+            network.resnet(inputs, channels, rows, unet.time_embed_dim)
+            if unet.attention[level]:
+                network.attention(channels, rows)
+        if level < len(unet.channels) - 1:
+            rows //= 2
+            network.conv(channels, channels, rows, stride=2)
+    network.conv(unet.channels[-1], config.width, rows)
+    return network
+
+
+def upsampler(config: ModelConfig) -> Network:
+    """The upsampler for one block."""
+    unet, rows, network = config.unet, config.token_rows, Network()
+    network.conv(config.width, unet.channels[-1], rows)
+    network.time_embedding(unet.time_embed_dim)
+    for level in reversed(range(len(unet.channels))):
+        channels = unet.channels[level]
+        for inputs in _upsampler_inputs(unet, level):
+            network.resnet(inputs, channels, rows, unet.time_embed_dim)
+            if unet.attention[level]:
+                network.attention(channels, rows)
+        if level:
+            rows *= 2
+            network.conv(channels, channels, rows)
+    network.conv(unet.channels[0], config.latent_channels, rows)
+    return network
+
+
+def _upsampler_inputs(unet: UNetConfig, level: int) -> list[int]:
+    """Input channels of a level's ResNets in the upsampler: what comes from below, and a skip."""
+    channels = unet.channels[level]
+    hidden = [unet.channels[min(level + 1, len(unet.channels) - 1)]] + [channels] * unet.layers[level]
+    skips = [channels] * unet.layers[level] + [unet.channels[max(level - 1, 0)]]
+    return [a + b for a, b in zip(hidden, skips, strict=True)]
