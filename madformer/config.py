@@ -348,8 +348,9 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), loaded, typed)
         return cast(ExperimentConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        where = getattr(error, "full_key", None)
-        raise ConfigError(f"{path}: {where + ': ' if where else ''}{str(error).splitlines()[0]}") from error
+        where = getattr(error, "full_key", None) or "a list's entry"  # the only place that OmegaConf does not name
+        what = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "the value")
+        raise ConfigError(f"{path}: {where}: {what}") from error
 
 
 def _check_is_mapping(loaded: object, where: str) -> None:
@@ -358,16 +359,17 @@ def _check_is_mapping(loaded: object, where: str) -> None:
 
 
 def _check_keys(given: Any, schema: type, where: str, prefix: str = "") -> None:
-    """Refuse unknown keys, naming the nearest real one."""
-    if not isinstance(given, Mapping):
-        return
+    """Refuse unknown keys, naming the nearest real one, and plain values where a section belongs."""
     hints = get_type_hints(schema)
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where}: {prefix.rstrip('.')} = {given!r}: must be a mapping of its fields ({', '.join(hints)})")
     for key, value in given.items():
         if key not in hints:
             near = difflib.get_close_matches(f"{prefix}{key}", list(_all_keys(ExperimentConfig)), n=1, cutoff=0.0)
             raise ConfigError(f"{where}: unknown key {prefix}{key}; the nearest is {near[0]}")
-        for section in (hints[key], *get_args(hints[key])):
-            if is_dataclass(section):
+        choices = (hints[key], *get_args(hints[key]))
+        for section in choices:
+            if is_dataclass(section) and not (value is None and type(None) in choices):
                 _check_keys(value, cast(type, section), where, f"{prefix}{key}.")
 
 

@@ -34,6 +34,8 @@ _TOWER_NUMBERS = {"clean": 0, "noise": 1}
 _HABITS = {"rope": "released", "prediction_type": "epsilon", "clean_timestep": "released"}
 """What every released model does."""
 
+_UNET_CONSTANTS = {"groups": 8, "num_heads": 8}
+
 
 def from_released(
     state_dict: Mapping[str, Tensor],
@@ -51,6 +53,7 @@ def from_released(
     Raises:
         ValueError: not a released state dict, or switches that contradict its sizes.
     """
+    _check_tensors(state_dict)
     config = released_config(
         state_dict,
         diffusion_depth=diffusion_depth,
@@ -61,14 +64,17 @@ def from_released(
     )
     with torch.device("meta"):
         model = MADFormer(config)
-    names = {ours: theirs for theirs, ours in _names(config)}
-    if missing := [theirs for theirs in names.values() if theirs not in state_dict]:
+    names, known = _names(config), {theirs for theirs, _ in _names(config, all_towers=True)}
+    if missing := [theirs for theirs, _ in names if theirs not in state_dict]:
         raise ValueError(f"released state dict lacks {len(missing)} tensors, the first is {missing[0]!r}")
-    weights = {ours: state_dict[theirs].detach().clone() for ours, theirs in names.items()}
-    weights["boi_SD"] = weights["boi_SD"].squeeze(0)
-    for name, parameter in model.state_dict().items():
-        if weights[name].shape != parameter.shape:
-            raise ValueError(f"{names[name]} has shape {tuple(weights[name].shape)}: must be {tuple(parameter.shape)}")
+    if unknown := [theirs for theirs in state_dict if theirs not in known]:
+        raise ValueError(f"released state dict has {len(unknown)} tensors too many for its sizes, the first is {unknown[0]!r}")
+    weights, parameters = {}, model.state_dict()
+    for theirs, ours in names:
+        tensor = state_dict[theirs].squeeze(0) if ours == "boi_SD" else state_dict[theirs]
+        if tensor.shape != parameters[ours].shape:
+            raise ValueError(f"{theirs} has shape {tuple(tensor.shape)}: must be {tuple(parameters[ours].shape)}")
+        weights[ours] = tensor.detach().clone()
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True)
 
@@ -80,9 +86,16 @@ def to_released(model: MADFormer) -> dict[str, Tensor]:
         ValueError: the model does something that the released code cannot.
     """
     config = model.config
-    for name, value in {**_HABITS, "text": None, "kv_heads": config.num_heads}.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"model.{name} = {getattr(config, name)!r}: the released code knows {value!r} alone")
+    sizes = {"text": None, "kv_heads": config.num_heads, "head_width": 64}
+    rules: list[tuple[str, object, str, object]] = [
+        ("model", config, name, value) for name, value in {**_HABITS, **sizes}.items()
+    ]
+    rules += [("model.unet", config.unet, name, value) for name, value in _UNET_CONSTANTS.items()]
+    for section, fields, name, value in rules:
+        if getattr(fields, name) != value:
+            raise ValueError(f"{section}.{name} = {getattr(fields, name)!r}: the released code knows {value!r} alone")
+    if len(set(config.unet.channels[1:])) > 1:
+        raise ValueError(f"model.unet.channels = {config.unet.channels}: the released code needs equal levels after the first")
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     weights["boi_SD"] = weights["boi_SD"][None]
     return {theirs: weights[ours].clone() for theirs, ours in _names(config, all_towers=True)}
@@ -94,26 +107,40 @@ def released_config(state_dict: Mapping[str, Tensor], *, ar_length: int, **switc
     Raises:
         ValueError: not a released state dict, or switches that contradict its sizes.
     """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    rows = math.isqrt(ar_length) if isinstance(ar_length, int) and ar_length > 0 else 1  # else ModelConfig refuses it
     try:
-        shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        if len(shapes["boi_block"]) != 3 or math.isqrt(shapes["boi_block"][1]) ** 2 != shapes["boi_block"][1]:
+            raise ValueError(f"boi_block has shape {shapes['boi_block']}: must be [1, a square number of tokens, width]")
         _, block_tokens, width = shapes["boi_block"]
-        head_width = shapes["blocks.0.self_attn.q_norm_list.0.weight"][0]
+        head_width = shapes["blocks.0.self_attn.q_norm_list.1.weight"][0]
         levels = _count(shapes, r"downsampler\.down_blocks\.(\d+)\.")
         config = ModelConfig(
             latent_channels=shapes["downsampler.conv_in.weight"][1],
-            latent_size=math.isqrt(block_tokens) * 2 ** (levels - 1) * math.isqrt(ar_length),
+            latent_size=math.isqrt(block_tokens) * 2 ** (levels - 1) * rows,
             ar_length=ar_length,
             depth=_count(shapes, r"blocks\.(\d+)\."),
             width=width,
             num_heads=width // head_width,
-            ffn_width=shapes["blocks.0.mlp_list.0.gate_proj.weight"][0],
+            ffn_width=shapes["blocks.0.mlp_list.1.gate_proj.weight"][0],
             unet=_released_unet(shapes, levels),
             **_HABITS,  # type: ignore[arg-type]
             **switches,  # type: ignore[arg-type]
         )
     except KeyError as error:
         raise ValueError(f"not a released MADFormer state dict: it lacks {error.args[0]!r}") from error
+    except (IndexError, ZeroDivisionError, TypeError) as error:
+        raise ValueError("not a released MADFormer state dict: its sizes contradict each other") from error
     return config
+
+
+def _check_tensors(state_dict: Mapping[str, Tensor]) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"released state dict is a {type(state_dict).__name__}: must map names to tensors")
+    for name, value in state_dict.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            whole = "; give the checkpoint's entry 'ema' or 'model'" if name in ("ema", "model") else ""
+            raise ValueError(f"released state dict: {name!r} is no floating-point tensor{whole}")
 
 
 def _released_unet(shapes: Mapping[str, tuple[int, ...]], levels: int) -> UNetConfig:
@@ -122,8 +149,7 @@ def _released_unet(shapes: Mapping[str, tuple[int, ...]], levels: int) -> UNetCo
         channels=tuple(shapes[f"{block}.resnets.0.conv1.weight"][0] for block in blocks),
         layers=tuple(_count(shapes, rf"{re.escape(block)}\.resnets\.(\d+)\.") for block in blocks),
         attention=tuple(f"{block}.attentions.0.to_q.weight" in shapes for block in blocks),
-        groups=8,
-        num_heads=8,
+        **_UNET_CONSTANTS,
         time_embed_dim=shapes["downsampler.time_embedding.linear_1.weight"][0],
     )
 
@@ -132,7 +158,7 @@ def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
     """One more than the largest number that the pattern finds at the start of a name."""
     found = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
     if not found:
-        raise ValueError(f"not a released MADFormer state dict: no parameter is named {pattern}")
+        raise KeyError(pattern.replace("\\", "").replace("(d+)", "0"))
     return max(found) + 1
 
 

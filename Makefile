@@ -1,0 +1,68 @@
+# Needs Python 3.11 or newer, make, git and a package index; everything else goes into $(VENV).
+#
+#   PYTHON   interpreter that makes the environment
+#   VENV     folder of the environment
+#   WORKERS  tests that run side by side
+#   ARGS     more arguments for pytest, such as ARGS="tests/model -x"
+#   TORCH    version of torch that `make lock` pins
+
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+VENV ?= .venv
+WORKERS ?= auto
+ARGS ?=
+TORCH ?= 2.13.0
+
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt $(if $(CI),--quiet)
+
+# Stamps: newer than the files that decide what is installed, so that a second run installs nothing.
+CREATED := $(VENV)/.created
+CORE := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test lint env lock clean
+
+help: ## say what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+quickstart: $(CORE) ## train a small grid on handwritten digits, show its curves
+	$(BIN)/madformer sweep run sweeps/quickstart.yaml
+
+test: $(DEV) ## run the tests
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 $(ARGS)
+
+lint: $(DEV) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+env: $(DEV) ## install the package and the developers' tools into .venv
+
+lock: ## write constraints.txt anew
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install torch==$(TORCH) --editable '.[dev,fid]'
+	build/lock/bin/python -m pip freeze --all --exclude-editable --exclude pip > build/lock/frozen.txt
+	grep '^#' constraints.txt > build/lock/constraints.txt
+	sed 's/+[a-z0-9.]*$$//' build/lock/frozen.txt >> build/lock/constraints.txt
+	mv build/lock/constraints.txt constraints.txt
+
+clean: ## remove the environment, caches and build outputs, but no runs
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find benchmarks madformer tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(CREATED):
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer not found: install it, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(CORE): pyproject.toml constraints.txt $(CREATED)
+	$(INSTALL) --editable .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt $(CREATED)
+	$(INSTALL) --editable '.[dev]'
+	@touch $(CORE) $@

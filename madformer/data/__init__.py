@@ -1,0 +1,1 @@
+"""Images and latents that models are trained on and compared with."""

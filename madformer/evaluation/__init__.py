@@ -1,0 +1,1 @@
+"""How good the samples are, and everything that made the number."""

@@ -1,0 +1,108 @@
+"""Networks whose features the Fréchet distance compares, by name. A metric is named after its network: `fd_digits`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from importlib import resources
+
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+
+__all__ = ["DigitsFeatures", "digits_classifier", "feature_network", "metric_name", "weights_sha256"]
+
+
+def digits_classifier() -> nn.Sequential:
+    """An untrained classifier of digits: [B, 1, 8, 8] in [-1, 1] to 10 logits, the last layer's input being 64 features.
+
+    GELU, not ReLU: no feature is dead, so that their covariance is regular.
+    """
+    return nn.Sequential(
+        nn.Conv2d(1, 24, kernel_size=3, padding=1),
+        nn.GELU(),
+        nn.Conv2d(24, 32, kernel_size=3, stride=2, padding=1),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 64),
+        nn.GELU(),
+        nn.Linear(64, 10),
+    )
+
+
+class DigitsFeatures(nn.Module):
+    """Penultimate features of a classifier of 8 x 8 digits, in place of Inception; the metric is `fd_digits`, never "FID".
+
+    The weights come with the package (`scripts/train_digits_features.py` made them) and are frozen; there is nothing that
+    differs between training and evaluation mode. The layers run in float64, so that neither the batch size nor reduced
+    precision of matrix products (TF32, autocast) shows in the features.
+    """
+
+    num_features = 64
+    """Width of the features, under the name by which torchmetrics asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.device("meta"):  # nothing is drawn: building a metric must not move the global random state
+            self.classifier = digits_classifier()
+        file = resources.files("madformer.evaluation") / "digits_features.safetensors"
+        self.classifier.load_state_dict(load(file.read_bytes()), assign=True)
+        self.double().eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images_BCYX: Tensor) -> Tensor:
+        """Features of images.
+
+        Args:
+            images_BCYX: [B, 1, 8, 8] in [-1, 1]; what lies outside is clipped, as it is when an image is saved.
+
+        Returns:
+            [B, 64] float32.
+
+        Raises:
+            ValueError: another shape, or a type that is not floating point.
+        """
+        if images_BCYX.ndim != 4 or images_BCYX.shape[1:] != (1, 8, 8):
+            raise ValueError(f"images of shape {list(images_BCYX.shape)}: the digits' features need [B, 1, 8, 8]")
+        if not images_BCYX.is_floating_point():
+            raise ValueError(f"images of type {images_BCYX.dtype}: the digits' features need floating point in [-1, 1]")
+        dtype = next(self.parameters()).dtype
+        features_BD: Tensor = self.classifier[:-1](images_BCYX.clamp(-1, 1).to(dtype))
+        return features_BD.float()
+
+
+_NETWORKS: Mapping[str, Callable[[], nn.Module]] = {"digits": DigitsFeatures}
+
+
+def feature_network(name: str) -> nn.Module:
+    """The feature network of that name, frozen: images [B, C, Y, X] in [-1, 1] to features [B, d].
+
+    Raises:
+        ValueError: there is none; the message names the legal ones.
+    """
+    _check(name)
+    return _NETWORKS[name]()
+
+
+def metric_name(name: str) -> str:
+    """What the Fréchet distance over a network's features is called in records, curves and tables: `fd_<name>`.
+
+    Raises:
+        ValueError: there is no such network; the message names the legal ones.
+    """
+    _check(name)
+    return f"fd_{name}"
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """Hexadecimal SHA-256 of a network's weights (names, types, shapes and bytes), whatever file or device they are on."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check(name: str) -> None:
+    if name not in _NETWORKS:
+        raise ValueError(f"feature network {name!r}: must be one of {', '.join(_NETWORKS)}")

@@ -1,0 +1,61 @@
+"""Tiles, positions and rotations."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from madformer.model.blocks import text_positions, to_blocks, to_image, token_positions
+from madformer.model.rope import rope
+from tests.conftest import tiny
+
+
+def test_blocks_are_tiles_in_raster_order():
+    image = torch.arange(16).reshape(1, 1, 4, 4)
+    blocks = to_blocks(image, 4)
+    assert blocks[0, 1, 0].tolist() == [[2, 3], [6, 7]]
+    assert blocks[0, 2, 0].tolist() == [[8, 9], [12, 13]]
+    assert torch.equal(to_image(blocks), image)
+
+
+@pytest.mark.parametrize("ar_length", [0, 3, 9])
+def test_an_image_that_cannot_be_cut_so_is_refused(ar_length):
+    with pytest.raises(ValueError, match=f"ar_length = {ar_length}: must be a square number whose root divides 4 x 4"):
+        to_blocks(torch.zeros(1, 1, 4, 4), ar_length)
+
+
+def test_positions_are_rows_and_columns_of_the_whole_image_and_text_lies_before_it():
+    positions = token_positions(tiny())  # a token grid of 4 x 4
+    assert positions[1].tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
+    assert positions[2, 0].tolist() == [2, 0]
+    assert text_positions(3).tolist() == [[-3, -3], [-2, -2], [-1, -1]]
+
+
+def rotate(config, x_K, *position):
+    return rope(torch.tensor([position]), config, torch.float64).rotate(x_K)[0]
+
+
+@given(st.tuples(*[st.integers(-20, 20)] * 6), st.integers(0, 5))
+def test_axial_scores_depend_on_relative_position_alone(places, seed):
+    config = tiny(width=32)
+    query, key = torch.randn(2, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    row, column, other_row, other_column, down, right = places
+    score = rotate(config, query, row, column) @ rotate(config, key, other_row, other_column)
+    moved = rotate(config, query, row + down, column + right) @ rotate(config, key, other_row + down, other_column + right)
+    torch.testing.assert_close(score, moved)
+    torch.testing.assert_close(rotate(config, query, row, column).norm(), query.norm())
+
+
+def test_each_axis_rotates_its_own_half():
+    config, x = tiny(width=32), torch.randn(16, dtype=torch.float64)
+    torch.testing.assert_close(rotate(config, x, 0, 7)[:8], x[:8])
+    torch.testing.assert_close(rotate(config, x, 7, 0)[8:], x[8:])
+    # The fastest pair turns by one radian per row: frequency 10000 ** 0.
+    unit = torch.zeros(16, dtype=torch.float64)
+    unit[0] = 1
+    turned = rotate(config, unit, 1, 0)
+    torch.testing.assert_close(
+        turned[[0, 4]],
+        torch.tensor([1.0, 1.0]).double() * torch.tensor([1.0, 1.0]).cos() * torch.tensor([1.0, 0.0])
+        + torch.tensor([0.0, 1.0]) * torch.tensor([0.0, 1.0]).sin(),
+    )

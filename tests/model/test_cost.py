@@ -1,0 +1,188 @@
+"""Formulas against what torch counts."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from madformer.config import ConfigError, DiffusionConfig, LossConfig, ModelConfig, UNetConfig, load_experiment
+from madformer.diffusion import NoiseSchedule
+from madformer.losses import compute_losses, wanted_outputs
+from madformer.model import MADFormer, cost, memory
+from madformer.model.cache import KeyValueCache
+from madformer.model.generate import generate
+from tests.conftest import ROOT, TEXT
+
+unets = st.sampled_from(
+    [
+        UNetConfig(channels=(16,), layers=(1,), attention=(False,), num_heads=2),
+        UNetConfig(channels=(16, 32), layers=(1, 2), attention=(False, True), num_heads=2),
+        UNetConfig(channels=(16, 32, 16), layers=(2, 1, 1), attention=(True, False, True), num_heads=2),
+    ]
+)
+configs = st.builds(
+    ModelConfig,
+    latent_channels=st.sampled_from([1, 4]),
+    latent_size=st.just(16),
+    ar_length=st.sampled_from([1, 4]),
+    depth=st.just(3),
+    diffusion_depth=st.integers(1, 3),
+    width=st.just(32),
+    num_heads=st.just(4),
+    num_kv_heads=st.sampled_from([None, 2]),
+    ffn_width=st.just(48),
+    use_clean_blocks=st.booleans(),
+    use_condition=st.booleans(),
+    local_denoising=st.booleans(),
+    parameter_sets=st.sampled_from(["separate", "shared"]),
+    unet=unets,
+    text=st.sampled_from([None, TEXT]),
+    attention_backend=st.just("sdpa"),
+)
+
+
+def loss_config(config, hidden, clean_tower):
+    return LossConfig(
+        lambda_hidden=0.1 * (hidden and config.use_condition),
+        lambda_clean_tower=0.1 * (clean_tower and config.use_clean_blocks),
+    )
+
+
+def step(model, weights, draws, device):
+    """Forward and losses of a batch of two."""
+    config = model.config
+    shape = (config.ar_length, config.latent_channels, config.block_size, config.block_size)
+    clean, noise = torch.randn(2, *shape, device=device), torch.randn(2 * draws, *shape, device=device)
+    t = torch.zeros(2 * draws, config.ar_length, dtype=torch.long, device=device)
+    text = torch.ones(2, config.text.length, dtype=torch.long, device=device) if config.text else None
+    schedule = NoiseSchedule(DiffusionConfig()).to(device)
+    return compute_losses(model, schedule, weights, clean, noise, t, text)
+
+
+def on_meta(config):
+    with torch.device("meta"):
+        return MADFormer(config)
+
+
+@given(configs)
+def test_parameters_by_part_add_up(config):
+    model = on_meta(config)
+    parts = cost.parameters(config)
+    assert sum(parts.values()) == sum(parameter.numel() for parameter in model.parameters())
+    assert parts["downsampler"] == sum(parameter.numel() for parameter in model.downsampler.parameters())
+    assert parts["upsampler"] == sum(parameter.numel() for parameter in model.upsampler.parameters())
+
+
+@pytest.mark.parametrize(
+    ("experiment", "least", "most"), [("ffhq1024", 1_300_243_844, 1_300_243_844), ("imagenet256", 2.05e9, 2.2e9)]
+)
+def test_presets_have_the_paper_s_size(experiment, least, most):
+    config = load_experiment(ROOT / f"experiments/{experiment}.yaml").model
+    assert least <= sum(cost.parameters(config).values()) <= most
+    assert sum(parameter.numel() for parameter in on_meta(config).parameters()) == sum(cost.parameters(config).values())
+
+
+@settings(max_examples=10)
+@given(configs, st.booleans(), st.booleans(), st.integers(1, 2), st.booleans())
+def test_training_flops_are_those_counted(config, hidden, clean_tower, draws, checkpointing):
+    config = dataclasses.replace(config, activation_checkpointing=checkpointing)
+    model, weights = on_meta(config), loss_config(config, hidden, clean_tower)
+    with FlopCounterMode(display=False) as counter:
+        losses = step(model, weights, draws, "meta")
+        forward = counter.get_total_flops()
+        losses.total.backward()
+    flops = cost.training_flops(config, wanted_outputs(weights), draws)
+    assert 2 * flops.forward == pytest.approx(forward, rel=1e-3)
+    assert 2 * flops.total == pytest.approx(counter.get_total_flops(), rel=1e-2)
+
+
+class CpuSteps(DDIMScheduler):
+    """Timesteps have no values on meta, so they stay on the CPU."""
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        super().set_timesteps(num_inference_steps)
+
+
+@settings(max_examples=10)
+@given(configs, st.integers(1, 3), st.booleans())
+def test_sampling_flops_are_those_counted(config, steps, guided):
+    guided = guided and config.text is not None
+    noise = torch.empty(2, config.ar_length, config.latent_channels, config.block_size, config.block_size, device="meta")
+    text = torch.zeros(2, 3, dtype=torch.long, device="meta") if config.text else None
+    with FlopCounterMode(display=False) as counter:
+        scheduler = CpuSteps(clip_sample=False, prediction_type="sample")
+        generate(on_meta(config), scheduler, steps, initial_noise_BLCYX=noise, text=text, guidance=2.0 if guided else 1.0)
+    assert 2 * cost.sampling_flops(config, guidance=guided).total(steps) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("diffusion_depth", "gigaflops"), [(7, 264), (14, 352), (21, 439), (28, 527)])
+def test_a_denoising_step_at_the_released_size(diffusion_depth, gigaflops):
+    config = dataclasses.replace(load_experiment(ROOT / "experiments/ffhq1024.yaml").model, diffusion_depth=diffusion_depth)
+    flops = cost.sampling_flops(config)
+    assert flops.step_unet / config.ar_length / 1e9 == pytest.approx(176, abs=0.5)
+    assert (flops.step_unet + flops.step_layers) / config.ar_length / 1e9 == pytest.approx(gigaflops, abs=0.5)
+
+
+@pytest.mark.parametrize(("budget", "steps"), [(280, 19), (700, 49), (1400, 99), (2800, 199), (28, 1)])
+def test_nfe_and_steps(budget, steps):
+    config = load_experiment(ROOT / "experiments/ffhq1024.yaml").model
+    assert cost.steps_for_nfe(config, budget) == steps
+    assert cost.nfe(config, steps) == budget
+
+
+def test_a_budget_below_one_step_names_the_smallest():
+    with pytest.raises(ConfigError, match="nfe = 27: too small for one denoising step; .* the smallest is 28"):
+        cost.steps_for_nfe(load_experiment(ROOT / "experiments/ffhq1024.yaml").model, 27)
+
+
+def kept_bytes(function, parameters):
+    """Bytes that autograd keeps for the backward pass, beside the parameters."""
+    storages, own = {}, {parameter.untyped_storage().data_ptr() for parameter in parameters}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too: its address must not be reused
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    assert result.total.requires_grad
+    return sum(size for size, _ in storages.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ar_length": 16, "num_kv_heads": 1}, {"use_clean_blocks": False, "text": TEXT}, {"local_denoising": True}],
+    ids=str,
+)
+def test_activation_memory_is_what_autograd_keeps(changes, dtype):
+    unet = UNetConfig(channels=(32, 64), layers=(1, 2), attention=(False, True))
+    sizes = {
+        "latent_size": 32,
+        "ar_length": 4,
+        "depth": 4,
+        "diffusion_depth": 2,
+        "width": 128,
+        "num_heads": 4,
+        "ffn_width": 384,
+    }
+    config = ModelConfig(**{**sizes, "unet": unet, **changes})
+    model, weights = MADFormer(config), loss_config(config, hidden=True, clean_tower=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        measured = kept_bytes(lambda: step(model, weights, 1, "cpu"), model.parameters())
+    estimate = memory.training_memory(config, 2, dtype, wanted_outputs(weights))
+    assert estimate.activations == pytest.approx(measured, rel=0.1)
+    assert estimate.weights == sum(parameter.nbytes for parameter in model.parameters())
+
+
+@given(configs, st.booleans())
+def test_cache_memory_is_the_cache_s(config, guided):
+    rows = 4 if guided else 2
+    cache = KeyValueCache(config, rows, config.text.length if config.text else 0, torch.device("meta"), torch.bfloat16)
+    assert memory.cache_memory(config, 2, guidance=guided) == cache.bytes

@@ -1,0 +1,222 @@
+"""The training forward: what it leaks, what it skips, and what its options leave unchanged."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from madformer.model import MADFormer
+from madformer.model.plan import existing_outputs, layer_plans
+from tests.conftest import SWITCHES, TEXT, build, latents, prompts, switch_name, timesteps, tiny
+
+configs = st.builds(
+    tiny,
+    ar_length=st.sampled_from([1, 4, 16]),
+    depth=st.just(3),
+    diffusion_depth=st.integers(1, 3),
+    num_kv_heads=st.sampled_from([None, 1]),
+    use_clean_blocks=st.booleans(),
+    use_condition=st.booleans(),
+    local_denoising=st.booleans(),
+    parameter_sets=st.sampled_from(["separate", "shared"]),
+    rope=st.sampled_from(["axial", "released"]),
+    text=st.sampled_from([None, TEXT]),
+    latent_size=st.just(8),
+)
+
+
+def forward(model, clean=None, noisy=None, batch=2, draws=1, **options):
+    config = model.config
+    clean = latents(config, batch) if clean is None else clean
+    noisy = latents(config, batch * draws, seed=5) if noisy is None else noisy
+    options = {"text": prompts(config, batch), **options}
+    return model(clean, noisy, timesteps(config, batch * draws), **options)
+
+
+@given(configs, st.data())
+def test_no_prediction_sees_its_target(config, data):
+    if config.ar_length == 16:
+        config = dataclasses.replace(config, latent_size=16)
+    model, clean = build(config), latents(config).requires_grad_()
+    noisy = latents(config, seed=5).requires_grad_()
+    out = forward(model, clean, noisy)
+    block = data.draw(st.integers(0, config.ar_length - 1))
+
+    def influence(output, inputs):
+        """Largest gradient of the block's output with respect to each block of the inputs."""
+        (gradient,) = torch.autograd.grad(
+            (output[:, block] ** 2).sum(), inputs, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return gradient.abs().amax((0, 2, 3, 4))
+
+    assert not influence(out.denoised_BLCYX, clean)[block:].any()
+    assert not influence(out.denoised_BLCYX, noisy)[block + 1 :].any()
+    assert influence(out.denoised_BLCYX, noisy)[block] > 0
+    if out.condition_BLCYX is not None:
+        assert not influence(out.condition_BLCYX, clean)[block:].any()
+        assert not influence(out.condition_BLCYX, noisy).any()
+        earlier = slice(0 if config.ar_depth else max(block - 1, 0), block)  # without AR layers it is the embedding alone
+        assert influence(out.condition_BLCYX, clean)[earlier].all()
+    if out.clean_tower_BLCYX is not None:
+        assert not influence(out.clean_tower_BLCYX, clean)[block + 1 :].any()
+        assert not influence(out.clean_tower_BLCYX, noisy).any()
+    if config.use_clean_blocks and not config.local_denoising:
+        assert influence(out.denoised_BLCYX, clean)[:block].all()
+
+
+@given(configs, st.integers(1, 3))
+def test_draws_share_the_context_and_nothing_else(config, draws):
+    assume(config.ar_length < 16)
+    model, clean, t = build(config), latents(config), timesteps(config, 2 * draws)
+    noisy, text = latents(config, 2 * draws, seed=5), prompts(config)
+    together = model(clean, noisy, t, text=text)
+    for draw in range(draws):
+        alone = model(clean, noisy[draw::draws], t[draw::draws], text=text)
+        torch.testing.assert_close(together.denoised_BLCYX[draw::draws], alone.denoised_BLCYX)
+        if alone.condition_BLCYX is not None:
+            torch.testing.assert_close(together.condition_BLCYX, alone.condition_BLCYX)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=switch_name)
+def test_outputs_that_nobody_wants_change_nothing_and_are_absent(switches):
+    model = build(tiny(**switches))
+    everything, alone = forward(model), forward(model, outputs=())
+    torch.testing.assert_close(alone.denoised_BLCYX, everything.denoised_BLCYX)
+    assert alone.condition_BLCYX is None and alone.clean_tower_BLCYX is None and alone.text_logits is None
+    assert (everything.condition_BLCYX is not None) == switches["use_condition"]
+    assert (everything.clean_tower_BLCYX is not None) == switches["use_clean_blocks"]
+    assert (everything.text_logits is not None) == (switches["text"] is not None)
+    for name in ("condition", "clean_tower"):
+        if (wanted := getattr(everything, f"{name}_BLCYX")) is not None:
+            torch.testing.assert_close(getattr(forward(model, outputs=[name]), f"{name}_BLCYX"), wanted)
+
+
+@given(configs, st.sets(st.sampled_from(["condition", "clean_tower", "text_logits"])))
+def test_unused_parameters_are_those_without_a_gradient(config, outputs):
+    assume(config.ar_length < 16)
+    model = build(config)
+    out = forward(model, outputs=outputs)
+    total = sum(
+        (x**2).sum() for x in (out.denoised_BLCYX, out.condition_BLCYX, out.clean_tower_BLCYX, out.text_logits) if x is not None
+    )
+    total.backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    unused = {id(parameter) for parameter in model.unused_parameters(outputs)}
+    assert without == {name for name, parameter in model.named_parameters() if id(parameter) in unused}
+
+
+def test_the_plan_leaves_out_what_nobody_reads():
+    config = tiny(depth=3, diffusion_depth=1)
+    plans = layer_plans(config, existing_outputs(config, ()))
+    assert [plan.queries for plan in plans] == [("clean", "noise"), ("clean", "noise"), ("noise",)]
+    assert {plan.keys for plan in plans} == {("clean", "noise")}
+    local = tiny(depth=3, diffusion_depth=1, local_denoising=True)
+    plans = layer_plans(local, existing_outputs(local, ()))
+    assert [(plan.queries, plan.keys) for plan in plans] == [
+        (("clean", "noise"), ("clean", "noise")),
+        (("noise",), ("clean", "noise")),
+        (("noise",), ("noise",)),
+    ]
+    unconditioned = tiny(depth=3, diffusion_depth=1, use_condition=False)
+    assert [plan.queries for plan in layer_plans(unconditioned, frozenset())] == [("clean",), ("clean",), ("noise",)]
+
+
+def gradients(model, **options):
+    out = forward(model, **options)
+    loss = sum((x**2).mean() for x in (out.denoised_BLCYX, out.condition_BLCYX, out.clean_tower_BLCYX))
+    return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+
+
+def test_activation_checkpointing_changes_no_number():
+    model = build(tiny())
+    again = MADFormer(dataclasses.replace(model.config, activation_checkpointing=True)).double()
+    again.load_state_dict(model.state_dict())
+    for mine, reference in zip(gradients(again), gradients(model), strict=True):
+        assert torch.equal(mine, reference)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on the CPU needs g++, which is not there")
+def test_compiled_layers_compute_the_same_in_training_and_sampling():
+    from diffusers import DDIMScheduler
+
+    from madformer.model.generate import generate
+
+    model = build(tiny(depth=1, diffusion_depth=1))
+    compiled = MADFormer(dataclasses.replace(model.config, compile=True)).double()
+    assert compiled.state_dict().keys() == model.state_dict().keys()
+    compiled.load_state_dict(model.state_dict())
+    for mine, reference in zip(gradients(compiled), gradients(model), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-8)
+    scheduler = DDIMScheduler(clip_sample=False, prediction_type="sample")
+    samples = [generate(x, scheduler, 2, initial_noise_BLCYX=latents(model.config)) for x in (compiled, model)]
+    torch.testing.assert_close(*samples, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("switches", [{}, {"text": TEXT, "use_clean_blocks": False}], ids=str)
+def test_builds_and_runs_on_the_meta_device(switches):
+    config = tiny(**switches)
+    with torch.device("meta"):
+        model = MADFormer(config)
+        clean, t = torch.empty(2, 4, 2, 4, 4), torch.zeros(2, 4, dtype=torch.long)
+        out = model(clean, clean, t, text=prompts(config) if config.text is None else torch.zeros(2, 3, dtype=torch.long))
+    assert out.denoised_BLCYX.is_meta and out.denoised_BLCYX.shape == clean.shape
+
+
+def test_bfloat16_autocast_keeps_residual_stream_and_outputs_in_float32():
+    model = build(tiny()).float()
+    clean, noisy = latents(model.config).float(), latents(model.config, seed=5).float()
+    exact = forward(model, clean, noisy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = forward(model, clean, noisy)
+    assert rounded.denoised_BLCYX.dtype == torch.float32
+    difference = (rounded.denoised_BLCYX - exact.denoised_BLCYX).norm()
+    assert 0 < difference < 0.1 * exact.denoised_BLCYX.norm()
+
+
+def test_neighbouring_timesteps_stay_apart_under_autocast():
+    embedding = build(tiny()).float().downsampler.time_embedding
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        late, later = embedding(torch.tensor([998, 999]))
+    assert not torch.equal(late, later)
+
+
+def test_null_text_is_what_text_none_means():
+    model = build(tiny(text=TEXT))
+    padding = torch.zeros(2, 3, dtype=torch.long)
+    torch.testing.assert_close(forward(model, text=None).denoised_BLCYX, forward(model, text=padding).denoised_BLCYX)
+    assert not torch.allclose(forward(model).denoised_BLCYX, forward(model, text=padding).denoised_BLCYX)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        (
+            {},
+            {"clean": torch.zeros(2, 4, 2, 8, 8)},
+            r"clean_BLCYX has shape \(2, 4, 2, 8, 8\): the configuration needs \[batch, 4, 2, 4, 4\]",
+        ),
+        ({}, {"noisy": torch.zeros(3, 4, 2, 4, 4)}, "noisy_BLCYX has batch 3: must be a multiple of the clean batch, 2"),
+        ({}, {"noisy": torch.zeros(4, 4, 2, 4, 4)}, r"t_BL has shape \(2, 4\): must be \(4, 4\)"),
+        ({}, {"outputs": ["hidden"]}, r"outputs = \['hidden'\]: the auxiliary outputs are condition, clean_tower, text_logits"),
+        ({}, {"text": torch.zeros(2, 3, dtype=torch.long)}, "text given to a model without text: set model.text"),
+        ({"text": TEXT}, {"text": torch.zeros(1, 3, dtype=torch.long)}, r"text has shape \(1, 3\): must be \[2, tokens\]"),
+        ({"clean_timestep": "released"}, {"draws": 2}, "2 draws per image: .*give clean_t_BL"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(changes, options, message):
+    with pytest.raises(ValueError, match=message):
+        forward(build(tiny(**changes)), **options)
+
+
+def test_initialisation_is_the_released_one():
+    torch.manual_seed(0)
+    model = MADFormer(tiny(width=64, num_heads=4, ffn_width=96))
+    tower = model.layers[0].tower("noise")
+    bound = (6 / (64 + 96)) ** 0.5
+    assert tower.gate.weight.abs().max() <= bound
+    assert float(tower.gate.weight.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert not tower.qkv.bias.any() and not tower.out.bias.any()
+    assert float(model.boi_SD.detach().std()) == pytest.approx(1, abs=0.2)

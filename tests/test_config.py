@@ -1,0 +1,142 @@
+"""Every rule of the configuration, by its message: the field, the value, what would be right."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from madformer.config import ConfigError, ExperimentConfig, LossConfig, ModelConfig, TextConfig, load_experiment
+from tests.conftest import ROOT
+
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+DIGITS = ROOT / "experiments/digits.yaml"
+
+BAD = {
+    "model.latent_channels=0": "model.latent_channels = 0: must be an integer of at least 1",
+    "model.latent_size=0": "model.latent_size = 0: must be an integer of at least 1",
+    "model.depth=0": "model.depth = 0: must be an integer of at least 1",
+    "model.diffusion_depth=0": "model.diffusion_depth = 0: must be in 1..8 (model.depth)",
+    "model.diffusion_depth=9": "model.diffusion_depth = 9: must be in 1..8 (model.depth)",
+    "model.ar_length=0": "model.ar_length = 0: must be an integer of at least 1",
+    "model.ar_length=5": "model.ar_length = 5: must be a square number (1, 4, 16, 64, ...)",
+    "model.ar_length=9": "model.ar_length = 9: its root 3 must divide model.latent_size = 8",
+    "model.width=63": "model.width = 63: must be a multiple of model.num_heads = 4",
+    "model.width=0": "model.width = 0: must be an integer of at least 1",
+    "model.num_heads=0": "model.num_heads = 0: must be an integer of at least 1",
+    "model.num_heads=32": "model.num_heads = 32: the head width, model.width / model.num_heads = 2, must divide by 4",
+    "model.num_kv_heads=3": "model.num_kv_heads = 3: must divide model.num_heads = 4",
+    "model.num_kv_heads=0": "model.num_kv_heads = 0: must divide model.num_heads = 4",
+    "model.ffn_width=-1": "model.ffn_width = -1: must be an integer of at least 1",
+    "model.rope=sinusoidal": "model.rope: Invalid value 'sinusoidal', expected one of ['axial', 'released']",
+    "model.parameter_sets=one": "model.parameter_sets: Invalid value 'one', expected one of ['separate', 'shared']",
+    "model.prediction_type=x0": "model.prediction_type: Invalid value 'x0', expected one of ['sample', 'epsilon', 'v_prediction']",
+    "model.clean_timestep=last": "model.clean_timestep: Invalid value 'last', expected one of ['zero', 'released']",
+    "model.attention_backend=xformers": "model.attention_backend: Invalid value 'xformers', expected one of ['auto', 'flex', 'sdpa']",
+    "model.unet.channels=[]": "model.unet.channels = []: must name at least one level",
+    "model.unet.channels=[12]": "model.unet.channels = [12]: must be positive multiples of model.unet.groups = 8",
+    "model.unet.channels=[32,64]": "model.unet.layers = [1]: must have one entry for each of the 2 levels of model.unet.channels",
+    "model.unet.attention=[true,false]": "model.unet.attention = [True, False]: must have one entry for each of the 1 levels",
+    "model.unet.layers=[0]": "model.unet.layers = [0]: must be at least 1 on every level",
+    "model.unet.groups=0": "model.unet.groups = 0: must be an integer of at least 1",
+    "model.unet.num_heads=5 model.unet.attention=[true]": "levels with attention must be multiples of model.unet.num_heads = 5",
+    "model.unet.channels=[8,8,8,8] model.unet.layers=[1,1,1,1] model.unet.attention=[false,false,false,false]": (
+        "model.unet.channels = [8, 8, 8, 8]: their downsampling by 8 must divide a block's side, 4 latents"
+    ),
+    "model.text.vocab_size=1": "model.text.vocab_size = 1: must be an integer of at least 2",
+    "model.text.length=0": "model.text.length = 0: must be an integer of at least 1",
+    "model.text.pad_token_id=200000": "model.text.pad_token_id = 200000: must be in 0..128255 (model.text.vocab_size - 1)",
+    "model.text.dropout=1": "model.text.dropout = 1.0: must be at least 0 and below 1",
+    "diffusion.train_timesteps=0": "diffusion.train_timesteps = 0: must be an integer of at least 1",
+    "diffusion.beta_start=0": "diffusion.beta_start = 0.0: must be between 0 and 1",
+    "diffusion.beta_end=0.00001": "diffusion.beta_end = 1e-05: must be at least diffusion.beta_start = 0.0001 and below 1",
+    "diffusion.draws_per_image=0": "diffusion.draws_per_image = 0: must be an integer of at least 1",
+    "diffusion.draws_per_image=2 model.clean_timestep=released": "diffusion.draws_per_image = 2: several draws share the clean blocks: set",
+    "loss.lambda_hidden=-0.1": "loss.lambda_hidden = -0.1: must be a finite number of at least 0",
+    "loss.lambda_text=nan": "loss.lambda_text = nan: must be a finite number of at least 0",
+    "loss.lambda_image=0": "loss.lambda_image = 0.0: must be above 0",
+    "model.use_condition=false": "loss.lambda_hidden = 0.1: needs the condition: set loss.lambda_hidden=0 or model.use_condition=true",
+    "loss.lambda_clean_tower=1 model.use_clean_blocks=false": (
+        "loss.lambda_clean_tower = 1.0: needs clean blocks: set loss.lambda_clean_tower=0 or model.use_clean_blocks=true"
+    ),
+    "loss.lambda_clean_tower=1 model.ar_length=1": "loss.lambda_clean_tower = 1.0: a single block has no next one: set",
+    "model.depth=eight": "model.depth: Value 'eight' of type 'str' could not be converted to Integer",
+    "model.depth=2.5": "model.depth: Value '2.5' of type 'float' could not be converted to Integer",
+    "model.unet.channels=[a]": "a list's entry: the value could not be converted to Integer",
+    "model.unet=3": "model.unet = 3: must be a mapping of its fields (channels, layers,",
+    "model.dept=3": "unknown key model.dept; the nearest is model.depth",
+    "model.unet.chanels=[8]": "unknown key model.unet.chanels; the nearest is model.unet.channels",
+    "modle.depth=3": "unknown key modle; the nearest is model",
+    "model.depth": "override = 'model.depth': must have the form section.field=value",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_a_bad_configuration_says_what_is_wrong_and_what_would_be_right(overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(DIGITS, overrides.split())
+    assert BAD[overrides] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ModelConfig(rope="sinusoidal"), "model.rope = 'sinusoidal': must be one of axial, released"),
+        (lambda: ModelConfig(depth=2.5), "model.depth = 2.5: must be an integer of at least 1"),
+        (lambda: ModelConfig(ar_length=True), "model.ar_length = True: must be an integer"),
+        (lambda: TextConfig(pad_token_id=-1), "model.text.pad_token_id = -1: must be in 0..128255"),
+        (lambda: LossConfig(lambda_hidden=math.inf), "loss.lambda_hidden = inf: must be a finite number"),
+    ],
+)
+def test_construction_in_python_obeys_the_same_rules(build, message):
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        build()
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_load(path):
+    assert load_experiment(path).name == path.stem
+
+
+def test_the_defaults_are_the_paper_s():
+    config = ExperimentConfig()
+    assert (config.loss.lambda_text, config.loss.lambda_image, config.loss.lambda_hidden, config.loss.lambda_clean_tower) == (
+        1,
+        5,
+        0.1,
+        0,
+    )
+    assert config.model == load_experiment(ROOT / "experiments/ffhq1024.yaml").model
+    assert config.model.block_tokens == 256
+
+
+def test_overrides_win_over_the_file():
+    config = load_experiment(
+        DIGITS, ["model.diffusion_depth=2", "loss.lambda_hidden=1e-2", "model.text.length=7", "model.num_kv_heads=2"]
+    )
+    assert config.model.diffusion_depth == 2 and config.loss.lambda_hidden == 0.01
+    assert config.model.text.length == 7 and config.model.kv_heads == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["model: {depth: 3", "- a\n- b", "model: [1, 2]", "\x00"], ids=["brace", "list", "section", "binary"]
+)
+def test_a_broken_file_is_one_clear_line(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml: no such experiment file"):
+        load_experiment("nowhere.yaml")
+
+
+def test_checking_a_configuration_imports_nothing_heavy():
+    code = "import sys, madformer.config, madformer.model.cost, madformer.model.memory; print('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout == "False\n"
+    )
