@@ -26,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "TextConfig",
     "UNetConfig",
+    "check_losses",
     "load_experiment",
 ]
 
@@ -299,21 +300,29 @@ class ExperimentConfig:
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
-        model, loss = self.model, self.loss
-        legal = loss.lambda_hidden == 0 or model.use_condition
-        remedy = "needs the condition: set loss.lambda_hidden=0 or model.use_condition=true"
-        _require(legal, "loss.lambda_hidden", loss.lambda_hidden, remedy)
-        legal = loss.lambda_clean_tower == 0 or model.use_clean_blocks
-        remedy = "needs clean blocks: set loss.lambda_clean_tower=0 or model.use_clean_blocks=true"
-        _require(legal, "loss.lambda_clean_tower", loss.lambda_clean_tower, remedy)
-        legal = loss.lambda_clean_tower == 0 or model.ar_length > 1
-        remedy = "a single block has no next one: set loss.lambda_clean_tower=0 or model.ar_length to 4, 16, ..."
-        _require(legal, "loss.lambda_clean_tower", loss.lambda_clean_tower, remedy)
-        legal = loss.lambda_image > 0
-        _require(legal, "loss.lambda_image", loss.lambda_image, "must be above 0: nothing else trains the denoiser")
-        legal = self.diffusion.draws_per_image == 1 or model.clean_timestep == "zero"
+        check_losses(self.model, self.loss)
+        legal = self.diffusion.draws_per_image == 1 or self.model.clean_timestep == "zero"
         remedy = "several draws share the clean blocks: set diffusion.draws_per_image=1 or model.clean_timestep=zero"
         _require(legal, "diffusion.draws_per_image", self.diffusion.draws_per_image, remedy)
+
+
+def check_losses(model: ModelConfig, loss: LossConfig) -> None:
+    """Refuse losses on what the model does not have.
+
+    Raises:
+        ConfigError: the hidden loss without the condition, the clean-tower loss without clean blocks or a second block,
+            or no image loss.
+    """
+    _require(loss.lambda_image > 0, "loss.lambda_image", loss.lambda_image, "must be above 0: nothing else trains the denoiser")
+    legal = loss.lambda_hidden == 0 or model.use_condition
+    remedy = "needs the condition: set loss.lambda_hidden=0 or model.use_condition=true"
+    _require(legal, "loss.lambda_hidden", loss.lambda_hidden, remedy)
+    legal = loss.lambda_clean_tower == 0 or model.use_clean_blocks
+    remedy = "needs clean blocks: set loss.lambda_clean_tower=0 or model.use_clean_blocks=true"
+    _require(legal, "loss.lambda_clean_tower", loss.lambda_clean_tower, remedy)
+    legal = loss.lambda_clean_tower == 0 or model.ar_length > 1
+    remedy = "a single block has no next one: set loss.lambda_clean_tower=0 or model.ar_length to 4, 16, ..."
+    _require(legal, "loss.lambda_clean_tower", loss.lambda_clean_tower, remedy)
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:

@@ -8,7 +8,7 @@ from einops import reduce, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
-from madformer.config import LossConfig
+from madformer.config import LossConfig, check_losses
 from madformer.diffusion import NoiseSchedule
 from madformer.model.madformer import MADFormer
 
@@ -52,8 +52,10 @@ def compute_losses(
         text: token ids [B, T], prompts already dropped (`text.drop_text`); None: the null text.
 
     Raises:
+        ConfigError: a loss on what the model does not have.
         ValueError: shapes that do not fit the model's configuration or each other.
     """
+    check_losses(model.config, weights)
     target_BLCYX = repeat(clean_BLCYX, "b ... -> (b k) ...", k=max(1, len(noise_BLCYX) // len(clean_BLCYX)))
     noisy_BLCYX = schedule.add_noise(target_BLCYX, noise_BLCYX, t_BL)
     out = model(clean_BLCYX, noisy_BLCYX, t_BL, text=text, outputs=wanted_outputs(weights))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from madformer.config import DiffusionConfig, LossConfig
+from madformer.config import ConfigError, DiffusionConfig, LossConfig
 from madformer.diffusion import NoiseSchedule
 from madformer.losses import compute_losses, next_token_loss, wanted_outputs
 from madformer.model.text import drop_text, null_text
@@ -64,6 +64,13 @@ def test_a_loss_of_weight_zero_is_neither_there_nor_paid_for():
     assert all(flops(**{name: 1.0}) > least for name in ("lambda_text", "lambda_hidden", "lambda_clean_tower"))
 
 
+def test_a_loss_on_what_the_model_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match="needs the condition: set"):
+        losses(build(tiny(use_condition=False)))
+    with pytest.raises(ConfigError, match="a single block has no next one: set"):
+        losses(build(tiny(ar_length=1)))
+
+
 def test_several_draws_are_the_mean_of_single_draws():
     config, draws = tiny(text=TEXT), 3
     model, noise, t = build(config), latents(config, 6, seed=9), timesteps(config, 6)
@@ -101,9 +108,9 @@ def test_training_brings_the_loss_down():
     config = tiny(text=TEXT)
     model = build(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    before = float(losses(model).total)
+    before = losses(model).total.item()
     for _ in range(30):
         optimizer.zero_grad()
         losses(model).total.backward()
         optimizer.step()
-    assert float(losses(model).total) < 0.5 * before
+    assert losses(model).total.item() < 0.5 * before

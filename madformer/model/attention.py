@@ -167,22 +167,22 @@ def _block_mask(pattern: Pattern, device: torch.device) -> BlockMask:
     queries, keys = _token_table(pattern, pattern.queries, device), _token_table(pattern, pattern.keys, device)
 
     def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        return _sees(pattern, queries[q_index], keys[k_index])
+        return _sees(pattern, tuple(column[q_index] for column in queries), tuple(column[k_index] for column in keys))
 
-    return create_block_mask(mask_mod, None, None, len(queries), len(keys), device=device.type)
+    return create_block_mask(mask_mod, None, None, len(queries[0]), len(keys[0]), device=str(device))
 
 
 def dense_mask(pattern: Pattern, device: torch.device | str = "cpu") -> Tensor:
     """The pattern as a boolean matrix [queries, keys], for pictures and for checks; True: sees."""
     queries, keys = _token_table(pattern, pattern.queries, device), _token_table(pattern, pattern.keys, device)
-    return _sees(pattern, queries[:, None], keys[None])
+    return _sees(pattern, tuple(column[:, None] for column in queries), keys)
 
 
 _TEXT, _CLEAN, _NOISE = range(3)
 
 
-def _token_table(pattern: Pattern, towers: tuple[str, ...], device: torch.device | str) -> Tensor:
-    """[tokens, 3]: kind, place (index of text tokens, block of image tokens) and noise draw of every token."""
+def _token_table(pattern: Pattern, towers: tuple[str, ...], device: torch.device | str) -> tuple[Tensor, ...]:
+    """Kind, place (index of text tokens, block of image tokens) and noise draw of every token, a column [tokens] each."""
     size = pattern.block_tokens
     rows = {
         "text": [(_TEXT, token, 0) for token in range(pattern.text_tokens)],
@@ -191,12 +191,13 @@ def _token_table(pattern: Pattern, towers: tuple[str, ...], device: torch.device
             (_NOISE, block, draw) for draw in range(pattern.draws) for block in range(pattern.noisy_blocks) for _ in range(size)
         ],
     }
-    return torch.tensor([row for tower in towers for row in rows[tower]], dtype=torch.int32, device=device)
+    columns = zip(*(row for tower in towers for row in rows[tower]), strict=True)
+    return tuple(torch.tensor(column, dtype=torch.int32, device=device) for column in columns)
 
 
-def _sees(pattern: Pattern, query: Tensor, key: Tensor) -> Tensor:
-    """Whether tokens see tokens; rows of `_token_table`, broadcast against each other."""
-    (q_kind, q_place, q_draw), (k_kind, k_place, k_draw) = query.unbind(-1), key.unbind(-1)
+def _sees(pattern: Pattern, query: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
+    """Whether tokens see tokens; entries of `_token_table`, broadcast against each other."""
+    (q_kind, q_place, q_draw), (k_kind, k_place, k_draw) = query, key
     earlier = _CLEAN if "clean" in pattern.keys else _NOISE
     sees_text = (k_kind == _TEXT) & ((q_kind != _TEXT) | (k_place <= q_place))
     sees_itself = (k_kind == q_kind) & (k_place == q_place) & (k_draw == q_draw)

@@ -113,7 +113,8 @@ class _Sampler:
 
     def set_timesteps(self, steps: int) -> None:
         """Start the scheduler anew, and refuse timesteps that the model was never trained on."""
-        self.scheduler.set_timesteps(steps, device=self.model.boi_SD.device)
+        # On the CPU: schedulers look timesteps up by value, and on a GPU every look-up would wait for it.
+        self.scheduler.set_timesteps(steps)
         timesteps, end = self.scheduler.timesteps, self.scheduler.config.num_train_timesteps
         if bool(((timesteps < 0) | (timesteps >= end)).any()):
             outside = f"{steps} steps of this scheduler go from {timesteps.max()} to {timesteps.min()}"
@@ -182,7 +183,7 @@ class _Sampler:
         return self.model.unembed(tokens_BSD[:, None], self._timesteps(len(tokens_BSD), t), skips)[:, 0]
 
     def _timesteps(self, rows: int, t: Tensor | float) -> Tensor:
-        return torch.as_tensor(t, device=self.model.boi_SD.device).expand(rows, 1)
+        return torch.full((rows, 1), float(t), device=self.model.boi_SD.device)
 
     def _for_all_rows(self, x_BSD: Tensor) -> Tensor:
         return x_BSD if self.rows == self.images else torch.cat([x_BSD, x_BSD])

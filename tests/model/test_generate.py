@@ -176,15 +176,9 @@ def step_flops(config):
         model = build(config)
         noise = torch.empty(1, config.ar_length, config.latent_channels, config.block_size, config.block_size)
 
-    class Ddim(DDIMScheduler):
-        """On meta a timestep has no value, so keep it on the CPU."""
-
-        def set_timesteps(self, num_inference_steps, device=None):
-            super().set_timesteps(num_inference_steps)
-
     def count(steps):
         with FlopCounterMode(display=False) as counter:
-            generate(model, Ddim(clip_sample=False, prediction_type="sample"), steps, initial_noise_BLCYX=noise)
+            generate(model, ddim(), steps, initial_noise_BLCYX=noise)
         return counter.get_total_flops()
 
     return count(3) - count(2)
