@@ -18,18 +18,14 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint 
 
 # Stamps: newer than the files that decide what is installed, so that a second run installs nothing.
 CREATED := $(VENV)/.created
-CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint env lock clean
+.PHONY: help test lint env lock clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-
-quickstart: $(CORE) ## train a small grid on handwritten digits, show its curves
-	$(BIN)/madformer sweep run sweeps/quickstart.yaml
 
 test: $(DEV) ## run the tests
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 $(ARGS)
@@ -52,17 +48,13 @@ lock: ## write constraints.txt anew
 
 clean: ## remove the environment, caches and build outputs, but no runs
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
-	find benchmarks madformer tests -name __pycache__ -prune -exec rm -rf {} +
+	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(CREATED):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer not found: install it, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(CORE): pyproject.toml constraints.txt $(CREATED)
-	$(INSTALL) --editable .
-	@touch $@
-
 $(DEV): pyproject.toml constraints.txt $(CREATED)
 	$(INSTALL) --editable '.[dev]'
-	@touch $(CORE) $@
+	@touch $@

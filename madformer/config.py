@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -31,6 +31,10 @@ __all__ = [
 ]
 
 
+MIN_FLEX_HEAD_WIDTH = 16
+"""FlexAttention's kernels take no narrower heads."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the field, its value and the legal ones."""
 
@@ -46,12 +50,18 @@ def _require_at_least(least: int, section: str, config: object, *names: str) -> 
         _require(_is_integer(value) and value >= least, f"{section}.{name}", value, f"must be an integer of at least {least}")
 
 
-def _require_choices(section: str, config: Any) -> None:
-    """Check every field whose type is a Literal (OmegaConf does so for YAML, nothing does for plain construction)."""
+def _require_types(section: str, config: Any) -> None:
+    """Check what OmegaConf checks for YAML and nothing does for plain construction: choices, truths, sections, lists."""
     for name, hint in get_type_hints(type(config)).items():
-        if choices := get_args(hint) if getattr(hint, "__origin__", None) is Literal else ():
-            value = getattr(config, name)
-            _require(value in choices, f"{section}.{name}", value, f"must be one of {', '.join(choices)}")
+        value, arguments = getattr(config, name), get_args(hint)
+        if get_origin(hint) is Literal:
+            _require(value in arguments, f"{section}.{name}", value, f"must be one of {', '.join(arguments)}")
+        elif get_origin(hint) is tuple:
+            legal = isinstance(value, Sequence) and all(type(entry) is arguments[0] for entry in value)
+            _require(legal, f"{section}.{name}", value, f"must be a list of {arguments[0].__name__}")
+            object.__setattr__(config, name, tuple(value))
+        elif hint in (bool, UNetConfig, TextConfig | None):
+            _require(isinstance(value, hint), f"{section}.{name}", value, f"must be of type {getattr(hint, '__name__', hint)}")
 
 
 def _is_integer(value: object) -> bool:
@@ -79,6 +89,7 @@ class UNetConfig:
     """Width of the timestep embedding."""
 
     def __post_init__(self) -> None:
+        _require_types("model.unet", self)
         _require(len(self.channels) > 0, "model.unet.channels", list(self.channels), "must name at least one level")
         for name in ("layers", "attention"):
             value = getattr(self, name)
@@ -186,7 +197,7 @@ class ModelConfig:
         _require_at_least(
             1, "model", self, "latent_channels", "latent_size", "ar_length", "depth", "width", "num_heads", "ffn_width"
         )
-        _require_choices("model", self)
+        _require_types("model", self)
         legal = _is_integer(self.diffusion_depth) and 1 <= self.diffusion_depth <= self.depth
         _require(legal, "model.diffusion_depth", self.diffusion_depth, f"must be in 1..{self.depth} (model.depth)")
         self._check_blocks()
@@ -209,6 +220,9 @@ class ModelConfig:
             f"the head width, model.width / model.num_heads = {self.head_width}, must divide by 4 (two axes of rotated pairs)"
         )
         _require(self.head_width % 4 == 0, "model.num_heads", self.num_heads, remedy)
+        legal = self.attention_backend != "flex" or self.head_width >= MIN_FLEX_HEAD_WIDTH
+        remedy = f"needs heads of at least {MIN_FLEX_HEAD_WIDTH}, they are {self.head_width} wide; set it to sdpa or auto"
+        _require(legal, "model.attention_backend", self.attention_backend, remedy)
         legal = _is_integer(self.kv_heads) and self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0
         _require(legal, "model.num_kv_heads", self.num_kv_heads, f"must divide model.num_heads = {self.num_heads}")
 
@@ -286,7 +300,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            _require(math.isfinite(value) and value >= 0, f"loss.{item.name}", value, "must be a finite number of at least 0")
+            legal = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+            _require(legal, f"loss.{item.name}", value, "must be a finite number of at least 0")
 
 
 @dataclass(frozen=True)

@@ -9,25 +9,25 @@ from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from madformer.config import DiffusionConfig
 
 PredictionType = Literal["sample", "epsilon", "v_prediction"]
 
 
-class NoiseSchedule(nn.Module):
-    """Noise levels of the timesteps; a module without parameters or state, so that it follows its owner's device."""
-
-    alphas_cumprod: Tensor
+class NoiseSchedule:
+    """Noise levels of the timesteps. No module: a table of noise levels must not follow a model into bfloat16 or onto meta."""
 
     def __init__(self, config: DiffusionConfig) -> None:
-        super().__init__()
         self.config = config
-        scheduler = DDPMScheduler(
-            config.train_timesteps, beta_start=config.beta_start, beta_end=config.beta_end, beta_schedule="linear"
-        )
-        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod, persistent=False)
+        with torch.device("cpu"):
+            scheduler = DDPMScheduler(
+                config.train_timesteps, beta_start=config.beta_start, beta_end=config.beta_end, beta_schedule="linear"
+            )
+        self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
+        """The noise level of every timestep, float32, on the CPU."""
+        self._by_device: dict[torch.device, Tensor] = {}
 
     def draw(self, clean_BLCYX: Tensor, draws: int = 1, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Noise [B * draws, L, C, Y, X] and timesteps [B * draws, L]: every block draws its own.
@@ -66,5 +66,9 @@ class NoiseSchedule(nn.Module):
         return signal * noisy_BLCYX - spread * prediction_BLCYX
 
     def _scales(self, t_BL: Tensor, like_BLCYX: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_BL111 = self.alphas_cumprod.to(like_BLCYX.device)[t_BL][..., None, None, None]
+        device = like_BLCYX.device
+        if device not in self._by_device:
+            with torch.inference_mode(False):
+                self._by_device[device] = self.alphas_cumprod.to(device)
+        alpha_BL111 = self._by_device[device][t_BL][..., None, None, None]
         return alpha_BL111.sqrt().to(like_BLCYX.dtype), (1 - alpha_BL111).sqrt().to(like_BLCYX.dtype)

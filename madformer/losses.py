@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from einops import reduce, repeat
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from madformer.config import LossConfig, check_losses
 from madformer.diffusion import NoiseSchedule
 from madformer.model.madformer import MADFormer
+from madformer.model.text import null_text
 
 
 @dataclass
@@ -56,7 +58,13 @@ def compute_losses(
         ValueError: shapes that do not fit the model's configuration or each other.
     """
     check_losses(model.config, weights)
-    target_BLCYX = repeat(clean_BLCYX, "b ... -> (b k) ...", k=max(1, len(noise_BLCYX) // len(clean_BLCYX)))
+    draws, rest = divmod(len(noise_BLCYX), len(clean_BLCYX))
+    if rest or not draws or noise_BLCYX.shape[1:] != clean_BLCYX.shape[1:]:
+        expected = f"must be a multiple of {len(clean_BLCYX)} images of {tuple(clean_BLCYX.shape[1:])}"
+        raise ValueError(f"noise_BLCYX has shape {tuple(noise_BLCYX.shape)}: {expected}, as clean_BLCYX")
+    if text is None and model.config.text is not None:
+        text = null_text(model.config.text, len(clean_BLCYX), clean_BLCYX.device)
+    target_BLCYX = repeat(clean_BLCYX, "b ... -> (b k) ...", k=draws)
     noisy_BLCYX = schedule.add_noise(target_BLCYX, noise_BLCYX, t_BL)
     out = model(clean_BLCYX, noisy_BLCYX, t_BL, text=text, outputs=wanted_outputs(weights))
 
@@ -67,16 +75,15 @@ def compute_losses(
         terms["hidden"] = F.mse_loss(out.condition_BLCYX, clean_BLCYX)
     if out.clean_tower_BLCYX is not None:
         terms["clean_tower"] = F.mse_loss(out.clean_tower_BLCYX[:, :-1], clean_BLCYX[:, 1:])
-    if out.text_logits is not None and text is not None:
-        terms["text"] = next_token_loss(out.text_logits, text, model.config.text.pad_token_id if model.config.text else -100)
+    if out.text_logits is not None and text is not None and model.config.text is not None:
+        terms["text"] = next_token_loss(out.text_logits, text.to(out.text_logits.device), model.config.text.pad_token_id)
     total = sum((getattr(weights, f"lambda_{name}") * term for name, term in terms.items()), start=image_BL.new_zeros(()))
     return Losses(total, terms, image_BL.detach())
 
 
 def next_token_loss(logits_BTV: Tensor, text_BT: Tensor, pad_token_id: int) -> Tensor:
     """Cross-entropy of each token given those before it, over the targets that are not padding; 0 if there are none."""
-    targets_BT = text_BT[:, 1:]
-    loss = F.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).float(), targets_BT.flatten(), ignore_index=pad_token_id, reduction="sum"
-    )
+    targets_BT = text_BT[:, 1:].long()
+    logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+    loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), targets_BT.flatten(), ignore_index=pad_token_id, reduction="sum")
     return loss / (targets_BT != pad_token_id).sum().clamp(min=1)

@@ -71,6 +71,25 @@ def test_a_loss_on_what_the_model_does_not_have_is_refused():
         losses(build(tiny(ar_length=1)))
 
 
+def test_noise_of_another_shape_is_refused():
+    model = build(tiny())
+    with pytest.raises(
+        ValueError, match=r"noise_BLCYX has shape \(2, 4, 1, 4, 4\): must be a multiple of 2 images of \(4, 2, 4, 4\)"
+    ):
+        losses(model, noise_BLCYX=latents(model.config)[:, :, :1])
+    with pytest.raises(ValueError, match=r"noise_BLCYX has shape \(3, 4, 2, 4, 4\)"):
+        losses(model, noise_BLCYX=latents(model.config, 3))
+
+
+def test_without_prompts_every_used_parameter_still_has_a_gradient():
+    model = build(tiny(text=TEXT))
+    result = losses(model, text=None)
+    assert result.terms["text"] == 0
+    result.total.backward()
+    unused = {id(parameter) for parameter in model.unused_parameters(wanted_outputs(ALL))}
+    assert all((parameter.grad is None) == (id(parameter) in unused) for parameter in model.parameters())
+
+
 def test_several_draws_are_the_mean_of_single_draws():
     config, draws = tiny(text=TEXT), 3
     model, noise, t = build(config), latents(config, 6, seed=9), timesteps(config, 6)

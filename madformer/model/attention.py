@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from madformer.config import MIN_FLEX_HEAD_WIDTH, ModelConfig
+
 Towers = dict[str, Tensor]
 """Tensors by tower name, in the order of `plan.TOWERS`."""
 
@@ -65,9 +67,25 @@ class Sequence:
 
 
 def sequence(pattern: Pattern, backend: str, device: torch.device) -> Sequence:
-    """The context of a layer with the backend that the configuration names (`auto`: FlexAttention on CUDA)."""
-    flex = backend == "flex" or (backend == "auto" and device.type == "cuda")
-    return Sequence(pattern, _block_mask(pattern, device) if flex else None)
+    """The context of a layer with a backend, `flex` or `sdpa`."""
+    return Sequence(pattern, _block_mask(pattern, device) if backend == "flex" else None)
+
+
+def choose_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that the configuration names; `auto`: FlexAttention on CUDA, where its kernels take head and dtype."""
+    if config.attention_backend != "auto":
+        return config.attention_backend
+    fits = config.head_width >= MIN_FLEX_HEAD_WIDTH and dtype != torch.float64
+    return "flex" if device.type == "cuda" and fits else "sdpa"
+
+
+def allow_many_shapes() -> None:
+    """Lift the number of shapes that torch.compile takes per function: past it, it silently runs uncompiled.
+
+    Every combination of layer pattern, batch size and training or sampling is a shape.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
 
 
 def sdpa(q_BHNK: Tensor, k_BGMK: Tensor, v_BGMK: Tensor, causal: bool = False) -> Tensor:
@@ -141,7 +159,8 @@ def _repeat_batch(x_BHNK: Tensor, times: int) -> Tensor:
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    allow_many_shapes()
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _flex_attention(q: Towers, k: Towers, v: Towers, pattern: Pattern, block_mask: BlockMask) -> Towers:
@@ -164,12 +183,14 @@ def _join(x: Towers, draws: int) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _block_mask(pattern: Pattern, device: torch.device) -> BlockMask:
-    queries, keys = _token_table(pattern, pattern.queries, device), _token_table(pattern, pattern.keys, device)
+    # The cached mask must serve training, also if validation under inference mode comes first.
+    with torch.inference_mode(False), torch.no_grad():
+        queries, keys = (_token_table(pattern, towers, device) for towers in (pattern.queries, pattern.keys))
 
-    def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        return _sees(pattern, tuple(column[q_index] for column in queries), tuple(column[k_index] for column in keys))
+        def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+            return _sees(pattern, tuple(column[q_index] for column in queries), tuple(column[k_index] for column in keys))
 
-    return create_block_mask(mask_mod, None, None, len(queries[0]), len(keys[0]), device=str(device))
+        return create_block_mask(mask_mod, None, None, len(queries[0]), len(keys[0]), device=str(device))
 
 
 def dense_mask(pattern: Pattern, device: torch.device | str = "cpu") -> Tensor:

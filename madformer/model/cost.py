@@ -27,7 +27,7 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     parts = {"downsampler": downsampler(config).parameters, "upsampler": upsampler(config).parameters}
     parts["boi_block"] = config.block_tokens * config.width
     parts |= {f"{tower}_tower": config.depth * _tower_parameters(config) for tower in towers}
-    if config.text:
+    if config.text is not None:
         parts["text_embedding"] = config.text.vocab_size * config.width
         parts["text_head"] = (config.text.vocab_size + 1) * config.width
     return parts
@@ -148,7 +148,7 @@ def training_flops(config: ModelConfig, outputs: Iterable[str] | None = None, dr
         draws: noise draws per image.
     """
     wanted, text = existing_outputs(config, outputs), text_tokens(config)
-    image, prompt = [0, 0], 0
+    image, prompt, not_recomputed = [0, 0], 0, 0
     for layer, plan in enumerate(layer_plans(config, wanted)):
         diffusion_stage = layer >= config.ar_depth
         for tower in plan.keys:
@@ -160,18 +160,26 @@ def training_flops(config: ModelConfig, outputs: Iterable[str] | None = None, dr
             local = config.local_denoising and diffusion_stage
             flops = _image_layer_flops(config, blocks, text, local, queried)
             image[diffusion_stage] += flops * (draws if tower == "noise" and diffusion_stage else 1)
-    head = 2 * text * config.width * config.text.vocab_size if config.text and "text_logits" in wanted else 0
+        if plan.queries:
+            # Recomputation stops when it has what the backward pass reads: before the last tower's last product.
+            last = plan.queries[-1]
+            blocks = (
+                config.ar_length * (draws if diffusion_stage else 1) if last == "noise" else clean_block_count(config, wanted)
+            )
+            tokens = text if last == "text" else blocks * config.block_tokens
+            not_recomputed += 2 * tokens * config.ffn_width * config.width
+    head = 2 * text * config.width * config.text.vocab_size if config.text is not None and "text_logits" in wanted else 0
     down, up = unet_passes(config, wanted, draws)
     unet = down * downsampler(config).flops + up * upsampler(config).flops
     # The gradient of a product is two products, but nobody needs the one of the latents.
     backward = 2 * (sum(image) + prompt + head + unet) - down * downsampler(config).first_flops
-    again = sum(image) + prompt if config.activation_checkpointing else 0
+    again = sum(image) + prompt - not_recomputed if config.activation_checkpointing else 0
     return TrainingFlops(image[0], image[1], unet, prompt + head, backward + again)
 
 
 def text_tokens(config: ModelConfig) -> int:
     """Tokens of the prompt (T)."""
-    return config.text.length if config.text else 0
+    return config.text.length if config.text is not None else 0
 
 
 def unet_passes(config: ModelConfig, wanted: frozenset[str], draws: int) -> tuple[int, int]:

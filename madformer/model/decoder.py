@@ -89,14 +89,6 @@ class DecoderLayer(nn.Module):
         return {name: self.tower(name).update(x[name], attended[name]) for name in context.queries}
 
 
-def initialise(module: nn.Module) -> None:
-    """As released: Xavier-uniform linears with zero biases (convolutions keep torch's default)."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 def autocast_dtype(device: torch.device, default: torch.dtype) -> torch.dtype:
     """The dtype that linear layers compute in here: autocast's, or the weights'."""
     available = torch.amp.is_autocast_available(device.type)

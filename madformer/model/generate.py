@@ -40,27 +40,29 @@ def generate(
     Args:
         model: the model; its device and dtype are used. Works under autocast.
         scheduler: any diffusers scheduler with the model's prediction type. Its steps are set anew for every block.
-        steps: denoising steps per block; NFE = (N - D) + D * steps.
+        steps: denoising steps per block, as the scheduler counts them. NFE = (N - D) + D * calls of the network, which is
+            one per step but for schedulers of higher order (Heun: 2 * steps - 1).
         batch_size: images to sample; may be left out where seeds, noise or text tell it.
         seeds: one for each image. Image b depends on its own seed alone, also with stochastic schedulers.
         initial_noise_BLCYX: noise that the blocks start from, instead of drawn noise.
         text: token ids [B, T]; None: the null text.
         guidance: scale of classifier-free guidance; 1 is none. Needs text.
         guidance_interval: lowest and highest timestep at which guidance acts; None: all.
-        on_block: called with (i, latents [B, L, C, Y, X]) after block i; later blocks are still zero. For previews.
+        on_block: called with (i, latents [B, L, C, Y, X]) after block i; later blocks are still zero. For previews:
+            the latents are those being written, so copy what you keep.
 
     Returns:
         Latents [B, L, C, Y, X]; `blocks.to_image` puts them together.
 
     Raises:
-        ValueError: a scheduler of another prediction type, timesteps outside the schedule, batch sizes that contradict
-            each other, or guidance without text.
+        ValueError: a scheduler of another prediction type, timesteps outside the schedule, sizes that contradict each
+            other or the model, or guidance without text.
     """
-    _check_scheduler(model, scheduler, guidance, text)
+    _check_scheduler(model, scheduler, steps)
+    _check_guidance(model, text, guidance, guidance_interval)
     batch = _batch_size(batch_size, seeds, initial_noise_BLCYX, text)
-    generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise_BLCYX = _initial_noise(model, batch, generators) if initial_noise_BLCYX is None else initial_noise_BLCYX
-    noise_BLCYX = noise_BLCYX.to(model.boi_SD)
+    generators = None if seeds is None else [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    noise_BLCYX = _initial_noise(model, batch, generators, initial_noise_BLCYX)
     latents_BLCYX = torch.zeros_like(noise_BLCYX)
     sampler = _Sampler(model, scheduler, batch, text, guidance, guidance_interval)
     options = {"generator": generators} if generators and "generator" in inspect.signature(scheduler.step).parameters else {}
@@ -125,9 +127,7 @@ class _Sampler:
         self.block = block
         self.condition_BSD = None
         tokens_BSD = self.model.boi_SD.detach().expand(self.rows, -1, -1)
-        if (previous_BCYX is not None and "clean" in self.plans[0].keys) or (
-            self.config.use_condition and previous_BCYX is not None
-        ):
+        if previous_BCYX is not None and ("clean" in self.plans[0].keys or self.config.use_condition):
             t = self.scheduler.timesteps[-1] if self.config.clean_timestep == "released" else 0
             tokens_BSD = self._for_all_rows(self._embed(previous_BCYX, t)[0])
             if "clean" in self.plans[0].keys:
@@ -158,7 +158,10 @@ class _Sampler:
 
     def _fills_cache(self, index: int) -> bool:
         """Without clean blocks, later blocks see the noisy one as it was at the last step: every row must run then."""
-        return not self.config.use_clean_blocks and index == len(self.scheduler.timesteps) - 1
+        read_later = (
+            not (self.config.use_clean_blocks or self.config.local_denoising) and self.block < self.config.ar_length - 1
+        )
+        return read_later and index == len(self.scheduler.timesteps) - 1
 
     def _extend(self, tower: str, x_BSD: Tensor, block: int, first: int = 0, last: int | None = None) -> Tensor:
         """Run a tower's tokens through layers first .. last - 1 as far as their plan needs them, filling the cache."""
@@ -189,28 +192,45 @@ class _Sampler:
         return x_BSD if self.rows == self.images else torch.cat([x_BSD, x_BSD])
 
 
-def _check_scheduler(model: MADFormer, scheduler: Any, guidance: float, text: Tensor | None) -> None:
+def _check_scheduler(model: MADFormer, scheduler: Any, steps: int) -> None:
     theirs, ours = scheduler.config.get("prediction_type"), model.config.prediction_type
     if theirs != ours:
         raise ValueError(f"scheduler.config.prediction_type = {theirs!r}: must be the model's, {ours!r}")
-    if guidance != 1 and text is None:
-        raise ValueError(f"guidance = {guidance}: needs text to guide towards; give text, or guidance=1")
+    if steps != int(steps) or steps < 1:
+        raise ValueError(f"steps = {steps}: must be an integer of at least 1")
+
+
+def _check_guidance(model: MADFormer, text: Tensor | None, guidance: float, interval: tuple[float, float] | None) -> None:
     if text is not None and model.text is None:
         raise ValueError("text given to a model without text: set model.text")
+    if text is not None and (text.ndim != 2 or not text.shape[1]):
+        raise ValueError(f"text has shape {tuple(text.shape)}: must be [images, tokens]")
+    if guidance != 1 and text is None:
+        raise ValueError(f"guidance = {guidance}: needs text to guide towards; give text, or guidance=1")
+    if interval is not None and interval[0] > interval[1]:
+        raise ValueError(f"guidance_interval = {interval}: must be the lowest and the highest timestep")
 
 
 def _batch_size(batch_size: int | None, seeds: Sequence[int] | None, noise_BLCYX: Tensor | None, text: Tensor | None) -> int:
-    given = {"batch_size": batch_size, "seeds": seeds, "initial_noise_BLCYX": noise_BLCYX, "text": text}
-    sizes = {name: value if isinstance(value, int) else len(value) for name, value in given.items() if value is not None}
+    given = {"seeds": seeds, "initial_noise_BLCYX": noise_BLCYX, "text": text}
+    sizes = {name: len(value) for name, value in given.items() if value is not None}
+    if batch_size is not None:
+        sizes["batch_size"] = int(batch_size)
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         told = ", ".join(f"{name}: {size}" for name, size in sizes.items()) or "none given"
         raise ValueError(f"number of images ({told}): give batch_size, seeds, initial_noise_BLCYX or text, and let them agree")
     return next(iter(sizes.values()))
 
 
-def _initial_noise(model: MADFormer, batch: int, generators: list[torch.Generator] | None) -> Tensor:
-    c, device = model.config, model.boi_SD.device
+def _initial_noise(model: MADFormer, batch: int, generators: list[torch.Generator] | None, given: Tensor | None) -> Tensor:
+    c, like = model.config, model.boi_SD
     shape = (c.ar_length, c.latent_channels, c.block_size, c.block_size)
+    if given is not None:
+        if tuple(given.shape[1:]) != shape:
+            raise ValueError(
+                f"initial_noise_BLCYX has shape {tuple(given.shape)}: must be [images, {', '.join(map(str, shape))}]"
+            )
+        return given.to(like)
     if generators is None:
-        return torch.randn(batch, *shape, device=device)
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        return torch.randn(batch, *shape, device=like.device, dtype=like.dtype)
+    return torch.stack([torch.randn(shape, generator=generator, device="cpu") for generator in generators]).to(like)

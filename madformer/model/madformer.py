@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from madformer.config import ModelConfig
-from madformer.model.attention import Pattern, Towers, sequence
+from madformer.model.attention import Pattern, Towers, allow_many_shapes, choose_backend, sequence
 from madformer.model.blocks import text_positions, token_positions
-from madformer.model.decoder import DecoderLayer, initialise
+from madformer.model.decoder import DecoderLayer
 from madformer.model.plan import TOWERS, LayerPlan, clean_block_count, existing_outputs, layer_plans
 from madformer.model.rope import Rope, rope
 from madformer.model.text import TextInterface, null_text
@@ -43,15 +43,31 @@ class MADFormer(nn.Module):
         self.config = config
         used = {"text": config.text is not None, "clean": config.use_clean_blocks, "noise": True}
         towers = tuple(tower for tower in TOWERS if used[tower])
-        self.boi_SD = nn.Parameter(torch.randn(config.block_tokens, config.width))
+        self.boi_SD = nn.Parameter(torch.empty(config.block_tokens, config.width))
         self.downsampler = Downsampler(config)
         self.layers = nn.ModuleList(DecoderLayer(config, towers) for _ in range(config.depth))
         self.upsampler = Upsampler(config)
-        self.text = TextInterface(config.text, config.width) if config.text else None
-        self.apply(initialise)
+        self.text = TextInterface(config.text, config.width) if config.text is not None else None
+        self.reset_parameters()
         if config.compile:
+            allow_many_shapes()
             for layer in self.layers:
                 layer.compile()
+
+    def reset_parameters(self) -> None:
+        """Initialise as released, also after building on the meta device: Xavier-uniform linears with zero biases,
+        N(0, 1) for BOI, torch's defaults in the convolutions; text embeddings N(0, 0.02) (Table 7).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif module is not self and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        nn.init.normal_(self.boi_SD)
 
     def forward(
         self,
@@ -75,7 +91,7 @@ class MADFormer(nn.Module):
         Raises:
             ValueError: shapes that do not fit the configuration or each other, an unknown output, text for a model without.
         """
-        config, draws = self.config, self._check_inputs(clean_BLCYX, noisy_BLCYX, t_BL)
+        config, draws = self.config, self._check_inputs(clean_BLCYX, noisy_BLCYX, t_BL, clean_t_BL)
         wanted = existing_outputs(config, outputs)
         plans = layer_plans(config, wanted)
         x = self._embed_text(text, len(clean_BLCYX), clean_BLCYX.device)
@@ -161,7 +177,7 @@ class MADFormer(nn.Module):
 
     # ---- the pieces of the forward
 
-    def _check_inputs(self, clean_BLCYX: Tensor, noisy_BLCYX: Tensor, t_BL: Tensor) -> int:
+    def _check_inputs(self, clean_BLCYX: Tensor, noisy_BLCYX: Tensor, t_BL: Tensor, clean_t_BL: Tensor | None) -> int:
         """The number of draws per image, k."""
         c = self.config
         expected = (c.ar_length, c.latent_channels, c.block_size, c.block_size)
@@ -177,6 +193,10 @@ class MADFormer(nn.Module):
             )
         if t_BL.shape != noisy_BLCYX.shape[:2]:
             raise ValueError(f"t_BL has shape {tuple(t_BL.shape)}: must be {tuple(noisy_BLCYX.shape[:2])}, as noisy_BLCYX")
+        if clean_t_BL is not None and clean_t_BL.shape != clean_BLCYX.shape[:2]:
+            raise ValueError(
+                f"clean_t_BL has shape {tuple(clean_t_BL.shape)}: must be {tuple(clean_BLCYX.shape[:2])}, as clean_BLCYX"
+            )
         return draws
 
     def _clean_timesteps(self, t_BL: Tensor, draws: int) -> Tensor:
@@ -194,9 +214,9 @@ class MADFormer(nn.Module):
             return {}
         if text is None:
             text = null_text(self.text.config, batch, device)
-        if text.ndim != 2 or len(text) != batch:
+        if text.ndim != 2 or len(text) != batch or not text.shape[1]:
             raise ValueError(f"text has shape {tuple(text.shape)}: must be [{batch}, tokens], one row for each image")
-        return {"text": self.text.embedding(text)}
+        return {"text": self.text.embedding(text.to(device))}
 
     def _embed_clean(self, clean_BLCYX: Tensor, clean_t_BL: Tensor, blocks: int) -> tuple[Tensor, Skips]:
         """Embed the clean blocks that anything reads: the `blocks` in the sequence, all but the last for the condition."""
@@ -238,7 +258,8 @@ class MADFormer(nn.Module):
         if not plan.keys:
             return {}
         inputs = {tower: x[tower] for tower in plan.keys}
-        context = sequence(pattern, config.attention_backend, self.boi_SD.device)
+        backend = choose_backend(config, self.boi_SD.device, self.boi_SD.dtype)
+        context = sequence(pattern, backend, self.boi_SD.device)
         if config.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(self.layers[layer], inputs, ropes, context, use_reentrant=False, preserve_rng_state=False)
         return self.layers[layer](inputs, ropes, context)

@@ -28,7 +28,8 @@ class TrainingMemory:
     """AdamW's two moments."""
     ema: int
     activations: int
-    """Kept from the forward for the backward pass, the whole batch."""
+    """Kept from the forward for the backward pass, the whole batch; with activation checkpointing, and while the
+    largest layer is recomputed."""
 
     @property
     def total(self) -> int:
@@ -48,11 +49,16 @@ def training_memory(
         outputs: auxiliary outputs in the loss (`losses.wanted_outputs`); None: all that exist.
         draws: noise draws per image.
     """
-    weights = _FULL * sum(parameters(config).values())
+    weights = weight_memory(config)
     # Autocast keeps a copy of the weights in its dtype until the backward pass is done.
     copies = weights * DTYPE_BYTES[dtype] // _FULL if DTYPE_BYTES[dtype] != _FULL else 0
     activations = batch * _activations(config, DTYPE_BYTES[dtype], existing_outputs(config, outputs), draws) + copies
     return TrainingMemory(weights, weights, 2 * weights, weights, activations)
+
+
+def weight_memory(config: ModelConfig, dtype: str = "float32") -> int:
+    """The weights alone, as for sampling."""
+    return DTYPE_BYTES[dtype] * sum(parameters(config).values())
 
 
 def cache_memory(config: ModelConfig, batch: int, dtype: str = "bfloat16", guidance: bool = False) -> int:

@@ -45,7 +45,7 @@ def layer_plans(config: ModelConfig, outputs: frozenset[str]) -> tuple[LayerPlan
     """The plan of every layer, first layer first, for the denoised blocks and the auxiliary `outputs`."""
     # No query sees the last clean block: it is there for its own output alone.
     clean = {"clean"} if config.use_clean_blocks and (config.ar_length > 1 or "clean_tower" in outputs) else set()
-    text = {"text"} if config.text else set()
+    text = {"text"} if config.text is not None else set()
     needed = {"noise"} | (clean if "clean_tower" in outputs else set()) | (text if "text_logits" in outputs else set())
     plans = []
     for layer in reversed(range(config.depth)):

@@ -96,7 +96,7 @@ def to_released(model: MADFormer) -> dict[str, Tensor]:
             raise ValueError(f"{section}.{name} = {getattr(fields, name)!r}: the released code knows {value!r} alone")
     if len(set(config.unet.channels[1:])) > 1:
         raise ValueError(f"model.unet.channels = {config.unet.channels}: the released code needs equal levels after the first")
-    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     weights["boi_SD"] = weights["boi_SD"][None]
     return {theirs: weights[ours].clone() for theirs, ours in _names(config, all_towers=True)}
 

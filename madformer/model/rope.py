@@ -38,13 +38,14 @@ def rope(positions_N2: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
     checkpoints only.
     """
     axis_dim = config.head_width // 2
-    steps = torch.arange(axis_dim // 2, dtype=torch.float64, device=positions_N2.device)
+    exact = torch.float32 if positions_N2.device.type == "mps" else torch.float64
+    steps = torch.arange(axis_dim // 2, dtype=exact, device=positions_N2.device)
     if config.rope == "axial":
         frequencies = 10_000.0 ** (-2 * steps / axis_dim)
     else:
         side = config.block_rows * config.token_rows
         base = (int(8 * side / math.pi) // 100 + 1) * 100.0
         frequencies = base ** (-steps / max(axis_dim // 2 - 1, 1))
-    angles_N2f = positions_N2[..., None].to(torch.float64) * frequencies
+    angles_N2f = positions_N2[..., None].to(exact) * frequencies
     angles_NK = torch.cat([angles_N2f, angles_N2f], dim=-1).flatten(-2)
     return Rope(angles_NK.cos().to(dtype), angles_NK.sin().to(dtype), config.rope)

@@ -15,7 +15,6 @@ class TextInterface(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, width)
-        nn.init.normal_(self.embedding.weight, std=0.02)
         self.norm = nn.RMSNorm(width, eps=1e-5)
         self.head = nn.Linear(width, config.vocab_size, bias=False)
 
@@ -26,7 +25,9 @@ class TextInterface(nn.Module):
 
 def null_text(config: TextConfig, batch: int, device: torch.device | str | None = None, length: int | None = None) -> Tensor:
     """Prompts of padding alone, [B, T]: what the model sees for a dropped prompt."""
-    return torch.full((batch, length or config.length), config.pad_token_id, dtype=torch.long, device=device)
+    return torch.full(
+        (batch, config.length if length is None else length), config.pad_token_id, dtype=torch.long, device=device
+    )
 
 
 def drop_text(text_BT: Tensor, config: TextConfig, generator: torch.Generator | None = None) -> Tensor:

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from madformer.model.attention import Pattern, dense_mask, sequence
+from madformer.model.attention import Pattern, choose_backend, dense_mask, sequence
+from tests.conftest import tiny
 
-HEADS, WIDTH = 4, 8
+HEADS, WIDTH = 4, 16
 CPU = torch.device("cpu")
 
 
@@ -132,8 +133,25 @@ def test_flex_equals_sdpa(layout, kv_heads):
 
 def test_flex_masks_are_made_once_per_shape():
     layout = pattern(size=5)
-    assert sequence(layout, "flex", CPU).block_mask is sequence(pattern(size=5), "flex", CPU).block_mask
-    assert sequence(layout, "auto", CPU).block_mask is None
+    with torch.inference_mode():  # as in validation before the first training step
+        mask = sequence(layout, "flex", CPU).block_mask
+    assert sequence(pattern(size=5), "flex", CPU).block_mask is mask
+    assert not mask.kv_indices.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "dtype", "backend"),
+    [
+        ({}, "cpu", torch.float32, "sdpa"),
+        ({}, "cuda", torch.float32, "flex"),
+        ({}, "cuda", torch.float64, "sdpa"),
+        ({"num_heads": 4}, "cuda", torch.float32, "sdpa"),
+        ({"attention_backend": "sdpa"}, "cuda", torch.float32, "sdpa"),
+        ({"attention_backend": "flex"}, "cpu", torch.float32, "flex"),
+    ],
+)
+def test_auto_takes_flex_where_its_kernels_run(changes, device, dtype, backend):
+    assert choose_backend(tiny(**{"width": 32, **changes}), torch.device(device), dtype) == backend
 
 
 def test_flex_says_that_it_cannot_train_on_the_cpu():

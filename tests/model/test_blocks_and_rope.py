@@ -1,5 +1,7 @@
 """Tiles, positions and rotations."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -50,12 +52,12 @@ def test_each_axis_rotates_its_own_half():
     config, x = tiny(width=32), torch.randn(16, dtype=torch.float64)
     torch.testing.assert_close(rotate(config, x, 0, 7)[:8], x[:8])
     torch.testing.assert_close(rotate(config, x, 7, 0)[8:], x[8:])
-    # The fastest pair turns by one radian per row: frequency 10000 ** 0.
-    unit = torch.zeros(16, dtype=torch.float64)
-    unit[0] = 1
-    turned = rotate(config, unit, 1, 0)
-    torch.testing.assert_close(
-        turned[[0, 4]],
-        torch.tensor([1.0, 1.0]).double() * torch.tensor([1.0, 1.0]).cos() * torch.tensor([1.0, 0.0])
-        + torch.tensor([0.0, 1.0]) * torch.tensor([0.0, 1.0]).sin(),
-    )
+
+
+@pytest.mark.parametrize(("pair", "frequency"), [(0, 1.0), (1, 0.1), (2, 0.01), (3, 0.001)])
+def test_frequencies_are_powers_of_10000(pair, frequency):
+    config, unit = tiny(width=32), torch.zeros(16, dtype=torch.float64)  # 10000 ** (-2 * pair / 8)
+    unit[pair] = 1
+    turned = rotate(config, unit, 3, 0)
+    expected = torch.tensor([math.cos(3 * frequency), math.sin(3 * frequency)], dtype=torch.float64)
+    torch.testing.assert_close(turned[[pair, pair + 4]], expected)

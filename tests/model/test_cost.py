@@ -57,7 +57,7 @@ def step(model, weights, draws, device):
     clean, noise = torch.randn(2, *shape, device=device), torch.randn(2 * draws, *shape, device=device)
     t = torch.zeros(2 * draws, config.ar_length, dtype=torch.long, device=device)
     text = torch.ones(2, config.text.length, dtype=torch.long, device=device) if config.text else None
-    schedule = NoiseSchedule(DiffusionConfig()).to(device)
+    schedule = NoiseSchedule(DiffusionConfig())
     return compute_losses(model, schedule, weights, clean, noise, t, text)
 
 
@@ -95,7 +95,7 @@ def test_training_flops_are_those_counted(config, hidden, clean_tower, draws, ch
         losses.total.backward()
     flops = cost.training_flops(config, wanted_outputs(weights), draws)
     assert 2 * flops.forward == pytest.approx(forward, rel=1e-3)
-    assert 2 * flops.total == pytest.approx(counter.get_total_flops(), rel=1e-2)
+    assert 2 * flops.total == pytest.approx(counter.get_total_flops(), rel=2e-3)
 
 
 @settings(max_examples=12)
@@ -170,6 +170,14 @@ def test_activation_memory_is_what_autograd_keeps(changes, dtype):
     estimate = memory.training_memory(config, 2, dtype, wanted_outputs(weights))
     assert estimate.activations == pytest.approx(measured, rel=0.1)
     assert estimate.weights == sum(parameter.nbytes for parameter in model.parameters())
+    assert memory.weight_memory(config, dtype) == sum(p.numel() for p in model.parameters()) * cost.DTYPE_BYTES[dtype]
+
+
+def test_checkpointing_keeps_less_and_several_draws_more():
+    config = load_experiment(ROOT / "experiments/ffhq1024.yaml").model
+    plain = memory.training_memory(config, 1).activations
+    assert memory.training_memory(dataclasses.replace(config, activation_checkpointing=True), 1).activations < 0.5 * plain
+    assert memory.training_memory(config, 1, draws=2).activations > 1.2 * plain
 
 
 @given(configs, st.booleans())

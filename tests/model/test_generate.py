@@ -153,7 +153,13 @@ def test_runs_under_bfloat16_autocast(switches):
         (ddim("epsilon"), {"batch_size": 1}, "prediction_type = 'epsilon': must be the model's, 'sample'"),
         (FlowMatchEulerDiscreteScheduler(), {"batch_size": 1}, "prediction_type = None: must be the model's"),
         (ddim(), {}, "none given"),
-        (ddim(), {"batch_size": 2, "seeds": [1]}, "batch_size: 2, seeds: 1"),
+        (ddim(), {"batch_size": 2, "seeds": [1]}, "seeds: 1, batch_size: 2"),
+        (
+            ddim(),
+            {"initial_noise_BLCYX": torch.zeros(1, 16, 2, 4, 4)},
+            r"has shape \(1, 16, 2, 4, 4\): must be \[images, 4, 2, 4, 4\]",
+        ),
+        (ddim(), {"batch_size": 1, "guidance_interval": (900, 100)}, r"guidance_interval = \(900, 100\): must be the lowest"),
         (ddim(), {"batch_size": 1, "guidance": 2.0}, "guidance = 2.0: needs text"),
         (ddim(), {"batch_size": 1, "text": torch.ones(1, 3, dtype=torch.long)}, "text given to a model without text"),
     ],
@@ -161,6 +167,12 @@ def test_runs_under_bfloat16_autocast(switches):
 def test_what_cannot_be_sampled_is_refused(scheduler, options, message):
     with pytest.raises(ValueError, match=message):
         generate(build(tiny()), scheduler, 2, **options)
+
+
+@pytest.mark.parametrize("steps", [0, 1.5, -1])
+def test_steps_are_a_positive_number(steps):
+    with pytest.raises(ValueError, match=f"steps = {steps}: must be an integer of at least 1"):
+        generate(build(tiny()), ddim(), steps, batch_size=1)
 
 
 def test_timesteps_that_rounding_pushed_out_of_the_schedule_are_refused():

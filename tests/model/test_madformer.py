@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from madformer.model import MADFormer
 from madformer.model.plan import existing_outputs, layer_plans
+from madformer.model.unet import skip_shapes
 from tests.conftest import SWITCHES, TEXT, build, latents, prompts, switch_name, timesteps, tiny
 
 configs = st.builds(
@@ -130,8 +131,9 @@ def gradients(model, **options):
     return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
 
 
-def test_activation_checkpointing_changes_no_number():
-    model = build(tiny())
+@pytest.mark.parametrize("switches", [{}, {"text": TEXT}, {"local_denoising": True, "parameter_sets": "shared"}], ids=str)
+def test_activation_checkpointing_changes_no_number(switches):
+    model = build(tiny(**switches))
     again = MADFormer(dataclasses.replace(model.config, activation_checkpointing=True)).double()
     again.load_state_dict(model.state_dict())
     for mine, reference in zip(gradients(again), gradients(model), strict=True):
@@ -183,6 +185,25 @@ def test_neighbouring_timesteps_stay_apart_under_autocast():
     assert not torch.equal(late, later)
 
 
+def test_clean_blocks_are_embedded_at_timestep_zero():
+    model = build(tiny())
+    zero = torch.zeros(2, 4, dtype=torch.long)
+    torch.testing.assert_close(forward(model).denoised_BLCYX, forward(model, clean_t_BL=zero).denoised_BLCYX, rtol=0, atol=0)
+    assert not torch.allclose(forward(model).denoised_BLCYX, forward(model, clean_t_BL=zero + 500).denoised_BLCYX)
+    released = build(tiny(clean_timestep="released"))
+    explicit = forward(released, clean_t_BL=timesteps(released.config))
+    torch.testing.assert_close(forward(released).denoised_BLCYX, explicit.denoised_BLCYX, rtol=0, atol=0)
+
+
+def test_the_first_condition_is_made_of_the_boi_block_alone():
+    model = build(tiny(diffusion_depth=3))  # no AR layers: the condition is the BOI block, its skips are zeros
+    config = model.config
+    skips = [torch.zeros(2, c, rows, rows, dtype=torch.float64) for c, rows in skip_shapes(config.unet, config.block_size)]
+    features = model.boi_SD.T.unflatten(1, (2, 2)).expand(2, -1, -1, -1)
+    expected = model.upsampler(features, torch.zeros(2), tuple(skips))
+    torch.testing.assert_close(forward(model).condition_BLCYX[:, 0], expected)
+
+
 def test_null_text_is_what_text_none_means():
     model = build(tiny(text=TEXT))
     padding = torch.zeros(2, 3, dtype=torch.long)
@@ -202,6 +223,8 @@ def test_null_text_is_what_text_none_means():
         ({}, {"noisy": torch.zeros(4, 4, 2, 4, 4)}, r"t_BL has shape \(2, 4\): must be \(4, 4\)"),
         ({}, {"outputs": ["hidden"]}, r"outputs = \['hidden'\]: the auxiliary outputs are condition, clean_tower, text_logits"),
         ({}, {"text": torch.zeros(2, 3, dtype=torch.long)}, "text given to a model without text: set model.text"),
+        ({}, {"clean_t_BL": torch.zeros(1, 1)}, r"clean_t_BL has shape \(1, 1\): must be \(2, 4\), as clean_BLCYX"),
+        ({"text": TEXT}, {"text": torch.zeros(2, 0, dtype=torch.long)}, r"text has shape \(2, 0\): must be \[2, tokens\]"),
         ({"text": TEXT}, {"text": torch.zeros(1, 3, dtype=torch.long)}, r"text has shape \(1, 3\): must be \[2, tokens\]"),
         ({"clean_timestep": "released"}, {"draws": 2}, "2 draws per image: .*give clean_t_BL"),
     ],
@@ -211,9 +234,19 @@ def test_inputs_that_do_not_fit_are_refused(changes, options, message):
         forward(build(tiny(**changes)), **options)
 
 
-def test_initialisation_is_the_released_one():
+@pytest.mark.parametrize("from_meta", [False, True])
+def test_initialisation_is_the_released_one(from_meta):
     torch.manual_seed(0)
-    model = MADFormer(tiny(width=64, num_heads=4, ffn_width=96))
+    config = tiny(width=64, num_heads=4, ffn_width=96, text=dataclasses.replace(TEXT, vocab_size=500))
+    if from_meta:
+        with torch.device("meta"):
+            model = MADFormer(config)
+        model.to_empty(device="cpu").reset_parameters()
+    else:
+        model = MADFormer(config)
+    assert float(model.text.embedding.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert torch.equal(model.layers[0].tower("clean").ffn_norm.weight, torch.ones(64))
     tower = model.layers[0].tower("noise")
     bound = (6 / (64 + 96)) ** 0.5
     assert tower.gate.weight.abs().max() <= bound

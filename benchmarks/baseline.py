@@ -1,0 +1,267 @@
+"""The released formulation, written anew over the weights of a MADFormer: the baseline of the benchmarks.
+
+Clean and noisy blocks are one sequence, the clean ones first, and a type mask tells the tower of every token. Each norm,
+projection and SwiGLU gathers its tower's tokens with the mask and concatenates the results. Training runs all clean
+blocks through all of every layer and the upsampler three times. Sampling runs the previous clean block beside the noisy
+one, at every denoising step. The numbers are ours, the work is not. Tensor names as in `madformer.model`; here N counts
+the tokens of both towers.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from madformer.config import ModelConfig
+from madformer.model.blocks import token_positions
+from madformer.model.decoder import DecoderLayer, Tower
+from madformer.model.madformer import MADFormer
+from madformer.model.unet import Skips
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values [B, H, tokens, K] -> attended [B, H, N, K]."""
+
+KeysValues = tuple[Tensor, Tensor]
+CLEAN, NOISE = 0, 1
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines by token, axis and frequency, [N, 1, 2, K / 4]: the 1 is for the heads."""
+
+    cos_N1af: Tensor
+    sin_N1af: Tensor
+
+    def __call__(self, x_BNHK: Tensor) -> Tensor:
+        """Rotate each axis within its half of the head."""
+        first, second = x_BNHK.unflatten(-1, (2, 2, -1)).unbind(-2)
+        cos, sin = self
+        return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2).flatten(-3)
+
+
+class BaselineLayer(nn.Module):
+    """A layer with our weights: every operation of a tower gathers, computes and concatenates."""
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList([layer.tower("clean"), layer.tower("noise")])
+
+    def forward(
+        self, x_BND: Tensor, types_N: Tensor, rotation: Rotation, attend: Attend, past: KeysValues | None = None
+    ) -> tuple[Tensor, KeysValues]:
+        """The residual stream, and the keys and values of `past` and of all tokens."""
+
+        def each(function: Callable[[Tower, Tensor], Tensor], x_BN: Tensor) -> Tensor:
+            towers = (cast(Tower, tower) for tower in self.towers)
+            return torch.cat([function(tower, x_BN[:, types_N == kind]) for kind, tower in enumerate(towers)], dim=1)
+
+        y_BND = each(lambda tower, x: tower.attention_norm(x), x_BND)
+        qkv = each(lambda tower, x: tower.qkv(x), y_BND)
+        head_width = cast(Tower, self.towers[0]).head_width
+        q, k, v = rearrange(qkv, "b n (qkv h k) -> qkv b n h k", qkv=3, k=head_width)
+        # Norms and rotation in the weights' precision also under autocast, as ours.
+        q = rotation(each(lambda tower, x: tower.q_norm(x.to(x_BND.dtype)), q)).to(v.dtype)
+        k = rotation(each(lambda tower, x: tower.k_norm(x.to(x_BND.dtype)), k)).to(v.dtype)
+        q, k, v = (rearrange(x, "b n h k -> b h n k") for x in (q, k, v))
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        attended_BND = rearrange(attend(q, k, v), "b h n k -> b n (h k)")
+        x_BND = x_BND + each(lambda tower, x: tower.out(x), attended_BND)
+        y_BND = each(lambda tower, x: tower.ffn_norm(x), x_BND)
+        return x_BND + each(lambda tower, x: tower.down(silu(tower.gate(x)) * tower.up(x)), y_BND), (k, v)
+
+
+class Baseline:
+    """Training forward and sampling over the weights of `model`."""
+
+    def __init__(self, model: MADFormer) -> None:
+        config = self.config = model.config
+        _check(config)
+        self.model, self.device = model, model.boi_SD.device
+        self.layers = [BaselineLayer(cast(DecoderLayer, layer)) for layer in model.layers]
+        if config.compile:
+            for layer in self.layers:
+                layer.compile()
+        self.rotation = _rotation(config, self.device)
+
+    def forward(
+        self, clean_BLCYX: Tensor, noisy_BLCYX: Tensor, t_BL: Tensor, attention: Literal["dense", "sparse"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The training forward: denoised blocks, condition and clean tower, whichever of them anyone wants.
+
+        The condition takes its own block's skips, ours the previous block's: the work is the same, the numbers are not.
+        """
+        config, blocks = self.config, self.config.ar_length
+        tokens = blocks * config.block_tokens
+        types_N = self._types(tokens, tokens)
+        rotation = Rotation(*(torch.cat([angles, angles]) for angles in self.rotation))
+        attend = _sparse(config, self.device) if attention == "sparse" else _dense(config, self.device)
+
+        clean_t_BL = torch.zeros_like(t_BL)
+        clean_BLSD, clean_skips = self.model.embed(clean_BLCYX, clean_t_BL)
+        noisy_BLSD, noisy_skips = self.model.embed(noisy_BLCYX, t_BL)
+        shifted_BLSD = torch.cat([self.model.boi_SD.expand(len(clean_BLSD), 1, -1, -1), clean_BLSD[:, :-1]], dim=1)
+        x_BND = torch.cat([clean_BLSD, shifted_BLSD], dim=1).flatten(1, 2)
+        for layer in self.layers[: config.ar_depth]:
+            x_BND, _ = layer(x_BND, types_N, rotation, attend)
+        condition_BND = x_BND[:, types_N == NOISE]
+        noise_BND = noisy_BLSD.flatten(1, 2) + condition_BND
+        x_BND = torch.cat([x_BND[:, types_N == CLEAN], noise_BND], dim=1)
+        for layer in self.layers[config.ar_depth :]:
+            x_BND, _ = layer(x_BND, types_N, rotation, attend)
+
+        def unembed(x_BND: Tensor, t_BL: Tensor, skips: Skips) -> Tensor:
+            return self.model.unembed(x_BND.unflatten(1, (blocks, -1)), t_BL, skips)
+
+        denoised_BLCYX = unembed(x_BND[:, types_N == NOISE], t_BL, noisy_skips)
+        condition_BLCYX = unembed(condition_BND, clean_t_BL, clean_skips)
+        clean_tower_BLCYX = unembed(x_BND[:, types_N == CLEAN], clean_t_BL, clean_skips)
+        return denoised_BLCYX, condition_BLCYX, clean_tower_BLCYX
+
+    @torch.no_grad()
+    def generate(self, scheduler: Any, steps: int, initial_noise_BLCYX: Tensor) -> Tensor:
+        """Sample block by block; the clean block before the noisy one goes through every denoising step again."""
+        config, latents = self.config, list[Tensor]()
+        ar_stage, diffusion_stage = slice(0, config.ar_depth), slice(config.ar_depth, config.depth)
+        past: list[KeysValues | None] = [None] * config.depth
+        for block in range(config.ar_length):
+            scheduler.set_timesteps(steps)
+            boi_BSD = self.model.boi_SD.expand(len(initial_noise_BLCYX), -1, -1)
+            clean_BSD = self._embed(latents[-1], 0)[0] if latents else boi_BSD[:, :0]
+            context = types_N, *_ = self._sampling_context(block)
+            x_BND = torch.cat([clean_BSD, clean_BSD if latents else boi_BSD], dim=1)
+            x_BND, seen = self._run(ar_stage, x_BND, context, past)
+            clean_BSD, condition_BSD = x_BND[:, types_N == CLEAN], x_BND[:, types_N == NOISE]
+            noisy_BCYX = initial_noise_BLCYX[:, block] * scheduler.init_noise_sigma
+            for t in scheduler.timesteps:
+                noise_BSD, skips = self._embed(scheduler.scale_model_input(noisy_BCYX, t), t)
+                x_BND = torch.cat([clean_BSD, noise_BSD + condition_BSD], dim=1)
+                x_BND, seen_again = self._run(diffusion_stage, x_BND, context, past)
+                prediction_BCYX = self._unembed(x_BND[:, types_N == NOISE], t, skips)
+                noisy_BCYX = scheduler.step(prediction_BCYX, t, noisy_BCYX).prev_sample
+            latents.append(noisy_BCYX)
+            # Of the clean blocks alone, without the noisy one.
+            end = block * config.block_tokens
+            past = [(keys[:, :, :end], values[:, :, :end]) for keys, values in seen + seen_again]
+        return torch.stack(latents, dim=1)
+
+    def _sampling_context(self, block: int) -> tuple[Tensor, Rotation, Attend]:
+        """Types, positions and attention of [clean block before, noisy block]; no clean block before the first."""
+        size = self.config.block_tokens
+        clean, start = (size if block else 0), block * size
+        mask_NM = torch.ones(clean + size, start + size, dtype=torch.bool, device=self.device)
+        mask_NM[:clean, start:] = False
+        rotation = Rotation(*(angles[start - clean : start + size] for angles in self.rotation))
+        return self._types(clean, size), rotation, functools.partial(scaled_dot_product_attention, attn_mask=mask_NM)
+
+    def _run(
+        self,
+        layers: slice,
+        x_BND: Tensor,
+        context: tuple[Tensor, Rotation, Attend],
+        past: list[KeysValues | None],
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """Tokens through some layers when sampling, and all keys and values that each of them saw."""
+        seen = []
+        for layer, layer_past in zip(self.layers[layers], past[layers], strict=True):
+            x_BND, keys_values = layer(x_BND, *context, layer_past)
+            seen.append(keys_values)
+        return x_BND, seen
+
+    def _types(self, clean: int, noisy: int) -> Tensor:
+        # On meta a mask with values is needed: how many tokens it gathers depends on them.
+        device = "cpu" if self.device.type == "meta" else self.device
+        return torch.tensor([CLEAN] * clean + [NOISE] * noisy, device=device)
+
+    def _timesteps(self, batch: int, t: Tensor | int) -> Tensor:
+        return torch.full((batch, 1), float(t), device=self.device)
+
+    def _embed(self, latents_BCYX: Tensor, t: Tensor | int) -> tuple[Tensor, Skips]:
+        tokens_B1SD, skips = self.model.embed(latents_BCYX[:, None], self._timesteps(len(latents_BCYX), t))
+        return tokens_B1SD[:, 0], skips
+
+    def _unembed(self, tokens_BSD: Tensor, t: Tensor, skips: Skips) -> Tensor:
+        return self.model.unembed(tokens_BSD[:, None], self._timesteps(len(tokens_BSD), t), skips)[:, 0]
+
+
+def _check(config: ModelConfig) -> None:
+    """The baseline knows the released FFHQ model, but with our RoPE and our timestep of clean blocks."""
+    known = {
+        "text": None,
+        "use_clean_blocks": True,
+        "use_condition": True,
+        "local_denoising": False,
+        "parameter_sets": "separate",
+        "rope": "axial",
+        "clean_timestep": "zero",
+        "kv_heads": config.num_heads,
+    }
+    for name, value in known.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"model.{name} = {getattr(config, name)!r}: the baseline knows {value!r} alone")
+
+
+def _rotation(config: ModelConfig, device: torch.device) -> Rotation:
+    positions_N2 = token_positions(config, device).flatten(0, 1).to(torch.float64)
+    pairs = config.head_width // 4
+    frequencies = torch.tensor([10_000.0 ** (-pair / pairs) for pair in range(pairs)], dtype=torch.float64, device=device)
+    angles_N1af = (positions_N2[..., None] * frequencies)[:, None]
+    return Rotation(angles_N1af.cos().float(), angles_N1af.sin().float())
+
+
+# ---- attention in training
+
+
+def _sees(config: ModelConfig) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
+    """Whether token q of [clean, noisy] sees token k, as FlexAttention asks it (batch and head do not matter)."""
+    tokens, size = config.ar_length * config.block_tokens, config.block_tokens
+
+    def sees(batch: Any, head: Any, q: Tensor, k: Tensor) -> Tensor:
+        query, key = (q % tokens) // size, (k % tokens) // size
+        earlier_clean = (k < tokens) & (key < query)
+        same_block = ((q < tokens) == (k < tokens)) & (key == query)
+        return earlier_clean | same_block
+
+    return sees
+
+
+@functools.cache
+def _dense(config: ModelConfig, device: torch.device) -> Attend:
+    """One call with a boolean mask over all [2 L S, 2 L S] pairs: masked work is done and thrown away."""
+    tokens_N = torch.arange(2 * config.ar_length * config.block_tokens, device=device)
+    mask_NN = _sees(config)(None, None, tokens_N[:, None], tokens_N[None])
+    return functools.partial(scaled_dot_product_attention, attn_mask=mask_NN)
+
+
+@functools.cache
+def _sparse(config: ModelConfig, device: torch.device) -> Attend:
+    """Masked work left out: FlexAttention on CUDA, elsewhere a call for each block over the keys that it sees."""
+    if device.type != "cuda":
+        return functools.partial(_attend_by_block, size=config.block_tokens)
+    tokens = 2 * config.ar_length * config.block_tokens
+    block_mask = create_block_mask(_sees(config), None, None, tokens, tokens, device=device.type)
+    return functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=block_mask)
+
+
+def _attend_by_block(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, size: int) -> Tensor:
+    tokens = q_BHNK.shape[2] // 2
+
+    def seen(x_BHNK: Tensor, tower: int, start: int) -> Tensor:
+        if tower == CLEAN:
+            return x_BHNK[:, :, : start + size]
+        own = x_BHNK[:, :, tokens + start : tokens + start + size]
+        return torch.cat([x_BHNK[:, :, :start], own], dim=2)
+
+    attended = []
+    for tower, start in itertools.product((CLEAN, NOISE), range(0, tokens, size)):
+        first = tower * tokens + start
+        queries, keys, values = q_BHNK[:, :, first : first + size], seen(k_BHNK, tower, start), seen(v_BHNK, tower, start)
+        attended.append(scaled_dot_product_attention(queries, keys, values))
+    return torch.cat(attended, dim=2)
