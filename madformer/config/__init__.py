@@ -1,0 +1,26 @@
+"""What an experiment is: dataclasses, loading and rules.
+
+Every other module reads these and this one imports none of them, nor torch: a mistake in a YAML file is reported at once.
+A rule that is broken raises `ConfigError` with the field, its value and the legal values; construction in Python and
+loading from YAML go through the same rules, because they live in `__post_init__`.
+"""
+
+from __future__ import annotations
+
+from madformer.config.experiment import DiffusionConfig, ExperimentConfig, LossConfig, check_losses
+from madformer.config.loading import load_experiment
+from madformer.config.model import MIN_FLEX_HEAD_WIDTH, ModelConfig, TextConfig, UNetConfig
+from madformer.config.rules import ConfigError
+
+__all__ = [
+    "MIN_FLEX_HEAD_WIDTH",
+    "ConfigError",
+    "DiffusionConfig",
+    "ExperimentConfig",
+    "LossConfig",
+    "ModelConfig",
+    "TextConfig",
+    "UNetConfig",
+    "check_losses",
+    "load_experiment",
+]

@@ -1,0 +1,87 @@
+"""The configuration of an experiment: the model, its diffusion process and its losses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+
+from madformer.config.model import ModelConfig
+from madformer.config.rules import require, require_at_least
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The noise schedule (DDPM, linear betas) and the noise draws of training."""
+
+    train_timesteps: int = 1000
+    """Timesteps t = 0 .. train_timesteps - 1."""
+    beta_start: float = 1e-4
+    """Noise variance of the first timestep."""
+    beta_end: float = 2e-2
+    """Noise variance of the last timestep."""
+    draws_per_image: int = 1
+    """Independent (t, noise) draws that go through the diffusion stage for one pass of clean tower and AR stage."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "diffusion", self, "train_timesteps", "draws_per_image")
+        require(0 < self.beta_start < 1, "diffusion.beta_start", self.beta_start, "must be between 0 and 1")
+        legal = self.beta_start <= self.beta_end < 1
+        require(
+            legal, "diffusion.beta_end", self.beta_end, f"must be at least diffusion.beta_start = {self.beta_start} and below 1"
+        )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the total loss (Eq. 6). A loss of weight zero is not computed."""
+
+    lambda_text: float = 1.0
+    """Next-token loss; has no effect without text."""
+    lambda_image: float = 5.0
+    """Denoised block against its target."""
+    lambda_hidden: float = 0.1
+    """Upsampled condition against the block's clean latents."""
+    lambda_clean_tower: float = 0.0
+    """Clean tower's output at a block against the next block's clean latents."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            legal = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+            require(legal, f"loss.{item.name}", value, "must be a finite number of at least 0")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """One experiment: everything that a run needs to know."""
+
+    name: str = "madformer"
+    """Name of the experiment."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        check_losses(self.model, self.loss)
+        legal = self.diffusion.draws_per_image == 1 or self.model.clean_timestep == "zero"
+        remedy = "several draws share the clean blocks: set diffusion.draws_per_image=1 or model.clean_timestep=zero"
+        require(legal, "diffusion.draws_per_image", self.diffusion.draws_per_image, remedy)
+
+
+def check_losses(model: ModelConfig, loss: LossConfig) -> None:
+    """Refuse losses on what the model does not have.
+
+    Raises:
+        ConfigError: the hidden loss without the condition, the clean-tower loss without clean blocks or a second block,
+            or no image loss.
+    """
+    require(loss.lambda_image > 0, "loss.lambda_image", loss.lambda_image, "must be above 0: nothing else trains the denoiser")
+    legal = loss.lambda_hidden == 0 or model.use_condition
+    remedy = "needs the condition: set loss.lambda_hidden=0 or model.use_condition=true"
+    require(legal, "loss.lambda_hidden", loss.lambda_hidden, remedy)
+    legal = loss.lambda_clean_tower == 0 or model.use_clean_blocks
+    remedy = "needs clean blocks: set loss.lambda_clean_tower=0 or model.use_clean_blocks=true"
+    require(legal, "loss.lambda_clean_tower", loss.lambda_clean_tower, remedy)
+    legal = loss.lambda_clean_tower == 0 or model.ar_length > 1
+    remedy = "a single block has no next one: set loss.lambda_clean_tower=0 or model.ar_length to 4, 16, ..."
+    require(legal, "loss.lambda_clean_tower", loss.lambda_clean_tower, remedy)

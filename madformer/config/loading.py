@@ -1,0 +1,81 @@
+"""From YAML and overrides to a configuration; what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, cast, get_args, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from madformer.config.experiment import ExperimentConfig
+from madformer.config.rules import ConfigError, require
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read an experiment from YAML.
+
+    Args:
+        path: the YAML file; it holds only what differs from the defaults.
+        overrides: `section.field=value` strings, applied on top.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: broken YAML, an unknown key (the message names the nearest real one), a value of the wrong type or
+            out of its legal range, or fields that contradict each other.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such experiment file")
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    _check_is_mapping(loaded, str(path))
+    _check_keys(OmegaConf.to_container(loaded), ExperimentConfig, str(path))
+    for override in overrides:
+        require("=" in override, "override", override, "must have the form section.field=value")
+    try:
+        typed = OmegaConf.from_dotlist(list(overrides))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"override {list(overrides)}: {' '.join(str(error).split())}") from error
+    _check_keys(OmegaConf.to_container(typed), ExperimentConfig, "override")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), loaded, typed)
+        return cast(ExperimentConfig, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        where = getattr(error, "full_key", None) or "a list's entry"  # the only place that OmegaConf does not name
+        what = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "the value")
+        raise ConfigError(f"{path}: {where}: {what}") from error
+
+
+def _check_is_mapping(loaded: object, where: str) -> None:
+    if not OmegaConf.is_dict(loaded):
+        raise ConfigError(f"{where}: must be a mapping of sections (model, diffusion, loss) to fields")
+
+
+def _check_keys(given: Any, schema: type, where: str, prefix: str = "") -> None:
+    """Refuse unknown keys, naming the nearest real one, and plain values where a section belongs."""
+    hints = get_type_hints(schema)
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where}: {prefix.rstrip('.')} = {given!r}: must be a mapping of its fields ({', '.join(hints)})")
+    for key, value in given.items():
+        if key not in hints:
+            near = difflib.get_close_matches(f"{prefix}{key}", list(_all_keys(ExperimentConfig)), n=1, cutoff=0.0)
+            raise ConfigError(f"{where}: unknown key {prefix}{key}; the nearest is {near[0]}")
+        choices = (hints[key], *get_args(hints[key]))
+        for section in choices:
+            if is_dataclass(section) and not (value is None and type(None) in choices):
+                _check_keys(value, cast(type, section), where, f"{prefix}{key}.")
+
+
+def _all_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    for name, hint in get_type_hints(schema).items():
+        yield f"{prefix}{name}"
+        for section in (hint, *get_args(hint)):
+            if is_dataclass(section):
+                yield from _all_keys(cast(type, section), f"{prefix}{name}.")

@@ -1,0 +1,206 @@
+"""The configuration of the model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from madformer.config.rules import is_integer, require, require_at_least, require_types
+
+MIN_FLEX_HEAD_WIDTH = 16
+"""FlexAttention's kernels take no narrower heads."""
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The convolutional embedding of a block (downsampler) and its inverse (upsampler); one entry per level.
+
+    Every level but the last halves the block's sides; a single level keeps them.
+    """
+
+    channels: tuple[int, ...] = (512, 1024)
+    """Feature channels of each level."""
+    layers: tuple[int, ...] = (2, 2)
+    """ResNet layers of each level (the upsampler has one more, as in diffusers)."""
+    attention: tuple[bool, ...] = (False, True)
+    """Whether a self-attention follows each ResNet layer of the level."""
+    groups: int = 8
+    """Groups of the group norms."""
+    num_heads: int = 8
+    """Attention heads; the head width is channels / num_heads."""
+    time_embed_dim: int = 128
+    """Width of the timestep embedding."""
+
+    def __post_init__(self) -> None:
+        require_types("model.unet", self)
+        require(len(self.channels) > 0, "model.unet.channels", list(self.channels), "must name at least one level")
+        for name in ("layers", "attention"):
+            value = getattr(self, name)
+            require(
+                len(value) == len(self.channels),
+                f"model.unet.{name}",
+                list(value),
+                f"must have one entry for each of the {len(self.channels)} levels of model.unet.channels",
+            )
+        require_at_least(1, "model.unet", self, "groups", "num_heads", "time_embed_dim")
+        for channels, attention in zip(self.channels, self.attention, strict=True):
+            legal = channels > 0 and channels % self.groups == 0
+            require(
+                legal,
+                "model.unet.channels",
+                list(self.channels),
+                f"must be positive multiples of model.unet.groups = {self.groups}",
+            )
+            legal = not attention or channels % self.num_heads == 0
+            remedy = f"levels with attention must be multiples of model.unet.num_heads = {self.num_heads}"
+            require(legal, "model.unet.channels", list(self.channels), remedy)
+        require(min(self.layers) >= 1, "model.unet.layers", list(self.layers), "must be at least 1 on every level")
+
+    @property
+    def downsampling(self) -> int:
+        """Rows (columns) of latents that become one row (column) of tokens."""
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Text before the image: tower, embeddings and language-model head."""
+
+    vocab_size: int = 128_256
+    """Token ids are 0 .. vocab_size - 1. The default is Llama 3's vocabulary (Table 7)."""
+    length: int = 32
+    """Tokens of a prompt after padding."""
+    pad_token_id: int = 128_004
+    """Pads short prompts; a prompt of nothing else is the null text of classifier-free guidance. Default: Llama 3's."""
+    dropout: float = 0.1
+    """Probability that training replaces a prompt by the null text."""
+
+    def __post_init__(self) -> None:
+        require_at_least(2, "model.text", self, "vocab_size")
+        require_at_least(1, "model.text", self, "length")
+        legal = is_integer(self.pad_token_id) and 0 <= self.pad_token_id < self.vocab_size
+        require(
+            legal,
+            "model.text.pad_token_id",
+            self.pad_token_id,
+            f"must be in 0..{self.vocab_size - 1} (model.text.vocab_size - 1)",
+        )
+        require(0 <= self.dropout < 1, "model.text.dropout", self.dropout, "must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The hybrid Transformer. Defaults: the released FFHQ-1024 model, but for prediction type, RoPE and clean timestep."""
+
+    latent_channels: int = 4
+    """Channels of the latents (C)."""
+    latent_size: int = 128
+    """Rows and columns of an image's latents."""
+    ar_length: int = 16
+    """Blocks per image (l, Table 2), a square number: blocks are square tiles in raster order."""
+    depth: int = 28
+    """Transformer layers in all (N)."""
+    diffusion_depth: int = 14
+    """The last D layers iterate in the denoising loop, the first N - D run once per block (Table 1)."""
+    width: int = 1152
+    """Model width."""
+    num_heads: int = 18
+    """Query heads; the head width is width / num_heads."""
+    num_kv_heads: int | None = None
+    """Key/value heads, each shared by num_heads / num_kv_heads query heads; null: as many as query heads."""
+    ffn_width: int = 4096
+    """Hidden width of the SwiGLU."""
+    use_clean_blocks: bool = True
+    """Prepend the clean blocks to the sequence (Table 3)."""
+    use_condition: bool = True
+    """Add the AR stage's output to the embedded noisy block (Eq. 4, Table 3)."""
+    local_denoising: bool = False
+    """In the diffusion stage a block attends to itself (and the text) alone (Table 5)."""
+    parameter_sets: Literal["separate", "shared"] = "separate"
+    """A parameter set for each of text, clean and noisy tokens, or one for all (Table 4)."""
+    rope: Literal["axial", "released"] = "axial"
+    """Rotary positions: each axis in its half of the head, or the released code's form."""
+    prediction_type: Literal["sample", "epsilon", "v_prediction"] = "sample"
+    """What the network predicts for the noisy block."""
+    clean_timestep: Literal["zero", "released"] = "zero"
+    """Timestep that clean blocks are embedded with: 0, or the released habit (the noisy block's in training, the
+    scheduler's last when sampling)."""
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    """Embedding of blocks."""
+    text: TextConfig | None = None
+    """Text before the image; null: none."""
+    attention_backend: Literal["auto", "flex", "sdpa"] = "auto"
+    """FlexAttention or scaled_dot_product_attention; auto: flex on CUDA."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    compile: bool = False
+    """torch.compile each layer."""
+
+    def __post_init__(self) -> None:
+        require_at_least(
+            1, "model", self, "latent_channels", "latent_size", "ar_length", "depth", "width", "num_heads", "ffn_width"
+        )
+        require_types("model", self)
+        legal = is_integer(self.diffusion_depth) and 1 <= self.diffusion_depth <= self.depth
+        require(legal, "model.diffusion_depth", self.diffusion_depth, f"must be in 1..{self.depth} (model.depth)")
+        self._check_blocks()
+        self._check_heads()
+
+    def _check_blocks(self) -> None:
+        rows = math.isqrt(self.ar_length)
+        require(rows**2 == self.ar_length, "model.ar_length", self.ar_length, "must be a square number (1, 4, 16, 64, ...)")
+        legal = self.latent_size % rows == 0
+        remedy = f"its root {rows} must divide model.latent_size = {self.latent_size}"
+        require(legal, "model.ar_length", self.ar_length, remedy)
+        factor = self.unet.downsampling
+        remedy = f"their downsampling by {factor} must divide a block's side, {self.block_size} latents"
+        require(self.block_size % factor == 0, "model.unet.channels", list(self.unet.channels), remedy)
+
+    def _check_heads(self) -> None:
+        remedy = f"must be a multiple of model.num_heads = {self.num_heads}"
+        require(self.width % self.num_heads == 0, "model.width", self.width, remedy)
+        remedy = (
+            f"the head width, model.width / model.num_heads = {self.head_width}, must divide by 4 (two axes of rotated pairs)"
+        )
+        require(self.head_width % 4 == 0, "model.num_heads", self.num_heads, remedy)
+        legal = self.attention_backend != "flex" or self.head_width >= MIN_FLEX_HEAD_WIDTH
+        remedy = f"needs heads of at least {MIN_FLEX_HEAD_WIDTH}, they are {self.head_width} wide; set it to sdpa or auto"
+        require(legal, "model.attention_backend", self.attention_backend, remedy)
+        legal = is_integer(self.kv_heads) and self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0
+        require(legal, "model.num_kv_heads", self.num_kv_heads, f"must divide model.num_heads = {self.num_heads}")
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head (K)."""
+        return self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, `num_kv_heads` resolved."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def ar_depth(self) -> int:
+        """Layers of the AR stage, N - D."""
+        return self.depth - self.diffusion_depth
+
+    @property
+    def block_rows(self) -> int:
+        """Blocks along each side of the image."""
+        return math.isqrt(self.ar_length)
+
+    @property
+    def block_size(self) -> int:
+        """Rows and columns of a block's latents."""
+        return self.latent_size // self.block_rows
+
+    @property
+    def token_rows(self) -> int:
+        """Rows and columns of a block's tokens."""
+        return self.block_size // self.unet.downsampling
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block (S)."""
+        return self.token_rows**2
