@@ -72,7 +72,8 @@ def generate(
         x_BCYX = noise_BLCYX[:, block] * scheduler.init_noise_sigma
         for index, t in enumerate(scheduler.timesteps):
             prediction_BCYX = sampler.predict(scheduler.scale_model_input(x_BCYX, t), index)
-            x_BCYX = scheduler.step(prediction_BCYX, t, x_BCYX, **options).prev_sample.to(noise_BLCYX.dtype)
+            step = scheduler.step(prediction_BCYX.to(x_BCYX.dtype), t, x_BCYX, **options)
+            x_BCYX = step.prev_sample.to(noise_BLCYX.dtype)
         latents_BLCYX[:, block] = x_BCYX
         if on_block:
             on_block(block, latents_BLCYX)
@@ -223,14 +224,16 @@ def _batch_size(batch_size: int | None, seeds: Sequence[int] | None, noise_BLCYX
 
 
 def _initial_noise(model: MADFormer, batch: int, generators: list[torch.Generator] | None, given: Tensor | None) -> Tensor:
-    c, like = model.config, model.boi_SD
+    # The latents of the loop are float32 also where the weights are not: steps add up small differences.
+    c, device, dtype = model.config, model.boi_SD.device, torch.promote_types(model.boi_SD.dtype, torch.float32)
     shape = (c.ar_length, c.latent_channels, c.block_size, c.block_size)
     if given is not None:
         if tuple(given.shape[1:]) != shape:
             raise ValueError(
                 f"initial_noise_BLCYX has shape {tuple(given.shape)}: must be [images, {', '.join(map(str, shape))}]"
             )
-        return given.to(like)
+        return given.to(device, dtype)
     if generators is None:
-        return torch.randn(batch, *shape, device=like.device, dtype=like.dtype)
-    return torch.stack([torch.randn(shape, generator=generator, device="cpu") for generator in generators]).to(like)
+        return torch.randn(batch, *shape, device=device, dtype=dtype)
+    drawn = [torch.randn(shape, generator=generator, device="cpu") for generator in generators]
+    return torch.stack(drawn).to(device, dtype)

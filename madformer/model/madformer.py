@@ -138,7 +138,8 @@ class MADFormer(nn.Module):
 
     def embed(self, latents_BLCYX: Tensor, t_BL: Tensor) -> tuple[Tensor, Skips]:
         """Blocks at their timesteps to tokens [B, L, S, D], and the skips (batch B * L) for `unembed`."""
-        features_NDyx, skips = self.downsampler(latents_BLCYX.flatten(0, 1), t_BL.flatten())
+        latents_NCYX = latents_BLCYX.flatten(0, 1).to(self.boi_SD.dtype)
+        features_NDyx, skips = self.downsampler(latents_NCYX, t_BL.flatten())
         tokens_BLSD = rearrange(features_NDyx, "(b l) d y x -> b l (y x) d", l=latents_BLCYX.shape[1])
         # The residual stream keeps the weights' precision under autocast.
         return tokens_BLSD.to(self.boi_SD.dtype), skips

@@ -147,6 +147,15 @@ def test_runs_under_bfloat16_autocast(switches):
     assert 0 < (first - exact).norm() < 0.1 * exact.norm()
 
 
+def test_bfloat16_weights_sample_in_float32_latents():
+    model = build(tiny(text=TEXT)).float()
+    options = {"seeds": [1, 2], "text": prompts(model.config)}
+    exact = generate(model, ddim(), STEPS, **options)
+    rounded = generate(model.bfloat16(), ddim(), STEPS, **options)
+    assert rounded.dtype == torch.float32
+    assert (rounded[:, 0] - exact[:, 0]).norm() < 0.1 * exact[:, 0].norm()
+
+
 @pytest.mark.parametrize(
     ("scheduler", "options", "message"),
     [

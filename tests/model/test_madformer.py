@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from madformer.model import MADFormer
 from madformer.model.plan import existing_outputs, layer_plans
-from madformer.model.unet import skip_shapes
+from madformer.model.unet import TimestepEmbedding, skip_shapes
 from tests.conftest import SWITCHES, TEXT, build, latents, prompts, switch_name, timesteps, tiny
 
 configs = st.builds(
@@ -179,10 +179,13 @@ def test_bfloat16_autocast_keeps_residual_stream_and_outputs_in_float32():
 
 
 def test_neighbouring_timesteps_stay_apart_under_autocast():
-    embedding = build(tiny()).float().downsampler.time_embedding
+    torch.manual_seed(0)
+    embedding = TimestepEmbedding(128)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         late, later = embedding(torch.tensor([998, 999]))
-    assert not torch.equal(late, later)
+    assert late.dtype == torch.float32 and not torch.equal(late, later)
+    late, later = embedding.bfloat16()(torch.tensor([998, 999]))
+    assert late.dtype == torch.bfloat16 and not torch.equal(late, later)
 
 
 def test_clean_blocks_are_embedded_at_timestep_zero():
