@@ -72,8 +72,15 @@ def sequence(pattern: Pattern, backend: str, device: torch.device) -> Sequence:
 
 
 def choose_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that the configuration names; `auto`: FlexAttention on CUDA, where its kernels take head and dtype."""
+    """The backend that the configuration names; `auto`: FlexAttention on CUDA, where its kernels take head and dtype.
+
+    Raises:
+        ValueError: FlexAttention on the CPU in training, or inside compiled layers: torch can do neither.
+    """
     if config.attention_backend != "auto":
+        cannot = "train" if torch.is_grad_enabled() else "be part of compiled layers" if config.compile else ""
+        if config.attention_backend == "flex" and device.type == "cpu" and cannot:
+            raise ValueError(f"model.attention_backend = 'flex': cannot {cannot} on the CPU; set it to sdpa or auto")
         return config.attention_backend
     fits = config.head_width >= MIN_FLEX_HEAD_WIDTH and dtype != torch.float64
     return "flex" if device.type == "cuda" and fits else "sdpa"
@@ -164,8 +171,6 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 
 def _flex_attention(q: Towers, k: Towers, v: Towers, pattern: Pattern, block_mask: BlockMask) -> Towers:
-    if next(iter(q.values())).device.type == "cpu" and torch.is_grad_enabled():
-        raise ValueError("model.attention_backend = 'flex': has no backward pass on the CPU; set it to sdpa or auto")
     queries, keys, values = (_join(x, pattern.draws) for x in (q, k, v))
     grouped = queries.shape[1] != keys.shape[1]
     attended = _compiled_flex_attention()(queries, keys, values, block_mask=block_mask, enable_gqa=grouped)

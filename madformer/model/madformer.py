@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from einops import rearrange, repeat
@@ -49,10 +49,7 @@ class MADFormer(nn.Module):
         self.upsampler = Upsampler(config)
         self.text = TextInterface(config.text, config.width) if config.text is not None else None
         self.reset_parameters()
-        if config.compile:
-            allow_many_shapes()
-            for layer in self.layers:
-                layer.compile()
+        self._compile_layers()
 
     def reset_parameters(self) -> None:
         """Initialise as released, also after building on the meta device: Xavier-uniform linears with zero biases,
@@ -175,6 +172,17 @@ class MADFormer(nn.Module):
         if self.text is not None:
             used.update(self.text.parameters() if "text_logits" in wanted else self.text.embedding.parameters())
         return [parameter for parameter in self.parameters() if parameter not in used]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickles come without compiled code."""
+        super().__setstate__(state)
+        self._compile_layers()
+
+    def _compile_layers(self) -> None:
+        if self.config.compile:
+            allow_many_shapes()
+            for layer in self.layers:
+                layer.compile()
 
     # ---- the pieces of the forward
 

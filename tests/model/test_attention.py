@@ -151,14 +151,17 @@ def test_flex_masks_are_made_once_per_shape():
     ],
 )
 def test_auto_takes_flex_where_its_kernels_run(changes, device, dtype, backend):
-    assert choose_backend(tiny(**{"width": 32, **changes}), torch.device(device), dtype) == backend
+    with torch.no_grad():
+        assert choose_backend(tiny(**{"width": 32, **changes}), torch.device(device), dtype) == backend
 
 
-def test_flex_says_that_it_cannot_train_on_the_cpu():
-    layout = pattern()
-    x = towers(layout, layout.keys, HEADS)
-    with pytest.raises(ValueError, match="'flex': has no backward pass on the CPU; set it to sdpa or auto"):
-        sequence(layout, "flex", CPU).attend(x, x, x)
+def test_flex_says_what_it_cannot_do_on_the_cpu():
+    config = tiny(width=32, attention_backend="flex")
+    with pytest.raises(ValueError, match="'flex': cannot train on the CPU; set it to sdpa or auto"):
+        choose_backend(config, CPU, torch.float32)
+    compiled = tiny(width=32, attention_backend="flex", compile=True)
+    with torch.no_grad(), pytest.raises(ValueError, match="'flex': cannot be part of compiled layers on the CPU"):
+        choose_backend(compiled, CPU, torch.float32)
 
 
 def test_sdpa_multiplies_exactly_what_is_seen():

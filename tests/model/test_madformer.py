@@ -1,5 +1,6 @@
 """The training forward: what it leaks, what it skips, and what its options leave unchanged."""
 
+import copy
 import dataclasses
 import shutil
 
@@ -149,6 +150,7 @@ def test_compiled_layers_compute_the_same_in_training_and_sampling():
     model = build(tiny(depth=1, diffusion_depth=1))
     compiled = MADFormer(dataclasses.replace(model.config, compile=True)).double()
     assert compiled.state_dict().keys() == model.state_dict().keys()
+    assert all(x._compiled_call_impl is not None for x in (*compiled.layers, *copy.deepcopy(compiled).layers))
     compiled.load_state_dict(model.state_dict())
     for mine, reference in zip(gradients(compiled), gradients(model), strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-8)
