@@ -47,7 +47,7 @@ class Pattern:
 
 
 @dataclass
-class Sequence:
+class TrainingContext:
     """Context of a layer in training: all blocks of the image at once."""
 
     pattern: Pattern
@@ -66,9 +66,9 @@ class Sequence:
         return _flex_attention(queries, keys, values, self.pattern, self.block_mask)
 
 
-def sequence(pattern: Pattern, backend: str, device: torch.device) -> Sequence:
+def training_context(pattern: Pattern, backend: str, device: torch.device) -> TrainingContext:
     """The context of a layer with a backend, `flex` or `sdpa`."""
-    return Sequence(pattern, _block_mask(pattern, device) if backend == "flex" else None)
+    return TrainingContext(pattern, _block_mask(pattern, device) if backend == "flex" else None)
 
 
 def choose_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ from madformer.model.rope import Rope
 
 
 class Context(Protocol):
-    """What a layer attends over: `attention.Sequence` in training, `cache.Slot` when sampling."""
+    """What a layer attends over: `attention.TrainingContext` in training, `cache.Slot` when sampling."""
 
     @property
     def queries(self) -> tuple[str, ...]:

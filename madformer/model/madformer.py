@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from madformer.config import ModelConfig
-from madformer.model.attention import Pattern, Towers, allow_many_shapes, choose_backend, sequence
+from madformer.model.attention import Pattern, Towers, allow_many_shapes, choose_backend, training_context
 from madformer.model.blocks import text_positions, token_positions
 from madformer.model.decoder import DecoderLayer
 from madformer.model.plan import TOWERS, LayerPlan, clean_block_count, existing_outputs, layer_plans
@@ -268,7 +268,7 @@ class MADFormer(nn.Module):
             return {}
         inputs = {tower: x[tower] for tower in plan.keys}
         backend = choose_backend(config, self.boi_SD.device, self.boi_SD.dtype)
-        context = sequence(pattern, backend, self.boi_SD.device)
+        context = training_context(pattern, backend, self.boi_SD.device)
         if config.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(self.layers[layer], inputs, ropes, context, use_reentrant=False, preserve_rng_state=False)
         return self.layers[layer](inputs, ropes, context)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from madformer.model.attention import Pattern, choose_backend, dense_mask, sequence
+from madformer.model.attention import Pattern, choose_backend, dense_mask, training_context
 from tests.conftest import tiny
 
 HEADS, WIDTH = 4, 16
@@ -102,7 +102,7 @@ def test_sdpa_equals_the_dense_mask_forward_and_backward(pattern, kv_heads):
         for seed, (names, heads) in enumerate([(pattern.queries, HEADS), (pattern.keys, kv_heads), (pattern.keys, kv_heads)])
     )
     inputs = [*q.values(), *k.values(), *v.values()]
-    ours, expected = sequence(pattern, "sdpa", CPU).attend(q, k, v), masked(q, k, v, pattern)
+    ours, expected = training_context(pattern, "sdpa", CPU).attend(q, k, v), masked(q, k, v, pattern)
     assert list(ours) == list(expected)
     weights = {name: torch.randn_like(x) for name, x in expected.items()}
     gradients = [
@@ -126,7 +126,7 @@ def test_sdpa_equals_the_dense_mask_forward_and_backward(pattern, kv_heads):
 def test_flex_equals_sdpa(layout, kv_heads):
     q = towers(layout, layout.queries, HEADS, dtype=torch.float32)
     k, v = (towers(layout, layout.keys, kv_heads, seed=seed, dtype=torch.float32) for seed in (1, 2))
-    flex, sdpa = (sequence(layout, backend, CPU).attend(q, k, v) for backend in ("flex", "sdpa"))
+    flex, sdpa = (training_context(layout, backend, CPU).attend(q, k, v) for backend in ("flex", "sdpa"))
     for name in sdpa:
         torch.testing.assert_close(flex[name], sdpa[name], rtol=1e-4, atol=1e-5)
 
@@ -134,8 +134,8 @@ def test_flex_equals_sdpa(layout, kv_heads):
 def test_flex_masks_are_made_once_per_shape():
     layout = pattern(size=5)
     with torch.inference_mode():  # as in validation before the first training step
-        mask = sequence(layout, "flex", CPU).block_mask
-    assert sequence(pattern(size=5), "flex", CPU).block_mask is mask
+        mask = training_context(layout, "flex", CPU).block_mask
+    assert training_context(pattern(size=5), "flex", CPU).block_mask is mask
     assert not mask.kv_indices.is_inference()
 
 
@@ -169,6 +169,6 @@ def test_sdpa_multiplies_exactly_what_is_seen():
     with torch.device("meta"):
         q, k, v = ({n: torch.empty(x.shape) for n, x in towers(layout, layout.keys, HEADS).items()} for _ in range(3))
     with FlopCounterMode(display=False) as counter:
-        sequence(layout, "sdpa", torch.device("meta")).attend(q, k, v)
+        training_context(layout, "sdpa", torch.device("meta")).attend(q, k, v)
     batch = 2
     assert counter.get_total_flops() == batch * 4 * HEADS * WIDTH * int(definition(layout).sum())
