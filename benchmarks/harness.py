@@ -13,34 +13,24 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import Setup, Side, matmul_rate
-from madformer.config import ConfigError, ModelConfig, UNetConfig
+from madformer.config import ConfigError, ModelConfig, UNetConfig, load_experiment
 
 GOAL = 0.9
 """Share of the FLOPs ratio that the wall-clock ratio should reach."""
 
 _NARROW = UNetConfig(channels=(64, 128), layers=(1, 1), attention=(False, False))
-_PIXELS = UNetConfig(channels=(32,), layers=(1,), attention=(False,))
+_EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 SIZES = {
-    "digits": ModelConfig(
-        latent_channels=1,
-        latent_size=8,
-        depth=8,
-        diffusion_depth=4,
-        ar_length=4,
-        width=64,
-        num_heads=4,
-        ffn_width=256,
-        unet=_PIXELS,
-    ),
+    "digits": load_experiment(_EXPERIMENTS / "digits.yaml").model,
     "small": ModelConfig(
         latent_size=16, depth=6, diffusion_depth=3, ar_length=4, width=192, num_heads=3, ffn_width=768, unet=_NARROW
     ),
     "middle": ModelConfig(
         latent_size=32, depth=12, diffusion_depth=6, ar_length=4, width=384, num_heads=6, ffn_width=1536, unet=_NARROW
     ),
-    "imagenet256": ModelConfig(latent_size=32, ar_length=4),
-    "ffhq1024": ModelConfig(),
+    "imagenet256": replace(load_experiment(_EXPERIMENTS / "imagenet256.yaml").model, text=None),
+    "ffhq1024": load_experiment(_EXPERIMENTS / "ffhq1024.yaml").model,
 }
 """From the digits experiment to the paper's full models (ImageNet's without its text)."""
 

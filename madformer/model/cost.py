@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from madformer.config import ConfigError, ModelConfig, UNetConfig
-from madformer.model.plan import clean_block_count, existing_outputs, layer_plans
+from madformer.model.plan import clean_block_count, embedded_block_count, existing_outputs, layer_plans
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element by the dtype that matrix products run in."""
@@ -104,11 +104,10 @@ def sampling_flops(config: ModelConfig, guidance: bool = False) -> SamplingFlops
                 step_layers += noise
             elif config.use_condition:
                 ar_pass += noise
-    embeds = config.use_condition or "clean" in plans[0].keys
     return SamplingFlops(
         text=rows * sum(_layer_flops(config, text, text, "text" in plan.queries) for plan in plans if "text" in plan.keys),
         ar_pass=rows * ar_pass,
-        ar_unet=(config.ar_length - 1) * down if embeds else 0,
+        ar_unet=embedded_block_count(config, frozenset()) * down,
         step_layers=rows * step_layers,
         step_unet=config.ar_length * (down + rows * up),
     )
@@ -184,9 +183,8 @@ def text_tokens(config: ModelConfig) -> int:
 
 def unet_passes(config: ModelConfig, wanted: frozenset[str], draws: int) -> tuple[int, int]:
     """Blocks of one image that go through the downsampler and the upsampler in training."""
-    clean = max(clean_block_count(config, wanted), config.ar_length - 1 if config.use_condition else 0)
     auxiliary = len(wanted & {"condition", "clean_tower"})
-    return clean + config.ar_length * draws, config.ar_length * (draws + auxiliary)
+    return embedded_block_count(config, wanted) + config.ar_length * draws, config.ar_length * (draws + auxiliary)
 
 
 def _layer_flops(config: ModelConfig, tokens: int, keys: int, queried: bool = True) -> int:

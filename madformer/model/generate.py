@@ -17,7 +17,7 @@ from torch import Tensor
 from madformer.model.cache import KeyValueCache
 from madformer.model.decoder import autocast_dtype
 from madformer.model.madformer import MADFormer
-from madformer.model.plan import layer_plans
+from madformer.model.plan import embedded_block_count, layer_plans
 from madformer.model.text import null_text
 
 
@@ -128,7 +128,7 @@ class _Sampler:
         self.block = block
         self.condition_BSD = None
         tokens_BSD = self.model.boi_SD.detach().expand(self.rows, -1, -1)
-        if previous_BCYX is not None and ("clean" in self.plans[0].keys or self.config.use_condition):
+        if previous_BCYX is not None and embedded_block_count(self.config, frozenset()):
             t = self.scheduler.timesteps[-1] if self.config.clean_timestep == "released" else 0
             tokens_BSD = self._for_all_rows(self._embed(previous_BCYX, t)[0])
             if "clean" in self.plans[0].keys:

@@ -15,7 +15,14 @@ from madformer.config import ModelConfig
 from madformer.model.attention import Pattern, Towers, allow_many_shapes, choose_backend, training_context
 from madformer.model.blocks import text_positions, token_positions
 from madformer.model.decoder import DecoderLayer
-from madformer.model.plan import TOWERS, LayerPlan, clean_block_count, existing_outputs, layer_plans
+from madformer.model.plan import (
+    TOWERS,
+    LayerPlan,
+    clean_block_count,
+    embedded_block_count,
+    existing_outputs,
+    layer_plans,
+)
 from madformer.model.rope import Rope, rope
 from madformer.model.text import TextInterface, null_text
 from madformer.model.unet import Downsampler, Skips, Upsampler, skip_shapes
@@ -99,7 +106,7 @@ class MADFormer(nn.Module):
         # Eq. 1: h_0 = Embed(z_prev); the noise tower's input is the clean embedding shifted by one block, BOI first.
         if clean_t_BL is None:
             clean_t_BL = self._clean_timesteps(t_BL, draws)
-        embedded_BJSD, clean_skips = self._embed_clean(clean_BLCYX, clean_t_BL, blocks)
+        embedded_BJSD, clean_skips = self._embed_clean(clean_BLCYX, clean_t_BL, embedded_block_count(config, wanted))
         if blocks:
             x["clean"] = _join_blocks(embedded_BJSD)
         if config.use_condition:
@@ -228,12 +235,10 @@ class MADFormer(nn.Module):
         return {"text": self.text.embedding(text.to(device))}
 
     def _embed_clean(self, clean_BLCYX: Tensor, clean_t_BL: Tensor, blocks: int) -> tuple[Tensor, Skips]:
-        """Embed the clean blocks that anything reads: the `blocks` in the sequence, all but the last for the condition."""
-        read = max(blocks, self.config.ar_length - 1 if self.config.use_condition else 0)
-        if not read:
-            empty = self.boi_SD.new_empty(len(clean_BLCYX), 0, *self.boi_SD.shape)
-            return empty, ()
-        return self.embed(clean_BLCYX[:, :read], clean_t_BL[:, :read])
+        """Embed the first `blocks` clean blocks."""
+        if not blocks:
+            return self.boi_SD.new_empty(len(clean_BLCYX), 0, *self.boi_SD.shape), ()
+        return self.embed(clean_BLCYX[:, :blocks], clean_t_BL[:, :blocks])
 
     def _shift(self, embedded_BJSD: Tensor) -> Tensor:
         """[B, L, S, D]: at block i the embedding of block i - 1, the BOI block at 0."""

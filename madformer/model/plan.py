@@ -70,5 +70,10 @@ def clean_block_count(config: ModelConfig, outputs: frozenset[str]) -> int:
     return config.ar_length if "clean_tower" in outputs else config.ar_length - 1
 
 
+def embedded_block_count(config: ModelConfig, outputs: frozenset[str]) -> int:
+    """Clean blocks that anything reads the embedding of: those in the sequence, and all but the last for the condition."""
+    return max(clean_block_count(config, outputs), config.ar_length - 1 if config.use_condition else 0)
+
+
 def _in_order(towers: set[str]) -> tuple[str, ...]:
     return tuple(tower for tower in TOWERS if tower in towers)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from madformer.model.attention import Pattern, choose_backend, dense_mask, training_context
+from madformer.model.attention import Pattern, _compiled_flex_attention, choose_backend, dense_mask, training_context
 from tests.conftest import tiny
 
 HEADS, WIDTH = 4, 16
@@ -137,6 +138,10 @@ def test_flex_masks_are_made_once_per_shape():
         mask = training_context(layout, "flex", CPU).block_mask
     assert training_context(pattern(size=5), "flex", CPU).block_mask is mask
     assert not mask.kv_indices.is_inference()
+
+
+def test_flex_is_compiled_and_compiled_once():
+    assert _compiled_flex_attention() is _compiled_flex_attention() is not flex_attention
 
 
 @pytest.mark.parametrize(
