@@ -7,20 +7,33 @@ loading from YAML go through the same rules, because they live in `__post_init__
 
 from __future__ import annotations
 
+from madformer.config.evaluation import EvaluationConfig
 from madformer.config.experiment import DiffusionConfig, ExperimentConfig, LossConfig, check_losses
+from madformer.config.frozen import config_hash, freeze, load_run, require_same_weights, trained_fields
 from madformer.config.loading import load_experiment
 from madformer.config.model import MIN_FLEX_HEAD_WIDTH, ModelConfig, TextConfig, UNetConfig
-from madformer.config.rules import ConfigError
+from madformer.config.rules import ConfigError, InputError
+from madformer.config.training import DataConfig, OptimizerConfig, TrainerConfig
 
 __all__ = [
     "MIN_FLEX_HEAD_WIDTH",
     "ConfigError",
+    "DataConfig",
     "DiffusionConfig",
+    "EvaluationConfig",
     "ExperimentConfig",
+    "InputError",
     "LossConfig",
     "ModelConfig",
+    "OptimizerConfig",
     "TextConfig",
+    "TrainerConfig",
     "UNetConfig",
     "check_losses",
+    "config_hash",
+    "freeze",
     "load_experiment",
+    "load_run",
+    "require_same_weights",
+    "trained_fields",
 ]

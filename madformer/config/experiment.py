@@ -1,12 +1,15 @@
-"""The configuration of an experiment: the model, its diffusion process and its losses."""
+"""The configuration of an experiment: the model, its diffusion process, its losses, and how it is trained and evaluated."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
+from madformer.config.evaluation import EvaluationConfig
 from madformer.config.model import ModelConfig
-from madformer.config.rules import require, require_at_least
+from madformer.config.rules import is_integer, require, require_at_least
+from madformer.config.training import DataConfig, OptimizerConfig, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,63 @@ class ExperimentConfig:
     """One experiment: everything that a run needs to know."""
 
     name: str = "madformer"
-    """Name of the experiment."""
+    """Name of the experiment; its run lives in output_dir/name."""
+    output_dir: str = "runs"
+    """Folder of runs, relative to the working directory."""
+    seed: int = 0
+    """Of initialisation, data order and training noise."""
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        require(is_integer(self.seed) and self.seed >= 0, "seed", self.seed, "must be an integer of at least 0")
+        legal = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\n\0")
+        require(legal, "name", self.name, "must be the name of a folder")
         check_losses(self.model, self.loss)
         legal = self.diffusion.draws_per_image == 1 or self.model.clean_timestep == "zero"
         remedy = "several draws share the clean blocks: set diffusion.draws_per_image=1 or model.clean_timestep=zero"
         require(legal, "diffusion.draws_per_image", self.diffusion.draws_per_image, remedy)
+        check_data(self.data, self.model)
+        check_budgets(self.evaluation, self.model, self.diffusion)
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run lives."""
+        return Path(self.output_dir) / self.name
+
+
+def check_data(data: DataConfig, model: ModelConfig) -> None:
+    """Refuse data that the model does not take.
+
+    Raises:
+        ConfigError: digits for a model of other latents, or with text.
+    """
+    if data.source == "digits":
+        shape = f"{model.latent_channels} x {model.latent_size} x {model.latent_size}"
+        legal = model.latent_channels == 1 and model.latent_size == 8
+        require(legal, "data.source", data.source, f"its images are 1 x 8 x 8, the model's latents {shape}")
+        require(model.text is None, "data.source", data.source, "it has no text: set model.text=null")
+
+
+def check_budgets(evaluation: EvaluationConfig, model: ModelConfig, diffusion: DiffusionConfig) -> None:
+    """Refuse budgets that leave the model no denoising step, or more steps than the noise schedule has.
+
+    Raises:
+        ConfigError: such a budget; the message says which ones are legal.
+    """
+    most = model.ar_depth + model.diffusion_depth * (diffusion.train_timesteps + 1) - 1
+    shape = f"with model.depth = {model.depth} and model.diffusion_depth = {model.diffusion_depth}"
+    budgets = {"evaluation.nfe": evaluation.nfe}
+    if evaluation.preview_every is not None:
+        budgets["evaluation.preview_nfe"] = (evaluation.preview_nfe,)
+    for name, values in budgets.items():
+        for budget in values:
+            require(model.depth <= budget <= most, name, budget, f"{shape} a budget must be in {model.depth}..{most}")
 
 
 def check_losses(model: ModelConfig, loss: LossConfig) -> None:

@@ -15,6 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from madformer.config.experiment import ExperimentConfig
 from madformer.config.rules import ConfigError, require
 
+FROZEN = "frozen"
+"""Key of a run's configuration that says what froze it; no part of the experiment."""
+
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read an experiment from YAML.
@@ -36,6 +39,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     _check_is_mapping(loaded, str(path))
+    loaded.pop(FROZEN, None)
     _check_keys(OmegaConf.to_container(loaded), ExperimentConfig, str(path))
     for override in overrides:
         require("=" in override, "override", override, "must have the form section.field=value")
@@ -55,7 +59,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
 def _check_is_mapping(loaded: object, where: str) -> None:
     if not OmegaConf.is_dict(loaded):
-        raise ConfigError(f"{where}: must be a mapping of sections (model, diffusion, loss) to fields")
+        raise ConfigError(f"{where}: must be a mapping of sections (model, data, trainer, ...) to fields")
 
 
 def _check_keys(given: Any, schema: type, where: str, prefix: str = "") -> None:

@@ -7,7 +7,11 @@ from dataclasses import is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
-class ConfigError(ValueError):
+class InputError(ValueError):
+    """What was asked for cannot be done; the message says what is wrong, where, and what would be right."""
+
+
+class ConfigError(InputError):
     """A configuration that cannot be run; the message names the field, its value and the legal ones."""
 
 

@@ -1,0 +1,5 @@
+"""`python -m madformer` is `madformer`."""
+
+from madformer.cli import main
+
+main()

@@ -1,0 +1,92 @@
+"""A run's own configuration: hashed, written once beside its checkpoints, read back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from madformer import __version__
+from madformer.config.experiment import ExperimentConfig
+from madformer.config.loading import FROZEN, load_experiment
+from madformer.config.rules import InputError
+from madformer.files import write_text
+
+_SAME_WEIGHTS: dict[str, frozenset[str]] = {
+    "model": frozenset({"attention_backend", "activation_checkpointing", "compile"}),
+    "data": frozenset({"batch_size_per_device"}),
+    "trainer": frozenset(
+        {"accelerator", "devices", "num_nodes", "strategy", "deterministic", "checkpoint_every", "keep_checkpoints", "log_every"}
+    ),
+}
+"""Fields of a section that change how a run is computed or watched, not what it learns."""
+
+_NO_WEIGHTS = frozenset({"name", "output_dir", "evaluation"})
+
+
+def trained_fields(config: ExperimentConfig) -> dict[str, Any]:
+    """Everything that changes the trained weights, as `section.field` -> value."""
+    nested = {key: value for key, value in _container(config).items() if key not in _NO_WEIGHTS}
+    for section, left_out in _SAME_WEIGHTS.items():
+        nested[section] = {key: value for key, value in nested[section].items() if key not in left_out}
+    return _flat(nested)
+
+
+def config_hash(config: ExperimentConfig) -> str:
+    """Sixteen hexadecimal digits over `trained_fields`: equal hashes, equal weights."""
+    canonical = json.dumps(trained_fields(config), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def config_path(run: Path) -> Path:
+    """Where a run's configuration lies."""
+    return run / "config.yaml"
+
+
+def freeze(config: ExperimentConfig, run: Path) -> None:
+    """Write a run's configuration, with the code version and the hash."""
+    made_by = {FROZEN: {"madformer": __version__, "config_hash": config_hash(config)}}
+    write_text(config_path(run), OmegaConf.to_yaml(OmegaConf.create({**made_by, **_container(config)})))
+
+
+def load_run(run: str | Path, overrides: tuple[str, ...] = ()) -> ExperimentConfig:
+    """A run's configuration, with overrides that do not change its weights.
+
+    Raises:
+        InputError: the folder is no run, or an override would change the weights.
+    """
+    path = config_path(Path(run))
+    if not path.is_file():
+        raise InputError(f"{run}: not a run: it has no {path.name}")
+    config = load_experiment(path, overrides)
+    require_same_weights(load_experiment(path), config, str(run))
+    return config
+
+
+def require_same_weights(trained: ExperimentConfig, asked: ExperimentConfig, run: str) -> None:
+    """Refuse to go on with a run under a configuration that would have trained other weights.
+
+    Raises:
+        InputError: the first field that differs, with both values.
+    """
+    before, now = trained_fields(trained), trained_fields(asked)
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            difference = f"{name} = {before.get(name)!r} there, {now.get(name)!r} asked for"
+            raise InputError(f"{run} is a run of another experiment: {difference}; give another name, or delete it")
+
+
+def _container(config: ExperimentConfig) -> dict[str, Any]:
+    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,99 @@
+"""The configuration of training: data, optimiser, trainer. Defaults are the paper's FFHQ-1024 run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from madformer.config.rules import require, require_at_least, require_types
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learnt, and in which portions."""
+
+    source: Literal["digits"] | None = None
+    """Where latents come from; null: nowhere yet, such an experiment can be costed but not trained."""
+    batch_size: int = 64
+    """Images of one optimiser step, over all devices."""
+    batch_size_per_device: int | None = None
+    """The most images that one device takes at once, gradient accumulation follows; null: no limit."""
+
+    def __post_init__(self) -> None:
+        require_types("data", self)
+        require_at_least(1, "data", self, "batch_size")
+        if self.batch_size_per_device is not None:
+            require_at_least(1, "data", self, "batch_size_per_device")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its warm-up-stable-decay schedule, clipping, and the moving average of the weights."""
+
+    lr: float = 3e-4
+    """Learning rate between warm-up and decay."""
+    betas: tuple[float, ...] = (0.9, 0.95)
+    """Decay rates of Adam's two moments."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; norms, biases and embeddings have none."""
+    warmup_fraction: float = 0.01
+    """Part of all steps over which the rate rises linearly."""
+    decay_fraction: float = 0.15
+    """Part of all steps, the last ones, over which the rate falls exponentially."""
+    decay_halvings: float = 6.0
+    """Halvings of the rate at the end: a factor of 0.5 ** (decay_halvings * progress)."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; a larger one is scaled down."""
+    ema_decay: float = 0.9999
+    """Decay of the moving average; warmed up, after t updates it is at most (1 + t) / (10 + t)."""
+
+    def __post_init__(self) -> None:
+        require_types("optimizer", self)
+        for name in ("lr", "weight_decay", "decay_halvings", "grad_clip"):
+            value = getattr(self, name)
+            require(math.isfinite(value) and value >= 0, f"optimizer.{name}", value, "must be a finite number of at least 0")
+        for name in ("lr", "grad_clip"):
+            require(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "must be above 0")
+        legal = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(legal, "optimizer.betas", list(self.betas), "must be two numbers of at least 0 and below 1")
+        for name in ("warmup_fraction", "decay_fraction"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"optimizer.{name}", value, "must be between 0 and 1")
+        legal = self.warmup_fraction + self.decay_fraction <= 1
+        remedy = f"together with optimizer.warmup_fraction = {self.warmup_fraction} it must not exceed 1"
+        require(legal, "optimizer.decay_fraction", self.decay_fraction, remedy)
+        require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long, on what, and how often something is written."""
+
+    max_steps: int = 210_000
+    """Optimiser steps of the whole run; the learning rate's schedule depends on it."""
+    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
+    """float32, or bfloat16 autocast over float32 weights."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Kind of device; auto: CUDA where there is one."""
+    devices: int | None = None
+    """Devices on each node; null: all of them (on the CPU: one process)."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """auto: one device, or DDP on several; fsdp: weights, gradients and optimiser state sharded over all devices."""
+    deterministic: bool = False
+    """Deterministic algorithms alone: two runs are equal bit for bit, also on CUDA."""
+    checkpoint_every: int = 10_000
+    """Steps from one checkpoint to the next."""
+    keep_checkpoints: int = 5
+    """Checkpoints kept, the newest ones."""
+    log_every: int = 50
+    """Steps from one logged point to the next."""
+
+    def __post_init__(self) -> None:
+        require_types("trainer", self)
+        positive = ("max_steps", "num_nodes", "checkpoint_every", "keep_checkpoints", "log_every")
+        require_at_least(1, "trainer", self, *positive)
+        if self.devices is not None:
+            require_at_least(1, "trainer", self, "devices")
