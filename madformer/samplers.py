@@ -15,12 +15,12 @@ from madformer.diffusion import PredictionType
 __all__ = ["TrailingDDIM", "build_sampler"]
 
 
-class TrailingDDIM(DDIMScheduler):
+class TrailingDDIM(DDIMScheduler):  # type: ignore[misc]
     """Deterministic DDIM from full noise (t = T - 1) to clean latents in any number of steps, 1 .. T, without clipping.
 
-    diffusers' `trailing` spacing rounds floats, which adds a timestep of -1 for some numbers of steps (61, 103, ...), and its step
-    goes to t - T // steps, which drifts away from the spacing. Here timesteps are integers, T * (steps - i) // steps - 1, and
-    each step goes to the next one of them.
+    diffusers' `trailing` spacing rounds floats, which adds a timestep of -1 for some numbers of steps (61, 103, ...), and its
+    step goes to t - T // steps, which drifts away from the spacing. Here timesteps are integers, T * (steps - i) // steps - 1,
+    and each step goes to the next one of them.
     """
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
@@ -37,9 +37,7 @@ class TrailingDDIM(DDIMScheduler):
         self.timesteps = torch.tensor(spaced, device=device)
         self._next = dict(zip(spaced, [*spaced[1:], -1], strict=True))
 
-    def step(  # type: ignore[override]
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, **_: Any
-    ) -> DDIMSchedulerOutput:
+    def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, **_: Any) -> DDIMSchedulerOutput:
         """From a noisy sample at `timestep` to the one at the next timestep, by Eq. 12 of DDIM with eta = 0."""
         following = self._next[int(timestep)]
         alpha = self.alphas_cumprod[int(timestep)]

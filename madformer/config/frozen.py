@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,16 @@ _SAME_WEIGHTS: dict[str, frozenset[str]] = {
     "model": frozenset({"attention_backend", "activation_checkpointing", "compile"}),
     "data": frozenset({"batch_size_per_device"}),
     "trainer": frozenset(
-        {"accelerator", "devices", "num_nodes", "strategy", "deterministic", "checkpoint_every", "keep_checkpoints", "log_every"}
+        {
+            "accelerator",
+            "devices",
+            "num_nodes",
+            "strategy",
+            "deterministic",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+        }
     ),
 }
 """Fields of a section that change how a run is computed or watched, not what it learns."""
@@ -29,7 +40,7 @@ _NO_WEIGHTS = frozenset({"name", "output_dir", "evaluation"})
 
 def trained_fields(config: ExperimentConfig) -> dict[str, Any]:
     """Everything that changes the trained weights, as `section.field` -> value."""
-    nested = {key: value for key, value in _container(config).items() if key not in _NO_WEIGHTS}
+    nested = {key: value for key, value in to_container(config).items() if key not in _NO_WEIGHTS}
     for section, left_out in _SAME_WEIGHTS.items():
         nested[section] = {key: value for key, value in nested[section].items() if key not in left_out}
     return _flat(nested)
@@ -48,12 +59,17 @@ def config_path(run: Path) -> Path:
 
 def freeze(config: ExperimentConfig, run: Path) -> None:
     """Write a run's configuration, with the code version and the hash."""
+    write_text(config_path(run), to_yaml(config))
+
+
+def to_yaml(config: ExperimentConfig) -> str:
+    """All fields, with the code version and the hash; `load_experiment` reads it."""
     made_by = {FROZEN: {"madformer": __version__, "config_hash": config_hash(config)}}
-    write_text(config_path(run), OmegaConf.to_yaml(OmegaConf.create({**made_by, **_container(config)})))
+    return OmegaConf.to_yaml(OmegaConf.create({**made_by, **to_container(config)}))
 
 
-def load_run(run: str | Path, overrides: tuple[str, ...] = ()) -> ExperimentConfig:
-    """A run's configuration, with overrides that do not change its weights.
+def load_run(run: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """A run's configuration under its present path, with overrides that do not change its weights.
 
     Raises:
         InputError: the folder is no run, or an override would change the weights.
@@ -63,7 +79,8 @@ def load_run(run: str | Path, overrides: tuple[str, ...] = ()) -> ExperimentConf
         raise InputError(f"{run}: not a run: it has no {path.name}")
     config = load_experiment(path, overrides)
     require_same_weights(load_experiment(path), config, str(run))
-    return config
+    folder = path.parent.resolve()
+    return replace(config, name=folder.name, output_dir=str(path.parent.parent if path.parent.name else folder.parent))
 
 
 def require_same_weights(trained: ExperimentConfig, asked: ExperimentConfig, run: str) -> None:
@@ -79,7 +96,8 @@ def require_same_weights(trained: ExperimentConfig, asked: ExperimentConfig, run
             raise InputError(f"{run} is a run of another experiment: {difference}; give another name, or delete it")
 
 
-def _container(config: ExperimentConfig) -> dict[str, Any]:
+def to_container(config: ExperimentConfig) -> dict[str, Any]:
+    """All fields, nested by section, as plain values."""
     container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}

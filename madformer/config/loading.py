@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from madformer.config.experiment import ExperimentConfig
@@ -38,9 +38,19 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    _check_is_mapping(loaded, str(path))
-    loaded.pop(FROZEN, None)
-    _check_keys(OmegaConf.to_container(loaded), ExperimentConfig, str(path))
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: must be a mapping of sections (model, data, trainer, ...) to fields")
+    return build_experiment(loaded, overrides, str(path))
+
+
+def build_experiment(fields: DictConfig, overrides: Sequence[str], where: str) -> ExperimentConfig:
+    """An experiment of its fields, nested by section, and overrides on top; `where` they are from is said in errors.
+
+    Raises:
+        ConfigError: as `load_experiment`.
+    """
+    fields = OmegaConf.masked_copy(fields, [str(key) for key in fields if key != FROZEN])
+    _check_keys(OmegaConf.to_container(fields), ExperimentConfig, where)
     for override in overrides:
         require("=" in override, "override", override, "must have the form section.field=value")
     try:
@@ -49,17 +59,12 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         raise ConfigError(f"override {list(overrides)}: {' '.join(str(error).split())}") from error
     _check_keys(OmegaConf.to_container(typed), ExperimentConfig, "override")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), loaded, typed)
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), fields, typed)
         return cast(ExperimentConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        where = getattr(error, "full_key", None) or "a list's entry"  # the only place that OmegaConf does not name
+        field = getattr(error, "full_key", None) or "a list's entry"  # the only place that OmegaConf does not name
         what = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "the value")
-        raise ConfigError(f"{path}: {where}: {what}") from error
-
-
-def _check_is_mapping(loaded: object, where: str) -> None:
-    if not OmegaConf.is_dict(loaded):
-        raise ConfigError(f"{where}: must be a mapping of sections (model, data, trainer, ...) to fields")
+        raise ConfigError(f"{where}: {field}: {what}") from error
 
 
 def _check_keys(given: Any, schema: type, where: str, prefix: str = "") -> None:

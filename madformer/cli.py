@@ -1,0 +1,191 @@
+"""The command line: one function per command, nothing heavy imported before its arguments are checked."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from madformer.config import InputError, load_experiment, load_run
+
+app = typer.Typer(
+    help="A laboratory for mixed autoregressive/diffusion image generators.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+sweep_app = typer.Typer(help="Grids of runs.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(sweep_app, name="sweep")
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields that replace the file's.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.yaml")]
+
+
+@app.command()
+def train(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="EXPERIMENT.yaml [KEY=VALUE]...")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run.")] = None,
+) -> None:
+    """Train a run, or go on with it from its newest intact checkpoint."""
+    given = arguments or []
+    if resume is not None:
+        config = load_run(resume, given)
+    elif given:
+        config = load_experiment(given[0], given[1:])
+    else:
+        raise InputError("nothing to train: give an EXPERIMENT.yaml, or --resume RUN")
+    from madformer.run import require_own_run
+
+    require_own_run(config)
+    from madformer.training.loop import train as train_run
+
+    train_run(config)
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    nfe: Annotated[str | None, typer.Option(help="Budgets, such as 280,700; default: the experiment's.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Denoising steps per block instead of budgets, such as 50,250.")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Images sampled for each budget; default: the experiment's.")] = None,
+    checkpoints: Annotated[str, typer.Option(help="newest, last5 (each, and their mean), or a step.")] = "newest",
+    weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
+) -> None:
+    """Sample from a run, measure, and append the numbers to its evaluations.jsonl; what is there is not computed again."""
+    from madformer.evaluation.request import parse_request
+
+    request = parse_request(load_run(run), nfe, steps, num_samples, checkpoints, weights)
+    from madformer.evaluation.evaluate import evaluate_run
+
+    evaluate_run(request)
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the images.")],
+    num: Annotated[int, typer.Option(min=1, help="Images.")] = 16,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps per block.")] = None,
+    nfe: Annotated[int | None, typer.Option(help="A budget, instead of steps.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image i depends on (seed, i) alone.")] = 0,
+    weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
+) -> None:
+    """Write images, and a grid of them."""
+    from madformer.evaluation.request import parse_sampling
+
+    request = parse_sampling(load_run(run), num, steps, nfe, seed, weights)
+    from madformer.evaluation.write_samples import write_samples
+
+    write_samples(request, out)
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint of the released code, or an exported file.")],
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the new run.")],
+    weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
+    overrides: Overrides = None,
+) -> None:
+    """Make a run of foreign weights, which evaluate and sample accept."""
+    from madformer.exchange import import_run
+
+    import_run(checkpoint, out, weights, overrides or [])
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="The file; its configuration lies beside it.")],
+    weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
+) -> None:
+    """Write a run's weights as safetensors, with the configuration."""
+    from madformer.exchange import export_run
+
+    export_run(run, out, weights)
+
+
+@app.command()
+def report(
+    sources: Annotated[list[str], typer.Argument(metavar="SWEEP.yaml [KEY=VALUE]... | RUN...")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the report; default: the sweep's, or report/.")
+    ] = None,
+) -> None:
+    """A table and curves: of a sweep, or of runs side by side."""
+    from madformer.report.sources import report_on
+
+    report_on(sources, out)
+
+
+@sweep_app.command("run")
+def sweep_run(sweep: SweepFile, overrides: Overrides = None) -> None:
+    """Train and evaluate every cell; what is done is not done again."""
+    from madformer.sweep.spec import load_sweep
+
+    spec = load_sweep(sweep, overrides or [])
+    from madformer.sweep.launch import run_sweep
+
+    raise typer.Exit(run_sweep(spec))
+
+
+@sweep_app.command("plan")
+def sweep_plan(sweep: SweepFile, overrides: Overrides = None) -> None:
+    """Show what would run, and what it costs."""
+    from madformer.sweep.spec import load_sweep
+    from madformer.sweep.status import print_plan
+
+    print_plan(load_sweep(sweep, overrides or []))
+
+
+@sweep_app.command("status")
+def sweep_status(sweep: SweepFile, overrides: Overrides = None) -> None:
+    """Show how far every cell is; live on a terminal."""
+    from madformer.sweep.spec import load_sweep
+    from madformer.sweep.status import print_status
+
+    print_status(load_sweep(sweep, overrides or []))
+
+
+def main() -> None:
+    """Run the command line; exit with 0 when done, 2 for the user's mistake, 130 when interrupted, 1 for all else."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except (InputError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
+        _fail(_describe(error), 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(f"{_describe(error)}; what was complete is kept, the same command goes on", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except RuntimeError as error:
+        _fail_if_expected(error)
+
+
+def _fail_if_expected(error: RuntimeError) -> None:
+    """Runs that end as they must: interrupted, or diverged. Anything else is a defect and shows where."""
+    from madformer.training.errors import Interrupted, NonFiniteError
+
+    if isinstance(error, Interrupted):
+        _fail(str(error), 128 + error.signal_number)
+    if isinstance(error, NonFiniteError):
+        _fail(str(error), 1)
+    raise error
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def _fail(message: Any, status: int) -> None:
+    print(f"madformer: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,75 @@
+"""The order of training samples: a pure function of seed and step, whatever the number of devices or restarts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from madformer.config import ConfigError
+from madformer.randomness import keyed_generator
+
+
+@dataclass(frozen=True)
+class Portion:
+    """What one device takes of each global batch, and in how many micro-batches."""
+
+    micro_batch: int
+    accumulation: int
+    rank: int
+    world_size: int
+
+    @staticmethod
+    def of(batch_size: int, limit: int | None, rank: int, world_size: int) -> Portion:
+        """The largest equal micro-batches of at most `limit` images.
+
+        Raises:
+            ConfigError: the devices cannot share the batch equally.
+        """
+        if batch_size % world_size:
+            raise ConfigError(f"data.batch_size = {batch_size}: must be a multiple of the {world_size} devices")
+        share = batch_size // world_size
+        accumulation = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= (limit or share))
+        return Portion(share // accumulation, accumulation, rank, world_size)
+
+    def indices(self, part: int) -> range:
+        """Places in the global batch of this device's micro-batch `part`."""
+        start = (part * self.world_size + self.rank) * self.micro_batch
+        return range(start, start + self.micro_batch)
+
+
+class SampleOrder:
+    """An endless stream of samples: a new permutation each epoch, cut into batches without a rest.
+
+    Sample j of step s is number s * batch_size + j of the stream, so a batch may begin in one epoch and end in the next.
+    """
+
+    def __init__(self, samples: int, batch_size: int, seed: int) -> None:
+        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self._permutations: dict[int, Tensor] = {}
+
+    def __call__(self, step: int, index: int) -> int:
+        """Which sample of the data set is number `index` of the batch of `step`."""
+        epoch, place = divmod(step * self.batch_size + index, self.samples)
+        if epoch not in self._permutations:
+            kept = {epoch - 1: self._permutations[epoch - 1]} if epoch - 1 in self._permutations else {}
+            permutation = torch.randperm(self.samples, generator=keyed_generator(self.seed, "order", epoch))
+            self._permutations = {**kept, epoch: permutation}
+        return int(self._permutations[epoch][place])
+
+
+class KeyedBatches:
+    """Batch sampler: endless micro-batches of (step, index in the global batch, sample), from step `first_step` on."""
+
+    def __init__(self, order: SampleOrder, portion: Portion, first_step: int) -> None:
+        self.order, self.portion, self.first_step = order, portion, first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        """Micro-batches of this device."""
+        step = self.first_step
+        while True:
+            for part in range(self.portion.accumulation):
+                yield [(step, index, self.order(step, index)) for index in self.portion.indices(part)]
+            step += 1

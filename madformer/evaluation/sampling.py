@@ -1,0 +1,30 @@
+"""Samples for metrics and pictures: image i is a function of the weights and (seed, i) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from madformer.config import ExperimentConfig
+from madformer.model import MADFormer
+from madformer.model.blocks import to_image
+from madformer.model.generate import generate
+from madformer.randomness import sample_seed
+from madformer.samplers import build_sampler
+
+
+def sample_batches(
+    model: MADFormer, config: ExperimentConfig, steps: int, indices: Sequence[int], batch_size: int
+) -> Iterator[Tensor]:
+    """Latents [B, C, h, w] of the samples `indices`, at most `batch_size` at once, in their order."""
+    sampler = build_sampler(config.diffusion, config.model.prediction_type)
+    for start in range(0, len(indices), batch_size):
+        seeds = [sample_seed(config.evaluation.seed, index) for index in indices[start : start + batch_size]]
+        yield to_image(generate(model, sampler, steps, seeds=seeds))
+
+
+def sample(model: MADFormer, config: ExperimentConfig, steps: int, indices: Sequence[int]) -> Tensor:
+    """Latents [B, C, h, w] of the samples `indices`."""
+    return torch.cat(list(sample_batches(model, config, steps, indices, config.evaluation.batch_size)))

@@ -1,0 +1,1 @@
+"""Training runs: the LightningModule, its callbacks, and what puts them together."""

@@ -1,0 +1,136 @@
+"""What happens beside training: checkpoints, stopping on request, previews."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from madformer.checkpoints import checkpoint_path, list_checkpoints
+from madformer.config import ExperimentConfig
+from madformer.data.digits import load_digits
+from madformer.evaluation.features import feature_network, metric_name
+from madformer.evaluation.metrics import FrechetDistance
+from madformer.evaluation.sampling import sample_batches
+from madformer.files import replacing
+from madformer.images import save_png, to_grid
+from madformer.model import cost
+from madformer.training.module import LitMADFormer
+
+
+class WholeFileIO(TorchCheckpointIO):
+    """Checkpoint files that are whole or not there, also after a power failure."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write one.
+
+        Raises:
+            OSError: the disk is full, or may not be written to.
+        """
+        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # torch hides what the file said
+                    raise error.__context__ from None
+                raise
+
+
+class RunCheckpoints(Checkpoint):
+    """A checkpoint every `trainer.checkpoint_every` steps, at the end, and when the run is asked to stop; the newest stay."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config = config
+        self.stop_requested = False
+        """Set it at any time: the run saves its state after the step that it is in, and stops."""
+        self.stopped = False
+        """Whether that has happened."""
+        self._saved_step: int | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing to save before the first step."""
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, if this ended a step that is to be saved."""
+        step, trainer_config = trainer.global_step, self.config.trainer
+        if step == self._saved_step:
+            return  # in the middle of accumulation, or saved already
+        stop = trainer.strategy.reduce_boolean_decision(self.stop_requested, all=False)
+        if step % trainer_config.checkpoint_every == 0 or step >= trainer_config.max_steps or stop:
+            self._save(trainer, pl_module, step)
+        if stop:
+            self.stopped = trainer.should_stop = True
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        assert isinstance(pl_module, LitMADFormer)
+        path = checkpoint_path(self.config.run_dir, step)
+        with pl_module.throughput.paused():
+            for logger in trainer.loggers:  # what precedes a checkpoint must be on the disk when the checkpoint is
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.flush()
+            trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            for old in list_checkpoints(self.config.run_dir)[: -self.config.trainer.keep_checkpoints]:
+                old.unlink()
+        self._saved_step, pl_module.last_checkpoint = step, str(path)
+
+
+class Preview(Callback):
+    """Every `evaluation.preview_every` steps: a grid of samples and a quick metric, from the averaged weights.
+
+    Training does not notice: samples have generators of their own.
+    """
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config = config
+        self._distance: FrechetDistance | None = None
+        self._previewed_step: int | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Sample, if it is time."""
+        every, step = self.config.evaluation.preview_every, trainer.global_step
+        if every and step % every == 0 and step and step != self._previewed_step:
+            self._previewed_step = step
+            assert isinstance(pl_module, LitMADFormer)
+            images_BCYX = self._sample(trainer, pl_module)
+            values = self._measure(images_BCYX)
+            if trainer.is_global_zero:
+                self._show(trainer, step, images_BCYX, values)
+
+    def _sample(self, trainer: pl.Trainer, module: LitMADFormer) -> Tensor:
+        """This device's share of the samples, equally many on every device: sharded models gather weights together."""
+        evaluation = self.config.evaluation
+        share = max(2, evaluation.preview_samples // trainer.world_size)
+        indices = range(trainer.global_rank * share, (trainer.global_rank + 1) * share)
+        steps = cost.steps_for_nfe(self.config.model, evaluation.preview_nfe)
+        with module.sampling_weights() as model:
+            return torch.cat(list(sample_batches(model, self.config, steps, indices, evaluation.batch_size)))
+
+    def _measure(self, images_BCYX: Tensor) -> dict[str, float]:
+        name = self.config.evaluation.feature_network
+        if name is None:
+            return {}
+        if self._distance is None:
+            self._distance = FrechetDistance(feature_network(name), load_digits()[0].to(images_BCYX.device))
+        self._distance.reset()
+        self._distance.update(images_BCYX)
+        return {f"preview/{metric_name(name)}": self._distance.compute()}
+
+    def _show(self, trainer: pl.Trainer, step: int, images_BCYX: Tensor, values: dict[str, float]) -> None:
+        grid = to_grid(images_BCYX[:64])
+        save_png(grid, self.config.run_dir / "samples" / f"preview-{step:08d}.png")
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step)
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("preview/samples", grid, step, dataformats="HWC")

@@ -1,0 +1,138 @@
+"""`madformer train`: put together what trains a run, and go on where it stopped."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from madformer.checkpoints import checkpoint_step, list_checkpoints, newest_intact
+from madformer.config import ExperimentConfig, InputError, config_hash, freeze
+from madformer.data.datamodule import LatentDataModule
+from madformer.evaluation.curves import drop_orphans
+from madformer.run import claim_run, is_run
+from madformer.training.callbacks import Preview, RunCheckpoints, WholeFileIO
+from madformer.training.errors import Interrupted
+from madformer.training.module import LitMADFormer
+from madformer.training.progress import RunProgress
+from madformer.training.strategy import build_strategy
+
+
+def train(config: ExperimentConfig) -> Path:
+    """Train a run, from its newest intact checkpoint if it has one; a finished run is left alone.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ConfigError: nothing to train on, or devices that are not there or cannot share the batch.
+        InputError: another process trains this run, or no checkpoint of it is intact.
+        NonFiniteError: the run has diverged.
+        Interrupted: it was asked to stop.
+    """
+    run = config.run_dir
+    data = LatentDataModule(config)
+    checkpoint = _newest(config)
+    if checkpoint is not None and checkpoint_step(checkpoint) >= config.trainer.max_steps:
+        _say(f"{run}: trained, {config.trainer.max_steps} steps")
+        return run
+    step = checkpoint_step(checkpoint) if checkpoint else 0
+    trainer, checkpoints = build_trainer(config)
+    with claim_run(run, _rank()):
+        if _rank() == 0:
+            if not is_run(run):
+                freeze(config, run)
+            drop_orphans(run, step)
+        goal = f"{config.trainer.max_steps} steps (config hash {config_hash(config)})"
+        _say(f"{run}: {f'resuming after step {step} of' if step else 'training'} {goal}")
+        module = LitMADFormer(config)
+        module.last_checkpoint = str(checkpoint) if checkpoint else None
+        # Lightning's own exception comes after our checkpoint.
+        with _stopping_on_signal(checkpoints) as received, suppress(SIGTERMException):
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        if checkpoints.stopped:
+            raise Interrupted(run, trainer.global_step, received[0] if received else signal.SIGTERM)
+    _say(f"{run}: trained, {config.trainer.max_steps} steps")
+    return run
+
+
+def build_trainer(config: ExperimentConfig) -> tuple[pl.Trainer, RunCheckpoints]:
+    """Lightning's Trainer for an experiment, and its callback that saves and stops."""
+    settings = config.trainer
+    cuda = torch.cuda.is_available() and settings.accelerator != "cpu"
+    devices = settings.devices or (torch.cuda.device_count() if cuda else 1)
+    checkpoints = RunCheckpoints(config)
+    trainer = pl.Trainer(
+        accelerator="cuda" if cuda else settings.accelerator if settings.accelerator != "auto" else "cpu",
+        devices=devices,
+        num_nodes=settings.num_nodes,
+        strategy=build_strategy(settings, devices),
+        precision=settings.precision,
+        max_steps=settings.max_steps,
+        deterministic=settings.deterministic,
+        callbacks=[Preview(config), RunProgress(settings.max_steps), checkpoints],
+        plugins=[WholeFileIO()],
+        logger=RunLogger(save_dir=config.run_dir, name="", version=""),
+        default_root_dir=config.run_dir,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    return trainer, checkpoints
+
+
+class RunLogger(TensorBoardLogger):
+    """Events beside the run's configuration, without Lightning's own hparams.yaml."""
+
+    def save(self) -> None:
+        """Put what was logged onto the disk."""
+        self.experiment.flush()
+
+
+def _rank() -> int:
+    """This process among those that Lightning, torchrun or Slurm started together."""
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
+def _newest(config: ExperimentConfig) -> Path | None:
+    """The checkpoint to go on from.
+
+    Raises:
+        InputError: there are checkpoints, and all of them are torn.
+    """
+    checkpoint, every = newest_intact(config.run_dir), list_checkpoints(config.run_dir)
+    if checkpoint is None and every:
+        raise InputError(f"{config.run_dir}: none of its {len(every)} checkpoints is intact; delete them to start anew")
+    return checkpoint
+
+
+@contextmanager
+def _stopping_on_signal(checkpoints: RunCheckpoints) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM stop the run after the step that it is in, a second one at once; yields what was received."""
+    received: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        checkpoints.stop_requested = True
+        _say("stopping after this step; once more to stop at once, without saving")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line, flush=True)

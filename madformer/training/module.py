@@ -1,0 +1,152 @@
+"""The LightningModule: one training step, its optimiser, its moving average, and what is logged of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from madformer.checkpoints import EMA
+from madformer.config import ExperimentConfig, config_hash
+from madformer.diffusion import NoiseSchedule
+from madformer.losses import Losses, compute_losses, wanted_outputs
+from madformer.model import MADFormer
+from madformer.model.blocks import to_blocks
+from madformer.model.text import drop_text
+from madformer.randomness import keyed_generator
+from madformer.training.ema import MovingAverage
+from madformer.training.errors import NonFiniteError
+from madformer.training.optimizer import build_optimizer, build_schedule
+from madformer.training.statistics import Throughput, block_losses, mean_terms
+from madformer.training.strategy import shard, unsharded
+
+
+class LitMADFormer(pl.LightningModule):
+    """Trains a MADFormer on batches of `LatentDataModule`, with any Trainer.
+
+    Initialisation, timesteps, noise and dropped prompts are keyed by seed, step and place in the global batch: they depend
+    neither on the number of devices nor on restarts. Weights that the configured loss never reaches are frozen.
+    """
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        super().__init__()
+        self.config = config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = MADFormer(config.model)
+        for parameter in self.model.unused_parameters(wanted_outputs(config.loss)):
+            parameter.requires_grad_(False)
+        self.schedule = NoiseSchedule(config.diffusion)
+        self.throughput = Throughput(config)
+        self.last_checkpoint: str | None = None
+        """The newest checkpoint, for the message of a run that diverges."""
+        self._restored_ema: dict[str, Tensor] | None = None
+        self._window: list[tuple[Losses, Tensor]] = []
+        self._gradient_norm = float("nan")
+
+    def configure_model(self) -> None:
+        """Shard the model where the strategy asks for it."""
+        shard(self.model, self.device_mesh)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and its schedule, a new rate for every step."""
+        optimizer = build_optimizer(self.model, self.config.optimizer)
+        schedule = build_schedule(optimizer, self.config.optimizer, self.config.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Start the moving average, from the checkpoint if there was one; Lightning has restored the weights by now."""
+        self.ema = MovingAverage(self.model, self.config.optimizer.ema_decay, self._restored_ema)
+        self._restored_ema = None
+        self.throughput.start()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The total loss (Eq. 6) of a micro-batch."""
+        clean_BLCYX = to_blocks(batch["latents"], self.config.model.ar_length)
+        noise_BLCYX, t_BL, text = self._draw(clean_BLCYX, batch["keys"], batch.get("text"))
+        losses = compute_losses(self.model, self.schedule, self.config.loss, clean_BLCYX, noise_BLCYX, t_BL, text)
+        self._window.append((losses, t_BL))
+        self.log("loss", losses.total, prog_bar=True, logger=False)
+        return losses.total
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip the gradient's norm, over all devices and shards, to `optimizer.grad_clip`.
+
+        Raises:
+            NonFiniteError: the norm or a loss is not finite; with the step, the term and the newest checkpoint.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip)
+        self._gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        # Gradients are summed over the devices by now: all of them see the same norm, and stop together.
+        if not torch.tensor(self._gradient_norm).isfinite():
+            raise NonFiniteError(self._describe_divergence())
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """One step of the optimiser and the moving average; logged here, so that the log of a step precedes its checkpoint."""
+        updates = self.trainer.global_step
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.ema.update(updates)
+        step = updates + 1
+        self.throughput.count_step()
+        if step % self.config.trainer.log_every == 0 or step == self.config.trainer.max_steps:
+            self._log_step(step)
+        self._window.clear()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The stream is endless: stop at `trainer.max_steps` under any Trainer."""
+        if self.trainer.global_step >= self.config.trainer.max_steps:
+            self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the moving average and what experiment this is."""
+        checkpoint[EMA] = self.ema.state_dict()
+        checkpoint["config_hash"] = config_hash(self.config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the moving average for `on_train_start`, when the weights lie where they belong."""
+        self._restored_ema = checkpoint[EMA]
+
+    @contextmanager
+    def sampling_weights(self) -> Iterator[MADFormer]:
+        """The model with its averaged weights, to sample from in the middle of training."""
+        with self.throughput.paused(), self.ema.swapped_in(), unsharded(self.model):
+            yield self.model
+
+    def _draw(self, clean_BLCYX: Tensor, keys_B2: Tensor, text_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Noise and timesteps, and the prompts that are not dropped, each image's own."""
+        noises, timesteps, texts = [], [], []
+        for row, (step, index) in enumerate(keys_B2.tolist()):
+            generator = keyed_generator(self.config.seed, "noise", step, index)
+            one = clean_BLCYX[row : row + 1]
+            noise, t = self.schedule.draw(one.cpu(), self.config.diffusion.draws_per_image, generator)
+            noises.append(noise)
+            timesteps.append(t)
+            if text_BT is not None and self.config.model.text is not None:
+                texts.append(drop_text(text_BT[row : row + 1], self.config.model.text, generator))
+        device = clean_BLCYX.device
+        return torch.cat(noises).to(device), torch.cat(timesteps).to(device), torch.cat(texts) if texts else None
+
+    def _log_step(self, step: int) -> None:
+        values = mean_terms(self._window, self.trainer.strategy.reduce)
+        values |= block_losses(self._window, self.config, self.trainer.strategy.reduce)
+        values |= self.throughput.measure(self.device, self.trainer.world_size)
+        values["gradient_norm"] = self._gradient_norm
+        # The schedule has not moved yet: this is the rate that the step was made with.
+        values["lr"] = float(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step)
+
+    def _describe_divergence(self) -> str:
+        bad = [name for losses, _ in self._window for name, term in losses.terms.items() if not term.isfinite()]
+        what = f"the {bad[0]} loss" if bad else "the gradient (every loss on this device is finite)"
+        kept = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint yet"
+        return f"step {self.trainer.global_step + 1}: {what} is not finite; {kept}"
