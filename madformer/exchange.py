@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,7 @@ def _experiment(model: ModelConfig) -> ExperimentConfig:
 def _read_released(source: Path, weights: str) -> MADFormer:
     with torch.serialization.safe_globals([argparse.Namespace]):  # the one class in it; nothing else is unpickled
         try:
-            checkpoint = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+            checkpoint = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
         except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
             raise InputError(f"{source}: no checkpoint that torch reads: {str(error).splitlines()[0]}") from error
     if not isinstance(checkpoint, Mapping) or not {weights, "args"} <= checkpoint.keys():

@@ -28,7 +28,7 @@ class LatentDataModule(pl.LightningDataModule):
     def __init__(self, config: ExperimentConfig) -> None:
         super().__init__()
         if config.data.source is None:
-            raise ConfigError("data.source = None: nothing to train on; the source that is there: digits")
+            raise ConfigError("data.source = null: nothing to train on; the source that is there: digits")
         self.config = config
         self._images_NCYX = load_digits()[0]
 

@@ -79,7 +79,7 @@ def parse_request(
     if nfe is not None and steps is not None:
         raise InputError("--nfe and --steps: give one of them")
     if config.evaluation.feature_network is None:
-        raise ConfigError("evaluation.feature_network = None: nothing to measure with; the one that is there: digits")
+        raise ConfigError("evaluation.feature_network = null: nothing to measure with; the one that is there: digits")
     if config.data.source != config.evaluation.feature_network:
         raise ConfigError(f"data.source = {config.data.source!r}: no reference images for evaluation.feature_network = digits")
     if num_samples is not None:

@@ -10,9 +10,10 @@ from typing import Any
 
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from madformer.report.table import Report, Row
 
@@ -38,9 +39,9 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "madformer",
 }
-_MARKERS = "osD^vPX*"
-_PER_ROW = 8
-"""Labels in one row of the legend."""
+_MARKERS = "os^Dv<>p"
+_ROW = 120
+"""Characters in one row of the legend; its marker and its margin count as 8."""
 
 
 def draw(report: Report) -> dict[str, bytes]:
@@ -56,7 +57,8 @@ def draw(report: Report) -> dict[str, bytes]:
 
 
 def _figure(report: Report) -> Figure:
-    legend_rows = math.ceil(len(report.labels) / _PER_ROW)
+    fitting = max(1, _ROW // (8 + max(map(len, report.labels))))
+    legend_rows = math.ceil(len(report.labels) / fitting)
     figure = Figure(figsize=(SIZE[0], SIZE[1] + 0.22 * (legend_rows - 1)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     compute, seconds = report.compute_unit, report.time_unit
@@ -75,23 +77,42 @@ def _figure(report: Report) -> Figure:
 def _panel(panel: Axes, report: Report, title: str, costs: Sequence[float | None]) -> None:
     """One line with markers for each label, a band between the least and the greatest seed."""
     panel.set_xlabel(title)
-    positive = all(value > 0 for row in report.rows for value in row.values)
-    panel.set(xscale="log", yscale="log" if positive else "linear")
-    for axis in (panel.xaxis, panel.yaxis) if positive else (panel.xaxis,):
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axis.set_minor_locator(NullLocator())
-    if None in costs:
-        missing = "not measured" if all(cost is None for cost in costs) else "not measured for all"
-        panel.text(0.5, 0.5, missing, transform=panel.transAxes, ha="center", color="0.5")
     for label, color, marker in zip(report.labels, _colors(len(report.labels)), cycle(_MARKERS), strict=False):
         points = [(cost, row) for cost, row in zip(costs, report.rows, strict=True) if row.label == label and cost is not None]
         _line(panel, label, sorted(points, key=lambda point: point[1].nfe), color, marker)
+    known, values = [cost for cost in costs if cost is not None], [value for row in report.rows for value in row.values]
+    if min(values) > 0:
+        panel.set_yscale("log")
+        _log_ticks(panel.yaxis, values)
+    if known:
+        panel.set_xscale("log")
+        _log_ticks(panel.xaxis, known)
+    else:
+        panel.set_xticks([])
+    if len(known) < len(costs):
+        missing = "not measured for all" if known else "not measured"
+        panel.text(0.5, 0.5, missing, transform=panel.transAxes, ha="center", color="0.5")
+
+
+def _log_ticks(axis: Axis, values: Sequence[float]) -> None:
+    """Ticks at 1, 2 and 5 times the powers of ten, even ones where these would be too few; no minor ones."""
+    wide = max(values) > 5 * min(values)
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if wide else MaxNLocator(5))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _line(panel: Axes, label: str, points: Sequence[tuple[float, Row]], color: str, marker: str) -> None:
     x = [cost for cost, _ in points]
-    panel.plot(x, [row.mean for _, row in points], color=color, marker=marker, label=label, markeredgecolor="white")
+    panel.plot(
+        x,
+        [row.mean for _, row in points],
+        color=color,
+        marker=marker,
+        label=label,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+    )
     if any(len(row.values) > 1 for _, row in points):
         least, greatest = [min(row.values) for _, row in points], [max(row.values) for _, row in points]
         panel.fill_between(x, least, greatest, color=color, alpha=0.18, linewidth=0)

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from madformer.config import ConfigError
+from madformer.config import ConfigError, InputError
 from madformer.sweep.needs import cell_needs
 from madformer.sweep.spec import Cell, Sweep
 
@@ -32,6 +32,7 @@ _POLL_SECONDS = 1.0
 _LONGEST_POLL_SECONDS = 15.0
 _REASON_LINES = 5
 _REASON_CHARACTERS = 2000
+_OUTPUT_BYTES = 65536
 
 
 def trial_commands(cell: Cell) -> list[list[str]]:
@@ -66,12 +67,13 @@ def run_sweep(sweep: Sweep, commands: Commands = trial_commands, say: Callable[[
     """
     say = say or _print
     cells = sweep.cells()
-    if not any([cell_needs(cell) for cell in cells]):  # a list: every folder is checked before anything starts
+    needs = [cell_needs(cell) for cell in cells]
+    if not any(needs):
         say(f"{sweep.name}: all {len(cells)} cells are done, nothing to do")
         return 0
     for cell in cells:
         if cell.config.data.source is None:
-            raise ConfigError(f"cell {cell.name}: data.source = None: there is nothing to train on; such a sweep can be planned only")
+            raise ConfigError(f"cell {cell.name}: data.source = None: nothing to train on; such a sweep can only be planned")
     try:
         with _sigterm_interrupts():
             from madformer.sweep.study import Queue
@@ -100,8 +102,9 @@ class Driver:
             KeyboardInterrupt: all children have ended, their trials are put back.
         """
         with ThreadPoolExecutor(self._sweep.worker_count) as pool:
-            workers = [pool.submit(self._work) for _ in range(self._sweep.worker_count)]
+            workers: list[Future[None]] = []
             try:
+                workers.extend(pool.submit(self._work) for _ in range(self._sweep.worker_count))
                 _await(workers)
             except KeyboardInterrupt:
                 self._stop(workers)
@@ -109,13 +112,16 @@ class Driver:
         return self._summarise()
 
     def _stop(self, workers: list[Future[None]]) -> None:
-        self._say(f"{self._sweep.name}: stopping, trials save their state; once more kills them")
-        self._children.stop(signal.SIGINT)
-        while not all(worker.done() for worker in workers):
+        """Interrupt all children and wait for them; another Ctrl-C kills them."""
+        how = signal.SIGINT
+        while True:
             try:
+                self._children.stop(how)
+                self._say(f"{self._sweep.name}: stopping ({how.name}), waiting for the trials")
                 wait(workers)
+                return
             except KeyboardInterrupt:
-                self._children.stop(signal.SIGKILL)
+                how = signal.SIGKILL
 
     def _work(self) -> None:
         """Claim and run trials until none is left."""
@@ -126,29 +132,30 @@ class Driver:
             if trial == "wait":
                 self._children.stopped.wait(_POLL_SECONDS)
                 continue
-            try:
-                self._run(trial)
-            except BaseException as error:
-                self._queue.fail(trial, f"{type(error).__name__}: {error}")
-                raise
+            self._run(trial)
 
     def _run(self, trial: Trial) -> None:
         cell, start = trial.cell, time.monotonic()
-        self._say(f"{cell.name}: {cell_needs(cell)}, log {log_path(cell)}")
+        self._say(f"{cell.name}: starts, {cell_needs(cell)}, log {log_path(cell)}")
         try:
             reason = self._run_commands(cell)
         except Stopped:
-            self._queue.fail(trial, "interrupted")
+            self._queue.put_back(trial)
             self._say(f"{cell.name}: interrupted")
             return
-        seconds = time.monotonic() - start
+        except (OSError, InputError) as error:  # no room for the log, a broken record, ...
+            reason = str(error)
         if reason is None:
             self._queue.complete(trial)
-            done = sum(not cell_needs(other) for other in self._sweep.cells())
-            self._say(f"{cell.name}: finished in {seconds:.0f} s, {done}/{len(self._sweep.cells())} cells done")
+            event = "finished"
         else:
             self._queue.fail(trial, reason)
-            self._say(f"{cell.name}: failed after {seconds:.0f} s, {reason.splitlines()[0]}, log {log_path(cell)}")
+            event = f"failed, {reason.splitlines()[0]}, log {log_path(cell)},"
+        self._say(f"{cell.name}: {event} after {time.monotonic() - start:.0f} s, {self._progress()}")
+
+    def _progress(self) -> str:
+        cells = self._sweep.cells()
+        return f"{sum(not cell_needs(cell) for cell in cells)}/{len(cells)} cells done"
 
     def _run_commands(self, cell: Cell) -> str | None:
         """Run what is left of a cell, to begin again when another process has been at it; why it failed, None: it did not.
@@ -197,7 +204,7 @@ class Children:
         self.stopped = threading.Event()
 
     def run(self, command: list[str], log: Path) -> tuple[int, str]:
-        """Run a command to its end; its exit status (negative: the signal that killed it) and its output.
+        """Run a command to its end; its exit status (negative: the signal that killed it) and the end of its output.
 
         Raises:
             Stopped: the driver is stopping.
@@ -225,7 +232,7 @@ class Children:
         if status != 0 and self.stopped.is_set():
             raise Stopped
         with log.open("rb") as file:
-            file.seek(start)
+            file.seek(max(start, log.stat().st_size - _OUTPUT_BYTES))
             return status, file.read().decode(errors="replace")
 
     def stop(self, signal_number: signal.Signals) -> None:
@@ -268,4 +275,4 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 
 def _print(line: str) -> None:
-    print(line, flush=True)
+    print(line + "\n", end="", flush=True)  # one write, workers do not break each other's lines

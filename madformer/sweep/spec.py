@@ -118,7 +118,7 @@ class Sweep:
     def _cells(self) -> tuple[Cell, ...]:
         axes = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
         cells = tuple(self._cell(point, seed) for point in axes for seed in self.seeds)
-        _require_one_run_each(cells)
+        require_one_run_each(cells)
         return cells
 
     def _cell(self, axes: dict[str, Any], seed: int) -> Cell:
@@ -207,7 +207,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
 
 def _build(given: dict[str, Any]) -> Sweep:
     try:
-        return cast(Sweep, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Sweep(name="-", experiment="-")), given)))
+        return cast(Sweep, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Sweep), given)))
     except OmegaConfBaseException as error:
         what = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "the value")
         raise ConfigError(f"{getattr(error, 'full_key', None) or 'a list entry'}: {what}") from error
@@ -267,7 +267,7 @@ def _require_distinct(name: str, values: Sequence[Any]) -> None:
     require(len(set(texts)) == len(texts), name, list(values), "a value occurs twice")
 
 
-def _require_one_run_each(cells: Sequence[Cell]) -> None:
+def require_one_run_each(cells: Sequence[Cell]) -> None:
     """Refuse two cells that would be the same run, or live in the same folder.
 
     Raises:

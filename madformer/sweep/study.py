@@ -16,10 +16,13 @@ from typing import Any, Literal
 
 import optuna
 from filelock import FileLock, Timeout
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.exc import DatabaseError
 
+from madformer.config import InputError
 from madformer.sweep.needs import cell_needs, cell_points, largest_budget_metric
 from madformer.sweep.spec import Cell
 
@@ -50,7 +53,11 @@ class LastTrial:
 
 
 class Queue:
-    """The trials of a sweep as one driver sees them; a context manager, the driver lives as long as it is open."""
+    """The trials of a sweep as one driver sees them; a context manager, the driver lives as long as it is open.
+
+    Raises:
+        InputError: when it is opened, the study's file is broken.
+    """
 
     def __init__(self, folder: Path, cells: Sequence[Cell]) -> None:
         self._folder, self._cells = folder, {cell.config_hash: cell for cell in cells}
@@ -78,7 +85,7 @@ class Queue:
         Without one: "wait" while other drivers run cells of this sweep, which fall to this one if they die; None after that.
         """
         with _queue_lock(self._folder):
-            self._free_the_dead_s()
+            self._free_trials_of_the_dead()
             self._enqueue()
             for trial in self._trials(TrialState.WAITING):
                 if self._storage.set_trial_state_values(self._id(trial.number), TrialState.RUNNING):
@@ -96,14 +103,18 @@ class Queue:
         self._study.tell(trial.number, metric[1] if metric is not None else float("inf"))
 
     def fail(self, trial: Trial, reason: str) -> None:
-        """Tell that a claimed trial failed, and why. `INTERRUPTED` is no failure: any driver may claim the cell again."""
+        """Tell that a claimed trial failed, and why; the cell is not tried again before the next driver begins."""
         self._tell_failure(trial.number, reason)
+
+    def put_back(self, trial: Trial) -> None:
+        """Give up a claimed trial: any driver may claim the cell again."""
+        self._tell_failure(trial.number, INTERRUPTED)
 
     def failures(self) -> dict[str, str]:
         """Cells of this sweep that failed since this driver began: name -> reason."""
         return {self._cells[key].name: reason for key, reason in self._failed().items()}
 
-    def _free_the_dead_s(self) -> None:
+    def _free_trials_of_the_dead(self) -> None:
         for trial in self._trials(TrialState.RUNNING):
             owner = trial.user_attrs.get(_OWNER)
             if owner != self._owner and not _is_alive(self._folder, owner):
@@ -190,10 +201,14 @@ def _is_alive(folder: Path, owner: str | None) -> bool:
 
 def _open_study(folder: Path) -> tuple[optuna.Study, RDBStorage]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    timeout: dict[str, Any] = {"connect_args": {"timeout": _BUSY_TIMEOUT_SECONDS}}
-    storage = RDBStorage(f"sqlite:///{_study_path(folder).resolve()}", engine_kwargs=timeout)
-    _make_transactions_atomic(storage.engine)
-    return optuna.create_study(storage=storage, study_name=folder.name, load_if_exists=True), storage
+    path, timeout = _study_path(folder), {"connect_args": {"timeout": _BUSY_TIMEOUT_SECONDS}}
+    try:
+        storage = RDBStorage(f"sqlite:///{path.resolve()}", engine_kwargs=timeout)
+        _make_transactions_atomic(storage.engine)
+        return optuna.create_study(storage=storage, study_name=folder.name, load_if_exists=True), storage
+    except (DatabaseError, StorageInternalError) as error:
+        what = str(error.__cause__ or error).splitlines()[0]
+        raise InputError(f"{path}: no study of a sweep ({what}); delete it: what is done is read from the runs") from error
 
 
 def _make_transactions_atomic(engine: Engine) -> None:

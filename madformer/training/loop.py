@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,8 +17,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from madformer.checkpoints import checkpoint_step, list_checkpoints, newest_intact
-from madformer.config import ExperimentConfig, InputError, config_hash, freeze
+from madformer.config import ConfigError, ExperimentConfig, InputError, config_hash, freeze
 from madformer.data.datamodule import LatentDataModule
+from madformer.data.order import Portion
 from madformer.evaluation.curves import drop_orphans
 from madformer.run import claim_run, is_run
 from madformer.training.callbacks import Preview, RunCheckpoints, WholeFileIO
@@ -39,6 +42,7 @@ def train(config: ExperimentConfig) -> Path:
         Interrupted: it was asked to stop.
     """
     run = config.run_dir
+    _quieten()
     data = LatentDataModule(config)
     checkpoint = _newest(config)
     if checkpoint is not None and checkpoint_step(checkpoint) >= config.trainer.max_steps:
@@ -65,13 +69,22 @@ def train(config: ExperimentConfig) -> Path:
 
 
 def build_trainer(config: ExperimentConfig) -> tuple[pl.Trainer, RunCheckpoints]:
-    """Lightning's Trainer for an experiment, and its callback that saves and stops."""
-    settings = config.trainer
-    cuda = torch.cuda.is_available() and settings.accelerator != "cpu"
-    devices = settings.devices or (torch.cuda.device_count() if cuda else 1)
+    """Lightning's Trainer for an experiment, and its callback that saves and stops.
+
+    Raises:
+        ConfigError: devices that are not there, or that cannot share the batch equally.
+    """
+    settings, there = config.trainer, torch.cuda.device_count()
+    if settings.accelerator == "cuda" and not there:
+        raise ConfigError("trainer.accelerator = 'cuda': there is no CUDA device; set it to auto or cpu")
+    cuda = there > 0 and settings.accelerator != "cpu"
+    devices = settings.devices or (there if cuda else 1)
+    if cuda and devices > there:
+        raise ConfigError(f"trainer.devices = {devices}: there are {there} CUDA devices")
+    Portion.of(config.data.batch_size, config.data.batch_size_per_device, 0, devices * settings.num_nodes)
     checkpoints = RunCheckpoints(config)
     trainer = pl.Trainer(
-        accelerator="cuda" if cuda else settings.accelerator if settings.accelerator != "auto" else "cpu",
+        accelerator="cuda" if cuda else "cpu",
         devices=devices,
         num_nodes=settings.num_nodes,
         strategy=build_strategy(settings, devices),
@@ -95,6 +108,14 @@ class RunLogger(TensorBoardLogger):
     def save(self) -> None:
         """Put what was logged onto the disk."""
         self.experiment.flush()
+
+
+def _quieten() -> None:
+    """Leave out what Lightning says about itself; warnings that a user can act on stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for noise in (".*LeafSpec.*deprecated", ".*does not have many workers.*", ".*FSDP2-wrapped module.*returned a view.*"):
+        warnings.filterwarnings("ignore", message=noise)
 
 
 def _rank() -> int:

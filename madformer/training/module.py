@@ -109,6 +109,7 @@ class LitMADFormer(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the moving average and what experiment this is."""
         checkpoint[EMA] = self.ema.state_dict()
+        self._number_by_model(checkpoint["optimizer_states"][0])
         checkpoint["config_hash"] = config_hash(self.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -144,6 +145,15 @@ class LitMADFormer(pl.LightningModule):
         values["lr"] = float(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         for logger in self.trainer.loggers:
             logger.log_metrics(values, step)
+
+    def _number_by_model(self, state: dict[str, Any]) -> None:
+        """Number the optimiser's parameters as the model does: FSDP reads the numbers so, all others by position alone."""
+        numbers = {parameter: number for number, parameter in enumerate(self.parameters())}
+        renamed: dict[int, int] = {}
+        for saved, group in zip(state.get("param_groups", []), self.optimizers().param_groups, strict=False):  # type: ignore[union-attr]
+            renamed |= {old: numbers[parameter] for old, parameter in zip(saved["params"], group["params"], strict=True)}
+            saved["params"] = [numbers[parameter] for parameter in group["params"]]
+        state["state"] = {renamed[old]: moments for old, moments in state.get("state", {}).items()}
 
     def _describe_divergence(self) -> str:
         bad = [name for losses, _ in self._window for name, term in losses.terms.items() if not term.isfinite()]

@@ -1,0 +1,238 @@
+"""Curves in TensorBoard: read back as TensorBoard reads them, and asked of a real server."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from madformer.evaluation import curves
+from madformer.evaluation.curves import drop_orphans, write_curves
+from madformer.evaluation.record import record_path
+from tests.points import point, recorded
+
+HPARAMS = {"model.diffusion_depth": 2, "optimizer.lr": 3e-4, "model.rope": "axial", "model.use_condition": True}
+
+
+def read(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every tag of a run and its (step, value) pairs, in the file's order."""
+    events = EventAccumulator(str(run), {"scalars": 0, "images": 0}).Reload()
+    tags = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return tags | {tag: [(event.step, 0.0) for event in events.Images(tag)] for tag in events.Tags()["images"]}
+
+
+def train(run: Path, steps: range, image_every: int = 4) -> Path:
+    """An event file as training leaves it: a loss at every step and some pictures."""
+    before = set(run.glob("*"))
+    writer = SummaryWriter(run)
+    for step in steps:
+        writer.add_scalar("loss", 1 / step, step)
+        if step % image_every == 0:
+            writer.add_image("preview", torch.rand(1, 8, 8), step)
+    writer.close()
+    return next(iter(set(run.glob("*")) - before))
+
+
+def test_tags_steps_and_values_are_exact(tmp_path):
+    points = [point(16, 72.25), point(20, 40.0), point(128, 20.5)]
+    write_curves(recorded(tmp_path, *points), HPARAMS)
+    assert read(tmp_path) == {
+        "fd_digits_vs_nfe": [(16, 72.25), (20, 40.0), (128, 20.5)],
+        "fd_digits_vs_log2_nfe": [(400, 72.25), (432, 40.0), (700, 20.5)],
+        "fd_digits_vs_tflops": [(8, 72.25), (10, 40.0), (64, 20.5)],
+        "fd_digits_vs_seconds": [(4000, 72.25), (5000, 40.0), (32000, 20.5)],
+        "fd_digits_at_nfe_16": [(1000, 72.25)],
+        "fd_digits_at_nfe_128": [(1000, 20.5)],
+    }
+
+
+def test_drawn_twice_is_drawn_once(tmp_path):
+    recorded(tmp_path, point(16, 72.0), point(32, 30.0))
+    write_curves(tmp_path, HPARAMS)
+    recorded(tmp_path, point(16, 71.0), point(64, 20.0))
+    write_curves(tmp_path, HPARAMS)
+    assert len(list(tmp_path.glob("events.out.tfevents.*.curves"))) == 1
+    assert {path.name for path in tmp_path.iterdir()} - {next(tmp_path.glob("*.curves")).name} == {"evaluations.jsonl"}
+    assert read(tmp_path)["fd_digits_vs_nfe"] == [(16, 71.0), (32, 30.0), (64, 20.0)]
+
+
+def test_steps_rise_where_costs_do_not_and_equal_costs_are_one_point(tmp_path):
+    recorded(tmp_path, point(16, 3.0, seconds_per_image=0.5), point(32, 2.0, seconds_per_image=0.25))
+    recorded(tmp_path, point(64, 1.0, seconds_per_image=None, tflops_per_image=1.6e-5))
+    write_curves(tmp_path, {})
+    tags = read(tmp_path)
+    assert tags["fd_digits_vs_seconds"] == [(250_000, 2.0), (500_000, 3.0)]
+    assert tags["fd_digits_vs_tflops"] == [(8, 3.0), (16, 1.0)]
+
+
+def test_every_metric_has_its_curves(tmp_path):
+    write_curves(recorded(tmp_path, point(16, 0, metrics={"fid": 9.0, "kid": 0.5})), {})
+    assert {tag for tag in read(tmp_path) if tag.endswith("_vs_nfe")} == {"fid_vs_nfe", "kid_vs_nfe"}
+
+
+def test_a_run_without_evaluations_has_no_curves(tmp_path):
+    write_curves(recorded(tmp_path, point(16, 72.0)), HPARAMS)
+    record_path(tmp_path).unlink()
+    write_curves(tmp_path, HPARAMS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_s_events_stay_as_they_are(tmp_path):
+    path = train(tmp_path, range(1, 6))
+    before = path.read_bytes()
+    for _ in range(2):
+        write_curves(recorded(tmp_path, point(16, 72.0)), HPARAMS)
+    assert path.read_bytes() == before
+    assert [step for step, _ in read(tmp_path)["loss"]] == [1, 2, 3, 4, 5]
+
+
+def test_a_failure_leaves_the_former_curves(tmp_path):
+    write_curves(recorded(tmp_path, point(16, 72.0)), HPARAMS)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(TypeError):
+        write_curves(tmp_path, {"unet.channels": [16, 32]})  # type: ignore[dict-item]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_half_written_files_are_not_for_tensorboard(tmp_path, monkeypatch):
+    seen: list[str] = []
+    write = curves._write_events
+
+    def spy(path: Path, events: Any) -> None:
+        write(path, events)
+        seen.extend(entry.name for entry in path.parent.iterdir())
+
+    monkeypatch.setattr(curves, "_write_events", spy)
+    write_curves(recorded(tmp_path, point(16, 72.0)), HPARAMS)
+    assert len(seen) == 2 and not [name for name in seen if "tfevents" in name]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5, 30])
+def test_orphans_of_a_killed_run_vanish(tmp_path, cut):
+    write_curves(recorded(tmp_path, point(16, 72.0)), HPARAMS)
+    drawn = next(tmp_path.glob("*.curves"))
+    path, untouched = train(tmp_path, range(1, 11)), drawn.read_bytes()
+    with path.open("rb+") as file:
+        file.truncate(path.stat().st_size - cut)
+    drop_orphans(tmp_path, 6)
+    tags = read(tmp_path)
+    assert tags["loss"] == [(step, pytest.approx(1 / step)) for step in range(1, 7)]
+    assert tags["preview"] == [(4, 0.0)] and tags["fd_digits_vs_nfe"] == [(16, 72.0)]
+    assert drawn.read_bytes() == untouched
+    train(tmp_path, range(7, 9))
+    assert [step for step, _ in read(tmp_path)["loss"]] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_whole_records_before_a_torn_one_stay(tmp_path):
+    path = train(tmp_path, range(1, 4))
+    whole = path.read_bytes()
+    drop_orphans(tmp_path, 2)
+    two = path.read_bytes()
+    assert [step for step, _ in read(tmp_path)["loss"]] == [1, 2] and whole.startswith(two)
+    for cut in range(len(two), len(whole)):
+        path.write_bytes(whole[:cut])
+        drop_orphans(tmp_path, 100)
+        assert path.read_bytes() == two
+    path.write_bytes(whole + b"\0" * 40)
+    drop_orphans(tmp_path, 100)
+    assert path.read_bytes() == whole
+
+
+def test_a_file_of_which_nothing_stays_is_removed(tmp_path):
+    for path in (train(tmp_path, range(7, 9)), tmp_path / "events.out.tfevents.0.empty"):
+        path.touch()
+    kept = train(tmp_path, range(1, 3))
+    drop_orphans(tmp_path, 6)
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+@contextmanager
+def tensorboard(logdir: Path, *options: str) -> Iterator[Callable[..., Any]]:
+    """A real server; yields what asks its HTTP interface."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--port", str(port), *options]
+    server = subprocess.Popen([*command, "--reload_interval", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def ask(path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/data/plugin/{path}", data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    try:
+        yield ask
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def until(ready: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if ready():
+                return
+        except (urllib.error.URLError, ConnectionError):
+            pass
+        time.sleep(0.2)
+    raise TimeoutError
+
+
+@pytest.mark.parametrize("options", [[], ["--load_fast=false"]], ids=["fast", "slow"])
+def test_a_server_shows_the_curves_of_two_runs(tmp_path, options):
+    for depth in (2, 4):
+        recorded(tmp_path / f"d{depth}", point(16, 72.0 + depth), point(128, 20.0 + depth))
+        write_curves(tmp_path / f"d{depth}", HPARAMS | {"model.diffusion_depth": depth})
+        train(tmp_path / f"d{depth}", range(1, 3))
+
+    with tensorboard(tmp_path, *options) as ask:
+        until(lambda: [len(tags) for tags in ask("scalars/tags").values()] == [7, 7])
+        shown = ask("scalars/scalars?run=d4&tag=fd_digits_vs_seconds")
+        assert [(step, value) for _, step, value in shown] == [(4000, 76.0), (32000, 24.0)]
+
+        experiment = ask("hparams/experiment", {"experimentName": ""})
+        assert {info["name"] for info in experiment["hparamInfos"]} == set(HPARAMS)
+        metrics = [info["name"]["tag"] for info in experiment["metricInfos"]]
+        assert metrics == ["fd_digits_at_nfe_16", "fd_digits_at_nfe_128"]
+        query = {"allowedStatuses": ["STATUS_SUCCESS"], "colParams": [], "startIndex": 0, "sliceSize": 9}
+        table = {group["name"]: group for group in ask("hparams/session_groups", query)["sessionGroups"]}
+        assert set(table) == {"d2", "d4"} and table["d4"]["hparams"] == HPARAMS | {"model.diffusion_depth": 4}
+        assert [entry["value"] for entry in table["d4"]["metricValues"]] == [76.0, 24.0]
+
+        [category] = ask("custom_scalars/layout")["category"]
+        charts = {chart["multiline"]["tag"][0]: chart["title"] for chart in category["chart"]}
+        assert "MFLOPs per image" in charts["^fd_digits_vs_tflops$"]
+        assert list(charts) == [f"^fd_digits_vs_{axis}$" for axis in ("nfe", "log2_nfe", "tflops", "seconds")]
+        for run in ("d2", "d4"):
+            found = ask(f"custom_scalars/scalars?run={run}&tag={urllib.parse.quote('^fd_digits_vs_nfe$')}")["tag_to_events"]
+            assert np.array(found["fd_digits_vs_nfe"])[:, 1].tolist() == [16, 128] and len(found) == 1
+
+
+def test_a_running_server_takes_new_curves_in_place_of_the_former(tmp_path):
+    run = recorded(tmp_path / "d2", point(16, 72.0), point(128, 20.0))
+    write_curves(run, HPARAMS)
+
+    def shown(ask: Callable[..., Any]) -> list[tuple[int, float]]:
+        return [(step, value) for _, step, value in ask("scalars/scalars?run=d2&tag=fd_digits_vs_nfe")]
+
+    with tensorboard(tmp_path) as ask:
+        until(lambda: shown(ask) == [(16, 72.0), (128, 20.0)])
+        write_curves(recorded(run, point(16, 71.0), point(32, 30.0)), HPARAMS)
+        until(lambda: shown(ask) == [(16, 71.0), (32, 30.0), (128, 20.0)])

@@ -1,0 +1,21 @@
+import pytest
+
+from tests.conftest import ROOT
+
+SWEEP = f"""
+name: small
+experiment: {ROOT}/experiments/digits.yaml
+overrides: {{trainer.max_steps: 10, evaluation.num_samples: 8}}
+grid: {{model.diffusion_depth: [2, 4]}}
+evaluate: {{nfe: [16, 24]}}
+workers: 2
+"""
+
+
+@pytest.fixture
+def sweep_file(tmp_path, monkeypatch):
+    """A sweep of two cells in a folder of its own, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "small.yaml"
+    path.write_text(SWEEP)
+    return path

@@ -1,0 +1,229 @@
+"""Drivers: real processes, which run stand-ins for the trials, and are killed, interrupted and started side by side."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from madformer.config import ConfigError, InputError
+from madformer.run import claim_run
+from madformer.sweep.launch import log_path, run_sweep, trial_commands
+from madformer.sweep.needs import cell_needs
+from madformer.sweep.spec import load_sweep
+from tests.conftest import ROOT
+from tests.sweep.driver import stand_ins
+
+SECONDS = 60
+FOUR = "grid.model.diffusion_depth=[1,2,4,8]"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def journal():
+    return Path("journal").read_text().splitlines() if Path("journal").exists() else []
+
+
+def start(*overrides, **environment):
+    command = [sys.executable, "-m", "tests.sweep.driver", "small.yaml", *overrides]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
+    )
+
+
+def output(driver):
+    return driver.communicate(timeout=SECONDS)[0]
+
+
+def wait_for(condition):
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def run(sweep_file, *overrides):
+    lines = []
+    status = run_sweep(load_sweep(sweep_file, overrides), stand_ins, lines.append)
+    return status, lines
+
+
+def test_the_commands_are_those_that_a_user_would_type(sweep_file):
+    cell = load_sweep(sweep_file).cells()[0]
+    assert trial_commands(cell) == [
+        [sys.executable, "-m", "madformer", "train", str(ROOT / "experiments/digits.yaml"), *cell.overrides],
+        [sys.executable, "-m", "madformer", "evaluate", "runs/small/d2-s0", "--nfe", "16,24", "--num-samples", "8"],
+    ]
+
+
+def test_every_cell_is_trained_and_evaluated_and_a_second_run_does_nothing(sweep_file):
+    status, lines = run(sweep_file)
+    assert status == 0
+    assert sorted(journal()) == [
+        "evaluate d2-s0 16,24", "evaluate d4-s0 16,24", "train d2-s0", "train d4-s0", "trained d2-s0 1", "trained d4-s0 1"
+    ]  # fmt: skip
+    assert sorted(lines[:2]) == [f"d{d}-s0: starts, to train, log runs/small/d{d}-s0/log.txt" for d in (2, 4)]
+    assert re.fullmatch(r"d[24]-s0: finished after \d+ s, 2/2 cells done", lines[-2])
+    assert lines[-1] == "small: 2 of 2 cells are done"
+    assert "$ " in Path("runs/small/d2-s0/log.txt").read_text()
+
+    before = journal()
+    assert run(sweep_file) == (0, ["small: all 2 cells are done, nothing to do"]) and journal() == before
+    driver = start()
+    assert output(driver) == "small: all 2 cells are done, nothing to do\nheavy:\n" and driver.returncode == 0
+
+
+def test_the_threads_of_a_trial_are_pinned(sweep_file):
+    run(sweep_file, "threads=3", "grid.model.diffusion_depth=[2]")
+    assert "trained d2-s0 3" in journal()
+
+
+def test_a_budget_more_is_an_evaluation_more(sweep_file):
+    run(sweep_file)
+    before = len(journal())
+    assert run(sweep_file, "evaluate.nfe=[16,32,24]")[0] == 0
+    assert sorted(journal()[before:]) == ["evaluate d2-s0 32", "evaluate d4-s0 32"]
+
+
+def test_a_value_more_in_the_grid_is_a_training_more(sweep_file):
+    run(sweep_file)
+    before = len(journal())
+    assert run(sweep_file, "grid.model.diffusion_depth=[2,4,8]")[0] == 0
+    assert journal()[before:] == ["train d8-s0", "trained d8-s0 1", "evaluate d8-s0 16,24"]
+
+
+def test_a_failing_trial_says_why_and_is_tried_again_by_the_next_run(sweep_file):
+    Path("fail-d2-s0").touch()
+    status, lines = run(sweep_file)
+    assert status == 1
+    failed = r"d2-s0: failed, exit status 1, log runs/small/d2-s0/log.txt, after \d+ s, [01]/2 cells done"
+    assert any(re.fullmatch(failed, line) for line in lines)
+    assert lines[-2:] == [
+        "small: 1 of 2 cells are done",
+        "  d2-s0: exit status 1 ... RuntimeError: out of luck, log runs/small/d2-s0/log.txt",
+    ]
+    Path("fail-d2-s0").unlink()
+    assert run(sweep_file)[0] == 0
+    assert Counter(journal())["train d2-s0"] == 2 and Counter(journal())["train d4-s0"] == 1
+
+
+def test_commands_that_do_not_do_their_work_are_a_failure(sweep_file):
+    lines = []
+    idle = [[sys.executable, "-c", ""]]
+    assert run_sweep(load_sweep(sweep_file), lambda cell: idle, lines.append) == 1
+    assert "  d2-s0: its commands exited with 0, yet it is still to train, log runs/small/d2-s0/log.txt" in lines
+
+
+def test_a_trial_that_cannot_start_is_a_failure(sweep_file):
+    lines = []
+    assert run_sweep(load_sweep(sweep_file), lambda cell: [["./nowhere"]], lines.append) == 1
+    assert "  d2-s0: [Errno 2] No such file or directory: './nowhere', log runs/small/d2-s0/log.txt" in lines
+
+
+def test_a_trial_killed_by_a_signal_says_so(sweep_file):
+    lines = []
+    suicide = [[sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]]
+    assert run_sweep(load_sweep(sweep_file), lambda cell: suicide, lines.append) == 1
+    assert "  d4-s0: killed by SIGKILL, log runs/small/d4-s0/log.txt" in lines
+
+
+def test_an_edited_experiment_is_refused_before_anything_starts(sweep_file):
+    run(sweep_file, "grid.model.diffusion_depth=[4]")
+    before = journal()
+    message = "runs/small/d4-s0 is a run of another experiment: optimizer.lr = 0.002 there, 0.5 asked for"
+    with pytest.raises(InputError, match=re.escape(message)):
+        run(sweep_file, "optimizer.lr=0.5")
+    assert journal() == before
+
+
+def test_a_sweep_without_data_is_planned_only(sweep_file):
+    with pytest.raises(
+        ConfigError, match="cell d2-s0: data.source = None: nothing to train on; such a sweep can only be planned"
+    ):
+        run(sweep_file, "data.source=null")
+    assert not Path("runs").exists()
+
+
+def test_drivers_started_at_once_share_the_cells(sweep_file):
+    drivers = [start(FOUR, "seeds=[0,1]", TRIAL_SECONDS="0.2") for _ in range(2)]
+    outputs = [output(driver) for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], outputs
+    assert all("small: 8 of 8 cells are done" in text for text in outputs)
+    assert all(": finished" in text for text in outputs), "one driver did it all"
+    counts = Counter(journal())
+    assert len(counts) == 3 * 8 and set(counts.values()) == {1}
+
+
+@pytest.mark.parametrize("moment", ["train ", "trained ", "evaluate "])
+def test_a_killed_driver_is_taken_over_by_the_next(sweep_file, moment):
+    driver = start(FOUR, TRIAL_SECONDS="0.5")
+    wait_for(lambda: any(line.startswith(moment) for line in journal()))
+    driver.kill()
+    driver.wait()
+    after = start(FOUR)
+    text = output(after)
+    assert after.returncode == 0 and "small: 4 of 4 cells are done" in text, text
+    counts = Counter(line for line in journal() if line.startswith("train"))
+    assert len(counts) == 2 * 4 and set(counts.values()) == {1}, "an orphan's training is waited for, not done again"
+
+
+def test_a_live_driver_takes_over_from_a_killed_one(sweep_file):
+    first = start("workers=1", TRIAL_SECONDS="2")
+    wait_for(lambda: "train d2-s0" in journal())
+    second = start("workers=1")
+    wait_for(lambda: "evaluate d4-s0 16,24" in journal())
+    first.kill()
+    first.wait()
+    text = output(second)
+    assert second.returncode == 0 and "d2-s0: finished" in text and "small: 2 of 2 cells are done" in text, text
+
+
+def test_a_run_in_use_is_waited_for(sweep_file):
+    sweep = load_sweep(sweep_file, ["grid.model.diffusion_depth=[2]"])
+    [cell] = sweep.cells()
+    lines, held = [], contextlib.ExitStack()
+    held.enter_context(claim_run(cell.run))
+
+    def say(line):
+        lines.append(line)
+        if line == "d2-s0: waits, the run is in use by another process":
+            held.close()
+
+    assert run_sweep(sweep, stand_ins, say) == 0
+    assert sum("waits" in line for line in lines) == 1
+    assert "is in use by another process (train)" in log_path(cell).read_text()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_driver_interrupts_its_trials_and_the_next_goes_on(sweep_file, how):
+    driver = start(TRIAL_SECONDS="50")
+    wait_for(lambda: len(journal()) == 2)
+    driver.send_signal(how)
+    text = output(driver)
+    assert driver.returncode == 130, text
+    assert "small: interrupted; the same command goes on from here" in text and "Traceback" not in text
+    assert sorted(journal())[:2] == ["interrupted d2-s0", "interrupted d4-s0"]
+    assert run(sweep_file)[0] == 0
+    assert not any(cell_needs(cell) for cell in load_sweep(sweep_file).cells())
+
+
+def test_a_second_interrupt_kills(sweep_file):
+    driver = start(TRIAL_SECONDS="50", STUBBORN="1")
+    wait_for(lambda: len(journal()) == 2)
+    time.sleep(0.3)  # until both ignore the signal
+    driver.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        driver.wait(1)
+    driver.send_signal(signal.SIGINT)
+    text = output(driver)
+    assert driver.returncode == 130 and "interrupted" in text, text
+    assert len(journal()) == 2

@@ -1,0 +1,106 @@
+"""A run that was killed and resumed is the run that was not, bit for bit."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from madformer.checkpoints import checkpoint_path, list_checkpoints
+from tests.conftest import ROOT
+from tests.runs import command, differences, environment, execute, scalars, tiny_run, train_command
+
+LAST = 24
+
+
+def loaded(run, step=LAST):
+    return torch.load(checkpoint_path(run, step), weights_only=True)
+
+
+def run_until(argv, reached, sign=signal.SIGKILL):
+    """Start a command, send it a signal once `reached()`; its exit status."""
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT, text=True)
+    deadline = time.monotonic() + 200
+    while not reached() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(sign)
+    printed, _ = process.communicate(timeout=200)
+    return process.returncode, printed
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    execute(train_command(folder))
+    return folder / "digits"
+
+
+@pytest.mark.parametrize("overrides", [(), ("data.batch_size_per_device=4",)], ids=["plain", "accumulated"])
+def test_killed_anywhere_and_resumed_is_uninterrupted(overrides, undisturbed, tmp_path):
+    if overrides:
+        execute(train_command(tmp_path / "whole", *overrides))
+        undisturbed = tmp_path / "whole/digits"
+    run = tmp_path / "digits"
+    again = train_command(tmp_path, *overrides)
+    for step, delay in ((6, 0.0), (12, 0.07)):  # once right behind a checkpoint, once some steps later
+
+        def reached(step=step, delay=delay):
+            there = checkpoint_path(run, step).exists()
+            time.sleep(delay if there else 0)
+            return there
+
+        status, printed = run_until(again, reached)
+        assert status == -signal.SIGKILL, printed
+        assert not checkpoint_path(run, LAST).exists()
+        again = command("train", "--resume", run)
+    assert "resuming after step" in execute(again)
+    assert differences(loaded(undisturbed), loaded(run)) == []
+    assert scalars(run) == scalars(undisturbed)
+    assert f"trained, {LAST} steps" in execute(again), "a finished run is left alone"
+
+
+def test_interrupted_run_saves_the_step_it_is_in(undisturbed, tmp_path):
+    run = tmp_path / "digits"
+    status, printed = run_until(train_command(tmp_path), checkpoint_path(run, 6).exists, signal.SIGINT)
+    assert status == 130 and f"madformer train --resume {run}" in printed, printed
+    newest = list_checkpoints(run)[-1]
+    assert f"stopped after step {int(newest.stem[5:])}," in printed
+    execute(train_command(tmp_path))
+    assert differences(loaded(undisturbed), loaded(run)) == []
+
+
+def test_torn_checkpoint_is_skipped_with_a_warning(undisturbed, tmp_path):
+    execute(train_command(tmp_path))
+    run = tmp_path / "digits"
+    checkpoint_path(run, 24).write_bytes(checkpoint_path(run, 24).read_bytes()[:5000])
+    whole = bytearray(checkpoint_path(run, 18).read_bytes())
+    whole[len(whole) // 2] ^= 1
+    checkpoint_path(run, 18).write_bytes(whole)
+    printed = execute(command("train", "--resume", run))
+    assert f"{checkpoint_path(run, 24)} is torn" in printed and f"{checkpoint_path(run, 18)} is torn" in printed
+    assert "resuming after step 12 of 24" in printed
+    assert differences(loaded(undisturbed), loaded(run)) == []
+    for path in list_checkpoints(run):
+        path.write_bytes(b"torn")
+    assert "none of its 4 checkpoints is intact" in execute(command("train", "--resume", run), status=2)
+
+
+def test_a_run_is_not_trained_by_two_processes(tmp_path):
+    from madformer.run import claim_run
+
+    config = tiny_run(tmp_path)
+    execute(train_command(tmp_path, "trainer.max_steps=24"))
+    checkpoint_path(config.run_dir, 24).unlink()
+    with claim_run(config.run_dir):
+        assert f"{config.run_dir} is in use by another process" in execute(train_command(tmp_path), status=2)
+
+
+def test_resume_with_other_settings_but_the_same_weights(undisturbed, tmp_path):
+    run = tmp_path / "digits"
+    run_until(train_command(tmp_path), checkpoint_path(run, 6).exists)
+    printed = execute(command("train", "--resume", run, "optimizer.lr=1"), status=2)
+    assert "optimizer.lr = 0.002 there, 1.0 asked for" in printed
+    execute(command("train", "--resume", run, "trainer.checkpoint_every=5", "trainer.keep_checkpoints=2"))
+    assert [path.name for path in list_checkpoints(run)] == ["step-00000020.ckpt", "step-00000024.ckpt"]
+    assert differences(loaded(undisturbed)["state_dict"], loaded(run)["state_dict"]) == []
