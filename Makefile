@@ -18,14 +18,21 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint 
 
 # Stamps: newer than the files that decide what is installed, so that a second run installs nothing.
 CREATED := $(VENV)/.created
+CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+SWEEP := sweeps/quickstart.yaml
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test lint env lock clean
+.PHONY: help quickstart test lint env lock clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+quickstart: $(CORE) ## train three models on digits, compare them: a table, curves, TensorBoard
+	$(BIN)/madformer sweep run $(SWEEP)
+	$(BIN)/madformer report $(SWEEP)
+	@echo "In TensorBoard: $(BIN)/tensorboard --logdir runs (tabs Scalars, Custom Scalars, HParams)"
 
 test: $(DEV) ## run the tests
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 $(ARGS)
@@ -55,6 +62,10 @@ $(CREATED):
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+$(CORE): pyproject.toml constraints.txt $(CREATED)
+	$(INSTALL) --editable .
+	@touch $@
+
 $(DEV): pyproject.toml constraints.txt $(CREATED)
 	$(INSTALL) --editable '.[dev]'
-	@touch $@
+	@touch $(CORE) $@

@@ -9,7 +9,7 @@ from einops import reduce, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
-from madformer.config import LossConfig, check_losses
+from madformer.config import LossConfig, check_losses, wanted_outputs
 from madformer.diffusion import NoiseSchedule
 from madformer.model.madformer import MADFormer
 from madformer.model.text import null_text
@@ -25,12 +25,6 @@ class Losses:
     """Unweighted terms by name: image, hidden, clean_tower, text; those of weight zero are absent."""
     image_BL: Tensor
     """The image term of every noisy block, [B * k, L], without gradient: for logs by timestep and by block."""
-
-
-def wanted_outputs(weights: LossConfig) -> frozenset[str]:
-    """Auxiliary outputs of the model that the loss reads."""
-    needs = {"condition": weights.lambda_hidden, "clean_tower": weights.lambda_clean_tower, "text_logits": weights.lambda_text}
-    return frozenset(name for name, weight in needs.items() if weight != 0)
 
 
 def compute_losses(

@@ -6,8 +6,22 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
-from madformer.config import ConfigError, ExperimentConfig, LossConfig, ModelConfig, TextConfig, UNetConfig, load_experiment
+from madformer import __version__
+from madformer.config import (
+    ConfigError,
+    ExperimentConfig,
+    InputError,
+    LossConfig,
+    ModelConfig,
+    TextConfig,
+    UNetConfig,
+    config_hash,
+    freeze,
+    load_experiment,
+    load_run,
+)
 from tests.conftest import ROOT
 
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
@@ -38,12 +52,12 @@ BAD = {
     "model.clean_timestep=last": "model.clean_timestep: Invalid value 'last', expected one of ['zero', 'released']",
     "model.attention_backend=xformers": "model.attention_backend: Invalid value 'xformers', expected one of ['auto', 'flex', 'sdpa']",
     "model.unet.channels=[]": "model.unet.channels = []: must name at least one level",
-    "model.unet.channels=[12]": "model.unet.channels = [12]: must be positive multiples of model.unet.groups = 8",
-    "model.unet.channels=[32,64]": "model.unet.layers = [1]: must have one entry for each of the 2 levels of model.unet.channels",
-    "model.unet.attention=[true,false]": "model.unet.attention = [True, False]: must have one entry for each of the 1 levels",
-    "model.unet.layers=[0]": "model.unet.layers = [0]: must be at least 1 on every level",
+    "model.unet.channels=[12,16]": "model.unet.channels = [12, 16]: must be positive multiples of model.unet.groups = 8",
+    "model.unet.channels=[32]": "model.unet.layers = [1, 1]: must have one entry for each of the 1 levels of model.unet.channels",
+    "model.unet.attention=[true]": "model.unet.attention = [True]: must have one entry for each of the 2 levels",
+    "model.unet.layers=[0,1]": "model.unet.layers = [0, 1]: must be at least 1 on every level",
     "model.unet.groups=0": "model.unet.groups = 0: must be an integer of at least 1",
-    "model.unet.num_heads=5 model.unet.attention=[true]": "levels with attention must be multiples of model.unet.num_heads = 5",
+    "model.unet.num_heads=5 model.unet.attention=[true,false]": "levels with attention must be multiples of model.unet.num_heads = 5",
     "model.unet.channels=[8,8,8,8] model.unet.layers=[1,1,1,1] model.unet.attention=[false,false,false,false]": (
         "model.unet.channels = [8, 8, 8, 8]: their downsampling by 8 must divide a block's side, 4 latents"
     ),
@@ -68,6 +82,35 @@ BAD = {
     "model.depth=2.5": "model.depth: Value '2.5' of type 'float' could not be converted to Integer",
     "model.unet.channels=[a]": "a list's entry: the value could not be converted to Integer",
     "model.unet=3": "model.unet = 3: must be a mapping of its fields (channels, layers,",
+    "name=a/b": "name = 'a/b': must be the name of a folder",
+    "seed=-1": "seed = -1: must be an integer of at least 0",
+    "data.source=ffhq": "data.source: Invalid value 'ffhq', expected one of ['digits']",
+    "model.latent_channels=3": "data.source = 'digits': its images are 1 x 8 x 8, the model's latents 3 x 8 x 8",
+    "model.text.length=7": "data.source = 'digits': it has no text: set model.text=null",
+    "data.batch_size=0": "data.batch_size = 0: must be an integer of at least 1",
+    "data.batch_size_per_device=0": "data.batch_size_per_device = 0: must be an integer of at least 1",
+    "optimizer.lr=0": "optimizer.lr = 0.0: must be above 0",
+    "optimizer.lr=inf": "optimizer.lr = inf: must be a finite number of at least 0",
+    "optimizer.weight_decay=-1": "optimizer.weight_decay = -1.0: must be a finite number of at least 0",
+    "optimizer.betas=[0.9]": "optimizer.betas = [0.9]: must be two numbers of at least 0 and below 1",
+    "optimizer.betas=[0.9,1]": "optimizer.betas = [0.9, 1.0]: must be two numbers of at least 0 and below 1",
+    "optimizer.grad_clip=0": "optimizer.grad_clip = 0.0: must be above 0",
+    "optimizer.ema_decay=1": "optimizer.ema_decay = 1.0: must be at least 0 and below 1",
+    "optimizer.warmup_fraction=2": "optimizer.warmup_fraction = 2.0: must be between 0 and 1",
+    "optimizer.decay_fraction=0.99": "optimizer.decay_fraction = 0.99: together with optimizer.warmup_fraction = 0.03 it must not exceed 1",
+    "trainer.max_steps=0": "trainer.max_steps = 0: must be an integer of at least 1",
+    "trainer.checkpoint_every=0": "trainer.checkpoint_every = 0: must be an integer of at least 1",
+    "trainer.keep_checkpoints=0": "trainer.keep_checkpoints = 0: must be an integer of at least 1",
+    "trainer.devices=0": "trainer.devices = 0: must be an integer of at least 1",
+    "trainer.strategy=horovod": "trainer.strategy: Invalid value 'horovod', expected one of ['auto', 'ddp', 'fsdp']",
+    "trainer.precision=16": "trainer.precision: Invalid value '16', expected one of ['32-true', 'bf16-mixed']",
+    "evaluation.nfe=[]": "evaluation.nfe = []: must name at least one budget",
+    "evaluation.nfe=[7]": "evaluation.nfe = 7: with model.depth = 8 and model.diffusion_depth = 4 a budget must be in 8..4007",
+    "evaluation.nfe=[4008]": "a budget must be in 8..4007",
+    "evaluation.preview_nfe=4": "evaluation.preview_nfe = 4: with model.depth = 8",
+    "evaluation.num_samples=1": "evaluation.num_samples = 1: must be an integer of at least 2",
+    "evaluation.seed=5000": "evaluation.seed = 5000: must be in 0..4000",
+    "evaluation.feature_network=inception": "Invalid value 'inception', expected one of ['digits']",
     "model.dept=3": "unknown key model.dept; the nearest is model.depth",
     "model.unet.chanels=[8]": "unknown key model.unet.chanels; the nearest is model.unet.channels",
     "modle.depth=3": "unknown key modle; the nearest is model",
@@ -120,16 +163,60 @@ def test_the_defaults_are_the_paper_s():
     assert config.model.block_tokens == 256
 
 
+def test_the_paper_s_runs_in_full():
+    ffhq, imagenet = (load_experiment(ROOT / f"experiments/{name}.yaml") for name in ("ffhq1024", "imagenet256"))
+    assert (ffhq.trainer.max_steps, ffhq.data.batch_size) == (210_000, 64)
+    assert (imagenet.trainer.max_steps, imagenet.data.batch_size) == (250_000, 256)
+    for config in (ffhq, imagenet):
+        optimizer = config.optimizer
+        assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.grad_clip) == (3e-4, (0.9, 0.95), 0.05, 1.0)
+        assert (optimizer.warmup_fraction, optimizer.decay_fraction, optimizer.decay_halvings) == (0.01, 0.15, 6.0)
+        assert (optimizer.ema_decay, config.trainer.precision, config.trainer.checkpoint_every) == (0.9999, "bf16-mixed", 10_000)
+    assert (ffhq.evaluation.nfe, ffhq.evaluation.num_samples) == ((280, 700, 1400, 2800), 8000)
+    assert (imagenet.evaluation.nfe, imagenet.evaluation.num_samples) == ((84, 140, 224, 280, 700), 50_000)
+
+
+SAME_WEIGHTS = (
+    ("name=other", "output_dir=elsewhere", "evaluation.nfe=[99]", "evaluation.seed=3", "trainer.devices=2", "trainer.strategy=fsdp")
+    + ("trainer.checkpoint_every=7", "trainer.keep_checkpoints=1", "trainer.log_every=3", "trainer.deterministic=true")
+    + ("data.batch_size_per_device=8", "model.compile=true", "model.activation_checkpointing=true", "model.attention_backend=sdpa")
+)
+OTHER_WEIGHTS = (
+    ("seed=1", "model.diffusion_depth=2", "loss.lambda_hidden=0", "diffusion.beta_end=0.01", "data.batch_size=32", "optimizer.lr=1")
+    + ("optimizer.ema_decay=0.9", "trainer.max_steps=5", "trainer.precision=bf16-mixed", "model.unet.groups=4")
+)
+
+
+def test_the_hash_is_over_what_changes_the_weights():
+    hashes = {override: config_hash(load_experiment(DIGITS, [override])) for override in SAME_WEIGHTS + OTHER_WEIGHTS}
+    own = config_hash(load_experiment(DIGITS))
+    assert {hashes[override] for override in SAME_WEIGHTS} == {own}
+    assert len({hashes[override] for override in OTHER_WEIGHTS} | {own}) == len(OTHER_WEIGHTS) + 1
+
+
+def test_a_frozen_configuration_reads_back(tmp_path):
+    config = load_experiment(DIGITS, [f"output_dir={tmp_path}", "model.num_kv_heads=2", "name=mine"])
+    freeze(config, config.run_dir)
+    assert load_run(tmp_path / "mine") == config == load_experiment(tmp_path / "mine/config.yaml")
+    frozen = yaml.safe_load((tmp_path / "mine/config.yaml").read_text())["frozen"]
+    assert frozen == {"madformer": __version__, "config_hash": config_hash(config)}
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    assert load_run(tmp_path / "moved").run_dir == tmp_path / "moved"
+    with pytest.raises(InputError, match=r"moved is a run of another experiment: seed = 0 there, 1 asked for"):
+        load_run(tmp_path / "moved", ["seed=1"])
+    assert load_run(tmp_path / "moved", ["trainer.log_every=1"]).trainer.log_every == 1
+
+
 def test_lists_and_tuples_are_the_same_configuration():
     assert UNetConfig(channels=[512, 1024]) == UNetConfig() and hash(UNetConfig(channels=[512, 1024])) == hash(UNetConfig())
 
 
 def test_overrides_win_over_the_file():
     config = load_experiment(
-        DIGITS, ["model.diffusion_depth=2", "loss.lambda_hidden=1e-2", "model.text.length=7", "model.num_kv_heads=2"]
+        DIGITS, ["model.diffusion_depth=2", "loss.lambda_hidden=1e-2", "data.source=null", "model.text.length=7"]
     )
     assert config.model.diffusion_depth == 2 and config.loss.lambda_hidden == 0.01
-    assert config.model.text.length == 7 and config.model.kv_heads == 2
+    assert config.model.text.length == 7 and config.data.source is None
 
 
 @pytest.mark.parametrize(

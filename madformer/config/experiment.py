@@ -135,3 +135,9 @@ def check_losses(model: ModelConfig, loss: LossConfig) -> None:
     legal = loss.lambda_clean_tower == 0 or model.ar_length > 1
     remedy = "a single block has no next one: set loss.lambda_clean_tower=0 or model.ar_length to 4, 16, ..."
     require(legal, "loss.lambda_clean_tower", loss.lambda_clean_tower, remedy)
+
+
+def wanted_outputs(weights: LossConfig) -> frozenset[str]:
+    """Auxiliary outputs of the model that the loss reads."""
+    needs = {"condition": weights.lambda_hidden, "clean_tower": weights.lambda_clean_tower, "text_logits": weights.lambda_text}
+    return frozenset(name for name, weight in needs.items() if weight != 0)

@@ -74,7 +74,7 @@ def _check_keys(given: Any, schema: type, where: str, prefix: str = "") -> None:
         raise ConfigError(f"{where}: {prefix.rstrip('.')} = {given!r}: must be a mapping of its fields ({', '.join(hints)})")
     for key, value in given.items():
         if key not in hints:
-            near = difflib.get_close_matches(f"{prefix}{key}", list(_all_keys(ExperimentConfig)), n=1, cutoff=0.0)
+            near = difflib.get_close_matches(f"{prefix}{key}", list(all_keys(ExperimentConfig)), n=1, cutoff=0.0)
             raise ConfigError(f"{where}: unknown key {prefix}{key}; the nearest is {near[0]}")
         choices = (hints[key], *get_args(hints[key]))
         for section in choices:
@@ -82,9 +82,10 @@ def _check_keys(given: Any, schema: type, where: str, prefix: str = "") -> None:
                 _check_keys(value, cast(type, section), where, f"{prefix}{key}.")
 
 
-def _all_keys(schema: type, prefix: str = "") -> Iterator[str]:
+def all_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Every key of a configuration's dataclass, `section.field` and the sections too."""
     for name, hint in get_type_hints(schema).items():
         yield f"{prefix}{name}"
         for section in (hint, *get_args(hint)):
             if is_dataclass(section):
-                yield from _all_keys(cast(type, section), f"{prefix}{name}.")
+                yield from all_keys(cast(type, section), f"{prefix}{name}.")

@@ -143,7 +143,7 @@ def training_flops(config: ModelConfig, outputs: Iterable[str] | None = None, dr
     """FLOPs of one training forward and backward for one image.
 
     Args:
-        outputs: auxiliary outputs in the loss (`losses.wanted_outputs`); None: all that exist.
+        outputs: auxiliary outputs in the loss (`config.wanted_outputs`); None: all that exist.
         draws: noise draws per image.
     """
     wanted, text = existing_outputs(config, outputs), text_tokens(config)

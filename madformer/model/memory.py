@@ -46,7 +46,7 @@ def training_memory(
         config: activation checkpointing is taken into account.
         batch: images on the device.
         dtype: what autocast computes in, a key of `cost.DTYPE_BYTES`.
-        outputs: auxiliary outputs in the loss (`losses.wanted_outputs`); None: all that exist.
+        outputs: auxiliary outputs in the loss (`config.wanted_outputs`); None: all that exist.
         draws: noise draws per image.
     """
     weights = weight_memory(config)

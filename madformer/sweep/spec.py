@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from madformer.config import ConfigError, ExperimentConfig, config_hash, load_experiment
-from madformer.config.loading import _all_keys
+from madformer.config.loading import all_keys
 from madformer.config.rules import is_integer, require
 
 ALIASES = {"model.diffusion_depth": "d", "model.ar_length": "l", "loss.lambda_hidden": "h"}
@@ -220,7 +220,7 @@ def _sweep_keys() -> list[str]:
 def _check_keys(given: Mapping[str, Any]) -> None:
     """Refuse unknown keys of the file, and plain values where a mapping belongs."""
     for key, value in given.items():
-        require(key not in _all_keys(ExperimentConfig) or key in _sweep_keys(), key, value, "belongs under overrides")
+        require(key not in all_keys(ExperimentConfig) or key in _sweep_keys(), key, value, "belongs under overrides")
         if key not in _sweep_keys():
             raise ConfigError(f"unknown key {key}; the nearest is {_nearest(key, _sweep_keys())}")
         if key in ("overrides", "grid", "evaluate"):
@@ -253,7 +253,7 @@ def _apply(given: dict[str, Any], override: str) -> None:
 
 
 def _require_known(key: str, where: str, also: Sequence[str] = ()) -> None:
-    known = list(_all_keys(ExperimentConfig))
+    known = list(all_keys(ExperimentConfig))
     if key not in known:
         raise ConfigError(f"{where}: unknown key {key}; the nearest is {_nearest(key, [*also, *known])}")
 

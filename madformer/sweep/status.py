@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from madformer.checkpoints import checkpoint_step, list_checkpoints
-from madformer.config import LossConfig
+from madformer.config import wanted_outputs
 from madformer.model.cost import parameters, sampling_flops, steps_for_nfe, training_flops
 from madformer.sweep.needs import Needs, cell_needs, cell_points, largest_budget_metric
 from madformer.sweep.spec import Cell, Sweep
@@ -84,12 +84,6 @@ def status_table(sweep: Sweep) -> Table:
             cell.name, state, _step(cell), f"{len(cell_points(cell))}/{len(cell.budgets)}", _metric(cell), Text(reason)
         )
     return table
-
-
-def wanted_outputs(weights: LossConfig) -> frozenset[str]:
-    """Auxiliary outputs that the loss reads, as `madformer.losses.wanted_outputs` has them, which needs torch."""
-    needs = {"condition": weights.lambda_hidden, "clean_tower": weights.lambda_clean_tower, "text_logits": weights.lambda_text}
-    return frozenset(name for name, weight in needs.items() if weight != 0)
 
 
 def with_unit(number: float) -> str:

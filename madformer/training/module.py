@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from madformer.checkpoints import EMA
-from madformer.config import ExperimentConfig, config_hash
+from madformer.config import ExperimentConfig, config_hash, wanted_outputs
 from madformer.diffusion import NoiseSchedule
-from madformer.losses import Losses, compute_losses, wanted_outputs
+from madformer.losses import Losses, compute_losses
 from madformer.model import MADFormer
 from madformer.model.blocks import to_blocks
 from madformer.model.text import drop_text

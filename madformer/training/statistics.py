@@ -11,8 +11,8 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
-from madformer.config import ExperimentConfig
-from madformer.losses import Losses, wanted_outputs
+from madformer.config import ExperimentConfig, wanted_outputs
+from madformer.losses import Losses
 from madformer.model import cost
 
 Window = Sequence[tuple[Losses, Tensor]]

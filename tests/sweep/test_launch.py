@@ -24,9 +24,16 @@ SECONDS = 60
 FOUR = "grid.model.diffusion_depth=[1,2,4,8]"
 
 
+STARTED = []
+
+
 @pytest.fixture(autouse=True)
-def importable(monkeypatch):
+def processes(monkeypatch):
+    """Drivers find this package, and none outlives its test."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    yield
+    while STARTED:
+        STARTED.pop().kill()
 
 
 def journal():
@@ -35,9 +42,9 @@ def journal():
 
 def start(*overrides, **environment):
     command = [sys.executable, "-m", "tests.sweep.driver", "small.yaml", *overrides]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
-    )
+    environment = {**os.environ, **environment}
+    STARTED.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment))
+    return STARTED[-1]
 
 
 def output(driver):
@@ -219,7 +226,6 @@ def test_an_interrupted_driver_interrupts_its_trials_and_the_next_goes_on(sweep_
 def test_a_second_interrupt_kills(sweep_file):
     driver = start(TRIAL_SECONDS="50", STUBBORN="1")
     wait_for(lambda: len(journal()) == 2)
-    time.sleep(0.3)  # until both ignore the signal
     driver.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
         driver.wait(1)

@@ -23,8 +23,7 @@ def train(experiment, *overrides):
         if checkpoint.exists():
             return
         freeze(config, config.run_dir)
-        journal(f"train {config.name}")
-        work(config.name)
+        work(config.name, f"train {config.name}")
         if Path(f"fail-{config.name}").exists():
             print("Traceback: [1/2]\nRuntimeError: out of luck")
             sys.exit(1)
@@ -37,8 +36,7 @@ def evaluate(run, nfe_flag, budgets, samples_flag, num_samples):
     assert (nfe_flag, samples_flag) == ("--nfe", "--num-samples")
     config = load_run(run)
     with claim_run(Path(run), purpose="evaluate"):
-        journal(f"evaluate {config.name} {budgets}")
-        work(config.name)
+        work(config.name, f"evaluate {config.name} {budgets}")
         for nfe in map(int, budgets.split(",")):
             append_point(Path(run), point(config, nfe, num_samples=int(num_samples)))
 
@@ -56,10 +54,9 @@ def point(config, nfe, **changes):
     return {"kind": "point", "nfe": nfe, "metrics": {"fd_digits": 1000 / nfe}, **made_by, **manner, **ignored, **changes}
 
 
-def work(cell):
-    if "STUBBORN" in os.environ:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+def work(cell, line):
     try:
+        journal(line)
         time.sleep(float(os.environ.get("TRIAL_SECONDS", 0)))
     except KeyboardInterrupt:
         journal(f"interrupted {cell}")
@@ -71,6 +68,8 @@ def journal(line):
 
 
 if __name__ == "__main__":
+    if "STUBBORN" in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         {"train": train, "evaluate": evaluate}[sys.argv[1]](*sys.argv[2:])
     except InputError as error:

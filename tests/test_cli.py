@@ -1,0 +1,170 @@
+"""The command line as a user meets it: in processes of their own."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from madformer.checkpoints import checkpoint_path
+from tests.conftest import ROOT
+from tests.runs import DIGITS, command, environment, execute, scalars, train_command
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run, trained."""
+    folder = tmp_path_factory.mktemp("cli")
+    execute(train_command(folder, "trainer.max_steps=6", "trainer.checkpoint_every=3", "evaluation.preview_every=3"))
+    return folder / "digits"
+
+
+MISTAKES = {
+    "train": "nothing to train: give an EXPERIMENT.yaml, or --resume RUN",
+    "train nowhere.yaml": "nowhere.yaml: no such experiment file",
+    "train {tmp}/broken.yaml": "broken.yaml: not valid YAML",
+    "train {tmp}/list.yaml": "list.yaml: must be a mapping of sections",
+    "train {digits} model.difusion_depth=3": "unknown key model.difusion_depth; the nearest is model.diffusion_depth",
+    "train {digits} model.diffusion_depth=9": "model.diffusion_depth = 9: must be in 1..8 (model.depth)",
+    "train {digits} loss.lambda_hidden=-1": "loss.lambda_hidden = -1.0: must be a finite number of at least 0",
+    "train {digits} trainer.max_steps=many": "trainer.max_steps: Value 'many' of type 'str' could not be converted to Integer",
+    "train {digits} evaluation.nfe=[4]": "evaluation.nfe = 4: with model.depth = 8 and model.diffusion_depth = 4 a budget must be in 8..",
+    "train {digits} data.batch_size=9 trainer.devices=2": "data.batch_size = 9: must be a multiple of the 2 devices",
+    "train {digits} data.source=null": "data.source = null: nothing to train on",
+    "train {digits} output_dir={tmp}/broken.yaml": "Not a directory",
+    "train {digits} output_dir=/proc/1": "/proc/1/digits: ",
+    "train --resume {tmp}": "not a run: it has no config.yaml",
+    "evaluate {tmp}": "not a run: it has no config.yaml",
+    "evaluate {run} --nfe 2": "nfe = 2: too small for one denoising step; with model.depth = 3 and model.diffusion_depth = 2 the smallest is 3",
+    "evaluate {run} --nfe 4,x": "--nfe 4,x: must be integers with commas between them",
+    "evaluate {run} --steps 0": "steps = 0: must be in 1..1000",
+    "evaluate {run} --nfe 4 --steps 4": "--nfe and --steps: give one of them",
+    "evaluate {run} --weights raw": "--weights raw: must be one of ema, model",
+    "evaluate {run} --checkpoints 5": "--checkpoints 5: must be newest, last5 or a step; there are: 3, 6",
+    "evaluate {run} --num-samples 1": "evaluation.num_samples = 1: must be an integer of at least 2",
+    "sample {run} --out {tmp}/samples": "give one of --steps and --nfe",
+    "import {tmp}/nowhere.pt --out {tmp}/new": "nowhere.pt: no such file",
+    "import {tmp}/broken.yaml --out {tmp}/new": "broken.yaml: no checkpoint that torch reads",
+    "import {tmp}/broken.yaml --out {run}": "exists already; name a new folder",
+    "export {run} --out {tmp}/weights.bin": "must end in .safetensors",
+    "report {run}": "no evaluations; make them: madformer evaluate",
+    "sweep run nowhere.yaml": "nowhere.yaml: no such sweep file",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_mistakes_are_one_clear_line_and_leave_nothing_behind(arguments, run, tmp_path):
+    (tmp_path / "broken.yaml").write_text("model: [1\n")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    before = sorted(tmp_path.rglob("*")), sorted(run.rglob("*"))
+    words = arguments.format(digits=DIGITS, run=run, tmp=tmp_path).split()
+    printed = execute(command(*words), status=2, cwd=tmp_path)
+    assert MISTAKES[arguments] in printed and "Traceback" not in printed
+    assert len(printed.strip().splitlines()) == 1 and printed.startswith("madformer: "), printed
+    assert (sorted(tmp_path.rglob("*")), sorted(run.rglob("*"))) == before
+
+
+@pytest.mark.parametrize("arguments", ["--help", "sweep --help", "train {digits} model.depth=0", "sweep plan sweeps/quickstart.yaml"])
+def test_what_needs_no_torch_does_not_import_it(arguments):
+    words = arguments.format(digits=DIGITS).split()
+    code = f"import sys\nsys.argv = ['madformer', *{words!r}]\nfrom madformer.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+    printed = subprocess.run([command()[0], "-c", code], capture_output=True, text=True, cwd=ROOT, check=False).stdout
+    assert printed.strip().splitlines()[-1] == "False"
+
+
+def test_another_experiment_does_not_touch_a_run(run):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    settings = ("trainer.max_steps=6", "trainer.checkpoint_every=3", "evaluation.preview_every=3", "optimizer.lr=0.5")
+    printed = execute(train_command(run.parent, *settings), status=2)
+    assert f"{run} is a run of another experiment: optimizer.lr = 0.002 there, 0.5 asked for" in printed
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_evaluate_records_and_draws_each_point_once(run, tmp_path):
+    mine = tmp_path / "run"
+    shutil.copytree(run, mine)
+    first = execute(command("evaluate", mine))
+    assert first.count("fd_digits") == 2 and "recorded before" not in first
+    again = execute(command("evaluate", mine, "--steps", "1,2"))
+    assert again.count("recorded before") == 2, "NFE 3 and 5 are 1 and 2 steps of D = 2 of 3 layers"
+    execute(command("evaluate", mine, "--checkpoints", "last2", "--nfe", "5"))
+    lines = [json.loads(line) for line in (mine / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line.get("step"), line["nfe"]) for line in lines] == [
+        ("point", 6, 3),
+        ("point", 6, 5),
+        ("point", 3, 5),
+        ("mean", None, 5),
+    ]
+    values = [lines[1]["metrics"]["fd_digits"], lines[2]["metrics"]["fd_digits"]]
+    assert lines[3]["metrics"]["fd_digits"] == pytest.approx(sum(values) / 2)
+    curve = scalars(mine)["fd_digits_vs_nfe"]
+    assert curve == [(line["nfe"], pytest.approx(line["metrics"]["fd_digits"])) for line in lines[:2]]
+
+
+def test_sample_writes_images_that_do_not_depend_on_their_number(run, tmp_path):
+    execute(command("sample", run, "--num", 5, "--steps", 2, "--out", tmp_path / "five"))
+    execute(command("sample", run, "--num", 2, "--nfe", 5, "--out", tmp_path / "two"))
+    names = {path.name for path in (tmp_path / "five").iterdir()}
+    assert names == {"grid.png", "latents.safetensors", *(f"{i:06d}.png" for i in range(5))}
+    for name in ("000000.png", "000001.png"):
+        one, other = (np.asarray(Image.open(tmp_path / folder / name)) for folder in ("five", "two"))
+        assert one.shape == (64, 64, 3) and np.abs(one.astype(int) - other).max() <= 1
+    latents = load_file(tmp_path / "five/latents.safetensors")["latents"]
+    shown = np.asarray(Image.open(tmp_path / "five/000003.png"))[::8, ::8, 0]
+    assert np.abs(shown - ((latents[3, 0].clamp(-1, 1) + 1) * 127.5).round().numpy()).max() == 0
+
+
+def test_corrupt_checkpoints(run, tmp_path):
+    mine = tmp_path / "run"
+    shutil.copytree(run, mine)
+    checkpoint_path(mine, 6).write_bytes(b"torn")
+    printed = execute(command("evaluate", mine, "--nfe", "5"))
+    assert f"{checkpoint_path(mine, 6)} is torn" in printed and "step-00000003  NFE 5" in printed
+    assert "is torn" in execute(command("evaluate", mine, "--nfe", "5", "--checkpoints", "6"), status=2)
+    checkpoint_path(mine, 3).write_bytes(b"torn")
+    assert "no intact checkpoint" in execute(command("evaluate", mine, "--nfe", "5"), status=2)
+
+
+def test_checkpoints_load_without_unpickling_code(run):
+    checkpoint = torch.load(checkpoint_path(run, 6), weights_only=True)
+    assert checkpoint["global_step"] == 6
+    assert {f"model.{name}" for name in checkpoint["ema"]} == set(checkpoint["state_dict"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount the small file system that fills up")
+def test_full_disk(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        printed = execute(train_command(folder), status=1)
+        assert "No space left on device" in printed and "Traceback" not in printed, printed
+        assert not list(folder.rglob("*.tmp"))
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    assert "Permission denied" in execute(train_command(tmp_path), status=2)
+
+
+def test_interrupted_before_the_first_step_is_130():
+    process = subprocess.Popen(train_command(ROOT / "build/never"), env=environment(), stderr=subprocess.PIPE, text=True)
+    process.send_signal(2)
+    assert process.communicate(timeout=60)[0] is None and process.returncode in (130, -2)
+
+
+def test_module_and_script_are_the_same_program():
+    assert execute([str((ROOT / command()[0]).parent / "madformer"), "--help"]).replace("madformer", "") == execute(
+        command("--help")
+    ).replace("python -m madformer", "")
+
+

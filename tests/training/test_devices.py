@@ -1,0 +1,52 @@
+"""Two processes train what one does: DDP and FSDP, on the CPU."""
+
+import pytest
+import torch
+
+from madformer.checkpoints import checkpoint_path
+from tests.runs import differences, execute, scalars, train_command
+
+SETTINGS = ("trainer.max_steps=8", "trainer.checkpoint_every=4", "optimizer.lr=1e-4", "loss.lambda_clean_tower=0.1")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    execute(train_command(folder, *SETTINGS))
+    return folder / "digits"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_devices_are_one(strategy, alone, tmp_path):
+    """Losses, weights, average and optimiser; then a checkpoint of two devices is resumed on one and the other way round."""
+    two = (*SETTINGS, "trainer.devices=2", f"trainer.strategy={strategy}")
+    execute(train_command(tmp_path, *two))
+    run = tmp_path / "digits"
+    require_close(alone, run)
+    for tag, series in scalars(alone).items():
+        assert [step for step, _ in scalars(run)[tag]] == [step for step, _ in series]
+        assert scalars(run)[tag][-1][1] == pytest.approx(series[-1][1], rel=2e-3), tag
+    checkpoint_path(run, 8).unlink()
+    assert "resuming after step 4 of 8" in execute(train_command(tmp_path, *SETTINGS))
+    require_close(alone, run)
+
+    checkpoint_path(run, 8).unlink()
+    checkpoint_path(run, 4).write_bytes(checkpoint_path(alone, 4).read_bytes())
+    assert "resuming after step 4 of 8" in execute(train_command(tmp_path, *two))
+    require_close(alone, run)
+
+
+def require_close(one, other):
+    """Weights, average and the optimiser's moments to what the order of a sum leaves; all else exactly."""
+    first, second = (torch.load(checkpoint_path(run, 8), weights_only=True) for run in (one, other))
+    for name, tensor in first["ema"].items():
+        torch.testing.assert_close(second["ema"][name], tensor, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            second["state_dict"][f"model.{name}"], first["state_dict"][f"model.{name}"], rtol=0, atol=2e-4
+        )
+    moments, others = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (first, second))
+    assert moments.keys() == others.keys()
+    for number, state in moments.items():
+        scale = state["exp_avg"].abs().max() + 1e-4
+        assert (others[number]["exp_avg"] - state["exp_avg"]).abs().max() < 0.05 * scale, number
+    assert differences(first["lr_schedulers"], second["lr_schedulers"]) == []
