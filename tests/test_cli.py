@@ -69,7 +69,9 @@ def test_mistakes_are_one_clear_line_and_leave_nothing_behind(arguments, run, tm
     assert (sorted(tmp_path.rglob("*")), sorted(run.rglob("*"))) == before
 
 
-@pytest.mark.parametrize("arguments", ["--help", "sweep --help", "train {digits} model.depth=0", "sweep plan sweeps/quickstart.yaml"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "sweep --help", "train {digits} model.depth=0", "sweep plan sweeps/quickstart.yaml"]
+)
 def test_what_needs_no_torch_does_not_import_it(arguments):
     words = arguments.format(digits=DIGITS).split()
     code = f"import sys\nsys.argv = ['madformer', *{words!r}]\nfrom madformer.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
@@ -166,5 +168,3 @@ def test_module_and_script_are_the_same_program():
     assert execute([str((ROOT / command()[0]).parent / "madformer"), "--help"]).replace("madformer", "") == execute(
         command("--help")
     ).replace("python -m madformer", "")
-
-

@@ -171,19 +171,42 @@ def test_the_paper_s_runs_in_full():
         optimizer = config.optimizer
         assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.grad_clip) == (3e-4, (0.9, 0.95), 0.05, 1.0)
         assert (optimizer.warmup_fraction, optimizer.decay_fraction, optimizer.decay_halvings) == (0.01, 0.15, 6.0)
-        assert (optimizer.ema_decay, config.trainer.precision, config.trainer.checkpoint_every) == (0.9999, "bf16-mixed", 10_000)
+        assert (optimizer.ema_decay, config.trainer.precision, config.trainer.checkpoint_every) == (
+            0.9999,
+            "bf16-mixed",
+            10_000,
+        )
     assert (ffhq.evaluation.nfe, ffhq.evaluation.num_samples) == ((280, 700, 1400, 2800), 8000)
     assert (imagenet.evaluation.nfe, imagenet.evaluation.num_samples) == ((84, 140, 224, 280, 700), 50_000)
 
 
 SAME_WEIGHTS = (
-    ("name=other", "output_dir=elsewhere", "evaluation.nfe=[99]", "evaluation.seed=3", "trainer.devices=2", "trainer.strategy=fsdp")
-    + ("trainer.checkpoint_every=7", "trainer.keep_checkpoints=1", "trainer.log_every=3", "trainer.deterministic=true")
-    + ("data.batch_size_per_device=8", "model.compile=true", "model.activation_checkpointing=true", "model.attention_backend=sdpa")
+    "name=other",
+    "output_dir=elsewhere",
+    "evaluation.nfe=[99]",
+    "evaluation.seed=3",
+    "trainer.devices=2",
+    "trainer.strategy=fsdp",
+    "trainer.checkpoint_every=7",
+    "trainer.keep_checkpoints=1",
+    "trainer.log_every=3",
+    "trainer.deterministic=true",
+    "data.batch_size_per_device=8",
+    "model.compile=true",
+    "model.activation_checkpointing=true",
+    "model.attention_backend=sdpa",
 )
 OTHER_WEIGHTS = (
-    ("seed=1", "model.diffusion_depth=2", "loss.lambda_hidden=0", "diffusion.beta_end=0.01", "data.batch_size=32", "optimizer.lr=1")
-    + ("optimizer.ema_decay=0.9", "trainer.max_steps=5", "trainer.precision=bf16-mixed", "model.unet.groups=4")
+    "seed=1",
+    "model.diffusion_depth=2",
+    "loss.lambda_hidden=0",
+    "diffusion.beta_end=0.01",
+    "data.batch_size=32",
+    "optimizer.lr=1",
+    "optimizer.ema_decay=0.9",
+    "trainer.max_steps=5",
+    "trainer.precision=bf16-mixed",
+    "model.unet.groups=4",
 )
 
 

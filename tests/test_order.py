@@ -24,8 +24,16 @@ def stream(samples, batch_size, limit, world_size, steps, first_step=0):
     return found
 
 
-@given(st.integers(5, 60), st.sampled_from([4, 8, 12]), st.sampled_from([None, 1, 2, 3]), st.sampled_from([1, 2, 4]), st.integers(0, 9))
-def test_the_global_order_does_not_depend_on_devices_accumulation_or_restarts(samples, batch_size, limit, world_size, first_step):
+@given(
+    st.integers(5, 60),
+    st.sampled_from([4, 8, 12]),
+    st.sampled_from([None, 1, 2, 3]),
+    st.sampled_from([1, 2, 4]),
+    st.integers(0, 9),
+)
+def test_the_global_order_does_not_depend_on_devices_accumulation_or_restarts(
+    samples, batch_size, limit, world_size, first_step
+):
     whole = stream(samples, batch_size, None, 1, steps=12)
     parts = stream(samples, batch_size, limit, world_size, steps=12 - first_step, first_step=first_step)
     assert parts == {key: sample for key, sample in whole.items() if key[0] >= first_step}

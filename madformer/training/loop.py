@@ -114,7 +114,12 @@ def _quieten() -> None:
     """Leave out what Lightning says about itself; warnings that a user can act on stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for noise in (".*LeafSpec.*deprecated", ".*does not have many workers.*", ".*FSDP2-wrapped module.*returned a view.*"):
+    for noise in (
+        ".*LeafSpec.*deprecated",
+        ".*does not have many workers.*",
+        ".*overridden `on_before_batch_transfer`.*",
+        ".*FSDP2-wrapped module.*returned a view.*",
+    ):
         warnings.filterwarnings("ignore", message=noise)
 
 

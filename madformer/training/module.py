@@ -65,12 +65,25 @@ class LitMADFormer(pl.LightningModule):
         self._restored_ema = None
         self.throughput.start()
 
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """Draw noise and timesteps, and which prompts are dropped, each image's own; on the CPU, where all draws are the same."""
+        clean_BLCYX = to_blocks(batch["latents"], self.config.model.ar_length)
+        noises, timesteps, texts = [], [], []
+        for row, (step, index) in enumerate(batch["keys"].tolist()):
+            generator, one = keyed_generator(self.config.seed, "noise", step, index), slice(row, row + 1)
+            noise, t = self.schedule.draw(clean_BLCYX[one], self.config.diffusion.draws_per_image, generator)
+            noises.append(noise)
+            timesteps.append(t)
+            if self.config.model.text is not None and "text" in batch:
+                texts.append(drop_text(batch["text"][one], self.config.model.text, generator))
+        drawn = {"clean": clean_BLCYX, "noise": torch.cat(noises), "t": torch.cat(timesteps)}
+        return {**drawn, "text": torch.cat(texts)} if texts else drawn
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The total loss (Eq. 6) of a micro-batch."""
-        clean_BLCYX = to_blocks(batch["latents"], self.config.model.ar_length)
-        noise_BLCYX, t_BL, text = self._draw(clean_BLCYX, batch["keys"], batch.get("text"))
-        losses = compute_losses(self.model, self.schedule, self.config.loss, clean_BLCYX, noise_BLCYX, t_BL, text)
-        self._window.append((losses, t_BL))
+        inputs = (batch["clean"], batch["noise"], batch["t"], batch.get("text"))
+        losses = compute_losses(self.model, self.schedule, self.config.loss, *inputs)
+        self._window.append((losses, batch["t"]))
         self.log("loss", losses.total, prog_bar=True, logger=False)
         return losses.total
 
@@ -121,20 +134,6 @@ class LitMADFormer(pl.LightningModule):
         """The model with its averaged weights, to sample from in the middle of training."""
         with self.throughput.paused(), self.ema.swapped_in(), unsharded(self.model):
             yield self.model
-
-    def _draw(self, clean_BLCYX: Tensor, keys_B2: Tensor, text_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Noise and timesteps, and the prompts that are not dropped, each image's own."""
-        noises, timesteps, texts = [], [], []
-        for row, (step, index) in enumerate(keys_B2.tolist()):
-            generator = keyed_generator(self.config.seed, "noise", step, index)
-            one = clean_BLCYX[row : row + 1]
-            noise, t = self.schedule.draw(one.cpu(), self.config.diffusion.draws_per_image, generator)
-            noises.append(noise)
-            timesteps.append(t)
-            if text_BT is not None and self.config.model.text is not None:
-                texts.append(drop_text(text_BT[row : row + 1], self.config.model.text, generator))
-        device = clean_BLCYX.device
-        return torch.cat(noises).to(device), torch.cat(timesteps).to(device), torch.cat(texts) if texts else None
 
     def _log_step(self, step: int) -> None:
         values = mean_terms(self._window, self.trainer.strategy.reduce)

@@ -51,8 +51,24 @@ def test_everything_that_made_a_number_stands_beside_it(tmp_path):
     config, *_ = make_run(tmp_path)
     [point] = evaluate_run(parse_request(config, nfe="6"))
     assert point == json.loads(record_path(config.run_dir).read_text())
-    told = {"kind": "point", "nfe": 6, "nfe_actual": 5, "steps": 2, "checkpoint": "step-00000006.ckpt", "step": 6, "weights": "ema"}
-    told |= {"sampler": "ddim", "guidance": 1.0, "num_samples": 16, "seed": 0, "codec": "identity", "device": "cpu", "threads": 1}
+    told = {
+        "kind": "point",
+        "nfe": 6,
+        "nfe_actual": 5,
+        "steps": 2,
+        "checkpoint": "step-00000006.ckpt",
+        "step": 6,
+        "weights": "ema",
+    }
+    told |= {
+        "sampler": "ddim",
+        "guidance": 1.0,
+        "num_samples": 16,
+        "seed": 0,
+        "codec": "identity",
+        "device": "cpu",
+        "threads": 1,
+    }
     assert {name: point[name] for name in told} == told
     assert point["tflops_per_image"] == cost.sampling_flops(config.model).total(2) / 1e12
     assert point["seconds_per_image"] == point["seconds"] / 16 > 0

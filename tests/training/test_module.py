@@ -54,12 +54,19 @@ def test_initialisation_depends_on_the_seed_and_leaves_the_global_state_alone(tm
     assert not torch.equal(first.model.boi_SD, other.model.boi_SD)
 
 
-def test_accumulation_makes_the_same_steps(tmp_path):
-    whole, _ = fit(tiny_run(tmp_path, "trainer.max_steps=3"))
-    parts, trainer = fit(tiny_run(tmp_path, "trainer.max_steps=3", "data.batch_size_per_device=5"))
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
+    one_step = ("trainer.max_steps=1", "optimizer.grad_clip=1e9")
+    whole, _ = fit(tiny_run(tmp_path, *one_step))
+    parts, trainer = fit(tiny_run(tmp_path, *one_step, "data.batch_size_per_device=5"))
     assert trainer.accumulate_grad_batches == 4, "16 images, at most 5 at once: 4 parts of 4"
-    for name, tensor in weights(whole).items():
-        torch.testing.assert_close(tensor, weights(parts)[name], rtol=0, atol=1e-3)
+    for name, moment in first_moments(whole).items():
+        torch.testing.assert_close(first_moments(parts)[name], moment, rtol=1e-4, atol=5e-5)
+
+
+def first_moments(module):
+    """After one step, a tenth of the gradient by parameter: the step itself hides the size of a gradient."""
+    state = module.optimizers().optimizer.state
+    return {name: state[parameter]["exp_avg"] for name, parameter in module.model.named_parameters() if parameter in state}
 
 
 def test_a_step_by_hand(tmp_path):
