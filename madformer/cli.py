@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from madformer import __version__
 from madformer.config import InputError, load_experiment, load_run
 
 app = typer.Typer(
-    help="A laboratory for mixed autoregressive/diffusion image generators.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -25,6 +26,21 @@ app.add_typer(sweep_app, name="sweep")
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields that replace the file's.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.yaml")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"madformer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say it and exit.")
+    ] = False,
+) -> None:
+    """A laboratory for mixed autoregressive/diffusion image generators."""
 
 
 @app.command()
@@ -57,7 +73,7 @@ def evaluate(
     checkpoints: Annotated[str, typer.Option(help="newest, last5 (each, and their mean), or a step.")] = "newest",
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
 ) -> None:
-    """Sample from a run, measure, and append the numbers to its evaluations.jsonl; what is there is not computed again."""
+    """Measure samples of a run; what is recorded already is not computed again."""
     from madformer.evaluation.request import parse_request
 
     request = parse_request(load_run(run), nfe, steps, num_samples, checkpoints, weights)
@@ -131,7 +147,11 @@ def sweep_run(sweep: SweepFile, overrides: Overrides = None) -> None:
     spec = load_sweep(sweep, overrides or [])
     from madformer.sweep.launch import run_sweep
 
-    raise typer.Exit(run_sweep(spec))
+    status = run_sweep(spec)
+    if status == 0:
+        print(f"table and curves: madformer report {shlex.join([str(sweep), *(overrides or [])])}")
+        print(f"in TensorBoard:   tensorboard --logdir {spec.folder}")
+    raise typer.Exit(status)
 
 
 @sweep_app.command("plan")
@@ -157,7 +177,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         app()
-    except (InputError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
+    except (InputError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         _fail(_describe(error), 2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
