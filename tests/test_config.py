@@ -36,13 +36,13 @@ BAD = {
     "model.ar_length=0": "model.ar_length = 0: must be an integer of at least 1",
     "model.ar_length=5": "model.ar_length = 5: must be a square number (1, 4, 16, 64, ...)",
     "model.ar_length=9": "model.ar_length = 9: its root 3 must divide model.latent_size = 8",
-    "model.width=63": "model.width = 63: must be a multiple of model.num_heads = 4",
+    "model.width=63": "model.width = 63: must be a multiple of model.num_heads = 2",
     "model.width=0": "model.width = 0: must be an integer of at least 1",
     "model.num_heads=0": "model.num_heads = 0: must be an integer of at least 1",
-    "model.num_heads=32": "model.num_heads = 32: the head width, model.width / model.num_heads = 2, must divide by 4",
-    "model.num_kv_heads=3": "model.num_kv_heads = 3: must divide model.num_heads = 4",
+    "model.num_heads=16": "model.num_heads = 16: the head width, model.width / model.num_heads = 2, must divide by 4",
+    "model.num_kv_heads=3": "model.num_kv_heads = 3: must divide model.num_heads = 2",
     "model.num_kv_heads=0": "model.num_kv_heads = 0: must divide model.num_heads = 4",
-    "model.attention_backend=flex model.num_heads=8": (
+    "model.attention_backend=flex model.num_heads=4": (
         "model.attention_backend = 'flex': needs heads of at least 16, they are 8 wide; set it to sdpa or auto"
     ),
     "model.ffn_width=-1": "model.ffn_width = -1: must be an integer of at least 1",
@@ -52,12 +52,12 @@ BAD = {
     "model.clean_timestep=last": "model.clean_timestep: Invalid value 'last', expected one of ['zero', 'released']",
     "model.attention_backend=xformers": "model.attention_backend: Invalid value 'xformers', expected one of ['auto', 'flex', 'sdpa']",
     "model.unet.channels=[]": "model.unet.channels = []: must name at least one level",
-    "model.unet.channels=[12,16]": "model.unet.channels = [12, 16]: must be positive multiples of model.unet.groups = 8",
-    "model.unet.channels=[32]": "model.unet.layers = [1, 1]: must have one entry for each of the 1 levels of model.unet.channels",
-    "model.unet.attention=[true]": "model.unet.attention = [True]: must have one entry for each of the 2 levels",
-    "model.unet.layers=[0,1]": "model.unet.layers = [0, 1]: must be at least 1 on every level",
+    "model.unet.channels=[12]": "model.unet.channels = [12]: must be positive multiples of model.unet.groups = 8",
+    "model.unet.channels=[32,64]": "model.unet.layers = [1]: must have one entry for each of the 2 levels of model.unet.channels",
+    "model.unet.attention=[true,false]": "model.unet.attention = [True, False]: must have one entry for each of the 1 levels",
+    "model.unet.layers=[0]": "model.unet.layers = [0]: must be at least 1 on every level",
     "model.unet.groups=0": "model.unet.groups = 0: must be an integer of at least 1",
-    "model.unet.num_heads=5 model.unet.attention=[true,false]": "levels with attention must be multiples of model.unet.num_heads = 5",
+    "model.unet.num_heads=5 model.unet.attention=[true]": "levels with attention must be multiples of model.unet.num_heads = 5",
     "model.unet.channels=[8,8,8,8] model.unet.layers=[1,1,1,1] model.unet.attention=[false,false,false,false]": (
         "model.unet.channels = [8, 8, 8, 8]: their downsampling by 8 must divide a block's side, 4 latents"
     ),

@@ -44,28 +44,35 @@ def train(config: ExperimentConfig) -> Path:
     run = config.run_dir
     _quieten()
     data = LatentDataModule(config)
-    checkpoint = _newest(config)
-    if checkpoint is not None and checkpoint_step(checkpoint) >= config.trainer.max_steps:
-        _say(f"{run}: trained, {config.trainer.max_steps} steps")
-        return run
-    step = checkpoint_step(checkpoint) if checkpoint else 0
     trainer, checkpoints = build_trainer(config)
     with claim_run(run, _rank()):
-        if _rank() == 0:
-            if not is_run(run):
-                freeze(config, run)
-            drop_orphans(run, step)
-        goal = f"{config.trainer.max_steps} steps (config hash {config_hash(config)})"
-        _say(f"{run}: {f'resuming after step {step} of' if step else 'training'} {goal}")
-        module = LitMADFormer(config)
-        module.last_checkpoint = str(checkpoint) if checkpoint else None
-        # Lightning's own exception comes after our checkpoint.
-        with _stopping_on_signal(checkpoints) as received, suppress(SIGTERMException):
-            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        if checkpoints.stopped:
-            raise Interrupted(run, trainer.global_step, received[0] if received else signal.SIGTERM)
+        checkpoint = _newest(config)
+        step = checkpoint_step(checkpoint) if checkpoint else 0
+        if step < config.trainer.max_steps:
+            if _rank() == 0:
+                if not is_run(run):
+                    freeze(config, run)
+                drop_orphans(run, step)
+            goal = f"{config.trainer.max_steps} steps (config hash {config_hash(config)})"
+            _say(f"{run}: {f'resuming after step {step} of' if step else 'training'} {goal}")
+            _fit(trainer, checkpoints, data, checkpoint)
     _say(f"{run}: trained, {config.trainer.max_steps} steps")
     return run
+
+
+def _fit(trainer: pl.Trainer, checkpoints: RunCheckpoints, data: LatentDataModule, checkpoint: Path | None) -> None:
+    """Train to the end.
+
+    Raises:
+        Interrupted: the run was asked to stop.
+    """
+    module = LitMADFormer(data.config)
+    module.last_checkpoint = str(checkpoint) if checkpoint else None
+    # Lightning raises its own exception after SIGTERM, when the state has been saved.
+    with _stopping_on_signal(checkpoints) as received, suppress(SIGTERMException):
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    if checkpoints.stopped:
+        raise Interrupted(data.config.run_dir, trainer.global_step, received[0] if received else signal.SIGTERM)
 
 
 def build_trainer(config: ExperimentConfig) -> tuple[pl.Trainer, RunCheckpoints]:

@@ -66,7 +66,7 @@ class LitMADFormer(pl.LightningModule):
         self.throughput.start()
 
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        """Draw noise and timesteps, and which prompts are dropped, each image's own; on the CPU, where all draws are the same."""
+        """Draw noise and timesteps, and which prompts are dropped, each image's own; on the CPU, the same for any device."""
         clean_BLCYX = to_blocks(batch["latents"], self.config.model.ar_length)
         noises, timesteps, texts = [], [], []
         for row, (step, index) in enumerate(batch["keys"].tolist()):
