@@ -41,7 +41,7 @@ BAD = {
     "model.num_heads=0": "model.num_heads = 0: must be an integer of at least 1",
     "model.num_heads=16": "model.num_heads = 16: the head width, model.width / model.num_heads = 2, must divide by 4",
     "model.num_kv_heads=3": "model.num_kv_heads = 3: must divide model.num_heads = 2",
-    "model.num_kv_heads=0": "model.num_kv_heads = 0: must divide model.num_heads = 4",
+    "model.num_kv_heads=0": "model.num_kv_heads = 0: must divide model.num_heads = 2",
     "model.attention_backend=flex model.num_heads=4": (
         "model.attention_backend = 'flex': needs heads of at least 16, they are 8 wide; set it to sdpa or auto"
     ),

@@ -100,7 +100,7 @@ def test_resume_with_other_settings_but_the_same_weights(undisturbed, tmp_path):
     run = tmp_path / "digits"
     run_until(train_command(tmp_path), checkpoint_path(run, 6).exists)
     printed = execute(command("train", "--resume", run, "optimizer.lr=1"), status=2)
-    assert "optimizer.lr = 0.002 there, 1.0 asked for" in printed
+    assert "optimizer.lr = 0.003 there, 1.0 asked for" in printed
     execute(command("train", "--resume", run, "trainer.checkpoint_every=5", "trainer.keep_checkpoints=2"))
     assert [path.name for path in list_checkpoints(run)] == ["step-00000020.ckpt", "step-00000024.ckpt"]
     assert differences(loaded(undisturbed)["state_dict"], loaded(run)["state_dict"]) == []
