@@ -14,7 +14,12 @@ from tests.conftest import ROOT
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
 SWEEPS = sorted((ROOT / "sweeps").rglob("*.yaml"))
 NARROW = ["model.width=16", "model.num_heads=2", "model.ffn_width=24", "model.depth=3", "model.diffusion_depth=2"]
-NARROW += ["model.unet.channels=[8,16]", "model.unet.layers=[1,1]", "model.unet.attention=[false,true]", "model.unet.num_heads=2"]
+NARROW += [
+    "model.unet.channels=[8,16]",
+    "model.unet.layers=[1,1]",
+    "model.unet.attention=[false,true]",
+    "model.unet.num_heads=2",
+]
 SHORT_TEXT = ["model.text.vocab_size=11", "model.text.length=3", "model.text.pad_token_id=0", "model.text.dropout=0.5"]
 
 

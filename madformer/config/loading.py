@@ -31,16 +31,26 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         ConfigError: broken YAML, an unknown key (the message names the nearest real one), a value of the wrong type or
             out of its legal range, or fields that contradict each other.
     """
-    path = Path(path)
+    loaded = read_mapping(Path(path), "experiment", "sections (model, data, trainer, ...) to fields")
+    return build_experiment(loaded, overrides, str(path))
+
+
+def read_mapping(path: Path, kind: str, holds: str) -> DictConfig:
+    """A YAML file that maps keys to values; `kind` of file and what it `holds` are for the messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: broken YAML, or no mapping.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such experiment file")
+        raise FileNotFoundError(f"{path}: no such {kind} file")
     try:
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: must be a mapping of sections (model, data, trainer, ...) to fields")
-    return build_experiment(loaded, overrides, str(path))
+        raise ConfigError(f"{path}: must be a mapping of {holds}")
+    return loaded
 
 
 def build_experiment(fields: DictConfig, overrides: Sequence[str], where: str) -> ExperimentConfig:

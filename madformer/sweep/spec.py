@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from madformer.config import ConfigError, ExperimentConfig, config_hash, load_experiment
-from madformer.config.loading import all_keys
+from madformer.config.loading import all_keys, read_mapping
 from madformer.config.rules import is_integer, require
 
 ALIASES = {"model.diffusion_depth": "d", "model.ar_length": "l", "loss.lambda_hidden": "h"}
@@ -182,14 +182,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             that is not (the message names it).
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such sweep file")
-    try:
-        loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not OmegaConf.is_dict(loaded):
-        raise ConfigError(f"{path}: must be a mapping of {', '.join(_sweep_keys())}")
+    loaded = read_mapping(path, "sweep", ", ".join(_sweep_keys()))
     given = cast(dict[str, Any], OmegaConf.to_container(loaded))
     try:
         _check_keys(given)

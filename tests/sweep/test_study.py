@@ -181,5 +181,5 @@ def test_a_broken_study_says_what_to_do(sweep):
     sweep.folder.mkdir(parents=True)
     (sweep.folder / "study.db").write_text("no database" * 1000)
     message = "runs/small/study.db: no study of a sweep (file is not a database); delete it: what is done is read from the runs"
-    with pytest.raises(InputError, match=re.escape(message)), Queue(sweep.folder, sweep.cells()):
-        pass
+    with pytest.raises(InputError, match=re.escape(message)):
+        Queue(sweep.folder, sweep.cells()).__enter__()
