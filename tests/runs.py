@@ -30,7 +30,7 @@ TINY = (
     "trainer.log_every=2",
     "evaluation.nfe=[3,5]",
     "evaluation.num_samples=16",
-    "evaluation.preview_every=8",
+    "evaluation.preview_every=6",
     "evaluation.preview_nfe=5",
     "evaluation.preview_samples=4",
 )

@@ -22,7 +22,7 @@ from madformer.evaluation.features import feature_network, metric_name, weights_
 from madformer.evaluation.metrics import FrechetDistance
 from madformer.evaluation.record import append_point, find_point, read_means, read_points
 from madformer.evaluation.request import Budget, EvaluationRequest
-from madformer.evaluation.sampling import sample_batches
+from madformer.evaluation.sampling import sample_batches, sampling_device
 from madformer.model import MADFormer, cost
 from madformer.run import claim_run
 from madformer.training.errors import NonFiniteError
@@ -60,7 +60,7 @@ class _Judge:
         assert name is not None  # the request has been checked
         network, (images_NCYX, _) = feature_network(name), load_digits()
         self.metric = metric_name(name)
-        self.distance = FrechetDistance(network, images_NCYX.to(_device(config)))
+        self.distance = FrechetDistance(network, images_NCYX.to(sampling_device(config)))
         self.pedigree = {
             "feature_network": {"name": name, "sha256": weights_sha256(network)},
             "reference": {"name": name, "images": len(images_NCYX), "sha256": _sha256(images_NCYX)},
@@ -69,7 +69,7 @@ class _Judge:
 
 def _evaluate_checkpoint(request: EvaluationRequest, path: Path, judge: _Judge) -> Iterator[Point]:
     config, run = request.config, request.config.run_dir
-    model = load_model(path, config, request.weights).to(_device(config))
+    model = load_model(path, config, request.weights).to(sampling_device(config))
     described = {
         "checkpoint": path.name,
         "step": checkpoint_step(path),
@@ -120,7 +120,7 @@ def _measure(model: MADFormer, config: ExperimentConfig, budget: Budget, judge: 
         "seconds_per_image": seconds / evaluation.num_samples,
         "seconds": seconds,
         "batch_size": evaluation.batch_size,
-        "device": torch.cuda.get_device_name() if _device(config).type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if sampling_device(config).type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "versions": {"madformer": __version__, "torch": torch.__version__},
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -149,11 +149,6 @@ def _hparams(config: ExperimentConfig) -> dict[str, bool | int | float | str]:
     """Trained fields in the types that TensorBoard shows; lists as text."""
     scalars = {name: value for name, value in trained_fields(config).items() if value is not None}
     return {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in scalars.items()}
-
-
-def _device(config: ExperimentConfig) -> torch.device:
-    cuda = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
-    return torch.device("cuda" if cuda else "cpu")
 
 
 def _sha256(tensor: Tensor) -> str:

@@ -15,6 +15,12 @@ from madformer.randomness import sample_seed
 from madformer.samplers import build_sampler
 
 
+def sampling_device(config: ExperimentConfig) -> torch.device:
+    """Where a run is sampled: on the first GPU, if there is one and the experiment does not want the CPU."""
+    cuda = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    return torch.device("cuda" if cuda else "cpu")
+
+
 def sample_batches(
     model: MADFormer, config: ExperimentConfig, steps: int, indices: Sequence[int], batch_size: int
 ) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from safetensors.torch import save
 
 from madformer.checkpoints import load_model
 from madformer.evaluation.request import SamplingRequest
-from madformer.evaluation.sampling import sample
+from madformer.evaluation.sampling import sample, sampling_device
 from madformer.files import replacing
 from madformer.images import save_png, to_grid, to_pixels
 
@@ -19,8 +19,8 @@ def write_samples(request: SamplingRequest, folder: Path) -> None:
     Sample i depends on (seed, i) alone: more samples leave the first ones as they are.
     """
     config = request.config
-    model = load_model(request.checkpoint, config, request.weights)
-    latents_BChw = sample(model, config, request.steps, range(request.num))
+    model = load_model(request.checkpoint, config, request.weights).to(sampling_device(config))
+    latents_BChw = sample(model, config, request.steps, range(request.num)).cpu()
     with replacing(folder / "latents.safetensors") as temporary:
         temporary.write_bytes(save({"latents": latents_BChw.contiguous()}))
     what = f"{request.num} samples of {request.checkpoint}, {request.steps} steps, seed {config.evaluation.seed}"

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from madformer.checkpoints import checkpoint_path, list_checkpoints
+from madformer.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
 from madformer.config import ExperimentConfig
 from madformer.data.digits import load_digits
 from madformer.evaluation.features import feature_network, metric_name
@@ -43,7 +43,10 @@ class WholeFileIO(TorchCheckpointIO):
 
 
 class RunCheckpoints(Checkpoint):
-    """A checkpoint every `trainer.checkpoint_every` steps, at the end, and when the run is asked to stop; the newest stay."""
+    """A checkpoint every `trainer.checkpoint_every` steps, at the end, and when the run is asked to stop.
+
+    Kept are the last `trainer.keep_checkpoints` regular ones, and the newest: one saved on a stop displaces no regular one.
+    """
 
     def __init__(self, config: ExperimentConfig) -> None:
         self.config = config
@@ -79,9 +82,15 @@ class RunCheckpoints(Checkpoint):
                     logger.experiment.flush()
             trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            for old in list_checkpoints(self.config.run_dir)[: -self.config.trainer.keep_checkpoints]:
-                old.unlink()
+            self._remove_old()
         self._saved_step, pl_module.last_checkpoint = step, str(path)
+
+    def _remove_old(self) -> None:
+        settings, every = self.config.trainer, list_checkpoints(self.config.run_dir)
+        steps = {path: checkpoint_step(path) for path in every}
+        regular = [path for path in every if steps[path] % settings.checkpoint_every == 0 or steps[path] == settings.max_steps]
+        for path in set(every) - {*regular[-settings.keep_checkpoints :], every[-1]}:
+            path.unlink()
 
 
 class Preview(Callback):
@@ -95,12 +104,16 @@ class Preview(Callback):
         self._distance: FrechetDistance | None = None
         self._previewed_step: int | None = None
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The step that a run resumes from had its preview before its checkpoint."""
+        self._previewed_step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Sample, if it is time."""
         every, step = self.config.evaluation.preview_every, trainer.global_step
-        if every and step % every == 0 and step and step != self._previewed_step:
+        if every and step % every == 0 and step != self._previewed_step:
             self._previewed_step = step
             assert isinstance(pl_module, LitMADFormer)
             images_BCYX = self._sample(trainer, pl_module)

@@ -48,14 +48,16 @@ def train(config: ExperimentConfig) -> Path:
     with claim_run(run, _rank()):
         checkpoint = _newest(config)
         step = checkpoint_step(checkpoint) if checkpoint else 0
-        if step < config.trainer.max_steps:
-            if _rank() == 0:
-                if not is_run(run):
-                    freeze(config, run)
-                drop_orphans(run, step)
-            goal = f"{config.trainer.max_steps} steps (config hash {config_hash(config)})"
-            _say(f"{run}: {f'resuming after step {step} of' if step else 'training'} {goal}")
-            _fit(trainer, checkpoints, data, checkpoint)
+        if step >= config.trainer.max_steps:
+            _say(f"{run}: trained already, {config.trainer.max_steps} steps")
+            return run
+        if _rank() == 0:
+            if not is_run(run):
+                freeze(config, run)
+            drop_orphans(run, step)
+        goal = f"{config.trainer.max_steps} steps (config hash {config_hash(config)})"
+        _say(f"{run}: {f'resuming after step {step} of' if step else 'training'} {goal}")
+        _fit(trainer, checkpoints, data, checkpoint)
     _say(f"{run}: trained, {config.trainer.max_steps} steps")
     return run
 

@@ -146,7 +146,7 @@ def test_a_trial_killed_by_a_signal_says_so(sweep_file):
 def test_an_edited_experiment_is_refused_before_anything_starts(sweep_file):
     run(sweep_file, "grid.model.diffusion_depth=[4]")
     before = journal()
-    message = "runs/small/d4-s0 is a run of another experiment: optimizer.lr = 0.002 there, 0.5 asked for"
+    message = "runs/small/d4-s0 is a run of another experiment: optimizer.lr = 0.003 there, 0.5 asked for"
     with pytest.raises(InputError, match=re.escape(message)):
         run(sweep_file, "optimizer.lr=0.5")
     assert journal() == before

@@ -77,7 +77,7 @@ def test_a_checkpoint_before_the_last_step_is_no_training(sweep):
 def test_a_run_of_another_experiment_is_refused_by_field(sweep, sweep_file):
     finish(sweep.cells()[0])
     other = load_sweep(sweep_file, ["optimizer.lr=0.5"]).cells()[0]
-    with pytest.raises(InputError, match=r"runs/small/d2-s0 .* optimizer.lr = 0.002 there, 0.5 asked for"):
+    with pytest.raises(InputError, match=r"runs/small/d2-s0 .* optimizer.lr = 0.003 there, 0.5 asked for"):
         cell_needs(other)
 
 

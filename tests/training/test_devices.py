@@ -37,16 +37,18 @@ def test_two_devices_are_one(strategy, alone, tmp_path):
 
 
 def require_close(one, other):
-    """Weights, average and the optimiser's moments to what the order of a sum leaves; all else exactly."""
+    """Weights, average and the optimiser's moments to what the order of a sum leaves; the schedule exactly.
+
+    Of weights the mean difference: Adam turns the noise of a vanishing gradient into steps as long as any other.
+    """
     first, second = (torch.load(checkpoint_path(run, 8), weights_only=True) for run in (one, other))
-    for name, tensor in first["ema"].items():
-        torch.testing.assert_close(second["ema"][name], tensor, rtol=0, atol=1e-4)
-        torch.testing.assert_close(
-            second["state_dict"][f"model.{name}"], first["state_dict"][f"model.{name}"], rtol=0, atol=2e-4
-        )
+    for part in ("ema", "state_dict"):
+        assert first[part].keys() == second[part].keys()
+        apart = torch.cat([(second[part][name] - tensor).abs().flatten() for name, tensor in first[part].items()])
+        assert apart.mean() < 1e-5, "8 steps of 1e-4 move most weights by some 5e-4"
     moments, others = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (first, second))
     assert moments.keys() == others.keys()
-    for number, state in moments.items():
-        scale = state["exp_avg"].abs().max() + 1e-4
-        assert (others[number]["exp_avg"] - state["exp_avg"]).abs().max() < 0.05 * scale, number
+    for name in ("exp_avg", "exp_avg_sq"):
+        expected, found = (torch.cat([part[number][name].flatten() for number in moments]) for part in (moments, others))
+        assert (found - expected).norm() < 0.02 * expected.norm(), name
     assert differences(first["lr_schedulers"], second["lr_schedulers"]) == []

@@ -57,7 +57,7 @@ def test_killed_anywhere_and_resumed_is_uninterrupted(overrides, undisturbed, tm
     assert "resuming after step" in execute(again)
     assert differences(loaded(undisturbed), loaded(run)) == []
     assert scalars(run) == scalars(undisturbed)
-    assert f"trained, {LAST} steps" in execute(again), "a finished run is left alone"
+    assert f"trained already, {LAST} steps" in execute(again)
 
 
 def test_interrupted_run_saves_the_step_it_is_in(undisturbed, tmp_path):
@@ -66,8 +66,9 @@ def test_interrupted_run_saves_the_step_it_is_in(undisturbed, tmp_path):
     assert status == 130 and f"madformer train --resume {run}" in printed, printed
     newest = list_checkpoints(run)[-1]
     assert f"stopped after step {int(newest.stem[5:])}," in printed
-    execute(train_command(tmp_path))
+    execute(train_command(tmp_path, "trainer.keep_checkpoints=3"))
     assert differences(loaded(undisturbed), loaded(run)) == []
+    assert [int(path.stem[5:]) for path in list_checkpoints(run)] == [12, 18, 24], "regular ones alone, once there is a newer"
 
 
 def test_torn_checkpoint_is_skipped_with_a_warning(undisturbed, tmp_path):
