@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from madformer.sweep.spec import load_sweep
 from tests.conftest import ROOT
 
+GRID = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
 BLOCKS = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 
@@ -24,3 +26,16 @@ def test_examples_run_and_print_what_is_written(document, capsys, monkeypatch):
         if language == "python":
             exec(code, namespace)
             assert capsys.readouterr().out == ("" if next_language else expected)
+
+
+def test_the_grid_of_your_own_is_twelve_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    [grid] = GRID.findall((ROOT / "README.md").read_text())
+    (tmp_path / "grid.yaml").write_text(grid)
+    cells = load_sweep(tmp_path / "grid.yaml").cells()
+    assert len(cells) == 12 and cells[0].name == "d2-l1-s0" and len(grid.splitlines()) <= 10
+
+
+def test_the_picture_is_there():
+    [picture] = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text())
+    assert "<svg" in (ROOT / picture).read_text()
