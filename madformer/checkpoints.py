@@ -10,10 +10,12 @@ import logging
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from madformer.config import ExperimentConfig, InputError
+from madformer.files import replacing
 
 if TYPE_CHECKING:
     from madformer.model import MADFormer
@@ -69,6 +71,23 @@ def find_flaw(path: Path) -> str | None:
         return f"{broken} does not match its checksum" if broken else None
     except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:
         return str(error) or type(error).__name__
+
+
+def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint that is whole or not there, also after a power failure.
+
+    Raises:
+        OSError: the disk is full, or may not be written to.
+    """
+    import torch
+
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch hides what the file said
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from madformer.checkpoints import EMA, MODEL_PREFIX, checkpoint_path, load_model, newest_intact
+from madformer.checkpoints import EMA, MODEL_PREFIX, Weights, checkpoint_path, load_model, newest_intact, save_checkpoint
 from madformer.config import (
     EvaluationConfig,
     ExperimentConfig,
@@ -47,6 +47,7 @@ def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) 
     Raises:
         InputError: no such file, another format, weights that contradict the switches, or a folder that is in use.
     """
+    chosen = parse_weights(weights)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise InputError(f"{run}: exists already; name a new folder")
     if not source.is_file():
@@ -54,7 +55,7 @@ def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) 
     if source.suffix == ".safetensors":
         model, config = _read_exported(source)
     else:
-        model = _read_released(source, parse_weights(weights))
+        model = _read_released(source, chosen)
         config = _experiment(model.config)
     config = _adopt(config, run, overrides)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -64,8 +65,7 @@ def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) 
         "global_step": 0,
         "config_hash": config_hash(config),
     }
-    with replacing(checkpoint_path(run, 0)) as temporary:
-        torch.save(checkpoint, temporary)
+    save_checkpoint(checkpoint, checkpoint_path(run, 0))
     freeze(config, run)
     print(f"{run}: {sum(tensor.numel() for tensor in state.values()):,} parameters of {source}")
 
@@ -106,7 +106,7 @@ def _experiment(model: ModelConfig) -> ExperimentConfig:
     return ExperimentConfig(model=model, loss=loss, evaluation=EvaluationConfig(nfe=budgets))
 
 
-def _read_released(source: Path, weights: str) -> MADFormer:
+def _read_released(source: Path, weights: Weights) -> MADFormer:
     with torch.serialization.safe_globals([argparse.Namespace]):  # the one class in it; nothing else is unpickled
         try:
             checkpoint = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))

@@ -108,6 +108,19 @@ def test_evaluate_records_and_draws_each_point_once(run, tmp_path):
     assert curve == [(line["nfe"], pytest.approx(line["metrics"]["fd_digits"])) for line in lines[:2]]
 
 
+def test_an_exported_run_comes_back_as_one_that_is_measured_the_same(run, tmp_path):
+    mine, again = tmp_path / "run", tmp_path / "again"
+    shutil.copytree(run, mine)
+    execute(command("export", mine, "--out", tmp_path / "weights.safetensors"))
+    execute(command("import", tmp_path / "weights.safetensors", "--out", again))
+    points = []
+    for folder in (mine, again):
+        execute(command("evaluate", folder, "--steps", 2))
+        points.append(json.loads((folder / "evaluations.jsonl").read_text()))
+    assert points[0]["metrics"] == points[1]["metrics"] and points[0]["weights_sha256"] == points[1]["weights_sha256"]
+    assert "its weights are imported" in execute(command("train", "--resume", again), status=2)
+
+
 def test_sample_writes_images_that_do_not_depend_on_their_number(run, tmp_path):
     execute(command("sample", run, "--num", 5, "--steps", 2, "--out", tmp_path / "five"))
     execute(command("sample", run, "--num", 2, "--nfe", 5, "--out", tmp_path / "two"))

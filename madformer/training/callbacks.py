@@ -12,34 +12,23 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from madformer.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
+from madformer.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints, save_checkpoint
 from madformer.config import ExperimentConfig
 from madformer.data.digits import load_digits
 from madformer.evaluation.features import feature_network, metric_name
 from madformer.evaluation.metrics import FrechetDistance
 from madformer.evaluation.sampling import sample_batches
-from madformer.files import replacing
 from madformer.images import save_png, to_grid
 from madformer.model import cost
 from madformer.training.module import LitMADFormer
 
 
 class WholeFileIO(TorchCheckpointIO):
-    """Checkpoint files that are whole or not there, also after a power failure."""
+    """Lightning's checkpoints, written by `save_checkpoint`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write one.
-
-        Raises:
-            OSError: the disk is full, or may not be written to.
-        """
-        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # torch hides what the file said
-                    raise error.__context__ from None
-                raise
+        """Write one."""
+        save_checkpoint(checkpoint, Path(path))
 
 
 class RunCheckpoints(Checkpoint):

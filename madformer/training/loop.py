@@ -16,7 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from madformer.checkpoints import checkpoint_step, list_checkpoints, newest_intact
+from madformer.checkpoints import checkpoint_step, list_checkpoints, load_checkpoint, newest_intact
 from madformer.config import ConfigError, ExperimentConfig, InputError, config_hash, freeze
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.order import Portion
@@ -141,11 +141,13 @@ def _newest(config: ExperimentConfig) -> Path | None:
     """The checkpoint to go on from.
 
     Raises:
-        InputError: there are checkpoints, and all of them are torn.
+        InputError: there are checkpoints and all of them are torn, or the newest one is of imported weights.
     """
     checkpoint, every = newest_intact(config.run_dir), list_checkpoints(config.run_dir)
     if checkpoint is None and every:
         raise InputError(f"{config.run_dir}: none of its {len(every)} checkpoints is intact; delete them to start anew")
+    if checkpoint is not None and "optimizer_states" not in load_checkpoint(checkpoint):
+        raise InputError(f"{config.run_dir}: its weights are imported; they can be evaluated and sampled, not trained on")
     return checkpoint
 
 
