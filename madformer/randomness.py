@@ -6,6 +6,8 @@ import hashlib
 
 import torch
 
+from madformer.config.evaluation import MAX_SAMPLES
+
 
 def keyed_generator(*key: int | str) -> torch.Generator:
     """A generator on the CPU that depends on the key alone."""
@@ -19,6 +21,6 @@ def sample_seed(seed: int, index: int) -> int:
     Raises:
         ValueError: an index beyond a million, which would be another seed's.
     """
-    if not 0 <= index < 1_000_000:
-        raise ValueError(f"sample {index}: must be in 0..999999")
-    return seed * 1_000_000 + index  # below 2**32, what torch's generators keep of a seed
+    if not 0 <= index < MAX_SAMPLES:
+        raise ValueError(f"sample {index}: must be in 0..{MAX_SAMPLES - 1}")
+    return seed * MAX_SAMPLES + index  # below 2**32, what torch's generators keep of a seed

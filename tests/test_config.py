@@ -109,6 +109,7 @@ BAD = {
     "evaluation.nfe=[4008]": "a budget must be in 8..4007",
     "evaluation.preview_nfe=4": "evaluation.preview_nfe = 4: with model.depth = 8",
     "evaluation.num_samples=1": "evaluation.num_samples = 1: must be an integer of at least 2",
+    "evaluation.num_samples=2000000": "evaluation.num_samples = 2000000: must be at most 1,000,000, each has a seed of its own",
     "evaluation.seed=5000": "evaluation.seed = 5000: must be in 0..4000",
     "evaluation.feature_network=inception": "Invalid value 'inception', expected one of ['digits']",
     "model.dept=3": "unknown key model.dept; the nearest is model.depth",

@@ -36,11 +36,22 @@ class EvaluationConfig:
         require(legal, "evaluation.nfe", list(self.nfe), "budgets must be positive integers")
         require_at_least(1, "evaluation", self, "batch_size", "preview_nfe")
         require_at_least(2, "evaluation", self, "num_samples", "preview_samples")
+        for name in ("num_samples", "preview_samples"):
+            value = getattr(self, name)
+            require(
+                value <= MAX_SAMPLES,
+                f"evaluation.{name}",
+                value,
+                f"must be at most {MAX_SAMPLES:,}, each has a seed of its own",
+            )
         legal = is_integer(self.seed) and 0 <= self.seed <= MAX_EVALUATION_SEED
         require(legal, "evaluation.seed", self.seed, f"must be in 0..{MAX_EVALUATION_SEED}")
         if self.preview_every is not None:
             require_at_least(1, "evaluation", self, "preview_every")
 
 
+MAX_SAMPLES = 1_000_000
+"""Samples of one evaluation seed."""
+
 MAX_EVALUATION_SEED = 4000
-"""torch's generators keep 32 bits of a seed: a million samples for each of so many evaluation seeds fit without a clash."""
+"""torch's generators keep 32 bits of a seed: `MAX_SAMPLES` for each of so many evaluation seeds fit without a clash."""
