@@ -7,13 +7,14 @@ loading from YAML go through the same rules, because they live in `__post_init__
 
 from __future__ import annotations
 
+from madformer.config.data import DataConfig
 from madformer.config.evaluation import EvaluationConfig
 from madformer.config.experiment import DiffusionConfig, ExperimentConfig, LossConfig, check_losses, wanted_outputs
 from madformer.config.frozen import config_hash, freeze, load_run, require_same_weights, trained_fields
 from madformer.config.loading import load_experiment
 from madformer.config.model import MIN_FLEX_HEAD_WIDTH, ModelConfig, TextConfig, UNetConfig
 from madformer.config.rules import ConfigError, InputError
-from madformer.config.training import DataConfig, OptimizerConfig, TrainerConfig
+from madformer.config.training import OptimizerConfig, TrainerConfig
 
 __all__ = [
     "MIN_FLEX_HEAD_WIDTH",

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY, DIGITS, PIXELS, DataConfig
 from madformer.config.evaluation import EvaluationConfig
 from madformer.config.model import ModelConfig
 from madformer.config.rules import is_integer, require, require_at_least
-from madformer.config.training import DataConfig, OptimizerConfig, TrainerConfig
+from madformer.config.training import OptimizerConfig, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,24 @@ def check_data(data: DataConfig, model: ModelConfig) -> None:
     """Refuse data that the model does not take.
 
     Raises:
-        ConfigError: digits for a model of other latents, or with text.
+        ConfigError: digits for a model of other latents or through a codec, pixels for a model without three channels, or
+            the builtin tokenizer for a model of fewer tokens.
     """
-    if data.source == "digits":
+    if data.source == DIGITS:
         shape = f"{model.latent_channels} x {model.latent_size} x {model.latent_size}"
         legal = model.latent_channels == 1 and model.latent_size == 8
         require(legal, "data.source", data.source, f"its images are 1 x 8 x 8, the model's latents {shape}")
-        require(model.text is None, "data.source", data.source, "it has no text: set model.text=null")
+        require(data.codec == PIXELS, "data.codec", data.codec, f"digits are learnt as they are: set data.codec={PIXELS}")
+        require(data.latents is None, "data.latents", data.latents, "digits need none: set data.latents=null")
+        require(not data.flip, "data.flip", data.flip, "mirrored digits are none: set data.flip=false")
+    elif data.codec == PIXELS and (data.source or data.latents):
+        remedy = f"images have 3 channels, the model {model.latent_channels}: set model.latent_channels=3, or another codec"
+        require(model.latent_channels == 3, "data.codec", data.codec, remedy)
+    if model.text and data.tokenizer == BUILTIN:
+        sizes = (model.text.vocab_size, model.text.pad_token_id)
+        remedy = f"set model.text.vocab_size={BUILTIN_VOCABULARY} and model.text.pad_token_id=0"
+        legal = sizes[0] >= BUILTIN_VOCABULARY and sizes[1] == 0
+        require(legal, "model.text", f"vocab_size {sizes[0]}, pad_token_id {sizes[1]}", f"for data.tokenizer={BUILTIN} {remedy}")
 
 
 def check_budgets(evaluation: EvaluationConfig, model: ModelConfig, diffusion: DiffusionConfig) -> None:

@@ -19,7 +19,7 @@ from madformer.files import write_text
 
 _SAME_WEIGHTS: dict[str, frozenset[str]] = {
     "model": frozenset({"attention_backend", "activation_checkpointing", "compile"}),
-    "data": frozenset({"batch_size_per_device"}),
+    "data": frozenset({"batch_size_per_device", "codec_batch_size", "max_skipped", "workers"}),
     "trainer": frozenset(
         {
             "accelerator",
@@ -43,6 +43,8 @@ def trained_fields(config: ExperimentConfig) -> dict[str, Any]:
     nested = {key: value for key, value in to_container(config).items() if key not in _NO_WEIGHTS}
     for section, left_out in _SAME_WEIGHTS.items():
         nested[section] = {key: value for key, value in nested[section].items() if key not in left_out}
+    # Latents may move; a checkpoint remembers which ones they were.
+    nested["data"]["latents"] = config.data.latents is not None
     return _flat(nested)
 
 

@@ -1,4 +1,4 @@
-"""The configuration of training: data, optimiser, trainer. Defaults are the paper's FFHQ-1024 run."""
+"""The configuration of training: optimiser, trainer. Defaults are the paper's FFHQ-1024 run."""
 
 from __future__ import annotations
 
@@ -7,24 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from madformer.config.rules import require, require_at_least, require_types
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What is learnt, and in which portions."""
-
-    source: Literal["digits"] | None = None
-    """Where latents come from; null: nowhere yet, such an experiment can be costed but not trained."""
-    batch_size: int = 64
-    """Images of one optimiser step, over all devices."""
-    batch_size_per_device: int | None = None
-    """The most images that one device takes at once, gradient accumulation follows; null: no limit."""
-
-    def __post_init__(self) -> None:
-        require_types("data", self)
-        require_at_least(1, "data", self, "batch_size")
-        if self.batch_size_per_device is not None:
-            require_at_least(1, "data", self, "batch_size_per_device")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""The configuration of data: where images come from, what turns them into latents, and in which portions they are learnt."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from madformer.config.rules import require, require_at_least, require_types
+
+DIGITS = "digits"
+"""The source that ships with scikit-learn."""
+
+PIXELS = "pixels"
+"""The codec that does nothing."""
+
+BUILTIN = "builtin"
+"""The tokenizer that ships with the package."""
+
+BUILTIN_VOCABULARY = 2048
+"""Tokens of the builtin tokenizer; number 0 pads."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learnt, and in which portions."""
+
+    source: str | None = None
+    """Images: `digits`; a data set of the Hugging Face hub; files (Parquet, Arrow, WebDataset tars), a pattern of files, a folder
+    of files or images, or their hf://, s3:// or https:// address. null: nowhere, or latents alone."""
+    subset: str | None = None
+    """Configuration of a hub's data set that has several."""
+    split: str = "train"
+    """Part of the data set."""
+    streaming: bool = False
+    """Read the source in order, without a copy on the disk, instead of making a local copy that can be read anywhere."""
+    image_column: str | None = None
+    """Column of images; null: found by its type and name."""
+    label_column: str | None = None
+    """Column of class numbers; null: found by its type and name, if there is one."""
+    text_column: str | None = None
+    """Column of texts; null: found by its name, if there is one."""
+    max_skipped: int = 100
+    """Broken images that are skipped before reading stops with an error."""
+    codec: str = "vae:stabilityai/sd-vae-ft-mse"
+    """What maps images to latents and back: `vae:` with a diffusers autoencoder (hub id, or local folder), `pixels` (identity), or a
+    class of your own as `module.path:Class` or `file.py:Class`."""
+    codec_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type in which the codec computes."""
+    codec_batch_size: int = 16
+    """Images that the codec takes at once."""
+    latents: str | None = None
+    """Folder of latents: `madformer encode` fills it, training reads it. null: images are encoded while training."""
+    flip: bool = False
+    """Mirror every image with probability one half; latents are made of both."""
+    class_names: str | None = None
+    """Prompts of the classes: `imagenet`, or a text file with one name a line; null: the names that the data set itself gives."""
+    tokenizer: str = "meta-llama/Meta-Llama-3-8B"
+    """Turns prompts into tokens, if the model takes text: `builtin`, or a hub id or folder of transformers."""
+    workers: int = 4
+    """Processes that read data for each device (threads while encoding); no result depends on it."""
+    batch_size: int = 64
+    """Images of one optimiser step, over all devices."""
+    batch_size_per_device: int | None = None
+    """The most images that one device takes at once, gradient accumulation follows; null: no limit."""
+
+    def __post_init__(self) -> None:
+        require_types("data", self)
+        require_at_least(1, "data", self, "batch_size", "codec_batch_size")
+        require_at_least(0, "data", self, "workers", "max_skipped")
+        if self.batch_size_per_device is not None:
+            require_at_least(1, "data", self, "batch_size_per_device")
+        for name in ("source", "split", "codec", "latents", "tokenizer", "class_names"):
+            require(getattr(self, name) != "", f"data.{name}", "", "must not be empty")
+        legal = re.fullmatch(rf"{PIXELS}|vae:.+|.+:[A-Za-z_]\w*", self.codec) is not None
+        require(legal, "data.codec", self.codec, f"must be {PIXELS}, vae:HUB_ID_OR_FOLDER, module.path:Class or file.py:Class")
