@@ -90,15 +90,32 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="Denoising steps per block.")] = None,
     nfe: Annotated[int | None, typer.Option(help="A budget, instead of steps.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i depends on (seed, i) alone.")] = 0,
+    classes: Annotated[str | None, typer.Option(metavar="207,360", help="Classes, in turn; default: all of them.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="A text for all images, instead of classes.")] = None,
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1: none.")] = 1.0,
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
+    devices: Annotated[int | None, typer.Option(min=1, help="Devices that share the work; default: all GPUs.")] = None,
 ) -> None:
-    """Write images, and a grid of them."""
+    """Write images, and a grid of them; those that are there already are left alone."""
     from madformer.evaluation.request import parse_sampling
 
-    request = parse_sampling(load_run(run), num, steps, nfe, seed, weights)
+    asked = {"classes": classes, "prompt": prompt, "guidance": guidance, "devices": devices}
+    request = parse_sampling(load_run(run), num, steps, nfe, seed, weights, **asked)
     from madformer.evaluation.write_samples import write_samples
 
     write_samples(request, out)
+
+
+@app.command()
+def encode(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
+    overrides: Overrides = None,
+) -> None:
+    """Turn images into shards of latents (data.latents); run again, it goes on."""
+    config = load_experiment(experiment, overrides or [])
+    from madformer.data.encode import encode as encode_images
+
+    encode_images(config)
 
 
 @app.command("import")

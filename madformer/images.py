@@ -2,38 +2,64 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from einops import rearrange, repeat
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from madformer.files import replacing
 
 MIN_SIDE = 64
-"""Smaller images are magnified to at least this many pixels, or nobody sees them."""
+"""In a grid, smaller images are magnified to at least this many pixels, or nobody sees them."""
+
+SETTINGS = "madformer"
+"""Text chunk of a PNG file that holds how it was made, as JSON."""
 
 
 def to_pixels(images_BCYX: Tensor) -> np.ndarray:
     """Images in [-1, 1] (the rest is clipped) to [B, Y, X, 3] bytes; one channel is grey, of more the first three are shown."""
     bytes_BCYX = ((images_BCYX.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     shown_BCYX = bytes_BCYX[:, :3] if bytes_BCYX.shape[1] >= 3 else bytes_BCYX[:, :1].expand(-1, 3, -1, -1)
-    factor = math.ceil(MIN_SIDE / images_BCYX.shape[-1])
-    return repeat(shown_BCYX, "b c y x -> b (y fy) (x fx) c", fy=factor, fx=factor).numpy()
+    return rearrange(shown_BCYX, "b c y x -> b y x c").numpy()
 
 
 def to_grid(images_BCYX: Tensor) -> np.ndarray:
-    """Images side by side in a nearly square grid, row by row, with a thin frame: [Y, X, 3] bytes."""
-    pixels_BYX3 = np.pad(to_pixels(images_BCYX), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96)
-    columns = math.ceil(math.sqrt(len(pixels_BYX3)))
-    missing = -len(pixels_BYX3) % columns
-    filled_BYX3 = np.pad(pixels_BYX3, ((0, missing), (0, 0), (0, 0), (0, 0)), constant_values=96)
+    """Images in [-1, 1] side by side: [Y, X, 3] bytes."""
+    return to_tiles(to_pixels(images_BCYX))
+
+
+def to_tiles(pixels_BYX3: np.ndarray) -> np.ndarray:
+    """Images side by side in a nearly square grid, row by row, with a thin frame: [Y, X, 3] bytes; small ones are magnified."""
+    factor = math.ceil(MIN_SIDE / pixels_BYX3.shape[2])
+    large_BYX3 = repeat(pixels_BYX3, "b y x c -> b (y fy) (x fx) c", fy=factor, fx=factor)
+    framed_BYX3 = np.pad(large_BYX3, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96)
+    columns = math.ceil(math.sqrt(len(framed_BYX3)))
+    missing = -len(framed_BYX3) % columns
+    filled_BYX3 = np.pad(framed_BYX3, ((0, missing), (0, 0), (0, 0), (0, 0)), constant_values=96)
     return rearrange(filled_BYX3, "(rows columns) y x c -> (rows y) (columns x) c", columns=columns)
 
 
-def save_png(pixels_YX3: np.ndarray, path: Path) -> None:
-    """Write a whole PNG file."""
+def save_png(pixels_YX3: np.ndarray, path: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Write a whole PNG file, with how it was made in its metadata."""
+    chunks = PngInfo()
+    if settings is not None:
+        chunks.add_text(SETTINGS, json.dumps(settings))
     with replacing(path) as temporary:
-        Image.fromarray(pixels_YX3).save(temporary, format="PNG")
+        Image.fromarray(pixels_YX3).save(temporary, format="PNG", pnginfo=chunks)
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """How a PNG file was made, as `save_png` wrote it; None: it does not say."""
+    try:
+        with Image.open(path) as image:
+            found = json.loads(image.info.get(SETTINGS, "null"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -13,6 +13,10 @@ from madformer.config import ExperimentConfig, InputError, load_run, require_sam
 from madformer.config.frozen import config_path
 
 
+Purpose = Literal["train", "evaluate", "encode", "sample"]
+"""What a folder is held for."""
+
+
 def is_run(folder: Path) -> bool:
     """Whether a run has begun there."""
     return config_path(folder).is_file()
@@ -29,11 +33,11 @@ def require_own_run(config: ExperimentConfig) -> None:
 
 
 @contextlib.contextmanager
-def claim_run(run: Path, rank: int = 0, purpose: Literal["train", "evaluate"] = "train") -> Iterator[None]:
-    """Hold a run for one purpose, so that no two processes write the same files; the system lets go when the process dies.
+def claim_folder(folder: Path, purpose: Purpose, rank: int = 0) -> Iterator[None]:
+    """Hold a folder for one purpose, so that no two processes write the same files; the system lets go when the process dies.
 
     Args:
-        rank: of a process among those that train together; the first one holds the run for all.
+        rank: of a process among those that work together; the first one holds the folder for all.
 
     Raises:
         InputError: another process holds it.
@@ -41,15 +45,15 @@ def claim_run(run: Path, rank: int = 0, purpose: Literal["train", "evaluate"] = 
     if rank != 0:
         yield
         return
-    existed = run.is_dir()
-    run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / f".{purpose}.lock", timeout=0)
+    existed = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f".{purpose}.lock", timeout=0)
     try:
         with lock:
             yield
     except Timeout:
-        raise InputError(f"{run} is in use by another process ({purpose}); wait for it, or stop it") from None
+        raise InputError(f"{folder} is in use by another process ({purpose}); wait for it, or stop it") from None
     finally:
-        if not existed and {path.name for path in run.iterdir()} <= {f".{purpose}.lock"}:
-            (run / f".{purpose}.lock").unlink(missing_ok=True)  # it ended before it began: leave nothing
-            run.rmdir()
+        if not existed and {path.name for path in folder.iterdir()} <= {f".{purpose}.lock"}:
+            (folder / f".{purpose}.lock").unlink(missing_ok=True)  # it ended before it began: leave nothing
+            folder.rmdir()

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from madformer.checkpoints import checkpoint_path
 from tests.conftest import ROOT
@@ -125,13 +124,10 @@ def test_sample_writes_images_that_do_not_depend_on_their_number(run, tmp_path):
     execute(command("sample", run, "--num", 5, "--steps", 2, "--out", tmp_path / "five"))
     execute(command("sample", run, "--num", 2, "--nfe", 5, "--out", tmp_path / "two"))
     names = {path.name for path in (tmp_path / "five").iterdir()}
-    assert names == {"grid.png", "latents.safetensors", *(f"{i:06d}.png" for i in range(5))}
+    assert names == {".sample.lock", "grid.png", *(f"{i:06d}.png" for i in range(5))}
     for name in ("000000.png", "000001.png"):
         one, other = (np.asarray(Image.open(tmp_path / folder / name)) for folder in ("five", "two"))
-        assert one.shape == (64, 64, 3) and np.abs(one.astype(int) - other).max() <= 1
-    latents = load_file(tmp_path / "five/latents.safetensors")["latents"]
-    shown = np.asarray(Image.open(tmp_path / "five/000003.png"))[::8, ::8, 0]
-    assert np.abs(shown - ((latents[3, 0].clamp(-1, 1) + 1) * 127.5).round().numpy()).max() == 0
+        assert one.shape == (8, 8, 3) and np.abs(one.astype(int) - other).max() <= 1
 
 
 def test_corrupt_checkpoints(run, tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from madformer.config import ConfigError
-from madformer.data.order import KeyedBatches, Portion, SampleOrder
+from madformer.data.order import MicroBatches, Portion, SampleOrder
 
 
 def stream(samples, batch_size, limit, world_size, steps, first_step=0):
@@ -17,10 +17,11 @@ def stream(samples, batch_size, limit, world_size, steps, first_step=0):
     found: dict[tuple[int, int], int] = {}
     for rank in range(world_size):
         portion = Portion.of(batch_size, limit, rank, world_size)
-        batches = itertools.islice(KeyedBatches(order, portion, first_step), steps * portion.accumulation)
-        for step, index, sample in itertools.chain.from_iterable(batches):
-            assert (step, index) not in found
-            found[step, index] = sample
+        batches = itertools.islice(MicroBatches(order, portion, first_step), steps * portion.accumulation)
+        for places in batches:
+            for index, sample in zip(places.indices, places.samples.tolist(), strict=True):
+                assert (places.step, index) not in found
+                found[places.step, index] = sample
     return found
 
 

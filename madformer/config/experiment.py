@@ -108,10 +108,9 @@ def check_data(data: DataConfig, model: ModelConfig) -> None:
         remedy = f"images have 3 channels, the model {model.latent_channels}: set model.latent_channels=3, or another codec"
         require(model.latent_channels == 3, "data.codec", data.codec, remedy)
     if model.text and data.tokenizer == BUILTIN:
-        sizes = (model.text.vocab_size, model.text.pad_token_id)
-        remedy = f"set model.text.vocab_size={BUILTIN_VOCABULARY} and model.text.pad_token_id=0"
-        legal = sizes[0] >= BUILTIN_VOCABULARY and sizes[1] == 0
-        require(legal, "model.text", f"vocab_size {sizes[0]}, pad_token_id {sizes[1]}", f"for data.tokenizer={BUILTIN} {remedy}")
+        size, pad = model.text.vocab_size, model.text.pad_token_id
+        remedy = f"for data.tokenizer={BUILTIN} set model.text.vocab_size={BUILTIN_VOCABULARY} and model.text.pad_token_id=0"
+        require(size >= BUILTIN_VOCABULARY and pad == 0, "model.text", f"vocab_size {size}, pad_token_id {pad}", remedy)
 
 
 def check_budgets(evaluation: EvaluationConfig, model: ModelConfig, diffusion: DiffusionConfig) -> None:

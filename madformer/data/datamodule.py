@@ -2,35 +2,75 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from madformer.config import ConfigError, ExperimentConfig
-from madformer.data.digits import load_digits
-from madformer.data.order import KeyedBatches, Portion, SampleOrder
+from madformer.config import ConfigError, ExperimentConfig, InputError
+from madformer.config.data import DIGITS
+from madformer.data.codec import Codec, build_codec
+from madformer.data.images import to_unit
+from madformer.data.manifest import Manifest, read_manifest
+from madformer.data.order import MicroBatches, Portion, SampleOrder
+from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts
+from madformer.data.samples import (
+    Batch,
+    Captions,
+    DigitSamples,
+    Finishing,
+    ImageSamples,
+    MicroBatchReader,
+    Samples,
+    ShardSamples,
+)
+from madformer.data.shards import ShardReader
+from madformer.data.sources import ImageSource, open_source
+from madformer.data.stream import ImageStream
+from madformer.files import append_line
 
 
 class LatentDataModule(pl.LightningDataModule):
-    """Endless batches of latents, resumed by the step alone.
+    """Endless batches of latents, resumed by the step alone: of shards, of images encoded on the training device, or of digits.
 
-    A batch is `{"latents": [B, C, h, w] float32, "keys": [B, 2] int64}`; a key is (step, index in the global batch), from
-    which training draws the sample's noise. Gradient accumulation is set on the Trainer so that every optimiser step sees
-    `data.batch_size` images, on any number of devices.
+    A batch is `{"latents": [B, C, h, w] float32, "keys": [B, 2] int64}` when training sees it, and `"text": [B, T]` for a model
+    with text; a key is (step, index in the global batch), from which the sample's noise is drawn. Gradient accumulation is set on
+    the Trainer so that every optimiser step sees `data.batch_size` images, on any number of devices.
+
+    The codec is held here, beside the model: it is neither in checkpoints nor in the moving average.
 
     Raises:
-        ConfigError: the experiment names no data.
+        ConfigError: the experiment names no data, or data that is not there or not the model's.
+        InputError: latents that contradict the experiment.
     """
 
     def __init__(self, config: ExperimentConfig) -> None:
         super().__init__()
-        if config.data.source is None:
-            raise ConfigError("data.source = null: nothing to train on; the source that is there: digits")
+        data = config.data
         self.config = config
-        self._images_NCYX = load_digits()[0]
+        self.codec: Codec | None = None
+        self.class_prompts: tuple[str, ...] | None = None
+        """Prompts of the classes, by label, if there are classes."""
+        self._skipped_file = config.run_dir / "skipped.txt"
+        """Broken images of the source, so far; also those of before a restart."""
+        self._epoch_size: int | None = None
+        self._samples: Samples | None = None
+        if data.source == DIGITS:
+            self._samples, self.class_prompts, self._fingerprint = DigitSamples(), DIGIT_NAMES, {}
+        elif data.latents is not None:
+            self._samples = self._open_shards(Path(data.latents))
+        elif data.source is not None:
+            self._open_images(data.source)
+        else:
+            raise ConfigError("data.source = null: nothing to train on; name images, or latents of them (data.latents), or digits")
+        if self.codec is None and (self._encodes or config.evaluation.preview_every):
+            self.codec = build_codec(data.codec, data.codec_dtype)
+        if self._encodes:
+            self._image_size = config.model.latent_size * _require_codec(self.codec, config).downsampling
+        self.tokenizer = PromptTokenizer(data.tokenizer, config.model.text) if config.model.text else None
+        self._finishing = Finishing(config.seed, data.flip, self.tokenizer)
 
     def setup(self, stage: str) -> None:
         """Share the batch out among the devices.
@@ -46,22 +86,143 @@ class LatentDataModule(pl.LightningDataModule):
         )
         self.trainer.accumulate_grad_batches = self._portion.accumulation
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Batches from the trainer's step on. Lightning asks after it has restored a checkpoint."""
         assert self.trainer is not None
-        order = SampleOrder(len(self._images_NCYX), self.config.data.batch_size, self.config.seed)
-        batches = KeyedBatches(order, self._portion, self.trainer.global_step)
-        dataset = _Keyed(self._images_NCYX)
-        pinned = self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(dataset, batch_sampler=batches, pin_memory=pinned)  # type: ignore[arg-type]
+        data, step = self.config.data, self.trainer.global_step
+        options = {"batch_size": None, "pin_memory": self.trainer.strategy.root_device.type == "cuda"}
+        if self._samples is None and data.streaming:
+            described = (self._source, self._captions, self._finishing, self._image_size)
+            stream = ImageStream(*described, data, self._portion, step, self._epoch_size)
+            return DataLoader(stream, num_workers=min(1, data.workers), **options)  # type: ignore[arg-type]
+        samples = self._samples or ImageSamples(self._source, self._captions, self._image_size)
+        batches = MicroBatches(SampleOrder(len(samples), data.batch_size, self.config.seed), self._portion, step)
+        workers = 0 if data.source == DIGITS else data.workers
+        reader = MicroBatchReader(samples, self._finishing)
+        return DataLoader(reader, sampler=batches, num_workers=workers, **options)  # type: ignore[arg-type]
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Turn images or moments into latents, on the training device; note what was skipped.
+
+        Raises:
+            InputError: more than `data.max_skipped` images are broken.
+        """
+        self._epoch_size = batch.pop("epoch_size", self._epoch_size)
+        self._note(batch.pop("skipped", []))
+        if "images" in batch:
+            mean_BChw, deviation_BChw = self._encode(batch.pop("images"))
+            batch["latents"] = mean_BChw + deviation_BChw * batch["posterior_noise"]
+        elif "mean" in batch:
+            batch["latents"] = batch.pop("mean").float()
+            if "deviation" in batch:
+                batch["latents"] += batch.pop("deviation").float() * batch["posterior_noise"]
+        batch.pop("posterior_noise", None)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What data this is, and how long an epoch of a stream is."""
+        return {"fingerprint": self._fingerprint, "epoch_size": self._epoch_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the same data.
+
+        Raises:
+            InputError: the checkpoint's is other data.
+        """
+        for what, before in state_dict["fingerprint"].items():
+            now = self._fingerprint.get(what)
+            if now != before:
+                other = f"the {what} that this run was trained on (SHA-256 {before[:12]}) is not the one that is there now"
+                raise InputError(f"{self.config.run_dir}: {other} ({str(now)[:12]}); bring it back, or start a run of another name")
+        self._epoch_size = state_dict["epoch_size"]
+
+    @property
+    def _encodes(self) -> bool:
+        return self._samples is None
+
+    def _encode(self, images_BCYX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.codec is not None
+        self.codec.to(images_BCYX.device)
+        parts = [self.codec.encode(to_unit(part)) for part in images_BCYX.split(self.config.data.codec_batch_size)]
+        means, deviations = zip(*parts, strict=True)
+        return torch.cat(means), torch.cat(deviations)
+
+    def _note(self, skipped: list[tuple[str, str]]) -> None:
+        if not skipped:
+            return
+        named = self._skipped_file.read_text(encoding="utf-8").splitlines() if self._skipped_file.is_file() else []
+        self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
+        for key, flaw in skipped:
+            if (line := f"{key}\t{flaw}") not in named:
+                append_line(self._skipped_file, line)
+                named.append(line)
+        if len(named) > self.config.data.max_skipped:
+            first = "; ".join(line.replace("\t", ": ") for line in named[:3])
+            limit = f"more than data.max_skipped = {self.config.data.max_skipped} broken images"
+            raise InputError(f"{self.config.data.source}: {limit}: {first}; ... mend them, or raise the limit")
+
+    def _open_images(self, name: str) -> None:
+        self._source = open_source(self.config.data)
+        prompts = class_prompts(self.config.data.class_names, self._source.class_names) if self._source.has_labels else None
+        self._describe(prompts, self._source.has_texts, name)
+        self._fingerprint = {"source": self._source.fingerprint}
+
+    def _open_shards(self, folder: Path) -> ShardSamples:
+        manifest = read_manifest(folder)
+        self._require_own_latents(folder, manifest)
+        encoding = manifest.encoding
+        prompts = class_prompts(self.config.data.class_names, encoding.class_names) if encoding.labels else None
+        self._describe(prompts, encoding.texts, str(folder))
+        self._fingerprint = {"latents": manifest.sha256}
+        return ShardSamples(ShardReader(folder, manifest), self._captions)
+
+    def _describe(self, prompts: tuple[str, ...] | None, has_texts: bool, where: str) -> None:
+        """What is said of the images: a list of class names that is asked for goes before texts."""
+        use_text = has_texts and self.config.data.class_names is None
+        if self.config.model.text and not use_text and prompts is None:
+            remedy = "set data.class_names, data.text_column or data.label_column, or model.text=null"
+            raise ConfigError(f"{where}: neither texts nor named classes for a model with text: {remedy}")
+        self.class_prompts, self._captions = prompts, Captions(prompts, use_text)
+
+    def _require_own_latents(self, folder: Path, manifest: Manifest) -> None:
+        """Refuse latents that were not made for this experiment.
+
+        Raises:
+            InputError: the first contradiction, with both values.
+        """
+        encoding, data, model = manifest.encoding, self.config.data, self.config.model
+        pairs = [
+            ("data.codec_dtype", encoding.codec_dtype, data.codec_dtype),
+            ("model.latent_channels", encoding.latent_channels, model.latent_channels),
+            ("model.latent_size", encoding.latent_size, model.latent_size),
+            ("data.split", encoding.split, data.split),
+            ("data.subset", encoding.subset, data.subset),
+        ]
+        if data.source is not None:
+            pairs.insert(0, ("data.source", encoding.source, data.source))
+        if not self._same_codec(manifest):
+            pairs.insert(0, ("data.codec", encoding.codec, data.codec))
+        for field, theirs, ours in pairs:
+            if theirs != ours:
+                made = f"made with {field} = {theirs}, the experiment has {ours}"
+                raise InputError(f"{folder}: {made}: set {field}={theirs}, or encode into another folder (data.latents)")
+        if data.flip and not encoding.flip:
+            raise InputError(f"{folder}: made without mirrored images: set data.flip=false, or encode into another folder")
+
+    def _same_codec(self, manifest: Manifest) -> bool:
+        """Whether the experiment's codec made the latents; another name may be the same one, moved."""
+        if manifest.encoding.codec == self.config.data.codec:
+            return True
+        try:
+            self.codec = build_codec(self.config.data.codec, self.config.data.codec_dtype)
+        except ConfigError:
+            return False
+        return self.codec.sha256 == manifest.encoding.codec_sha256
 
 
-class _Keyed(Dataset[dict[str, Tensor]]):
-    """Samples with the key that their noise is drawn from."""
-
-    def __init__(self, latents_NChw: Tensor) -> None:
-        self._latents_NChw = latents_NChw
-
-    def __getitem__(self, place: Any) -> dict[str, Tensor]:
-        step, index, sample = place
-        return {"latents": self._latents_NChw[sample], "keys": torch.tensor([step, index])}
+def _require_codec(codec: Codec | None, config: ExperimentConfig) -> Codec:
+    assert codec is not None
+    if codec.latent_channels != config.model.latent_channels:
+        theirs = f"its latents have {codec.latent_channels} channels, the model's {config.model.latent_channels}"
+        raise ConfigError(f"data.codec = {codec.name!r}: {theirs}: set model.latent_channels={codec.latent_channels}")
+    return codec

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from madformer.config import ConfigError
 from madformer.randomness import keyed_generator
@@ -40,6 +40,17 @@ class Portion:
         return range(start, start + self.micro_batch)
 
 
+@dataclass(frozen=True)
+class Places:
+    """A micro-batch before it is read: where in training it stands, and which samples it is made of."""
+
+    step: int
+    indices: range
+    """Places in the global batch."""
+    samples: np.ndarray
+    """Numbers of the samples in the data set, one for each place."""
+
+
 class SampleOrder:
     """An endless stream of samples: a new permutation each epoch, cut into batches without a rest.
 
@@ -48,28 +59,36 @@ class SampleOrder:
 
     def __init__(self, samples: int, batch_size: int, seed: int) -> None:
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
-        self._permutations: dict[int, Tensor] = {}
+        self._permutations: dict[int, np.ndarray] = {}
 
-    def __call__(self, step: int, index: int) -> int:
-        """Which sample of the data set is number `index` of the batch of `step`."""
-        epoch, place = divmod(step * self.batch_size + index, self.samples)
+    def __call__(self, step: int, indices: range) -> np.ndarray:
+        """Which samples of the data set stand at `indices` of the batch of `step`."""
+        epochs, places = np.divmod(step * self.batch_size + np.asarray(indices), self.samples)
+        found = np.empty(len(indices), dtype=np.int64)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            found[now] = self._permutation(int(epoch))[places[now]]
+        return found
+
+    def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
             kept = {epoch - 1: self._permutations[epoch - 1]} if epoch - 1 in self._permutations else {}
             permutation = torch.randperm(self.samples, generator=keyed_generator(self.seed, "order", epoch))
-            self._permutations = {**kept, epoch: permutation}
-        return int(self._permutations[epoch][place])
+            self._permutations = {**kept, epoch: permutation.numpy()}
+        return self._permutations[epoch]
 
 
-class KeyedBatches:
-    """Batch sampler: endless micro-batches of (step, index in the global batch, sample), from step `first_step` on."""
+class MicroBatches:
+    """Sampler: the endless micro-batches of one device, from step `first_step` on."""
 
     def __init__(self, order: SampleOrder, portion: Portion, first_step: int) -> None:
         self.order, self.portion, self.first_step = order, portion, first_step
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        """Micro-batches of this device."""
+    def __iter__(self) -> Iterator[Places]:
+        """Micro-batches before they are read."""
         step = self.first_step
         while True:
             for part in range(self.portion.accumulation):
-                yield [(step, index, self.order(step, index)) for index in self.portion.indices(part)]
+                indices = self.portion.indices(part)
+                yield Places(step, indices, self.order(step, indices))
             step += 1

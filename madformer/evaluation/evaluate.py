@@ -16,15 +16,17 @@ from torch import Tensor
 from madformer import __version__
 from madformer.checkpoints import checkpoint_step, load_model
 from madformer.config import ExperimentConfig, config_hash, trained_fields
+from madformer.data.codec import build_codec
 from madformer.data.digits import load_digits
 from madformer.evaluation.curves import write_curves
-from madformer.evaluation.features import feature_network, metric_name, weights_sha256
+from madformer.evaluation.features import feature_network, metric_name
 from madformer.evaluation.metrics import FrechetDistance
 from madformer.evaluation.record import append_point, find_point, read_means, read_points
 from madformer.evaluation.request import Budget, EvaluationRequest
 from madformer.evaluation.sampling import sample_batches, sampling_device
+from madformer.fingerprint import weights_sha256
 from madformer.model import MADFormer, cost
-from madformer.run import claim_run
+from madformer.run import claim_folder
 from madformer.training.errors import NonFiniteError
 
 __all__ = ["evaluate_run"]
@@ -43,7 +45,7 @@ def evaluate_run(request: EvaluationRequest) -> list[Point]:
         NonFiniteError: the model's samples are not finite.
     """
     run = request.config.run_dir
-    with claim_run(run, purpose="evaluate"):
+    with claim_folder(run, "evaluate"):
         judge = _Judge(request.config)
         points = [point for path in request.checkpoints for point in _evaluate_checkpoint(request, path, judge)]
         if len(request.checkpoints) > 1:
@@ -80,7 +82,7 @@ def _evaluate_checkpoint(request: EvaluationRequest, path: Path, judge: _Judge) 
         "seed": config.evaluation.seed,
         "sampler": "ddim",
         "guidance": 1.0,
-        "codec": "identity",
+        "codec": config.data.codec,
         **judge.pedigree,
     }
     for budget in request.budgets:
@@ -104,14 +106,15 @@ def _evaluate_checkpoint(request: EvaluationRequest, path: Path, judge: _Judge) 
 def _measure(model: MADFormer, config: ExperimentConfig, budget: Budget, judge: _Judge) -> Point:
     """Sample and compare; seconds are those of sampling alone."""
     evaluation, seconds = config.evaluation, 0.0
+    codec = build_codec(config.data.codec, config.data.codec_dtype, sampling_device(config))
     judge.distance.reset()
     batches = sample_batches(model, config, budget.steps, range(evaluation.num_samples), evaluation.batch_size)
     before = time.perf_counter()
-    for images_BCYX in batches:
-        if images_BCYX.is_cuda:
+    for latents_BChw in batches:
+        if latents_BChw.is_cuda:
             torch.cuda.synchronize()
         seconds += time.perf_counter() - before
-        judge.distance.update(images_BCYX)
+        judge.distance.update(codec.decode(latents_BChw))
         before = time.perf_counter()
     return {
         "nfe_actual": cost.nfe(config.model, budget.steps),

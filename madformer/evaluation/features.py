@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from importlib import resources
 
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-__all__ = ["DigitsFeatures", "digits_classifier", "feature_network", "metric_name", "weights_sha256"]
+__all__ = ["DigitsFeatures", "digits_classifier", "feature_network", "metric_name"]
 
 
 def digits_classifier() -> nn.Sequential:
@@ -92,15 +91,6 @@ def metric_name(name: str) -> str:
     """
     _check(name)
     return f"fd_{name}"
-
-
-def weights_sha256(network: nn.Module) -> str:
-    """Hexadecimal SHA-256 of a network's weights (names, types, shapes and bytes), whatever file or device they are on."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check(name: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from madformer.checkpoints import Weights, checkpoint_path, find_flaw, list_checkpoints, newest_intact
 from madformer.config import ConfigError, ExperimentConfig, InputError
@@ -61,6 +62,12 @@ class SamplingRequest:
     steps: int
     num: int
     weights: Weights
+    classes: str | None = None
+    """Numbers or names of classes, with commas."""
+    prompt: str | None = None
+    guidance: float = 1.0
+    devices: int | None = None
+    """Devices that share the work; None: all GPUs, or one process."""
 
 
 def parse_request(
@@ -93,18 +100,26 @@ def parse_request(
 
 
 def parse_sampling(
-    config: ExperimentConfig, num: int, steps: int | None, nfe: int | None, seed: int = 0, weights: str = "ema"
+    config: ExperimentConfig,
+    num: int,
+    steps: int | None,
+    nfe: int | None,
+    seed: int = 0,
+    weights: str = "ema",
+    **options: Any,
 ) -> SamplingRequest:
-    """Read the command line of `madformer sample`.
+    """Read the command line of `madformer sample`; `options` are further fields of the request.
 
     Raises:
         InputError: a budget that the run cannot have, or no checkpoint.
     """
     if (nfe is None) == (steps is None):
         raise InputError("give one of --steps and --nfe")
+    if not math.isfinite(options.get("guidance", 1.0)):
+        raise InputError(f"--guidance {options['guidance']}: must be a number")
     budget = Budget.of_nfe(config, nfe) if nfe is not None else Budget.of_steps(config, cast(int, steps))
     config = replace(config, evaluation=replace(config.evaluation, seed=seed))
-    return SamplingRequest(config, _checkpoints(config.run_dir, "newest")[0], budget.steps, num, parse_weights(weights))
+    return SamplingRequest(config, _checkpoints(config.run_dir, "newest")[0], budget.steps, num, parse_weights(weights), **options)
 
 
 def _integers(option: str, text: str) -> Sequence[int]:

@@ -21,16 +21,29 @@ def sampling_device(config: ExperimentConfig) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
+def default_prompts(class_prompts: Sequence[str] | None, indices: Sequence[int]) -> list[str]:
+    """Prompts for samples where none are asked for: the classes in turn, or no text."""
+    return [class_prompts[index % len(class_prompts)] if class_prompts else "" for index in indices]
+
+
 def sample_batches(
-    model: MADFormer, config: ExperimentConfig, steps: int, indices: Sequence[int], batch_size: int
+    model: MADFormer,
+    config: ExperimentConfig,
+    steps: int,
+    indices: Sequence[int],
+    batch_size: int,
+    text_BT: Tensor | None = None,
+    guidance: float = 1.0,
 ) -> Iterator[Tensor]:
-    """Latents [B, C, h, w] of the samples `indices`, at most `batch_size` at once, in their order."""
+    """Latents [B, C, h, w] of the samples `indices`, at most `batch_size` at once, in their order.
+
+    Args:
+        text_BT: token ids, a row for each index; None: no text.
+        guidance: scale of classifier-free guidance.
+    """
     sampler = build_sampler(config.diffusion, config.model.prediction_type)
     for start in range(0, len(indices), batch_size):
-        seeds = [sample_seed(config.evaluation.seed, index) for index in indices[start : start + batch_size]]
-        yield to_image(generate(model, sampler, steps, seeds=seeds))
-
-
-def sample(model: MADFormer, config: ExperimentConfig, steps: int, indices: Sequence[int]) -> Tensor:
-    """Latents [B, C, h, w] of the samples `indices`."""
-    return torch.cat(list(sample_batches(model, config, steps, indices, config.evaluation.batch_size)))
+        part = slice(start, start + batch_size)
+        seeds = [sample_seed(config.evaluation.seed, index) for index in indices[part]]
+        text = None if text_BT is None else text_BT[part]
+        yield to_image(generate(model, sampler, steps, seeds=seeds, text=text, guidance=guidance))

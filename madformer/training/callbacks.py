@@ -17,7 +17,7 @@ from madformer.config import ExperimentConfig
 from madformer.data.digits import load_digits
 from madformer.evaluation.features import feature_network, metric_name
 from madformer.evaluation.metrics import FrechetDistance
-from madformer.evaluation.sampling import sample_batches
+from madformer.evaluation.sampling import default_prompts, sample_batches
 from madformer.images import save_png, to_grid
 from madformer.model import cost
 from madformer.training.module import LitMADFormer
@@ -116,8 +116,12 @@ class Preview(Callback):
         share = max(2, evaluation.preview_samples // trainer.world_size)
         indices = range(trainer.global_rank * share, (trainer.global_rank + 1) * share)
         steps = cost.steps_for_nfe(self.config.model, evaluation.preview_nfe)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        prompts = default_prompts(data.class_prompts, indices) if self.config.model.text else None
+        text_BT = data.tokenizer(prompts) if prompts else None
         with module.sampling_weights() as model:
-            return torch.cat(list(sample_batches(model, self.config, steps, indices, evaluation.batch_size)))
+            batches = sample_batches(model, self.config, steps, indices, evaluation.batch_size, text_BT)
+            return torch.cat([data.codec.to(batch.device).decode(batch) for batch in batches])
 
     def _measure(self, images_BCYX: Tensor) -> dict[str, float]:
         name = self.config.evaluation.feature_network

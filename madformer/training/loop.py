@@ -17,11 +17,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from madformer.checkpoints import checkpoint_step, list_checkpoints, load_checkpoint, newest_intact
-from madformer.config import ConfigError, ExperimentConfig, InputError, config_hash, freeze
+from madformer.config import ExperimentConfig, InputError, config_hash, freeze
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.order import Portion
 from madformer.evaluation.curves import drop_orphans
-from madformer.run import claim_run, is_run
+from madformer.parallel import find_devices
+from madformer.run import claim_folder, is_run
 from madformer.training.callbacks import Preview, RunCheckpoints, WholeFileIO
 from madformer.training.errors import Interrupted
 from madformer.training.module import LitMADFormer
@@ -45,7 +46,7 @@ def train(config: ExperimentConfig) -> Path:
     _quieten()
     data = LatentDataModule(config)
     trainer, checkpoints = build_trainer(config)
-    with claim_run(run, _rank()):
+    with claim_folder(run, "train", _rank()):
         checkpoint = _newest(config)
         step = checkpoint_step(checkpoint) if checkpoint else 0
         if step >= config.trainer.max_steps:
@@ -83,20 +84,15 @@ def build_trainer(config: ExperimentConfig) -> tuple[pl.Trainer, RunCheckpoints]
     Raises:
         ConfigError: devices that are not there, or that cannot share the batch equally.
     """
-    settings, there = config.trainer, torch.cuda.device_count()
-    if settings.accelerator == "cuda" and not there:
-        raise ConfigError("trainer.accelerator = 'cuda': there is no CUDA device; set it to auto or cpu")
-    cuda = there > 0 and settings.accelerator != "cpu"
-    devices = settings.devices or (there if cuda else 1)
-    if cuda and devices > there:
-        raise ConfigError(f"trainer.devices = {devices}: there are {there} CUDA devices")
-    Portion.of(config.data.batch_size, config.data.batch_size_per_device, 0, devices * settings.num_nodes)
+    settings = config.trainer
+    devices = find_devices(settings)
+    Portion.of(config.data.batch_size, config.data.batch_size_per_device, 0, len(devices) * settings.num_nodes)
     checkpoints = RunCheckpoints(config)
     trainer = pl.Trainer(
-        accelerator="cuda" if cuda else "cpu",
-        devices=devices,
+        accelerator=devices[0].split(":")[0],
+        devices=len(devices),
         num_nodes=settings.num_nodes,
-        strategy=build_strategy(settings, devices),
+        strategy=build_strategy(settings, len(devices)),
         precision=settings.precision,
         max_steps=settings.max_steps,
         deterministic=settings.deterministic,

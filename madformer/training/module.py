@@ -65,23 +65,31 @@ class LitMADFormer(pl.LightningModule):
         self._restored_ema = None
         self.throughput.start()
 
-    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        """Draw noise and timesteps, and which prompts are dropped, each image's own; on the CPU, the same for any device."""
-        clean_BLCYX = to_blocks(batch["latents"], self.config.model.ar_length)
-        noises, timesteps, texts = [], [], []
-        for row, (step, index) in enumerate(batch["keys"].tolist()):
-            generator, one = keyed_generator(self.config.seed, "noise", step, index), slice(row, row + 1)
-            noise, t = self.schedule.draw(clean_BLCYX[one], self.config.diffusion.draws_per_image, generator)
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Draw noise and timesteps, which prompts are dropped, and where in its posterior an image lies; on the CPU, the same for
+        any device, each image's own.
+        """
+        model, draws = self.config.model, self.config.diffusion.draws_per_image
+        like_BLCYX = torch.empty(1, model.ar_length, model.latent_channels, model.block_size, model.block_size)
+        noises, timesteps, texts, posterior_noises = [], [], [], []
+        for row, key in enumerate(batch["keys"].tolist()):
+            generator = keyed_generator(self.config.seed, "noise", *key)
+            noise, t = self.schedule.draw(like_BLCYX, draws, generator)
             noises.append(noise)
             timesteps.append(t)
-            if self.config.model.text is not None and "text" in batch:
-                texts.append(drop_text(batch["text"][one], self.config.model.text, generator))
-        drawn = {"clean": clean_BLCYX, "noise": torch.cat(noises), "t": torch.cat(timesteps)}
-        return {**drawn, "text": torch.cat(texts)} if texts else drawn
+            if model.text is not None and "text" in batch:
+                texts.append(drop_text(batch["text"][row : row + 1], model.text, generator))
+            if "latents" not in batch:  # made on the device, of moments or images
+                shape = (1, model.latent_channels, model.latent_size, model.latent_size)
+                posterior_noises.append(torch.randn(shape, generator=keyed_generator(self.config.seed, "posterior", *key)))
+        drawn = {"noise": noises, "t": timesteps, "text": texts, "posterior_noise": posterior_noises}
+        given = {name: value for name, value in batch.items() if name not in ("keys", "text")}
+        return {**given, **{name: torch.cat(tensors) for name, tensors in drawn.items() if tensors}}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The total loss (Eq. 6) of a micro-batch."""
-        inputs = (batch["clean"], batch["noise"], batch["t"], batch.get("text"))
+        clean_BLCYX = to_blocks(batch["latents"], self.config.model.ar_length)
+        inputs = (clean_BLCYX, batch["noise"], batch["t"], batch.get("text"))
         losses = compute_losses(self.model, self.schedule, self.config.loss, *inputs)
         self._window.append((losses, batch["t"]))
         self.log("loss", losses.total, prog_bar=True, logger=False)

@@ -14,7 +14,7 @@ from madformer.evaluation.features import feature_network
 from madformer.evaluation.metrics import FrechetDistance
 from madformer.evaluation.record import record_path
 from madformer.evaluation.request import Budget, parse_request, parse_sampling
-from madformer.evaluation.sampling import sample
+from madformer.evaluation.sampling import sample_batches
 from madformer.model import MADFormer, cost
 from madformer.training.errors import NonFiniteError
 from tests.runs import tiny_run
@@ -39,7 +39,7 @@ def test_the_number_is_the_distance_of_the_averaged_models_samples(tmp_path):
         model = MADFormer(config.model)
         model.load_state_dict(weights)
         distance = FrechetDistance(feature_network("digits"), load_digits()[0])
-        distance.update(sample(model, config, 2, range(16)))
+        distance.update(torch.cat(list(sample_batches(model, config, 2, range(16), 16))))
         expected[name] = distance.compute()
     for name in ("ema", "model"):
         [point] = evaluate_run(parse_request(config, steps="2", weights=name))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from madformer.data.digits import load_digits
-from madformer.evaluation.features import DigitsFeatures, feature_network, metric_name, weights_sha256
+from madformer.evaluation.features import DigitsFeatures, feature_network, metric_name
+from madformer.fingerprint import weights_sha256
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from madformer.config import ConfigError, InputError
-from madformer.run import claim_run
+from madformer.run import claim_folder
 from madformer.sweep.launch import log_path, run_sweep, trial_commands
 from madformer.sweep.needs import cell_needs
 from madformer.sweep.spec import load_sweep
@@ -198,7 +198,7 @@ def test_a_run_in_use_is_waited_for(sweep_file):
     sweep = load_sweep(sweep_file, ["grid.model.diffusion_depth=[2]"])
     [cell] = sweep.cells()
     lines, held = [], contextlib.ExitStack()
-    held.enter_context(claim_run(cell.run))
+    held.enter_context(claim_folder(cell.run, "train"))
 
     def say(line):
         lines.append(line)

@@ -13,12 +13,12 @@ from madformer.checkpoints import checkpoint_path
 from madformer.config import InputError, config_hash, freeze, load_experiment, load_run
 from madformer.evaluation.record import append_point
 from madformer.files import append_line
-from madformer.run import claim_run
+from madformer.run import claim_folder
 
 
 def train(experiment, *overrides):
     config = load_experiment(experiment, overrides)
-    with claim_run(config.run_dir):
+    with claim_folder(config.run_dir, "train"):
         checkpoint = checkpoint_path(config.run_dir, config.trainer.max_steps)
         if checkpoint.exists():
             return
@@ -35,7 +35,7 @@ def train(experiment, *overrides):
 def evaluate(run, nfe_flag, budgets, samples_flag, num_samples):
     assert (nfe_flag, samples_flag) == ("--nfe", "--num-samples")
     config = load_run(run)
-    with claim_run(Path(run), purpose="evaluate"):
+    with claim_folder(Path(run), "evaluate"):
         work(config.name, f"evaluate {config.name} {budgets}")
         for nfe in map(int, budgets.split(",")):
             append_point(Path(run), point(config, nfe, num_samples=int(num_samples)))

@@ -9,6 +9,7 @@ from torch import nn
 
 from madformer.config import ConfigError, OptimizerConfig
 from madformer.data.datamodule import LatentDataModule
+from madformer.data.digits import load_digits
 from madformer.losses import compute_losses
 from madformer.model import cost
 from madformer.model.blocks import to_blocks
@@ -74,9 +75,8 @@ def test_a_step_by_hand(tmp_path):
     config = tiny_run(tmp_path, "trainer.max_steps=1", "optimizer.warmup_fraction=0", "optimizer.decay_fraction=0")
     module, _ = fit(config)
     hand = LitMADFormer(config)
-    data = LatentDataModule(config)
     order = torch.randperm(1797, generator=keyed_generator(0, "order", 0))[:16]
-    clean = to_blocks(data._images_NCYX[order], config.model.ar_length)
+    clean = to_blocks(load_digits()[0][order], config.model.ar_length)
     draws = [hand.schedule.draw(clean[i : i + 1], 1, keyed_generator(0, "noise", 0, i)) for i in range(16)]
     noise, t = (torch.cat(part) for part in zip(*draws, strict=True))
     compute_losses(hand.model, hand.schedule, config.loss, clean, noise, t).total.backward()

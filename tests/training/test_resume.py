@@ -88,12 +88,12 @@ def test_torn_checkpoint_is_skipped_with_a_warning(undisturbed, tmp_path):
 
 
 def test_a_run_is_not_trained_by_two_processes(tmp_path):
-    from madformer.run import claim_run
+    from madformer.run import claim_folder
 
     config = tiny_run(tmp_path)
     execute(train_command(tmp_path, "trainer.max_steps=24"))
     checkpoint_path(config.run_dir, 24).unlink()
-    with claim_run(config.run_dir):
+    with claim_folder(config.run_dir, "train"):
         assert f"{config.run_dir} is in use by another process" in execute(train_command(tmp_path), status=2)
 
 

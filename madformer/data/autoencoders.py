@@ -1,0 +1,242 @@
+"""Autoencoders of diffusers: found in a folder or on the hub, and made to look alike.
+
+Their classes differ in what `encode` returns, in how latents are normalised, and in whether there is a frame axis. Which of
+them map one image to latents and back is not listed here but tried, on tensors without memory, before weights are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from madformer.config.rules import InputError
+
+__all__ = ["DiffusersAutoencoder", "first_line", "load_autoencoder"]
+
+_PROBE_SIZE = 256
+"""Pixels along the side of the image that is tried: a multiple of every known downsampling."""
+
+_HUB_TIMEOUT = 10.0
+"""Seconds until a hub that does not answer is given up."""
+
+_SAFETENSORS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+_SHARDS = "diffusion_pytorch_model-*.safetensors"
+_PICKLE = "diffusion_pytorch_model.bin"
+
+_UNFIT: Mapping[str, str] = {
+    "AutoencoderRAE": "it takes images of one size alone",
+    "ConsistencyDecoderVAE": "its decoder draws random numbers",
+}
+"""Classes that pass the trial of shapes, or fail it for another reason than they seem to."""
+
+
+class DiffusersAutoencoder(nn.Module):
+    """An autoencoder of diffusers with the attributes and methods of a codec of one's own.
+
+    Attributes:
+        latent_channels: channels of the latents.
+        downsampling: pixels along one side of a latent pixel.
+        shift_factor, scaling_factor: latents are `(mean - shift_factor) * scaling_factor`; numbers, or one for each channel.
+    """
+
+    def __init__(self, module: Any, latent_channels: int, downsampling: int) -> None:
+        super().__init__()
+        self.module = module
+        self.latent_channels, self.downsampling = latent_channels, downsampling
+        self.shift_factor, self.scaling_factor = _normalisation(module, latent_channels)
+
+    def encode(self, images_BCYX: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior, before normalisation; the deviation is 0 where there is none."""
+        return _encode(self.module, images_BCYX)
+
+    def decode(self, latents_BChw: Tensor) -> Tensor:
+        """Images of latents that are not normalised."""
+        return _decode(self.module, latents_BChw)
+
+    def bearable_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """That type, or float32 if the class is known to overflow in it or to need float32 in some of its layers."""
+        overflows = dtype is torch.float16 and self.module.config.get("force_upcast")
+        return torch.float32 if overflows or self.module._keep_in_fp32_modules else dtype
+
+
+def load_autoencoder(location: str) -> DiffusersAutoencoder:
+    """An autoencoder by its folder or hub id, in float32 on the CPU.
+
+    Args:
+        location: a folder that `save_pretrained` wrote; `owner/name` or `owner/name/subfolder` of the hub. Of a pipeline,
+            its `vae/` is taken. What the hub's cache holds is used without asking the hub.
+
+    Raises:
+        InputError: it cannot be had, or is no autoencoder that maps single images to latents and back; the reason alone.
+    """
+    folder = _find_folder(location)
+    config = _read_config(folder / "config.json")
+    kind = _find_class(config)
+    latent_channels, downsampling = _try_shapes(kind, config)
+    try:
+        # Without low_cpu_mem_usage=False, a warning that accelerate is missing.
+        module, info = kind.from_pretrained(
+            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # a file of weights can be broken in every way
+        raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    if info["missing_keys"]:
+        raise InputError(f"the weights in {folder} are incomplete: {sorted(info['missing_keys'])[0]} is missing")
+    return DiffusersAutoencoder(module, latent_channels, downsampling)
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says in its first line, or else its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .:") if lines else type(error).__name__
+
+
+def _encode(module: Any, images_BCYX: Tensor) -> tuple[Tensor, Tensor]:
+    encoded = module.encode(images_BCYX.unsqueeze(2) if _has_frames(module) else images_BCYX)
+    if "latent_dist" in encoded:
+        mean, deviation = encoded.latent_dist.mode(), getattr(encoded.latent_dist, "std", None)
+    else:
+        mean, deviation = encoded.latents if "latents" in encoded else encoded.latent, None
+    deviation = torch.zeros_like(mean) if deviation is None else deviation
+    if _has_frames(module):
+        mean, deviation = mean.squeeze(2), deviation.squeeze(2)
+    patch = _patch_size(module)
+    return F.pixel_unshuffle(mean, patch), F.pixel_unshuffle(deviation, patch)
+
+
+def _decode(module: Any, latents_BChw: Tensor) -> Tensor:
+    latents = F.pixel_shuffle(latents_BChw, _patch_size(module))
+    if _has_frames(module):
+        return module.decode(latents.unsqueeze(2)).sample.squeeze(2)
+    return module.decode(latents).sample
+
+
+def _has_frames(module: nn.Module) -> bool:
+    return any(parameter.ndim == 5 for parameter in module.parameters())
+
+
+def _patch_size(module: Any) -> int:
+    """Latents along the side of a patch that becomes channels: FLUX.2's pipeline does that, its autoencoder does not."""
+    return module.config.patch_size[0] if type(module).__name__ == "AutoencoderKLFlux2" else 1
+
+
+def _normalisation(module: Any, channels: int) -> tuple[Tensor, Tensor]:
+    """Shift and scale of latents as in the class's pipelines, float64, either [1] or [C]."""
+    known = {**module.config, **dict(module.named_buffers())}  # LTX keeps its statistics as buffers
+    shift, scale = known.get("shift_factor") or 0.0, known.get("scaling_factor") or 1.0
+    mean, deviation = known.get("latents_mean"), known.get("latents_std")
+    if type(module).__name__ == "AutoencoderKLFlux2":
+        mean, deviation = known["bn.running_mean"], (known["bn.running_var"].double() + module.config.batch_norm_eps).sqrt()
+    if mean is not None and deviation is not None:
+        statistics = torch.stack([torch.as_tensor(each, dtype=torch.float64) for each in (mean, deviation)])
+        shift, deviation = statistics.reshape(2, channels, -1)[..., 0]  # Cosmos has them for each frame; an image is the first
+        scale = scale / deviation
+    return torch.as_tensor(shift, dtype=torch.float64), torch.as_tensor(scale, dtype=torch.float64)
+
+
+def _try_shapes(kind: Any, config: dict[str, Any]) -> tuple[int, int]:
+    """Latent channels and downsampling of a class that maps one image to latents and back."""
+    if reason := _UNFIT.get(kind.__name__):
+        raise InputError(f"{kind.__name__} cannot be used: {reason}")
+    try:
+        with torch.device("meta"), torch.no_grad():
+            module = kind.from_config(config).to("meta").eval()
+            images_BCYX = torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE)
+            latents_BChw, _ = _encode(module, images_BCYX)
+            shape = _decode(module, latents_BChw).shape
+            _, channels, height, _ = latents_BChw.shape
+    except Exception as error:  # audio, video alone, missing arguments: each class fails in its own way
+        raise InputError(f"{kind.__name__} does not map single images to latents and back: {first_line(error)}") from error
+    if shape != images_BCYX.shape:
+        raise InputError(f"{kind.__name__} turns an image of shape {list(images_BCYX.shape)} into {list(shape)}")
+    return channels, _PROBE_SIZE // height
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON: {first_line(error)}") from error
+    if not isinstance(config, dict) or "_class_name" not in config:
+        raise InputError(f"{path} is of no autoencoder of diffusers: it names no _class_name")
+    return config
+
+
+def _find_class(config: dict[str, Any]) -> Any:
+    import diffusers
+
+    name = str(config["_class_name"])
+    kind = getattr(diffusers, name, None)
+    is_model = isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
+    if not is_model or not (hasattr(kind, "encode") and hasattr(kind, "decode")):
+        raise InputError(f"{name} is no autoencoder of diffusers {diffusers.__version__}")
+    return kind
+
+
+def _find_folder(location: str) -> Path:
+    folder = Path(location).expanduser()
+    if folder.is_dir():
+        return _find_config(folder)
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w./-]*\w))?/?", location)
+    if match is None:
+        raise InputError("no such folder, and no hub id, which is owner/name or owner/name/subfolder")
+    repository, subfolder = match[1], match[2] or ""
+    return _find_cached(repository, subfolder) or _download(repository, subfolder)
+
+
+def _find_config(folder: Path) -> Path:
+    """The folder itself, or a pipeline's autoencoder in it."""
+    for candidate in (folder, folder / "vae"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise InputError(f"{folder} holds no config.json, nor a vae/ that does")
+
+
+def _find_cached(repository: str, subfolder: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in [f"{subfolder}/config.json"] if subfolder else ["config.json", "vae/config.json"]:
+        with suppress(ValueError):  # no legal name of a repository: the download says so
+            config = try_to_load_from_cache(repository, name)
+            folder = Path(config).parent if isinstance(config, str) else None
+            if folder and any((folder / weights).is_file() for weights in (*_SAFETENSORS, _PICKLE)):
+                return folder
+    return None
+
+
+def _download(repository: str, subfolder: str) -> Path:
+    """Download one autoencoder of a repository, and no second form of its weights."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        # The one request that the library does not repeat for half a minute where there is no network.
+        listing = HfApi().model_info(repository, timeout=_HUB_TIMEOUT).siblings or []
+        files = {file.rfilename for file in listing}
+        if not subfolder and "config.json" not in files:
+            subfolder = "vae"
+        prefix = f"{subfolder}/" if subfolder else ""
+        if f"{prefix}config.json" not in files:
+            raise FileNotFoundError(f"{repository} holds no {prefix}config.json")
+        weights = (*_SAFETENSORS, _SHARDS) if any(f"{prefix}{name}" in files for name in _SAFETENSORS) else (_PICKLE,)
+        folder = snapshot_download(repository, allow_patterns=[f"{prefix}{name}" for name in ("config.json", *weights)])
+    except Exception as error:  # the network's, the hub's and the disk's
+        raise InputError(f"cannot be had: {_why(error)}; name a folder that exists, or take data.codec=pixels") from error
+    return Path(folder) / subfolder
+
+
+def _why(error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "its owner must grant access first (accept the terms on its page, then `hf auth login`)"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no such repository, or it is private (`hf auth login`)"
+    return first_line(error)

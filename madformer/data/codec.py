@@ -1,0 +1,328 @@
+"""What maps images to latents and back, by the name that `data.codec` gives it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import logging
+import math
+import sys
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from madformer.config.data import PIXELS
+from madformer.config.rules import ConfigError, InputError, is_integer
+from madformer.data.autoencoders import DiffusersAutoencoder, first_line, load_autoencoder
+from madformer.fingerprint import weights_sha256
+
+__all__ = ["Autoencoder", "Codec", "build_codec"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_log = logging.getLogger(__name__)
+
+
+class Autoencoder(Protocol):
+    """A codec of one's own: a class, built without arguments, with these attributes and methods; an nn.Module or not.
+
+    `scaling_factor` (else 1) and `shift_factor` (else 0) may be there as well, each a number or one for each channel: the
+    model sees `(latents - shift_factor) * scaling_factor`. The weights in it are frozen, cast to `data.codec_dtype` and moved
+    to the device. Where it has an attribute `use_tiling`, that is set while memory does not suffice for a single image.
+    """
+
+    latent_channels: int
+    downsampling: int
+
+    def encode(self, images_BCYX: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, Y, X] in [-1, 1] to the posterior's mean and deviation, both [B, C, Y / f, X / f], unscaled."""
+        ...
+
+    def decode(self, latents_BChw: Tensor, /) -> Tensor:
+        """Unscaled latents to images."""
+        ...
+
+
+class _Pixels:
+    latent_channels = 3
+    downsampling = 1
+
+    def encode(self, images_BCYX: Tensor) -> tuple[Tensor, Tensor]:
+        return images_BCYX, torch.zeros_like(images_BCYX)
+
+    def decode(self, latents_BChw: Tensor) -> Tensor:
+        return latents_BChw
+
+
+class _Portion(NamedTuple):
+    """How much is given to an autoencoder in one call."""
+
+    images: int
+    tiled: bool = False
+
+
+class Codec:
+    """A frozen autoencoder and its normalisation: what the model sees are latents `(mean - shift) * scale`.
+
+    Where memory does not suffice, fewer images are taken at once, and a single image in tiles; that is remembered for images of
+    that size.
+
+    Attributes:
+        name: the value of `data.codec`.
+        latent_channels: channels of the latents.
+        downsampling: pixels along one side of a latent pixel.
+        device: where it computes, and where its results are.
+    """
+
+    def __init__(self, name: str, autoencoder: Autoencoder, kind: str, dtype: torch.dtype) -> None:
+        """Take an autoencoder on the CPU; `kind` is the name of its class."""
+        self.name = name
+        self.latent_channels = autoencoder.latent_channels
+        self.downsampling = autoencoder.downsampling
+        self.device = torch.device("cpu")
+        self._autoencoder = autoencoder
+        self._kind = kind
+        self._dtype = dtype
+        self._shift = _per_channel(autoencoder, "shift_factor", 0.0)
+        self._scale = _per_channel(autoencoder, "scaling_factor", 1.0)
+        self._portions: dict[tuple[object, ...], _Portion] = {}
+        self._weights = _weights(autoencoder)
+        self._weights.eval().requires_grad_(False)
+        if any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in self._weights.state_dict().values()):
+            _ = self.sha256  # of the weights as they came: it does not depend on the type
+            self._weights.to(dtype)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of the class, the weights and the normalisation, whatever type and device they are on."""
+        parts = (self._kind, self._shift.flatten().tolist(), self._scale.flatten().tolist(), weights_sha256(self._weights))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def to(self, device: torch.device | str) -> Codec:
+        """Move it, and return it."""
+        self.device = torch.device(device)
+        self._weights.to(self.device)
+        self._shift, self._scale = self._shift.to(self.device), self._scale.to(self.device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, images_BCYX: Tensor) -> tuple[Tensor, Tensor]:
+        """The posterior's mean and standard deviation of scaled latents.
+
+        Args:
+            images_BCYX: [B, 3, Y, X] floating point in [-1, 1], on any device; `pixels` takes one channel, too. Y and X are
+                multiples of the downsampling.
+
+        Returns:
+            Both [B, C, Y / downsampling, X / downsampling] float32, on the codec's device; the deviation is 0 where the
+            autoencoder has no distribution.
+
+        Raises:
+            ValueError: another shape, or a type that is not floating point.
+            ConfigError: a codec of one's own gives anything else than it should.
+            torch.OutOfMemoryError: a single image does not fit.
+        """
+        self._check("images", images_BCYX, 3)
+        batch, channels, height, width = images_BCYX.shape
+        if height % self.downsampling or width % self.downsampling:
+            remedy = f"codec {self.name} needs multiples of {self.downsampling}, its downsampling"
+            raise ValueError(f"images of {height} x {width} pixels: {remedy}")
+        channels = channels if self._takes_grey else self.latent_channels
+        shape = (batch, channels, height // self.downsampling, width // self.downsampling)
+        moments = self._in_portions("encode", self._autoencoder.encode, images_BCYX)
+        if len(moments) != 2 or any(moment.shape != shape for moment in moments):
+            raise self._misfit("encode", f"a mean and a standard deviation of shape {list(shape)}", moments)
+        mean_BChw, deviation_BChw = moments
+        return (mean_BChw - self._shift) * self._scale, deviation_BChw * self._scale.abs()
+
+    @torch.no_grad()
+    def decode(self, latents_BChw: Tensor) -> Tensor:
+        """Images of scaled latents.
+
+        Args:
+            latents_BChw: [B, C, h, w] floating point, on any device; `pixels` takes one channel, too.
+
+        Returns:
+            [B, 3, h * downsampling, w * downsampling] float32 in [-1, 1], on the codec's device; `pixels` returns as many
+            channels as it is given.
+
+        Raises:
+            ValueError: another shape, or a type that is not floating point.
+            ConfigError: a codec of one's own gives anything else than it should.
+            torch.OutOfMemoryError: a single image does not fit.
+        """
+        self._check("latents", latents_BChw, self.latent_channels)
+        batch, channels, height, width = latents_BChw.shape
+        shape = (batch, channels if self._takes_grey else 3, height * self.downsampling, width * self.downsampling)
+        unscaled_BChw = latents_BChw.to(self.device, torch.float32) / self._scale + self._shift
+        images = self._in_portions("decode", lambda latents: (self._autoencoder.decode(latents),), unscaled_BChw)
+        if images[0].shape != shape:
+            raise self._misfit("decode", f"images of shape {list(shape)}", images)
+        return images[0].clamp(-1, 1)
+
+    @property
+    def _takes_grey(self) -> bool:
+        return self.name == PIXELS
+
+    def _check(self, what: str, tensor_BCYX: Tensor, channels: int) -> None:
+        legal = (1, channels) if self._takes_grey else (channels,)
+        if tensor_BCYX.ndim != 4 or tensor_BCYX.shape[1] not in legal:
+            expected = f"[B, {' or '.join(map(str, legal))}, Y, X]"
+            raise ValueError(f"{what} of shape {list(tensor_BCYX.shape)}: codec {self.name} needs {expected}")
+        if not tensor_BCYX.is_floating_point():
+            raise ValueError(f"{what} of type {tensor_BCYX.dtype}: codec {self.name} needs floating point")
+
+    def _misfit(self, method: str, expected: str, found: tuple[Tensor, ...]) -> ConfigError:
+        shapes = " and ".join(str(list(tensor.shape)) for tensor in found)
+        return ConfigError(f"data.codec = {self.name!r}: {self._kind}.{method} must give {expected}, not {shapes}")
+
+    def _in_portions(
+        self, method: str, function: Callable[[Tensor], tuple[Tensor, ...]], inputs_BCYX: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Apply a method of the autoencoder to as many images at once as memory takes; float32."""
+        size = (method, *inputs_BCYX.shape[2:])
+        known = portion = self._portions.get(size, _Portion(len(inputs_BCYX)))
+        while True:
+            try:
+                results = [self._apply(function, part, portion.tiled) for part in inputs_BCYX.split(portion.images)]
+                break
+            except torch.OutOfMemoryError:
+                if portion.images > 1:
+                    portion = portion._replace(images=min(portion.images, len(inputs_BCYX)) // 2 or 1)
+                elif not portion.tiled and self._tileable():
+                    portion = portion._replace(tiled=True)
+                else:
+                    raise
+        if portion != known:
+            self._portions[size] = portion
+            tiles = ", in overlapping tiles whose seams may show" if portion.tiled else ""
+            _log.warning(
+                "codec %s: memory does not suffice to %s %d images at once: from now on %d at once%s",
+                *(self.name, method, min(known.images, len(inputs_BCYX)), portion.images, tiles),
+            )
+        return results[0] if len(results) == 1 else tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+    def _apply(self, function: Callable[[Tensor], tuple[Tensor, ...]], part_BCYX: Tensor, tiled: bool) -> tuple[Tensor, ...]:
+        tiling = self._tileable() if tiled else []
+        try:
+            for module in tiling:
+                module.use_tiling = True
+            with torch.autocast(self.device.type, enabled=False):  # the trainer's precision is not the codec's
+                results = function(part_BCYX.to(self.device, self._dtype))
+        finally:
+            for module in tiling:
+                module.use_tiling = False
+        return tuple(result.to(self.device, torch.float32) for result in results)
+
+    def _tileable(self) -> list[Any]:
+        parts = (self._autoencoder, *self._weights.modules())
+        return [part for part in parts if getattr(part, "use_tiling", None) is False]
+
+
+def build_codec(
+    name: str, dtype: Literal["float32", "bfloat16", "float16"] = "float32", device: torch.device | str = "cpu"
+) -> Codec:
+    """Build the codec of that name; the global random state stays as it is.
+
+    Args:
+        name: as in `data.codec`.
+        dtype: type in which an autoencoder computes. One of diffusers that is known to overflow in float16 computes in float32,
+            as in diffusers' own pipelines; `pixels` changes nothing in any type.
+        device: where it computes.
+
+    Raises:
+        ConfigError: there is none, it cannot be had, or it is no codec.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            autoencoder, kind = _build_autoencoder(name)
+            return Codec(name, autoencoder, kind, _bearable_dtype(name, autoencoder, _DTYPES[dtype])).to(device)
+    except InputError as error:
+        raise ConfigError(f"data.codec = {name!r}: {error}") from error
+
+
+def _build_autoencoder(name: str) -> tuple[Autoencoder, str]:
+    """An autoencoder and the name of its class."""
+    if name == PIXELS:
+        return _Pixels(), PIXELS
+    if name.startswith("vae:"):
+        autoencoder = load_autoencoder(name.removeprefix("vae:"))
+        return autoencoder, type(autoencoder.module).__name__
+    return _build_own(name)
+
+
+def _bearable_dtype(name: str, autoencoder: Autoencoder, dtype: torch.dtype) -> torch.dtype:
+    if isinstance(autoencoder, _Pixels):
+        return torch.float32
+    bearable = autoencoder.bearable_dtype(dtype) if isinstance(autoencoder, DiffusersAutoencoder) else dtype
+    if bearable != dtype:
+        _log.warning("codec %s does not bear %s: it computes in %s", name, dtype, bearable)
+    return bearable
+
+
+def _build_own(name: str) -> tuple[Autoencoder, str]:
+    place, _, kind = name.rpartition(":")
+    if not place or not kind.isidentifier():
+        raise InputError(f"must be {PIXELS}, vae:HUB_ID_OR_FOLDER, module.path:Class or file.py:Class")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise InputError(f"no such file: {place}")
+    try:
+        module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:  # the user's own code
+        raise InputError(f"{place} cannot be imported: {_describe(error)}") from error
+    own = getattr(module, kind, None)
+    if not isinstance(own, type):
+        raise InputError(f"{place} has no class {kind}")
+    try:
+        autoencoder = own()
+    except Exception as error:  # the user's own code
+        raise InputError(f"{kind}() fails: {_describe(error)}") from error
+    for attribute in ("latent_channels", "downsampling"):
+        value: Any = getattr(autoencoder, attribute, None)
+        if not is_integer(value) or value < 1:
+            raise InputError(f"{kind}.{attribute} must be an integer of at least 1, not {value!r}")
+    for method in ("encode", "decode"):
+        if not callable(getattr(autoencoder, method, None)):
+            raise InputError(f"{kind} has no method {method}")
+    return autoencoder, kind
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = f"_codec_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _weights(autoencoder: Autoencoder) -> nn.Module:
+    """All modules in an autoencoder that need not be one itself."""
+    if isinstance(autoencoder, nn.Module):
+        return autoencoder
+    return nn.ModuleList(part for part in getattr(autoencoder, "__dict__", {}).values() if isinstance(part, nn.Module))
+
+
+def _per_channel(autoencoder: Autoencoder, attribute: str, default: float) -> Tensor:
+    """A factor of the normalisation, float32, [1, 1, 1] or [C, 1, 1]."""
+    value = getattr(autoencoder, attribute, default)
+    try:
+        factor = torch.as_tensor(value, dtype=torch.float32).detach().cpu().reshape(-1, 1, 1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{attribute} must be a number, or one for each channel, not {value!r}") from error
+    if len(factor) not in (1, autoencoder.latent_channels):
+        raise InputError(f"{attribute} must be a number, or one for each of {autoencoder.latent_channels} channels")
+    if not math.isfinite(factor.abs().sum()) or (attribute == "scaling_factor" and not factor.all()):
+        raise InputError(f"{attribute} must be finite, and no scale 0; it is {factor.flatten().tolist()}")
+    return factor

@@ -1,0 +1,259 @@
+"""`madformer encode`: images to shards of latents, on all devices; run again, it goes on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from madformer.config import ConfigError, DataConfig, ExperimentConfig, InputError
+from madformer.config.data import DIGITS
+from madformer.data.codec import Codec, build_codec
+from madformer.data.images import BadImage, load_square, to_unit
+from madformer.data.manifest import (
+    Encoding,
+    Manifest,
+    Shard,
+    complete_units,
+    read_encoding,
+    read_manifest,
+    read_shards,
+    shard_name,
+    summarise,
+    write_encoding,
+    write_manifest,
+)
+from madformer.data.prefetch import prefetch
+from madformer.data.prompts import class_prompts
+from madformer.data.shards import ShardReader, ShardWriter
+from madformer.data.sources import ROWS_PER_SHARD, ImageSource, Row, open_source
+from madformer.files import write_text
+from madformer.images import save_png, to_grid
+from madformer.parallel import Share, cluster_rank, find_devices, share_out
+from madformer.progress import ProgressDisplay
+from madformer.run import claim_folder
+
+RECONSTRUCTED = 32
+"""Images that are decoded again when all is done, to see that the latents mean what they should."""
+
+SHOWN = 8
+"""Of these in the picture, beside their originals."""
+
+
+def encode(config: ExperimentConfig) -> None:
+    """Fill the folder `data.latents` with the latents of all images of `data.source`.
+
+    Raises:
+        ConfigError: nothing to encode or nowhere to put it, or a codec whose latents are not the model's.
+        InputError: the folder holds other latents, another process is at it, or too many images are broken.
+    """
+    data = config.data
+    if data.latents is None:
+        raise ConfigError("data.latents = null: name the folder that latents are written to, such as data.latents=latents/ffhq")
+    if data.source in (None, DIGITS):
+        raise ConfigError(f"data.source = {data.source!r}: nothing to encode; name a data set, files or a folder of images")
+    folder, devices = Path(data.latents), find_devices(config.trainer)
+    source, codec = open_source(data), build_codec(data.codec, data.codec_dtype)
+    encoding = _describe(config, source, codec)
+    with claim_folder(folder, "encode", cluster_rank() or 0):
+        _begin(folder, encoding)
+        before = sum(shard.seen for shard in read_shards(folder).values())
+        with ProgressDisplay("encoded", "images", source.num_rows, before) as display:
+            share_out(encode_share, (data, encoding), devices, display, before)
+        _finish(folder, encoding, source, codec.to(devices[0]))
+
+
+def encode_share(share: Share, data: DataConfig, encoding: Encoding) -> None:
+    """Encode every `world_size`-th unit of the source; shards that are done stay as they are."""
+    source, codec = open_source(data), build_codec(data.codec, data.codec_dtype, share.device)
+    encoder, done = _Encoder(data, encoding, source, codec), 0
+    for unit in range(share.rank, source.num_units, share.world_size):
+        for seen in encoder.encode_unit(unit):
+            done += seen
+            share.count(done)
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A row of the source after decoding: [3, Y, X] bytes, or why there are none."""
+
+    row: Row
+    pixels_CYX: Tensor | None
+    flaw: str = ""
+
+
+class _Encoder:
+    def __init__(self, data: DataConfig, encoding: Encoding, source: ImageSource, codec: Codec) -> None:
+        self.data, self.encoding, self.source, self.codec = data, encoding, source, codec
+        self.folder = Path(data.latents or "")
+        self.done = read_shards(self.folder)
+
+    def encode_unit(self, unit: int) -> Iterator[int]:
+        """Write the shards of a unit that are missing; yields how many rows were seen, now and then."""
+        first_part = next(part for part in itertools.count() if shard_name(unit, part) not in self.done)
+        if first_part and self.done[shard_name(unit, first_part - 1)].last:
+            return
+        rows = self.source.rows(unit, skip=first_part * ROWS_PER_SHARD)
+        images = prefetch(self._decode, rows, self.data.workers, ahead=2 * self.data.codec_batch_size + self.data.workers)
+        following = next(images, None)
+        for part in itertools.count(first_part):
+            writer = ShardWriter(self.folder, shard_name(unit, part), self.encoding)
+            first = [] if following is None else [following]
+            seen, skipped = 0, []
+            for batch in _batches(itertools.chain(first, itertools.islice(images, ROWS_PER_SHARD - 1)), self.data.codec_batch_size):
+                skipped += [(image.row.key, image.flaw) for image in batch if image.pixels_CYX is None]
+                self._require_few(skipped)
+                self._add(writer, [image for image in batch if image.pixels_CYX is not None])
+                seen += len(batch)
+                yield len(batch)
+            following = next(images, None) if seen == ROWS_PER_SHARD else None
+            writer.finish(seen, following is None, skipped)
+            if following is None:
+                return
+
+    def _decode(self, row: Row) -> _Image:
+        try:
+            return _Image(row, load_square(row.read(), self.encoding.image_size))
+        except BadImage as error:
+            return _Image(row, None, str(error))
+
+    def _add(self, writer: ShardWriter, images: Sequence[_Image]) -> None:
+        if not images:
+            return
+        images_BCYX = torch.stack([image.pixels_CYX for image in images if image.pixels_CYX is not None])
+        images_BCYX = to_unit(images_BCYX.to(self.codec.device))
+        moments = dict(zip(("mean", "deviation"), self.codec.encode(images_BCYX), strict=True))
+        if self.encoding.flip:
+            mirrored = self.codec.encode(images_BCYX.flip(-1))
+            moments |= dict(zip(("mean_flipped", "deviation_flipped"), mirrored, strict=True))
+        latents = {column: moments[column].half().cpu() for column in self.encoding.arrays}
+        if not all(bool(array.isfinite().all()) for array in latents.values()):
+            remedy = "set data.codec_dtype=float32 (or bfloat16)"
+            raise ConfigError(f"data.codec = {self.data.codec!r}: gives NaN or infinity in {self.data.codec_dtype}: {remedy}")
+        rows = [{"key": image.row.key, "label": image.row.label, "text": image.row.text} for image in images]
+        writer.add(rows, {column: array.numpy() for column, array in latents.items()})
+
+    def _require_few(self, skipped: Sequence[tuple[str, str]]) -> None:
+        if not skipped:
+            return
+        every = [*skipped, *_skipped(list(read_shards(self.folder).values()))]
+        if len(every) > self.data.max_skipped:
+            first = "; ".join(f"{key}: {flaw}" for key, flaw in every[:3])
+            limit = f"more than data.max_skipped = {self.data.max_skipped} broken images"
+            raise InputError(f"{self.data.source}: {limit}: {first}; ... Mend them or raise the limit; what is encoded is kept")
+
+
+def _describe(config: ExperimentConfig, source: ImageSource, codec: Codec) -> Encoding:
+    """What is to be encoded.
+
+    Raises:
+        ConfigError: the codec's latents are not the model's.
+    """
+    data, model = config.data, config.model
+    assert data.source is not None
+    if codec.latent_channels != model.latent_channels:
+        theirs = f"its latents have {codec.latent_channels} channels, the model's {model.latent_channels}"
+        raise ConfigError(f"data.codec = {data.codec!r}: {theirs}: set model.latent_channels={codec.latent_channels}")
+    return Encoding(
+        source=data.source,
+        subset=data.subset,
+        split=data.split,
+        streaming=data.streaming,
+        source_sha256=source.fingerprint,
+        codec=data.codec,
+        codec_sha256=codec.sha256,
+        codec_dtype=data.codec_dtype,
+        image_size=model.latent_size * codec.downsampling,
+        latent_channels=model.latent_channels,
+        latent_size=model.latent_size,
+        stochastic=_is_stochastic(codec),
+        flip=data.flip,
+        labels=source.has_labels,
+        texts=source.has_texts,
+        class_names=class_prompts(data.class_names, source.class_names) if source.has_labels else None,
+        rows_per_shard=ROWS_PER_SHARD,
+    )
+
+
+def _is_stochastic(codec: Codec) -> bool:
+    side = 4 * codec.downsampling
+    noise_BCYX = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return bool(codec.encode(noise_BCYX)[1].any())
+
+
+def _begin(folder: Path, encoding: Encoding) -> None:
+    """Say what is encoded here, or see that it is the same as before.
+
+    Raises:
+        InputError: other latents lie here.
+    """
+    before = read_encoding(folder)
+    if before is None:
+        write_encoding(folder, encoding)
+    elif difference := before.describe_difference(encoding):
+        raise InputError(f"{folder}: holds other latents: {difference}; name another folder (data.latents), or delete it")
+    if cluster_rank() is None:
+        for left in folder.glob(".*.tmp"):  # by a process that was killed
+            left.unlink()
+
+
+def _finish(folder: Path, encoding: Encoding, source: ImageSource, codec: Codec) -> None:
+    """Write the manifest, once all units are there."""
+    shards = list(read_shards(folder).values())
+    if complete_units(shards) != set(range(source.num_units)):
+        print(f"{folder}: this process has done its share; the last one writes the manifest", flush=True)
+        return
+    if not any(shard.rows for shard in shards):
+        raise InputError(f"{encoding.source}: no image in it that can be read")
+    skipped = _skipped(shards)
+    write_text(folder / "skipped.txt", "".join(f"{key}\t{flaw}\n" for key, flaw in skipped))
+    if not (folder / "manifest.json").is_file():
+        manifest = summarise(encoding, shards, {})
+        write_manifest(folder, summarise(encoding, shards, _reconstruct(folder, manifest, source, codec)))
+    _report(folder, read_manifest(folder))
+
+
+def _skipped(shards: Sequence[Shard]) -> list[tuple[str, str]]:
+    return [flaw for shard in shards for flaw in shard.skipped]
+
+
+def _reconstruct(folder: Path, manifest: Manifest, source: ImageSource, codec: Codec) -> dict[str, float]:
+    """Decode the first latents and compare them with their images; with a picture of some."""
+    reader, size = ShardReader(folder, manifest), manifest.encoding.image_size
+    keys = reader.values("key", torch.arange(min(RECONSTRUCTED, len(reader))).numpy())
+    rows = {row.key: row for row in itertools.islice(source.rows(0), ROWS_PER_SHARD)}
+    places = [place for place, key in enumerate(keys) if key in rows]
+    if not places:
+        return {}
+    originals_BCYX = to_unit(torch.stack([load_square(rows[keys[place]].read(), size) for place in places]))
+    latents_BChw = torch.from_numpy(reader.read("mean", torch.tensor(places).numpy())).float()
+    decoded_BCYX = torch.cat([codec.decode(part.to(codec.device)).cpu() for part in latents_BChw.split(SHOWN)])
+    pairs_BCYX = torch.stack([originals_BCYX, decoded_BCYX], dim=1)[:SHOWN].flatten(0, 1)
+    save_png(to_grid(pairs_BCYX), folder / "reconstruction.png")
+    psnr = peak_signal_noise_ratio(decoded_BCYX, originals_BCYX, data_range=2.0, dim=(1, 2, 3))
+    return {"psnr": round(float(psnr), 3), "images": len(places)}
+
+
+def _report(folder: Path, manifest: Manifest) -> None:
+    encoding = manifest.encoding
+    shape = " x ".join(map(str, encoding.latent_shape))
+    lines = [f"{folder}: {manifest.rows} latents {shape} of {encoding.source}, {len(manifest.shards)} shards"]
+    if manifest.skipped:
+        lines.append(f"  skipped: {manifest.skipped} broken images, named in {folder / 'skipped.txt'}")
+    if quality := manifest.reconstruction:
+        where = folder / "reconstruction.png"
+        lines.append(f"  decoded again, the first {quality['images']:.0f}: {quality['psnr']:.1f} dB PSNR; beside their originals in {where}")
+    spread = ", ".join(f"{mean:+.2f} ± {deviation:.2f}" for mean, deviation in zip(manifest.channel_means, manifest.channel_deviations, strict=True))
+    lines.append(f"  channels: {spread}")
+    print("\n".join(lines), flush=True)
+
+
+def _batches(images: Iterator[_Image], size: int) -> Iterator[list[_Image]]:
+    """Lists of at most `size` images; itertools.batched is newer than the oldest Python that we run on."""
+    while batch := list(itertools.islice(images, size)):
+        yield batch

@@ -1,0 +1,93 @@
+"""From the bytes of an image file to the square of pixels that a codec takes."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+__all__ = ["BadImage", "decode_image", "load_square", "square_image", "to_unit"]
+
+
+class BadImage(ValueError):  # noqa: N818  # a row's state that the reader counts and skips, not the end of a program
+    """A row without a readable image; the message is the reason, in one line."""
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """The image of a file, upright (EXIF) and in mode RGB; what is transparent lies on white, 16 bits are scaled to 8.
+
+    Raises:
+        BadImage: empty, cut off or broken, of no format that Pillow reads, or too large to be meant.
+    """
+    if not content:
+        raise BadImage("empty file")
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+        return _to_rgb(_upright(image))
+    except UnidentifiedImageError:  # its own message is an address in memory
+        raise BadImage("no image, or of a format that Pillow does not read") from None
+    except (
+        Exception
+    ) as error:  # Pillow's readers raise whatever their parsing runs into: struct.error, SyntaxError, KeyError ...
+        reason = str(error).strip().splitlines()
+        raise BadImage(reason[0] if reason else type(error).__name__) from error
+
+
+def square_image(image: Image.Image, size: int) -> Tensor:
+    """The centre of an RGB image, scaled so that its shorter side fits: uint8 [3, size, size].
+
+    Exactly as ADM prepares ImageNet (`center_crop_arr` of guided-diffusion): halved by a box filter while it stays at least as
+    large as wanted, then bicubic. An image of the right size is left as it is.
+
+    Raises:
+        BadImage: so long and thin that its shorter side cannot be enlarged to `size`.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise BadImage(f"{image.width} x {image.height} pixels: too thin for a square of {size}")
+    pixels_YXC = np.array(image.resize((width, height), resample=Image.Resampling.BICUBIC))
+    top, left = (height - size) // 2, (width - size) // 2
+    square_YXC = pixels_YXC[top : top + size, left : left + size]
+    return rearrange(torch.from_numpy(square_YXC), "y x c -> c y x").contiguous()
+
+
+def load_square(content: bytes, size: int) -> Tensor:
+    """The centre of the image of a file: uint8 [3, size, size].
+
+    Raises:
+        BadImage: as `decode_image` and `square_image`.
+    """
+    return square_image(decode_image(content), size)
+
+
+def to_unit(images_BCYX: Tensor) -> Tensor:
+    """Bytes 0 .. 255 to float32 in [-1, 1]."""
+    return images_BCYX.float() / 127.5 - 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF says nothing about the pixels, which are loaded by now
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow's own conversion clips or drops bits, depending on its version
+        depth16_YX = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((depth16_YX + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":  # either 0 .. 1 or 0 .. 255; nothing in the file says which
+        values_YX = np.nan_to_num(np.asarray(image))
+        image = Image.fromarray((values_YX * (255 if values_YX.max() <= 1 else 1)).clip(0, 255).round().astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

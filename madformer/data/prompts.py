@@ -1,0 +1,246 @@
+"""Prompts: the names of classes, and what turns text into tokens.
+
+ImageNet's names are the first lemma of each class in WordNet, but for four, so that no two are the same: crane (bird) and
+crane (machine), and by their second lemma Cardigan Welsh corgi (beside cardigan) and tank suit (beside maillot).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import textwrap
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from madformer.config import ConfigError, InputError, TextConfig
+from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY
+from madformer.config.rules import require
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["DIGIT_NAMES", "IMAGENET", "PromptTokenizer", "class_prompts", "imagenet_classes", "parse_classes"]
+
+IMAGENET = "imagenet"
+"""The class names that ship with the package."""
+
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+"""Prompts of the digits."""
+
+BUILTIN_FILE = "builtin_tokenizer.json"
+"""The builtin tokenizer, beside this module; `scripts/train_tokenizer.py` makes it."""
+
+_ANSWER_SECONDS = 10
+"""How long the hub may take before it counts as out of reach."""
+
+
+class PromptTokenizer:
+    """Prompts to token ids; it may be pickled and used in forked workers.
+
+    A tokenizer's own special tokens (beginning or end of a text, separators) are not added: the model learns its embeddings
+    from scratch, so that a token which is the same in every prompt would tell it nothing, and the null text of guidance has
+    to be padding alone. Nor are they read from a prompt: `<pad>` or `<|end_of_text|>` in a prompt is text like any other.
+
+    Args:
+        name: `builtin`, or a hub id or folder of transformers. What the hub's cache holds is used without asking the hub.
+        text: Length of prompts, vocabulary and padding of the model.
+
+    Raises:
+        ConfigError: the tokenizer cannot be had, has tokens beyond `text.vocab_size`, or uses `text.pad_token_id` in text.
+    """
+
+    def __init__(self, name: str, text: TextConfig) -> None:
+        # Prompts are few and short; and forked workers of a process that has tokenized in threads draw warnings, or hang.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._backend = _Builtin() if name == BUILTIN else _Pretrained(name)
+        self._text = text
+        _check_fit(name, self._backend, text)
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids of B prompts, [B, `text.length`] int64, cut or padded on the right; an empty prompt is the null text."""
+        length = self._text.length
+        text_BT = torch.full((len(prompts), length), self._text.pad_token_id)
+        if prompts:
+            for row_T, ids in zip(text_BT, self._backend.ids(prompts), strict=True):
+                row_T[: len(ids)] = torch.tensor(ids[:length], dtype=torch.int64)
+        return text_BT
+
+
+def class_prompts(class_names: str | None, from_source: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Prompts of the classes, by label.
+
+    Args:
+        class_names: `data.class_names`: `imagenet`, a text file (UTF-8) with one name a line, or None for the source's.
+        from_source: What the data set itself calls its classes, None if it does not.
+
+    Raises:
+        ConfigError: no such file, or it has a blank or repeated line.
+    """
+    if class_names is None:
+        return None if from_source is None else tuple(from_source)
+    return imagenet_classes() if class_names == IMAGENET else _read_names(class_names)
+
+
+def parse_classes(text: str, prompts: Sequence[str]) -> list[int]:
+    """Labels of `--classes`: numbers or names with commas between. Names may hold commas themselves; case does not matter.
+
+    Raises:
+        InputError: a number that is no label, a name that is none or stands for several classes.
+    """
+    parts, labels = text.split(","), []
+    longest = 1 + max(prompt.count(",") for prompt in prompts)
+    while parts:
+        for count in range(min(longest, len(parts)), 0, -1):  # the longest first: there are names like "tench, Tinca tinca"
+            part = ",".join(parts[:count]).strip()
+            if found := _labels_of(part, prompts):
+                break
+        labels.append(_only(part, found, prompts))
+        parts = parts[count:]
+    return labels
+
+
+@cache
+def imagenet_classes() -> tuple[str, ...]:
+    """ImageNet's 1,000 class names in the standard order, tench to toilet tissue."""
+    return tuple((resources.files("madformer.data") / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines())
+
+
+def _read_names(file: str) -> tuple[str, ...]:
+    name = "data.class_names"
+    try:
+        names = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
+    except FileNotFoundError:
+        raise ConfigError(f"{name} = {file!r}: no such file; must be {IMAGENET} or a text file, one name a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} = {file!r}: cannot be read as UTF-8 text: {error}") from error
+    require(bool(names), name, file, "is empty; must have one name a line")
+    for number, line in enumerate(names, 1):
+        require(bool(line), name, file, f"line {number} is blank; must have one name a line")
+        first = names.index(line) + 1
+        require(first == number, name, file, f"line {number} repeats line {first}, {line!r}; names must differ")
+    return tuple(names)
+
+
+def _labels_of(part: str, prompts: Sequence[str]) -> list[int]:
+    """Classes that part of the command line may mean: by number, by exact name, or else by name in any case."""
+    if re.fullmatch(r"[+-]?\d+", part):
+        return [int(part)]
+    exact = [label for label, prompt in enumerate(prompts) if prompt == part]
+    return exact or [label for label, prompt in enumerate(prompts) if prompt.casefold() == part.casefold()]
+
+
+def _only(part: str, labels: list[int], prompts: Sequence[str]) -> int:
+    """The one class that part of the command line means."""
+    legal = f"0..{len(prompts) - 1}"
+    if not part:
+        raise InputError(f"--classes: an empty entry; must be numbers in {legal} or names, with commas between")
+    if not labels:
+        near = difflib.get_close_matches(part.casefold(), [prompt.casefold() for prompt in prompts], n=1, cutoff=0.0)
+        label = [prompt.casefold() for prompt in prompts].index(near[0])
+        raise InputError(f"--classes {part}: no class of that name; the nearest is {prompts[label]} ({label})")
+    if len(labels) > 1:
+        raise InputError(f"--classes {part}: the name of several classes: {', '.join(map(str, labels))}; give the number")
+    if not 0 <= labels[0] < len(prompts):
+        raise InputError(f"--classes {part}: must be in {legal}")
+    return labels[0]
+
+
+class _Builtin:
+    """The tokenizer of the package. Through transformers it would take seconds to load."""
+
+    size = BUILTIN_VOCABULARY
+    special = frozenset({0})
+    pad = 0
+
+    def ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        encodings = _builtin_tokenizer().encode_batch(list(prompts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+
+@cache
+def _builtin_tokenizer() -> Tokenizer:
+    """Not held by `_Builtin`: a pickled tokenizer forgets how it treats special tokens."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str((resources.files("madformer.data") / BUILTIN_FILE).read_text(encoding="utf-8"))
+    tokenizer.encode_special_tokens = True  # "<pad>" in a prompt is text
+    return tokenizer
+
+
+class _Pretrained:
+    """A tokenizer of transformers."""
+
+    def __init__(self, name: str) -> None:
+        try:
+            self._tokenizer = _load(name)
+        except Exception as error:  # also tokenizers' errors in a broken file, which are plain Exceptions
+            reason = textwrap.shorten(str(error) or type(error).__name__, 240, placeholder=" ...").rstrip(".")
+            builtin = f"{BUILTIN} model.text.vocab_size={BUILTIN_VOCABULARY} model.text.pad_token_id=0"
+            remedy = f"must be a folder or hub id of transformers, or data.tokenizer={builtin}, which ships with the package"
+            raise ConfigError(f"data.tokenizer = {name!r}: cannot be had: {reason}; {remedy}") from error
+        self.special = _special_ids(self._tokenizer)
+        self.size = 1 + max(self._tokenizer.get_vocab().values())
+        own = self._tokenizer.pad_token_id
+        self.pad: int = own if own in self.special else min(self.special, default=self.size)
+
+    def ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        ids: list[list[int]] = self._tokenizer(list(prompts), **plain)["input_ids"]
+        return ids
+
+
+def _load(name: str) -> Any:
+    """From a folder or the hub's cache, which needs no network; else from the hub, which is asked once whether it answers.
+
+    transformers itself tries for a minute, and loudly, to reach a hub that is out of reach.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return _from_pretrained(name, local_files_only=True)
+    except Exception:
+        if Path(name).is_dir():
+            raise
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "tokenizer_config.json"), timeout=_ANSWER_SECONDS)
+    except HFValidationError:
+        raise FileNotFoundError("there is no such folder, and it is no hub id") from None
+    except (RepositoryNotFoundError, RemoteEntryNotFoundError):
+        pass  # an answer: transformers says better what it means, or finds another file
+    except Exception as error:
+        raise ConnectionError(f"it is not in the cache, and the hub is out of reach ({error})") from error
+    return _from_pretrained(name, local_files_only=False)
+
+
+def _from_pretrained(name: str, *, local_files_only: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False)
+        if len(tokenizer.get_vocab()) - len(_special_ids(tokenizer)) < 2:
+            raise ValueError("its vocabulary is empty")  # transformers makes such a one of a model's config.json alone
+    except ValueError as error:
+        raise ValueError(f"there is no tokenizer that transformers can read ({error})") from error
+    return tokenizer
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset((*tokenizer.all_special_ids, *added))
+
+
+def _check_fit(name: str, backend: _Builtin | _Pretrained, text: TextConfig) -> None:
+    """Refuse a model whose vocabulary is too small, or whose padding is a token of ordinary text."""
+    right = f"set model.text.vocab_size={max(backend.size, backend.pad + 1)} and model.text.pad_token_id={backend.pad}"
+    fits, field = text.vocab_size >= backend.size, "model.text.vocab_size"
+    require(fits, field, text.vocab_size, f"data.tokenizer={name} has ids up to {backend.size - 1}: {right}")
+    apart, field = text.pad_token_id in backend.special or text.pad_token_id >= backend.size, "model.text.pad_token_id"
+    require(apart, field, text.pad_token_id, f"stands for a piece of text in data.tokenizer={name}: {right}")

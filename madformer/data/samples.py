@@ -1,0 +1,180 @@
+"""What a micro-batch is read from: digits, shards of latents, or images that are encoded later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from madformer.data.digits import load_digits
+from madformer.data.images import BadImage, load_square
+from madformer.data.order import Places
+from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer
+from madformer.data.shards import ShardReader
+from madformer.data.sources import ImageSource, Row
+from madformer.randomness import keyed_generator
+
+Batch = dict[str, Any]
+
+
+class Samples(Protocol):
+    """A data set that can be read anywhere."""
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+
+    def read(self, samples: np.ndarray, flipped_B: np.ndarray) -> tuple[Batch, list[str]]:
+        """The samples of those numbers and their captions.
+
+        Args:
+            samples: [B] numbers.
+            flipped_B: which ones are to be mirrored.
+
+        Returns:
+            `latents`, or `mean` (and `deviation`), or `images` [B, 3, Y, X] uint8; and a caption for each, empty if there is none.
+        """
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What is said of an image: its own text, or the prompt of its class."""
+
+    class_prompts: tuple[str, ...] | None
+    use_text: bool
+
+    def __call__(self, label: int | None, text: str | None) -> str:
+        """The caption; empty if there is none."""
+        if self.use_text:
+            return text or ""
+        return self.class_prompts[label] if self.class_prompts is not None and label is not None else ""
+
+
+class DigitSamples:
+    """scikit-learn's digits, in memory, as they are."""
+
+    def __init__(self) -> None:
+        self._images_NCYX, self._labels_N = load_digits()
+
+    def __len__(self) -> int:
+        return len(self._images_NCYX)
+
+    def read(self, samples: np.ndarray, flipped_B: np.ndarray) -> tuple[Batch, list[str]]:
+        """Digits, never mirrored."""
+        numbers = torch.from_numpy(samples)
+        return {"latents": self._images_NCYX[numbers]}, [DIGIT_NAMES[label] for label in self._labels_N[numbers].tolist()]
+
+
+class ShardSamples:
+    """Latents on the disk: posterior means and deviations in float16."""
+
+    def __init__(self, reader: ShardReader, captions: Captions) -> None:
+        self.reader, self.captions = reader, captions
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def read(self, samples: np.ndarray, flipped_B: np.ndarray) -> tuple[Batch, list[str]]:
+        """Moments of the posterior, of the mirrored image where asked for."""
+        encoding = self.reader.manifest.encoding
+        batch = {}
+        for column in ("mean", "deviation") if encoding.stochastic else ("mean",):
+            array = self.reader.read(column, samples)
+            if flipped_B.any():
+                array[flipped_B] = self.reader.read(f"{column}_flipped", samples[flipped_B])
+            batch[column] = torch.from_numpy(array)
+        empty: list[Any] = [None] * len(samples)
+        labels = self.reader.values("label", samples) if encoding.labels else empty
+        texts = self.reader.values("text", samples) if encoding.texts and self.captions.use_text else empty
+        return batch, list(map(self.captions, labels, texts))
+
+
+class ImageSamples:
+    """Images of a source that can be read anywhere; a broken one is replaced by the next good one, and named."""
+
+    def __init__(self, source: ImageSource, captions: Captions, image_size: int) -> None:
+        self.source, self.captions, self.image_size = source, captions, image_size
+
+    def __len__(self) -> int:
+        assert self.source.num_rows is not None
+        return self.source.num_rows
+
+    def read(self, samples: np.ndarray, flipped_B: np.ndarray) -> tuple[Batch, list[str]]:
+        """Images as bytes, and under `skipped` the keys and flaws of broken ones."""
+        found = [first_good(self._rows_from(int(sample)), self.image_size) for sample in samples]
+        return collate(found, flipped_B, self.captions)
+
+    def _rows_from(self, sample: int) -> Iterator[Row]:
+        return (self.source.row((sample + offset) % len(self)) for offset in range(len(self)))
+
+
+@dataclass(frozen=True)
+class ReadImage:
+    """A row with its image, and the broken ones before it."""
+
+    row: Row
+    pixels_CYX: Tensor
+    skipped: tuple[tuple[str, str], ...]
+
+
+def first_good(rows: Iterator[Row], image_size: int) -> ReadImage:
+    """The first row whose image can be read.
+
+    Raises:
+        BadImage: there is none among them.
+    """
+    skipped: list[tuple[str, str]] = []
+    for row in rows:
+        try:
+            return ReadImage(row, load_square(row.read(), image_size), tuple(skipped))
+        except BadImage as error:
+            skipped.append((row.key, str(error)))
+    raise BadImage(f"none of {len(skipped)} images can be read, the first one is {skipped[0] if skipped else 'missing'}")
+
+
+def collate(images: Sequence[ReadImage], flipped_B: np.ndarray, captions: Captions) -> tuple[Batch, list[str]]:
+    """Images of a micro-batch together, mirrored where asked for."""
+    pixels = [image.pixels_CYX.flip(-1) if flipped else image.pixels_CYX for image, flipped in zip(images, flipped_B, strict=True)]
+    batch: Batch = {"images": torch.stack(pixels)}
+    if skipped := [flaw for image in images for flaw in image.skipped]:
+        batch["skipped"] = skipped
+    return batch, [captions(image.row.label, image.row.text) for image in images]
+
+
+@dataclass(frozen=True)
+class Finishing:
+    """What every micro-batch gets: its keys, its mirrored samples, its tokens."""
+
+    seed: int
+    flip: bool
+    tokenizer: PromptTokenizer | None
+
+    def flipped(self, places: Places) -> np.ndarray:
+        """Which samples are mirrored: a function of seed and place."""
+        if not self.flip:
+            return np.zeros(len(places.indices), dtype=bool)
+        generators = (keyed_generator(self.seed, "flip", places.step, index) for index in places.indices)
+        return np.array([bool(torch.rand(1, generator=generator) < 0.5) for generator in generators])
+
+    def finish(self, batch: Batch, captions: Sequence[str], places: Places) -> Batch:
+        """Add `keys` [B, 2] (step, place in the global batch) and, for a model with text, `text` [B, T]."""
+        indices = torch.tensor(list(places.indices))
+        batch["keys"] = torch.stack([torch.full_like(indices, places.step), indices], dim=1)
+        if self.tokenizer is not None:
+            batch["text"] = self.tokenizer(captions)
+        return batch
+
+
+class MicroBatchReader(Dataset[Batch]):
+    """Reads whole micro-batches: the index of one is its `Places`."""
+
+    def __init__(self, samples: Samples, finishing: Finishing) -> None:
+        self.samples, self.finishing = samples, finishing
+
+    def __getitem__(self, places: Any) -> Batch:
+        batch, captions = self.samples.read(places.samples, self.finishing.flipped(places))
+        return self.finishing.finish(batch, captions, places)

@@ -1,0 +1,258 @@
+"""Images of any source that the `datasets` library reads: hub, files, folders; copied to the disk, or streamed in order.
+
+Nothing is decoded here: a row hands on the bytes of its image file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from madformer.config import ConfigError, DataConfig
+from madformer.data.columns import Columns, find_columns
+from madformer.data.finding import Opened, explained, open_data_set, quiet
+from madformer.data.images import BadImage
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+__all__ = ["ROWS_PER_SHARD", "ImageSource", "Row", "open_source"]
+
+ROWS_PER_SHARD = 1024
+"""Rows of one unit of a source that is not streamed."""
+
+_KEY, _URL, _NAME = "__key__", "__url__", "__name__"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a source, undecoded."""
+
+    key: str
+    """Its name: WebDataset's key (after its tar's name if there are several), else the image's path within the data set, else
+    its number. Unique if the names that the data set gives are."""
+    label: int | None
+    text: str | None
+    content: bytes | None = field(repr=False)
+    """The image file, if the data set holds it."""
+    path: str | None
+    """Where the image file is otherwise, here or at an fsspec address."""
+
+    def read(self) -> bytes:
+        """The bytes of the image file.
+
+        Raises:
+            BadImage: there is none.
+        """
+        import fsspec
+
+        if self.content is not None:
+            return self.content
+        if self.path is None:
+            raise BadImage("no image")
+        try:
+            with fsspec.open(self.path, "rb") as file:
+                return file.read()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise BadImage(f"no such file: {self.path}") from None
+
+
+class ImageSource:
+    """Rows of images, in units that can be read independently of each other.
+
+    What a unit holds depends on the data and on `data.streaming` alone: 1,024 rows of a table that lies on this machine (and of
+    a folder of images anywhere, of which the addresses alone are held), one file of a stream, or, if it is a single Parquet
+    file, one of its row groups. Can be pickled and forked into workers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dataset: Dataset | IterableDataset,
+        columns: Columns,
+        files: list[str],
+        fingerprint: str,
+    ) -> None:
+        from datasets import Dataset
+
+        self.name = name
+        self.class_names = columns.class_names
+        self.fingerprint = fingerprint
+        self._table = dataset if isinstance(dataset, Dataset) else None
+        self._stream = None if isinstance(dataset, Dataset) else dataset
+        self._columns = columns
+        self._files = files
+        self._tars = _tar_names(dataset, files)
+        self._repeated = frozenset() if self._table is None else _repeated_paths(self._table, columns.image)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether rows may have class numbers."""
+        return self._columns.label is not None
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether rows may have texts."""
+        return self._columns.text is not None
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows in all; None: a stream, whose end is not known."""
+        return None if self._table is None else len(self._table)
+
+    @property
+    def num_units(self) -> int:
+        """Pieces that can be read independently."""
+        if self._table is not None:
+            return -(-len(self._table) // ROWS_PER_SHARD)
+        assert self._stream is not None
+        return self._stream.num_shards
+
+    def row(self, index: int) -> Row:
+        """Row `index` of a source that is not streamed."""
+        assert self._table is not None, "a stream is read in order"
+        example = self._table[index]
+        key = self._key(example, str(index))
+        return self._to_row(example, f"{key} ({index})" if index in self._repeated else key)
+
+    def rows(self, unit: int, skip: int = 0) -> Iterator[Row]:
+        """Rows of a unit in order, without its first `skip`.
+
+        Raises:
+            ConfigError: a file cannot be read to its end.
+        """
+        if self._table is not None:
+            start = unit * ROWS_PER_SHARD
+            for index in range(start + skip, min(start + ROWS_PER_SHARD, len(self._table))):
+                yield self.row(index)
+            return
+        assert self._stream is not None
+        prefix, seen = f"{unit}-" if self.num_units > 1 else "", set()
+        with explained(self.name, self._file_of(unit)):
+            # In a DataLoader's worker, iterating the stream would hand out the worker's share of its shards; `iter` does not.
+            batches = self._stream.shard(num_shards=self.num_units, index=unit).iter(batch_size=1)
+            for index, batch in enumerate(batches):
+                example, number = {name: values[0] for name, values in batch.items()}, f"{prefix}{index}"
+                key = self._key(example, number)
+                key = f"{key} ({number})" if key in seen else key
+                seen.add(key)
+                if index >= skip:
+                    yield self._to_row(example, key)
+
+    def _file_of(self, unit: int) -> str | None:
+        names = _relative(self._files)
+        return names[unit] if len(names) == self.num_units else names[0] if len(names) == 1 else None
+
+    def _key(self, example: dict[str, Any], number: str) -> str:
+        image = example[self._columns.image] or {"path": None}
+        key = example.get(_NAME) or example.get(_KEY) or image["path"] or number
+        if self._tars is not None:
+            key = f"{self._tars.get(example[_URL], Path(example[_URL]).stem)}/{key}"
+        return key
+
+    def _to_row(self, example: dict[str, Any], key: str) -> Row:
+        image = example[self._columns.image] or {"bytes": None, "path": None}
+        text = example[self._columns.text] if self._columns.text else None
+        return Row(key, self._to_label(example), text, image["bytes"], image["path"])
+
+    def _to_label(self, example: dict[str, Any]) -> int | None:
+        value = example[self._columns.label] if self._columns.label else None
+        if value is None:
+            return None
+        try:
+            label = int(value)
+        except ValueError:
+            raise ConfigError(
+                f"data.label_column = {self._columns.label!r}: holds {value!r}, which is no class number"
+            ) from None
+        return label if label >= 0 and (self.class_names is None or label < len(self.class_names)) else None
+
+
+def open_source(data: DataConfig) -> ImageSource:
+    """The images that `data` names.
+
+    Raises:
+        ConfigError: no such source, nothing readable in it, a hub that cannot be reached or refuses, a broken file, an unknown
+            split, subset or column, or a package missing for an address.
+    """
+    import datasets
+
+    if data.source is None:
+        raise ConfigError("data.source = None: must name a data set of the hub, files, or a folder")
+    with explained(data.source), quiet():
+        opened = open_data_set(data)
+        columns = find_columns(opened.dataset.features or datasets.Features(), data)
+        chosen = (columns.image, columns.label, columns.text)
+        kept = [name for name in opened.dataset.features if name in (*chosen, _KEY, _URL)]
+        dataset = opened.dataset.select_columns(kept).cast_column(columns.image, datasets.Image(decode=False))
+        if opened.is_image_folder:
+            dataset = _with_names(dataset, columns.image, opened.files)
+        return ImageSource(data.source, dataset, columns, opened.files, _fingerprint(data, opened))
+
+
+def _with_names(dataset: Dataset | IterableDataset, image: str, files: list[str]) -> Dataset:
+    """A folder of images as a table of addresses, with the images' names within the folder."""
+    from datasets import Dataset
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    if not isinstance(dataset, Dataset):
+        values: dict[str, list[Any]] = {name: [] for name in dataset.features}
+        for batch in dataset.iter(batch_size=ROWS_PER_SHARD):
+            for name, column in batch.items():
+                values[name] += column
+        dataset = Dataset.from_dict(values, features=dataset.features)
+    paths = [value["path"] for value in dataset[image]]
+    images = [file for file in files if Path(file).suffix.lower() in ImageFolder.EXTENSIONS]
+    # Copies of remote images have other names than the images, but the same order; unless a list (metadata.csv) gives another.
+    is_listed = any(Path(file).name in ImageFolder.METADATA_FILENAMES for file in files)
+    named = images if len(images) == len(paths) and not is_listed else paths
+    return dataset.add_column(_NAME, _relative(named))
+
+
+def _relative(paths: list[str]) -> list[str]:
+    """Names within the paths' common folder."""
+    parts = [path.split("/") for path in paths]
+    first, last = min(names[:-1] for names in parts), max(names[:-1] for names in parts)
+    depth = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    return ["/".join(names[depth:]) for names in parts]
+
+
+def _repeated_paths(table: Dataset, image: str) -> frozenset[int]:
+    """Rows whose image has the path of an earlier one."""
+    import pyarrow.compute as pc
+
+    paths = pc.struct_field(table.data.column(image), "path")
+    if _NAME in table.features or _KEY in table.features or pc.count_distinct(paths).as_py() == len(paths) - paths.null_count:
+        return frozenset()
+    first: dict[str, int] = {}
+    return frozenset(row for row, path in enumerate(paths.to_pylist()) if path and first.setdefault(path, row) != row)
+
+
+def _tar_names(dataset: Dataset | IterableDataset, files: list[str]) -> dict[str, str] | None:
+    """Name of each tar by its address in the rows, which may be that of a copy; None: there is one at most."""
+    from datasets import Dataset
+
+    if _URL not in dataset.features:
+        return None
+    addresses = dataset.unique(_URL) if isinstance(dataset, Dataset) else files
+    if len(addresses) < 2:
+        return None
+    names = _relative(files if len(files) == len(addresses) else addresses)
+    return {address: name.removesuffix(".tar") for address, name in zip(addresses, names, strict=True)}
+
+
+def _fingerprint(data: DataConfig, opened: Opened) -> str:
+    from fsspec.core import url_to_fs
+
+    if opened.revision:
+        parts: list[Any] = [opened.revision]
+    else:
+        filesystem, _ = url_to_fs(opened.files[0])
+        sizes = filesystem.sizes([filesystem._strip_protocol(file) for file in opened.files])
+        parts = sorted(zip(_relative(opened.files), sizes, strict=True))
+    return hashlib.sha256(json.dumps([parts, data.split, data.subset]).encode()).hexdigest()

@@ -1,0 +1,66 @@
+"""Which prompt each sample has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from madformer.config import ExperimentConfig, InputError
+from madformer.config.data import DIGITS
+from madformer.data.manifest import read_manifest
+from madformer.data.prompts import DIGIT_NAMES, class_prompts, parse_classes
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one sample is asked to show."""
+
+    text: str
+    label: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the image's metadata."""
+        return {"prompt": self.text, "class": self.label}
+
+
+def choose_prompts(
+    config: ExperimentConfig, classes: str | None, prompt: str | None, guidance: float, indices: Sequence[int]
+) -> list[Prompt]:
+    """The prompts of samples: the classes in turn, the one prompt for all, or, without either, all classes in turn.
+
+    Raises:
+        InputError: prompts or guidance for a model without text, both kinds of prompts, or classes that nobody has named.
+    """
+    asked = [option for option, value in (("--classes", classes), ("--prompt", prompt)) if value is not None]
+    if config.model.text is None:
+        asked += ["--guidance"] if guidance != 1 else []
+        if asked:
+            raise InputError(f"{asked[0]}: {config.run_dir} has a model without text (model.text = null); leave it out")
+        return [Prompt("")] * len(indices)
+    if len(asked) > 1:
+        raise InputError("--classes and --prompt: give one of them")
+    if prompt is not None:
+        return [Prompt(prompt)] * len(indices)
+    names = known_classes(config)
+    if names is None:
+        if classes is not None or guidance != 1:
+            raise InputError(f"{config.run_dir}: the names of its classes are not known here: give --prompt, or data.class_names")
+        return [Prompt("")] * len(indices)
+    chosen = range(len(names)) if classes is None else parse_classes(classes, names)
+    labels = [chosen[index % len(chosen)] for index in indices]
+    return [Prompt(names[label], label) for label in labels]
+
+
+def known_classes(config: ExperimentConfig) -> tuple[str, ...] | None:
+    """The class names of what a run was trained on, as far as they can be told without its images."""
+    data = config.data
+    if data.source == DIGITS:
+        return DIGIT_NAMES
+    if data.class_names is not None:
+        return class_prompts(data.class_names, None)
+    if data.latents is not None and (Path(data.latents) / "manifest.json").is_file():
+        return read_manifest(Path(data.latents)).encoding.class_names
+    return None
