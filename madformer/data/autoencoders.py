@@ -62,9 +62,9 @@ class DiffusersAutoencoder(nn.Module):
         return _decode(self.module, latents_BChw)
 
     def bearable_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """That type, or float32 if the class is known to overflow in it or to need float32 in some of its layers."""
+        """That type, or float32 if it is float16 and the autoencoder says that it overflows in it."""
         overflows = dtype is torch.float16 and self.module.config.get("force_upcast")
-        return torch.float32 if overflows or self.module._keep_in_fp32_modules else dtype
+        return torch.float32 if overflows else dtype
 
 
 def load_autoencoder(location: str) -> DiffusersAutoencoder:

@@ -232,8 +232,8 @@ def build_codec(
 
     Args:
         name: as in `data.codec`.
-        dtype: type in which an autoencoder computes. One of diffusers that is known to overflow in float16 computes in float32,
-            as in diffusers' own pipelines; `pixels` changes nothing in any type.
+        dtype: type in which an autoencoder computes. In place of float16 it is float32 where the configuration of one of
+            diffusers says `force_upcast`, as in diffusers' own pipelines; `pixels` changes nothing in any type.
         device: where it computes.
 
     Raises:
@@ -262,7 +262,7 @@ def _bearable_dtype(name: str, autoencoder: Autoencoder, dtype: torch.dtype) -> 
         return torch.float32
     bearable = autoencoder.bearable_dtype(dtype) if isinstance(autoencoder, DiffusersAutoencoder) else dtype
     if bearable != dtype:
-        _log.warning("codec %s does not bear %s: it computes in %s", name, dtype, bearable)
+        _log.warning("codec %s overflows in %s: it computes in %s", name, dtype, bearable)
     return bearable
 
 

@@ -135,9 +135,9 @@ class ImageSource:
         prefix, seen = f"{unit}-" if self.num_units > 1 else "", set()
         with explained(self.name, self._file_of(unit)):
             # In a DataLoader's worker, iterating the stream would hand out the worker's share of its shards; `iter` does not.
-            batches = self._stream.shard(num_shards=self.num_units, index=unit).iter(batch_size=1)
+            batches = self._stream.shard(num_shards=self.num_units, index=unit)
             for index, batch in enumerate(batches):
-                example, number = {name: values[0] for name, values in batch.items()}, f"{prefix}{index}"
+                example, number = dict(batch), f"{prefix}{index}"
                 key = self._key(example, number)
                 key = f"{key} ({number})" if key in seen else key
                 seen.add(key)
@@ -197,6 +197,7 @@ def open_source(data: DataConfig) -> ImageSource:
 
 def _with_names(dataset: Dataset | IterableDataset, image: str, files: list[str]) -> Dataset:
     """A folder of images as a table of addresses, with the images' names within the folder."""
+    import pyarrow.compute as pc
     from datasets import Dataset
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
@@ -206,7 +207,7 @@ def _with_names(dataset: Dataset | IterableDataset, image: str, files: list[str]
             for name, column in batch.items():
                 values[name] += column
         dataset = Dataset.from_dict(values, features=dataset.features)
-    paths = [value["path"] for value in dataset[image]]
+    paths = pc.struct_field(dataset.data.column(image), "path").to_pylist()
     images = [file for file in files if Path(file).suffix.lower() in ImageFolder.EXTENSIONS]
     # Copies of remote images have other names than the images, but the same order; unless a list (metadata.csv) gives another.
     is_listed = any(Path(file).name in ImageFolder.METADATA_FILENAMES for file in files)

@@ -373,7 +373,6 @@ def test_lower_precision(vae, tmp_path):
     mean, expected = rough.encode(images)[0], precise.encode(images)[0]
     assert mean.dtype == torch.float32 and not torch.equal(mean, expected)
     assert (mean - expected).abs().max() < 0.1 * expected.abs().max()
-    assert torch.equal(mean / 0.18215, (mean / 0.18215).bfloat16().float()) is False  # scaled in float32
     decoded = rough.decode(expected)
     assert decoded.dtype == torch.float32 and (decoded - precise.decode(expected)).abs().max() < 0.1
 
@@ -385,13 +384,6 @@ def test_float16_only_where_it_does_not_overflow(tmp_path, caplog, force_upcast,
     rough, precise = build_codec(f"vae:{tmp_path}", "float16"), build_codec(f"vae:{tmp_path}")
     assert torch.equal(rough.encode(images)[0], precise.encode(images)[0]) is expected
     assert ("float32" in caplog.text) is expected
-
-
-def test_layers_that_need_float32(vae, tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusers.AutoencoderKL, "_keep_in_fp32_modules", ["encoder"])
-    images = images_of()
-    codec = build_codec(f"vae:{tmp_path / 'vae'}", "bfloat16")
-    assert torch.equal(codec.encode(images)[0], build_codec(f"vae:{tmp_path / 'vae'}").encode(images)[0])
 
 
 def test_the_default_type_does_not_matter(vae, tmp_path):
@@ -438,7 +430,9 @@ def test_own_class_that_is_no_module(own, name):
 def test_weights_within_a_class_that_is_no_module(own):
     codec = build_codec("mine.py:Holder", "bfloat16")
     assert not codec._autoencoder.net.weight.requires_grad and codec._autoencoder.net.weight.dtype == torch.bfloat16
-    assert codec.sha256 != build_codec("mine.py:Holder").sha256  # random weights of its own
+    assert codec.sha256 == build_codec("mine.py:Holder").sha256  # drawn from the same random state
+    torch.rand(1)
+    assert codec.sha256 != build_codec("mine.py:Holder").sha256
     assert build_codec("mine.py:Plain", "bfloat16").sha256 == build_codec("lab.codecs:Plain").sha256
 
 
