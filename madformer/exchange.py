@@ -94,7 +94,8 @@ def _adopt(config: ExperimentConfig, run: Path, overrides: Sequence[str]) -> Exp
     """The configuration of the imported run: digits for a model of their size, budgets that it can have."""
     model = config.model
     if config.data.source is None and (model.latent_channels, model.latent_size, model.text) == (1, 8, None):
-        data, evaluation = replace(config.data, source=DIGITS, codec=PIXELS), replace(config.evaluation, feature_network=DIGITS)
+        data = replace(config.data, source=DIGITS, codec=PIXELS)
+        evaluation = replace(config.evaluation, feature_network="digits")
         config = replace(config, data=data, evaluation=evaluation)
     config = replace(config, name=run.resolve().name, output_dir=str(run.parent))
     return build_experiment(DictConfig(to_container(config)), overrides, str(run))

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from madformer.config import ConfigError, TrainerConfig
 from madformer.progress import ProgressDisplay
@@ -26,14 +28,14 @@ class Share:
     world_size: int
     device: str
     count: Callable[[int], None]
-    """To be told, often, how much this process has done; raises `Stopped` when nobody wants the rest."""
+    """To be told, often, how much this process has done; raises `StoppedError` when nobody wants the rest."""
 
 
 Work = Callable[..., None]
 """Called with a `Share` and further arguments; a function of a module, so that another process finds it."""
 
 
-class Stopped(RuntimeError):
+class StoppedError(RuntimeError):
     """The work is not wanted any more: another process has failed, or the program that started this one has ended."""
 
 
@@ -96,7 +98,7 @@ def _start_processes(work: Work, arguments: tuple[Any, ...], devices: list[str],
                     break
         finally:
             common.stop.set()  # without effect on those that have ended
-        errors = [error for future in futures if (error := future.exception()) and not isinstance(error, Stopped)]
+        errors = [error for future in futures if (error := future.exception()) and not isinstance(error, StoppedError)]
     display.show(before + sum(common.counts))
     if errors and isinstance(errors[0], BrokenProcessPool):
         raise RuntimeError("a process was killed, perhaps for want of memory; the same command goes on") from errors[0]
@@ -128,6 +130,6 @@ def _work(rank: int, devices: list[str], work: Work, arguments: tuple[Any, ...])
     def count(done: int) -> None:
         _common.counts[rank] = done
         if _common.stop.is_set() or (parent is not None and not parent.is_alive()):
-            raise Stopped
+            raise StoppedError
 
     work(Share(rank, len(devices), devices[rank], count), *arguments)

@@ -39,7 +39,7 @@ class ProgressDisplay:
         self.close()
 
     def show(self, done: int, note: Callable[[], str] = str) -> None:
-        """Say how far it is, not too often but always at the end; `note` is asked only then: a GPU may have to finish for it."""
+        """Say how far it is, not too often but at the end; `note` is asked only then, a GPU may have to finish for it."""
         now, interval = time.monotonic(), SECONDS_BETWEEN_REDRAWS if self._bar else SECONDS_BETWEEN_LINES
         finished = done == self.total
         if self._silent or done == self._shown or (now - self._said < interval and not finished):
@@ -49,7 +49,11 @@ class ProgressDisplay:
         if self._bar:
             self._bar.update(self._task, completed=done, note=note(), rate=f"{rate:.2f} {self.unit}/s")
             return
-        words = [f"{self.label} {done}" + (f"/{self.total}" if self.total is not None else ""), note(), f"{rate:.2f} {self.unit}/s"]
+        words = [
+            f"{self.label} {done}" + (f"/{self.total}" if self.total is not None else ""),
+            note(),
+            f"{rate:.2f} {self.unit}/s",
+        ]
         if self.total is not None:
             words.append(f"{timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))} left")
         print("  ".join(word for word in words if word), flush=True)

@@ -12,7 +12,6 @@ from filelock import FileLock, Timeout
 from madformer.config import ExperimentConfig, InputError, load_run, require_same_weights
 from madformer.config.frozen import config_path
 
-
 Purpose = Literal["train", "evaluate", "encode", "sample"]
 """What a folder is held for."""
 

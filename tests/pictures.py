@@ -52,7 +52,9 @@ def as_bytes(image: Pillow.Image, kind: str = "PNG", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def write_parquet(path: Path, rows: int, broken: tuple[int, ...] = (), classes: tuple[str, ...] = ("cat", "dog", "eel")) -> Path:
+def write_parquet(
+    path: Path, rows: int, broken: tuple[int, ...] = (), classes: tuple[str, ...] = ("cat", "dog", "eel")
+) -> Path:
     """ImageNet's layout on the hub: `image` (bytes and name) and `label`; the broken images are cut short."""
     images = [as_bytes(picture(number)) for number in range(rows)]
     contents = [content[: len(content) // 2] if number in broken else content for number, content in enumerate(images)]

@@ -26,8 +26,8 @@ class DataConfig:
     """What is learnt, and in which portions."""
 
     source: str | None = None
-    """Images: `digits`; a data set of the Hugging Face hub; files (Parquet, Arrow, WebDataset tars), a pattern of files, a folder
-    of files or images, or their hf://, s3:// or https:// address. null: nowhere, or latents alone."""
+    """Images: `digits`; a data set of the Hugging Face hub; files (Parquet, Arrow, WebDataset tars), a pattern of files, a
+    folder of files or images, or their hf://, s3:// or https:// address. null: nowhere, or latents alone."""
     subset: str | None = None
     """Configuration of a hub's data set that has several."""
     split: str = "train"
@@ -43,8 +43,8 @@ class DataConfig:
     max_skipped: int = 100
     """Broken images that are skipped before reading stops with an error."""
     codec: str = "vae:stabilityai/sd-vae-ft-mse"
-    """What maps images to latents and back: `vae:` with a diffusers autoencoder (hub id, or local folder), `pixels` (identity), or a
-    class of your own as `module.path:Class` or `file.py:Class`."""
+    """What maps images to latents and back: `vae:` with a diffusers autoencoder (hub id, or local folder), `pixels` (identity),
+    or a class of your own as `module.path:Class` or `file.py:Class`."""
     codec_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which the codec computes."""
     codec_batch_size: int = 16
@@ -54,7 +54,7 @@ class DataConfig:
     flip: bool = False
     """Mirror every image with probability one half; latents are made of both."""
     class_names: str | None = None
-    """Prompts of the classes: `imagenet`, or a text file with one name a line; null: the names that the data set itself gives."""
+    """Prompts of the classes: `imagenet`, or a text file with one name a line; null: the data set's own names."""
     tokenizer: str = "meta-llama/Meta-Llama-3-8B"
     """Turns prompts into tokens, if the model takes text: `builtin`, or a hub id or folder of transformers."""
     workers: int = 4

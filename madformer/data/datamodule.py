@@ -27,7 +27,7 @@ from madformer.data.samples import (
     ShardSamples,
 )
 from madformer.data.shards import ShardReader
-from madformer.data.sources import ImageSource, open_source
+from madformer.data.sources import open_source
 from madformer.data.stream import ImageStream
 from madformer.files import append_line
 
@@ -35,9 +35,10 @@ from madformer.files import append_line
 class LatentDataModule(pl.LightningDataModule):
     """Endless batches of latents, resumed by the step alone: of shards, of images encoded on the training device, or of digits.
 
-    A batch is `{"latents": [B, C, h, w] float32, "keys": [B, 2] int64}` when training sees it, and `"text": [B, T]` for a model
-    with text; a key is (step, index in the global batch), from which the sample's noise is drawn. Gradient accumulation is set on
-    the Trainer so that every optimiser step sees `data.batch_size` images, on any number of devices.
+    Each batch has `"keys"`, [B, 2] int64 (step, index in the global batch), from which a sample's noise is drawn, and
+    `"text"`, [B, T] int64, for a model with text. `"latents"`, [B, C, h, w] float32, are there when the batch is on the device.
+    Gradient accumulation is set on the Trainer so that every optimiser step sees `data.batch_size` images, on any number of
+    devices.
 
     The codec is held here, beside the model: it is neither in checkpoints nor in the moving average.
 
@@ -56,15 +57,18 @@ class LatentDataModule(pl.LightningDataModule):
         self._skipped_file = config.run_dir / "skipped.txt"
         """Broken images of the source, so far; also those of before a restart."""
         self._epoch_size: int | None = None
+        self._fingerprint: dict[str, str] = {}
         self._samples: Samples | None = None
         if data.source == DIGITS:
-            self._samples, self.class_prompts, self._fingerprint = DigitSamples(), DIGIT_NAMES, {}
+            self._samples, self.class_prompts = DigitSamples(), DIGIT_NAMES
         elif data.latents is not None:
             self._samples = self._open_shards(Path(data.latents))
         elif data.source is not None:
             self._open_images(data.source)
         else:
-            raise ConfigError("data.source = null: nothing to train on; name images, or latents of them (data.latents), or digits")
+            raise ConfigError(
+                "data.source = null: nothing to train on; name images, or latents of them (data.latents), or digits"
+            )
         if self.codec is None and (self._encodes or config.evaluation.preview_every):
             self.codec = build_codec(data.codec, data.codec_dtype)
         if self._encodes:
@@ -133,7 +137,9 @@ class LatentDataModule(pl.LightningDataModule):
             now = self._fingerprint.get(what)
             if now != before:
                 other = f"the {what} that this run was trained on (SHA-256 {before[:12]}) is not the one that is there now"
-                raise InputError(f"{self.config.run_dir}: {other} ({str(now)[:12]}); bring it back, or start a run of another name")
+                raise InputError(
+                    f"{self.config.run_dir}: {other} ({str(now)[:12]}); bring it back, or start a run of another name"
+                )
         self._epoch_size = state_dict["epoch_size"]
 
     @property

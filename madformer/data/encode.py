@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,9 @@ class _Encoder:
             writer = ShardWriter(self.folder, shard_name(unit, part), self.encoding)
             first = [] if following is None else [following]
             seen, skipped = 0, []
-            for batch in _batches(itertools.chain(first, itertools.islice(images, ROWS_PER_SHARD - 1)), self.data.codec_batch_size):
+            for batch in _batches(
+                itertools.chain(first, itertools.islice(images, ROWS_PER_SHARD - 1)), self.data.codec_batch_size
+            ):
                 skipped += [(image.row.key, image.flaw) for image in batch if image.pixels_CYX is None]
                 self._require_few(skipped)
                 self._add(writer, [image for image in batch if image.pixels_CYX is not None])
@@ -246,10 +249,11 @@ def _report(folder: Path, manifest: Manifest) -> None:
     if manifest.skipped:
         lines.append(f"  skipped: {manifest.skipped} broken images, named in {folder / 'skipped.txt'}")
     if quality := manifest.reconstruction:
-        where = folder / "reconstruction.png"
-        lines.append(f"  decoded again, the first {quality['images']:.0f}: {quality['psnr']:.1f} dB PSNR; beside their originals in {where}")
-    spread = ", ".join(f"{mean:+.2f} ± {deviation:.2f}" for mean, deviation in zip(manifest.channel_means, manifest.channel_deviations, strict=True))
-    lines.append(f"  channels: {spread}")
+        decoded = f"  decoded again, the first {quality['images']:.0f}: {quality['psnr']:.1f} dB PSNR"
+        lines.append(f"{decoded}; beside their originals in {folder / 'reconstruction.png'}")
+    mean = sum(manifest.channel_means) / len(manifest.channel_means)
+    deviation = math.sqrt(sum(value**2 for value in manifest.channel_deviations) / len(manifest.channel_deviations))
+    lines.append(f"  mean {mean:+.2f}, deviation {deviation:.2f} (of each channel: {folder / 'manifest.json'})")
     print("\n".join(lines), flush=True)
 
 

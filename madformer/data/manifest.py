@@ -1,7 +1,8 @@
 """What is known of a folder of latents: how they were made, each shard, and the manifest of them all.
 
-A folder of latents has `encoding.json` (what is encoded, and how), and for each shard `shard-000000-000000.arrow` with its rows and
-`shard-000000-000000.json` with what is known of them; a shard is done when the latter is there. `manifest.json` comes last.
+A folder of latents has `encoding.json` (what is encoded, and how), and for each shard `shard-000000-000000.arrow` with its
+rows and `shard-000000-000000.json` with what is known of them; a shard is done when the latter is there. `manifest.json` comes
+last.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Samples(Protocol):
             flipped_B: which ones are to be mirrored.
 
         Returns:
-            `latents`, or `mean` (and `deviation`), or `images` [B, 3, Y, X] uint8; and a caption for each, empty if there is none.
+            `latents`, or `mean` (and `deviation`), or `images` [B, 3, Y, X] uint8; and a caption for each, perhaps empty.
         """
 
 
@@ -138,7 +138,9 @@ def first_good(rows: Iterator[Row], image_size: int) -> ReadImage:
 
 def collate(images: Sequence[ReadImage], flipped_B: np.ndarray, captions: Captions) -> tuple[Batch, list[str]]:
     """Images of a micro-batch together, mirrored where asked for."""
-    pixels = [image.pixels_CYX.flip(-1) if flipped else image.pixels_CYX for image, flipped in zip(images, flipped_B, strict=True)]
+    pixels = [
+        image.pixels_CYX.flip(-1) if flipped else image.pixels_CYX for image, flipped in zip(images, flipped_B, strict=True)
+    ]
     batch: Batch = {"images": torch.stack(pixels)}
     if skipped := [flaw for image in images for flaw in image.skipped]:
         batch["skipped"] = skipped

@@ -1,11 +1,11 @@
-"""Shards of latents: Arrow files that `datasets` opens too, written whole and mapped from the disk. A row is
+"""Shards of latents: Arrow files that `datasets` opens too, written whole and mapped from the disk. A row is.
 
-    key    where the image came from
-    label  class number, if the source has classes
-    text   if the source has texts
-    mean   [C, h, w] float16, the posterior's mean, scaled as the model sees it
-    deviation  its standard deviation, if the codec has one
-    mean_flipped, deviation_flipped  the same of the mirrored image, if asked for
+key    where the image came from
+label  class number, if the source has classes
+text   if the source has texts
+mean   [C, h, w] float16, the posterior's mean, scaled as the model sees it
+deviation  its standard deviation, if the codec has one
+mean_flipped, deviation_flipped  the same of the mirrored image, if asked for
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class ShardWriter:
         features |= {"label": Value("int64")} if self.encoding.labels else {}
         features |= {"text": Value("string")} if self.encoding.texts else {}
         size = int(np.prod(self.encoding.latent_shape))
-        table: dict[str, Any] = {name: pa.array([row[name] for row in self._rows], kind.pa_type) for name, kind in features.items()}
+        table: dict[str, Any] = {
+            name: pa.array([row[name] for row in self._rows], kind.pa_type) for name, kind in features.items()
+        }
         for column, array_NChw in arrays.items():
             features[column] = List(Value("float16"), length=size)
             table[column] = pa.FixedSizeListArray.from_arrays(pa.array(array_NChw.reshape(-1)), size)
@@ -136,7 +138,9 @@ class ShardReader:
         try:
             table = Dataset.from_file(str(path)).data.table
         except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{path}: not a shard: {' '.join(str(error).split())}; delete it and its .json, and encode again") from error
+            raise InputError(
+                f"{path}: not a shard: {' '.join(str(error).split())}; delete it and its .json, and encode again"
+            ) from error
         if len(table) != rows:
             raise InputError(f"{path}: {len(table)} rows, the manifest says {rows}; delete it and its .json, and encode again")
         for batch in table.to_batches():

@@ -135,9 +135,9 @@ class ImageSource:
         prefix, seen = f"{unit}-" if self.num_units > 1 else "", set()
         with explained(self.name, self._file_of(unit)):
             # In a DataLoader's worker, iterating the stream would hand out the worker's share of its shards; `iter` does not.
-            batches = self._stream.shard(num_shards=self.num_units, index=unit)
+            batches = self._stream.shard(num_shards=self.num_units, index=unit).iter(batch_size=1)
             for index, batch in enumerate(batches):
-                example, number = dict(batch), f"{prefix}{index}"
+                example, number = {name: values[0] for name, values in batch.items()}, f"{prefix}{index}"
                 key = self._key(example, number)
                 key = f"{key} ({number})" if key in seen else key
                 seen.add(key)

@@ -1,8 +1,9 @@
 """Training from images that are read in order: the explicit choice for sources that are neither copied nor encoded first.
 
-The stream of an epoch goes through the source's units in an order drawn from (seed, epoch) and shuffles windows of `WINDOW` rows,
-each by a draw of its own. So it is a pure function of seed and position, and a resumed run sees exactly what an uninterrupted one sees.
-The price: every device reads the whole stream, and a resumed run reads its epoch's stream up to where it was, decoding nothing.
+The stream of an epoch goes through the source's units in an order drawn from (seed, epoch) and shuffles windows of `WINDOW`
+rows, each by a draw of its own. So it is a pure function of seed and position, and a resumed run sees exactly what an
+uninterrupted one sees. The price: every device reads the whole stream, and a resumed run reads its epoch's stream up to where
+it was, decoding nothing.
 """
 
 from __future__ import annotations

@@ -47,7 +47,9 @@ def choose_prompts(
     names = known_classes(config)
     if names is None:
         if classes is not None or guidance != 1:
-            raise InputError(f"{config.run_dir}: the names of its classes are not known here: give --prompt, or data.class_names")
+            raise InputError(
+                f"{config.run_dir}: the names of its classes are not known here: give --prompt, or data.class_names"
+            )
         return [Prompt("")] * len(indices)
     chosen = range(len(names)) if classes is None else parse_classes(classes, names)
     labels = [chosen[index % len(chosen)] for index in indices]

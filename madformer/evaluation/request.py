@@ -119,7 +119,9 @@ def parse_sampling(
         raise InputError(f"--guidance {options['guidance']}: must be a number")
     budget = Budget.of_nfe(config, nfe) if nfe is not None else Budget.of_steps(config, cast(int, steps))
     config = replace(config, evaluation=replace(config.evaluation, seed=seed))
-    return SamplingRequest(config, _checkpoints(config.run_dir, "newest")[0], budget.steps, num, parse_weights(weights), **options)
+    return SamplingRequest(
+        config, _checkpoints(config.run_dir, "newest")[0], budget.steps, num, parse_weights(weights), **options
+    )
 
 
 def _integers(option: str, text: str) -> Sequence[int]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -32,7 +31,7 @@ IN_GRID = 64
 
 
 def write_samples(request: SamplingRequest, folder: Path) -> None:
-    """Write a PNG of each sample and a grid of the first ones, and show the grid in TensorBoard; what is there is not sampled again.
+    """Write a PNG of each sample and a grid of the first ones, and show the grid in TensorBoard; what is there is left alone.
 
     Sample i depends on (seed, i) and its prompt alone: more samples leave the first ones as they are.
 
@@ -92,7 +91,7 @@ def sample_path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
 
 
-def _accelerator(config: ExperimentConfig) -> str:
+def _accelerator(config: ExperimentConfig) -> Literal["cpu", "auto"]:
     """A run that was trained on a GPU can be sampled without one."""
     return "cpu" if config.trainer.accelerator == "cpu" else "auto"
 
@@ -130,4 +129,3 @@ def _read(folder: Path, shown: Sequence[dict[str, Any]]) -> Iterator[np.ndarray]
     for one in shown:
         with Image.open(sample_path(folder, one["index"])) as image:
             yield np.asarray(image.convert("RGB"))
-

@@ -66,8 +66,9 @@ class LitMADFormer(pl.LightningModule):
         self.throughput.start()
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Draw noise and timesteps, which prompts are dropped, and where in its posterior an image lies; on the CPU, the same for
-        any device, each image's own.
+        """Draw each image's own noise, timesteps, place in its posterior, and whether its prompt is dropped.
+
+        On the CPU: the same for any device.
         """
         model, draws = self.config.model, self.config.diffusion.draws_per_image
         like_BLCYX = torch.empty(1, model.ar_length, model.latent_channels, model.block_size, model.block_size)

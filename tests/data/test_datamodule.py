@@ -51,7 +51,9 @@ def read(config, steps, first_step=0, ranks=1, state=None):
             seen = data.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0)
             for place, (step, index) in enumerate(keys):
                 assert (step, index) not in found
-                found[step, index] = {name: tensor[place] for name, tensor in seen.items() if name in ("latents", "text", "noise")}
+                found[step, index] = {
+                    name: tensor[place] for name, tensor in seen.items() if name in ("latents", "text", "noise")
+                }
     return found, data.state_dict()
 
 
@@ -105,7 +107,7 @@ def test_an_epoch_has_every_image_once_and_samples_it_anew(kind, folder, monkeyp
     order = [int((means - found[key]["latents"]).abs().mean(dim=(1, 2, 3)).argmin()) for key in sorted(found)]
     epochs = [order[:ROWS], order[ROWS : 2 * ROWS]]
     assert all(sorted(epoch) == list(range(ROWS)) for epoch in epochs) and epochs[0] != epochs[1] != list(range(ROWS))
-    for (step, index), number in list(zip(sorted(found), order, strict=True))[:3] + [((3, 2), order[50])]:
+    for (step, index), number in [*list(zip(sorted(found), order, strict=True))[:3], ((3, 2), order[50])]:
         mean, deviation = moments(number)
         noise = torch.randn((1, 3, 8, 8), generator=keyed_generator(0, "posterior", step, index))[0]
         expected = mean.half().float() + deviation.half().float() * noise if kind == "shards" else mean + deviation * noise
@@ -169,7 +171,9 @@ def test_latents_that_contradict_the_experiment_are_refused(folder, tmp_path):
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "made with data.codec = " in refused(codec="pixels") and "Halving, the experiment has pixels" in refused(codec="pixels")
+    assert "made with data.codec = " in refused(codec="pixels") and "Halving, the experiment has pixels" in refused(
+        codec="pixels"
+    )
     assert "model.latent_size = 8, the experiment has 16: set model.latent_size=8" in refused("model.latent_size=16")
     assert "model.latent_channels = 3, the experiment has 4" in refused("model.latent_channels=4")
     assert "data.codec_dtype = float32, the experiment has bfloat16" in refused(codec_dtype="bfloat16")

@@ -194,10 +194,18 @@ def test_two_processes_write_what_one_writes(tmp_path):
     execute([*encode_command(tmp_path, latents=tmp_path / "two", codec_batch_size=64), "trainer.devices=2"])
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     launched = [[*encode_command(tmp_path, latents=tmp_path / "three", codec_batch_size=64)] for _ in range(2)]
-    torchrun = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GROUP_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    torchrun = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }
     torchrun |= {"TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
     both = [
-        subprocess.Popen(line, cwd=ROOT, env={**os.environ, **torchrun, "RANK": str(rank)}) for rank, line in enumerate(launched)
+        subprocess.Popen(line, cwd=ROOT, env={**os.environ, **torchrun, "RANK": str(rank)})
+        for rank, line in enumerate(launched)
     ]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
@@ -211,7 +219,11 @@ def test_killed_five_times_it_ends_with_the_same_shards(devices, tmp_path):
     for kill in range(5):
         process = subprocess.Popen(killed, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True)
         deadline = time.monotonic() + 120
-        while len(list((tmp_path / "killed").glob("shard-*"))) < 1 + kill and time.monotonic() < deadline and process.poll() is None:
+        while (
+            len(list((tmp_path / "killed").glob("shard-*"))) < 1 + kill
+            and time.monotonic() < deadline
+            and process.poll() is None
+        ):
             time.sleep(0.02)
         if kill % 2:
             os.kill(process.pid, signal.SIGKILL)  # the program alone: the processes that it started notice

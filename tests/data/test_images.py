@@ -185,6 +185,7 @@ def test_a_file_cut_anywhere_is_whole_or_refused(kind, options):
     assert refused > 0.9 * len(content) / 7
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @given(
     content=st.binary(max_size=200),
     place=st.integers(0, 300),
