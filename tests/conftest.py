@@ -1,5 +1,6 @@
 import itertools
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ from madformer.config import ModelConfig, TextConfig, UNetConfig
 from madformer.model import MADFormer
 
 ROOT = Path(__file__).parents[1]
+
+# Before anything imports the libraries of the hub, here or in a child: no test asks it, and none writes into the home folder.
+HUB = tempfile.TemporaryDirectory(prefix="madformer-tests-")
+os.environ |= {"HF_HOME": HUB.name, "HF_HUB_OFFLINE": "1"}
+
 TEXT = TextConfig(vocab_size=11, length=3, pad_token_id=0)
 SWITCHES = [
     {"use_clean_blocks": clean, "use_condition": condition, "local_denoising": local, "parameter_sets": sets, "text": text}
