@@ -19,6 +19,9 @@ from madformer.files import replacing
 MIN_SIDE = 64
 """In a grid, smaller images are magnified to at least this many pixels, or nobody sees them."""
 
+MAX_GRID = 2048
+"""Grids of more pixels along a side are made of reduced images: 64 of 1024 x 1024 would be 200 MB, and in TensorBoard, too."""
+
 SETTINGS = "madformer"
 """Text chunk of a PNG file that holds how it was made, as JSON."""
 
@@ -36,11 +39,17 @@ def to_grid(images_BCYX: Tensor) -> np.ndarray:
 
 
 def to_tiles(pixels_BYX3: np.ndarray) -> np.ndarray:
-    """Images side by side in a nearly square grid, row by row, with a thin frame: [Y, X, 3] bytes; small ones are magnified."""
+    """Images side by side in a nearly square grid, row by row, with a thin frame: [Y, X, 3] bytes.
+
+    Small ones are magnified, and large ones reduced where there are many of them, both by an integer.
+    """
+    columns = math.ceil(math.sqrt(len(pixels_BYX3)))
+    reduction = math.ceil(columns * max(pixels_BYX3.shape[1:3]) / MAX_GRID)
+    if reduction > 1:
+        pixels_BYX3 = np.stack([np.asarray(Image.fromarray(pixels_YX3).reduce(reduction)) for pixels_YX3 in pixels_BYX3])
     factor = math.ceil(MIN_SIDE / pixels_BYX3.shape[2])
     large_BYX3 = repeat(pixels_BYX3, "b y x c -> b (y fy) (x fx) c", fy=factor, fx=factor)
     framed_BYX3 = np.pad(large_BYX3, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96)
-    columns = math.ceil(math.sqrt(len(framed_BYX3)))
     missing = -len(framed_BYX3) % columns
     filled_BYX3 = np.pad(framed_BYX3, ((0, missing), (0, 0), (0, 0), (0, 0)), constant_values=96)
     return rearrange(filled_BYX3, "(rows columns) y x c -> (rows y) (columns x) c", columns=columns)
@@ -56,10 +65,15 @@ def save_png(pixels_YX3: np.ndarray, path: Path, settings: Mapping[str, Any] | N
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """How a PNG file was made, as `save_png` wrote it; None: it does not say."""
+    """How a PNG file was made, as `save_png` wrote it; empty if it does not say. None: there is no such file, or it is torn."""
     try:
         with Image.open(path) as image:
-            found = json.loads(image.info.get(SETTINGS, "null"))
-    except (OSError, ValueError):
+            text = image.info.get(SETTINGS, "")
+            image.verify()
+    except (OSError, SyntaxError, ValueError):  # SyntaxError is Pillow's for a wrong checksum
         return None
-    return found if isinstance(found, dict) else None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-from collections.abc import Callable
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -36,7 +40,11 @@ Work = Callable[..., None]
 
 
 class StoppedError(RuntimeError):
-    """The work is not wanted any more: another process has failed, or the program that started this one has ended."""
+    """The work is not wanted any more: another process has failed, or the program that started this one was interrupted."""
+
+
+class ProcessKilledError(RuntimeError):
+    """A process ended without a word, as when the system kills it for want of memory."""
 
 
 def find_devices(settings: TrainerConfig) -> list[str]:
@@ -65,7 +73,8 @@ def share_out(work: Work, arguments: tuple[Any, ...], devices: list[str], displa
         before: what was done earlier, shown as part of the progress.
 
     Raises:
-        Exception: the first one that a process met; the others are stopped.
+        Exception: what a process met; the others are stopped.
+        ProcessKilledError: a process was killed; the others are ended.
     """
     cluster = _cluster()
     if cluster is not None or len(devices) == 1:
@@ -82,33 +91,37 @@ def cluster_rank() -> int | None:
 
 
 def _cluster() -> ClusterEnvironment | None:
-    return next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
+    """What started this process together with others; a lone one may use all devices."""
+    found = (kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect())
+    return next((cluster for cluster in found if cluster.world_size() > 1), None)
 
 
 def _start_processes(work: Work, arguments: tuple[Any, ...], devices: list[str], display: ProgressDisplay, before: int) -> None:
     context = multiprocessing.get_context("spawn")
-    common = _Common(context.Array("q", len(devices), lock=False), context.Event())
+    common = _Common(context.RawArray("q", len(devices)), context.RawValue("b", 0))
     threads = max(1, torch.get_num_threads() // len(devices))
     with ProcessPoolExecutor(len(devices), context, _enter, (common, threads)) as pool:
-        futures = [pool.submit(_work, rank, devices, work, arguments) for rank in range(len(devices))]
         try:
+            with _interrupts_held():  # until they can deal with one, see `_work`
+                futures = [pool.submit(_work, rank, devices, work, arguments) for rank in range(len(devices))]
             while wait(futures, timeout=SECONDS_BETWEEN_LOOKS).not_done:
                 display.show(before + sum(common.counts))
                 if any(future.done() and future.exception() for future in futures):
                     break
         finally:
-            common.stop.set()  # without effect on those that have ended
+            common.stop.value = 1  # without effect on those that have ended
         errors = [error for future in futures if (error := future.exception()) and not isinstance(error, StoppedError)]
     display.show(before + sum(common.counts))
     if errors and isinstance(errors[0], BrokenProcessPool):
-        raise RuntimeError("a process was killed, perhaps for want of memory; the same command goes on") from errors[0]
+        message = "a process was killed, perhaps for want of memory; what was complete is kept, the same command goes on"
+        raise ProcessKilledError(message) from errors[0]
     if errors:
         raise errors[0]
 
 
 @dataclass(frozen=True)
 class _Common:
-    """What the processes have in common."""
+    """What the processes have in common, without locks: one that is killed would hold them for ever."""
 
     counts: Any
     stop: Any
@@ -122,14 +135,37 @@ def _enter(common: _Common, threads: int) -> None:
     global _common
     _common = common
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without it, a process whose parent was killed would wait for more work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(rank: int, devices: list[str], work: Work, arguments: tuple[Any, ...]) -> None:
-    parent = multiprocessing.parent_process()
-
     def count(done: int) -> None:
         _common.counts[rank] = done
-        if _common.stop.is_set() or (parent is not None and not parent.is_alive()):
+        if _common.stop.value:
             raise StoppedError
 
-    work(Share(rank, len(devices), devices[rank], count), *arguments)
+    # Ctrl-C reaches every process of a terminal. It would end one that starts or waits with a traceback; here it is sent back.
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        count(0)
+        work(Share(rank, len(devices), devices[rank], count), *arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes started meanwhile hold Ctrl-C back as well."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -28,7 +28,7 @@ class ProgressDisplay:
 
     def __init__(self, label: str, unit: str, total: int | None, done: int = 0, silent: bool = False) -> None:
         self.label, self.unit, self.total = label, unit, total
-        self._first = self._shown = done
+        self._first = self._shown = self._done = done
         self._start = self._said = time.monotonic()
         self._silent, self._bar = silent, None if silent or not sys.stdout.isatty() else self._make_bar(done)
 
@@ -40,9 +40,22 @@ class ProgressDisplay:
 
     def show(self, done: int, note: Callable[[], str] = str) -> None:
         """Say how far it is, not too often but at the end; `note` is asked only then, a GPU may have to finish for it."""
-        now, interval = time.monotonic(), SECONDS_BETWEEN_REDRAWS if self._bar else SECONDS_BETWEEN_LINES
-        finished = done == self.total
-        if self._silent or done == self._shown or (now - self._said < interval and not finished):
+        self._done = done
+        interval = SECONDS_BETWEEN_REDRAWS if self._bar else SECONDS_BETWEEN_LINES
+        if done == self.total or time.monotonic() - self._said >= interval:
+            self._say(note)
+
+    def close(self) -> None:
+        """Leave the terminal as it was; where nobody knew the total, say how far it came."""
+        if self.total is None:
+            self._say(str)
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _say(self, note: Callable[[], str]) -> None:
+        now, done = time.monotonic(), self._done
+        if self._silent or done == self._shown:
             return
         self._said, self._shown = now, done
         rate = (done - self._first) / max(now - self._start, 1e-9)
@@ -57,12 +70,6 @@ class ProgressDisplay:
         if self.total is not None:
             words.append(f"{timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))} left")
         print("  ".join(word for word in words if word), flush=True)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
 
     def _make_bar(self, done: int) -> Progress:
         columns = (

@@ -13,7 +13,7 @@ GRID = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
 BLOCKS = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/data.md"])
 def test_examples_run_and_print_what_is_written(document, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
@@ -64,7 +65,7 @@ def encode(config: ExperimentConfig) -> None:
     with claim_folder(folder, "encode", cluster_rank() or 0):
         _begin(folder, encoding)
         before = sum(shard.seen for shard in read_shards(folder).values())
-        with ProgressDisplay("encoded", "images", source.num_rows, before) as display:
+        with ProgressDisplay("encoded", "images", source.expected_rows, before) as display:
             share_out(encode_share, (data, encoding), devices, display, before)
         _finish(folder, encoding, source, codec.to(devices[0]))
 
@@ -201,8 +202,7 @@ def _begin(folder: Path, encoding: Encoding) -> None:
     elif difference := before.describe_difference(encoding):
         raise InputError(f"{folder}: holds other latents: {difference}; name another folder (data.latents), or delete it")
     if cluster_rank() is None:
-        for left in folder.glob(".*.tmp"):  # by a process that was killed
-            left.unlink()
+        _remove_left_overs(folder)
 
 
 def _finish(folder: Path, encoding: Encoding, source: ImageSource, codec: Codec) -> None:
@@ -213,12 +213,19 @@ def _finish(folder: Path, encoding: Encoding, source: ImageSource, codec: Codec)
         return
     if not any(shard.rows for shard in shards):
         raise InputError(f"{encoding.source}: no image in it that can be read")
+    _remove_left_overs(folder)
     skipped = _skipped(shards)
     write_text(folder / "skipped.txt", "".join(f"{key}\t{flaw}\n" for key, flaw in skipped))
     if not (folder / "manifest.json").is_file():
         manifest = summarise(encoding, shards, {})
         write_manifest(folder, summarise(encoding, shards, _reconstruct(folder, manifest, source, codec)))
     _report(folder, read_manifest(folder))
+
+
+def _remove_left_overs(folder: Path) -> None:
+    """What processes that were killed had begun to write."""
+    for left in folder.glob(".shard-*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def _skipped(shards: Sequence[Shard]) -> list[tuple[str, str]]:
@@ -228,18 +235,15 @@ def _skipped(shards: Sequence[Shard]) -> list[tuple[str, str]]:
 def _reconstruct(folder: Path, manifest: Manifest, source: ImageSource, codec: Codec) -> dict[str, float]:
     """Decode the first latents and compare them with their images; with a picture of some."""
     reader, size = ShardReader(folder, manifest), manifest.encoding.image_size
-    keys = reader.values("key", torch.arange(min(RECONSTRUCTED, len(reader))).numpy())
-    rows = {row.key: row for row in itertools.islice(source.rows(0), ROWS_PER_SHARD)}
-    places = [place for place, key in enumerate(keys) if key in rows]
-    if not places:
-        return {}
-    originals_BCYX = to_unit(torch.stack([load_square(rows[keys[place]].read(), size) for place in places]))
-    latents_BChw = torch.from_numpy(reader.read("mean", torch.tensor(places).numpy())).float()
+    keys = reader.values("key", np.arange(min(RECONSTRUCTED, len(reader))))
+    good = (row for unit in range(source.num_units) for row in source.rows(unit) if row.key in keys)
+    originals_BCYX = to_unit(torch.stack([load_square(row.read(), size) for row in itertools.islice(good, len(keys))]))
+    latents_BChw = torch.from_numpy(reader.read("mean", np.arange(len(keys)))).float()
     decoded_BCYX = torch.cat([codec.decode(part.to(codec.device)).cpu() for part in latents_BChw.split(SHOWN)])
     pairs_BCYX = torch.stack([originals_BCYX, decoded_BCYX], dim=1)[:SHOWN].flatten(0, 1)
     save_png(to_grid(pairs_BCYX), folder / "reconstruction.png")
     psnr = peak_signal_noise_ratio(decoded_BCYX, originals_BCYX, data_range=2.0, dim=(1, 2, 3))
-    return {"psnr": round(float(psnr), 3), "images": len(places)}
+    return {"psnr": round(float(psnr), 3), "images": len(keys)}
 
 
 def _report(folder: Path, manifest: Manifest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -33,6 +34,8 @@ class Opened:
     revision: str | None = None
     """Commit of a data set of the hub, with its name."""
     is_image_folder: bool = False
+    expected_rows: int | None = None
+    """How many rows the data set says it has."""
 
 
 def open_data_set(data: DataConfig) -> Opened:
@@ -64,7 +67,9 @@ def open_data_set(data: DataConfig) -> Opened:
         builder.download_and_prepare()
         dataset = builder.as_dataset(split=data.split)
     revision = f"{builder.repo_id}@{builder.hash}" if builder.repo_id else None
-    return Opened(dataset, found, revision, isinstance(builder, ImageFolder))
+    described = (builder.info.splits or {}).get(data.split)
+    rows = described.num_examples if described else None
+    return Opened(dataset, found, revision, isinstance(builder, ImageFolder), rows or None)
 
 
 def _open_saved(folder: Path, data: DataConfig) -> Opened:
@@ -258,6 +263,8 @@ def explained(source: str, file: str | None = None) -> Iterator[None]:
         cause: BaseException = error
         while isinstance(cause, DatasetGenerationError) and cause.__cause__:
             cause = cause.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise cause from error  # the source is not to blame
         reason = _first_line(cause)
         if isinstance(cause, ImportError):
             missing = cause.name or getattr(cause.__cause__, "name", None)

@@ -77,12 +77,15 @@ class ImageSource:
         columns: Columns,
         files: list[str],
         fingerprint: str,
+        expected_rows: int | None = None,
     ) -> None:
-        from datasets import Dataset
+        from datasets import Dataset, IterableDataset
 
         self.name = name
         self.class_names = columns.class_names
         self.fingerprint = fingerprint
+        self.expected_rows = expected_rows if isinstance(dataset, IterableDataset) else len(dataset)
+        """Rows in all, of a stream as far as its data set says; None: it does not."""
         self._table = dataset if isinstance(dataset, Dataset) else None
         self._stream = None if isinstance(dataset, Dataset) else dataset
         self._columns = columns
@@ -192,7 +195,7 @@ def open_source(data: DataConfig) -> ImageSource:
         dataset = opened.dataset.select_columns(kept).cast_column(columns.image, datasets.Image(decode=False))
         if opened.is_image_folder:
             dataset = _with_names(dataset, columns.image, opened.files)
-        return ImageSource(data.source, dataset, columns, opened.files, _fingerprint(data, opened))
+        return ImageSource(data.source, dataset, columns, opened.files, _fingerprint(data, opened), opened.expected_rows)
 
 
 def _with_names(dataset: Dataset | IterableDataset, image: str, files: list[str]) -> Dataset:

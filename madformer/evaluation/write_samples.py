@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from madformer import __version__
 from madformer.checkpoints import checkpoint_step, load_model
-from madformer.config import ExperimentConfig, InputError, config_hash
-from madformer.data.codec import build_codec
+from madformer.config import ConfigError, ExperimentConfig, InputError, config_hash
+from madformer.config.data import PIXELS
+from madformer.data.codec import Codec, build_codec
 from madformer.data.prompts import PromptTokenizer
 from madformer.evaluation.prompting import choose_prompts
 from madformer.evaluation.request import SamplingRequest
@@ -22,9 +26,10 @@ from madformer.evaluation.sampling import sample_batches
 from madformer.fingerprint import weights_sha256
 from madformer.images import read_settings, save_png, to_pixels, to_tiles
 from madformer.model import cost
-from madformer.parallel import Share, find_devices, share_out
+from madformer.parallel import Share, cluster_rank, find_devices, share_out
 from madformer.progress import ProgressDisplay
 from madformer.run import claim_folder
+from madformer.training.errors import NonFiniteError
 
 IN_GRID = 64
 """Images of the grid, the first ones."""
@@ -36,52 +41,49 @@ def write_samples(request: SamplingRequest, folder: Path) -> None:
     Sample i depends on (seed, i) and its prompt alone: more samples leave the first ones as they are.
 
     Raises:
+        ConfigError: a codec or tokenizer that cannot be had, or does not fit the model.
         InputError: the folder holds samples made in another way, or a prompt that the run cannot have.
+        NonFiniteError: the run has diverged.
     """
-    config = request.config
+    config, rank = request.config, cluster_rank()
+    devices = find_devices(replace(config.trainer, accelerator=_accelerator(config), devices=request.devices))
     prompts = choose_prompts(config, request.classes, request.prompt, request.guidance, range(request.num))
-    codec = build_codec(config.data.codec, config.data.codec_dtype)
-    settings = {
-        "run": config.name,
-        "checkpoint": request.checkpoint.name,
-        "weights": request.weights,
-        "weights_sha256": weights_sha256(load_model(request.checkpoint, config, request.weights)),
-        "config_hash": config_hash(config),
-        "sampler": "ddim",
-        "steps": request.steps,
-        "nfe": cost.nfe(config.model, request.steps),
-        "guidance": request.guidance,
-        "seed": config.evaluation.seed,
-        "codec": codec.name,
-        "codec_sha256": codec.sha256,
-    }
+    settings = _settings(request)
     every = [{**settings, "index": index, **prompt.settings} for index, prompt in enumerate(prompts)]
-    existed = folder.is_dir()
-    with claim_folder(folder, "sample"):
-        missing = [one for one in every if not _is_there(folder, one)]
-        devices = find_devices(replace(config.trainer, accelerator=_accelerator(config), devices=request.devices))
-        with ProgressDisplay("sampled", "images", request.num, request.num - len(missing)) as display:
-            share_out(sample_share, (request, folder, missing), devices, display, request.num - len(missing))
-        if missing or not existed:
-            _show(request, folder, every[:IN_GRID], settings)
+    _tokens(request, every)  # if there is a mistake, better now
+    with claim_folder(folder, "sample", rank or 0):
+        missing = frozenset(wanted["index"] for wanted in every if not _is_there(folder, wanted))
+        if rank is None:
+            for left in folder.glob(".*.png.*.tmp"):  # by a process that was killed
+                left.unlink()
+        before = request.num - len(missing)
+        if missing:
+            with ProgressDisplay("sampled", "images", request.num, before, silent=bool(rank)) as display:
+                share_out(sample_share, (request, folder, every, missing), devices, display, before)
+        if rank is not None and not all(_is_there(folder, wanted) for wanted in every):
+            print(f"{folder}: this process has done its share; the last one makes the grid", flush=True)
+            return
+        _show(request, folder, every[:IN_GRID])
     what = f"{request.num} samples of {request.checkpoint}, {request.steps} steps, seed {config.evaluation.seed}"
     print(f"{folder}/grid.png: {what}" + ("" if missing else " (there already)"))
 
 
-def sample_share(share: Share, request: SamplingRequest, folder: Path, wanted: Sequence[dict[str, Any]]) -> None:
-    """Sample every `world_size`-th of the wanted images and write them."""
-    config, mine = request.config, wanted[share.rank :: share.world_size]
+def sample_share(
+    share: Share, request: SamplingRequest, folder: Path, every: Sequence[dict[str, Any]], missing: Collection[int]
+) -> None:
+    """Sample and write those missing among every `world_size`-th image, whatever other processes have written meanwhile."""
+    config = request.config
+    mine = [wanted for wanted in every[share.rank :: share.world_size] if wanted["index"] in missing]
     model = load_model(request.checkpoint, config, request.weights).to(share.device)
     codec = build_codec(config.data.codec, config.data.codec_dtype, share.device)
-    text_BT = None
-    if config.model.text is not None and mine:
-        text_BT = PromptTokenizer(config.data.tokenizer, config.model.text)([one["prompt"] for one in mine])
-    done, indices = 0, [one["index"] for one in mine]
+    done, indices, text_BT = 0, [wanted["index"] for wanted in mine], _tokens(request, mine)
     for latents_BChw in sample_batches(
         model, config, request.steps, indices, config.evaluation.batch_size, text_BT, request.guidance
     ):
-        for pixels_YX3, settings in zip(to_pixels(codec.decode(latents_BChw)), mine[done:], strict=False):
-            save_png(pixels_YX3, sample_path(folder, settings["index"]), {**settings, "madformer": __version__})
+        if not bool(latents_BChw.isfinite().all()):
+            raise NonFiniteError(f"{request.checkpoint}: its samples are NaN or infinite, the run has diverged")
+        for pixels_YX3, wanted in zip(to_pixels(codec.decode(latents_BChw)), mine[done:], strict=False):
+            save_png(pixels_YX3, sample_path(folder, wanted["index"]), {**wanted, "madformer": __version__})
         done += len(latents_BChw)
         share.count(done)
 
@@ -96,36 +98,90 @@ def _accelerator(config: ExperimentConfig) -> Literal["cpu", "auto"]:
     return "cpu" if config.trainer.accelerator == "cpu" else "auto"
 
 
+def _settings(request: SamplingRequest) -> dict[str, Any]:
+    """What makes all samples, beside their prompts."""
+    config = request.config
+    codec = build_codec(config.data.codec, config.data.codec_dtype)
+    _require_fit(codec, config)
+    return {
+        "run": config.name,
+        "checkpoint": request.checkpoint.name,
+        "weights": request.weights,
+        "weights_sha256": weights_sha256(load_model(request.checkpoint, config, request.weights)),
+        "config_hash": config_hash(config),
+        "sampler": "ddim",
+        "steps": request.steps,
+        "nfe": cost.nfe(config.model, request.steps),
+        "guidance": request.guidance,
+        "seed": config.evaluation.seed,
+        "codec": codec.name,
+        "codec_sha256": codec.sha256,
+    }
+
+
+def _require_fit(codec: Codec, config: ExperimentConfig) -> None:
+    ours, theirs = config.model.latent_channels, codec.latent_channels
+    if ours != theirs and (codec.name, ours) != (PIXELS, 1):
+        remedy = (
+            f"its latents have {theirs} channels, those of {config.run_dir} have {ours}; name the codec it was trained with"
+        )
+        raise ConfigError(f"data.codec = {codec.name!r}: {remedy}")
+
+
+def _tokens(request: SamplingRequest, images: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    """Token ids [B, T] of the images' prompts; None: no text, which needs no tokenizer."""
+    config, prompts = request.config, [wanted["prompt"] for wanted in images]
+    if config.model.text is None or not (any(prompts) or request.guidance != 1):
+        return None
+    return PromptTokenizer(config.data.tokenizer, config.model.text)(prompts)
+
+
 def _is_there(folder: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the file is there.
+    """Whether the file is there and whole.
 
     Raises:
         InputError: it was made in another way.
     """
     path = sample_path(folder, wanted["index"])
-    if not path.is_file():
+    found = read_settings(path)
+    if found is None:
         return False
-    found = read_settings(path) or {}
     for name, value in wanted.items():
-        if name != "run" and found.get(name) != value:
+        if name != "run" and found.get(name) != value:  # a run may have been moved
             other = f"{name} = {found.get(name)!r} there, {value!r} asked for"
             raise InputError(f"{path}: made in another way: {other}; name another folder (--out), or delete it")
     return True
 
 
-def _show(request: SamplingRequest, folder: Path, shown: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """The grid, as a file and in TensorBoard."""
-    pixels_BYX3 = np.stack(list(_read(folder, shown)))
-    grid_YX3 = to_tiles(pixels_BYX3)
-    save_png(grid_YX3, folder / "grid.png", {**settings, "madformer": __version__})
+def _show(request: SamplingRequest, folder: Path, shown: Sequence[dict[str, Any]]) -> None:
+    """The grid, as a file and in TensorBoard; one of these images and more may stay."""
+    path, prompts = folder / "grid.png", [wanted["prompt"] for wanted in shown]
+    settings = {name: value for name, value in shown[0].items() if name not in ("index", "prompt", "class")}
+    found = read_settings(path) or {}
+    same = all(found.get(name) == value for name, value in settings.items() if name != "run")
+    if same and found.get("prompts", [])[: len(prompts)] == prompts:
+        return
+    grid_YX3 = to_tiles(np.stack([_read(sample_path(folder, wanted["index"])) for wanted in shown]))
+    _draw(request, grid_YX3, list(dict.fromkeys(prompts)))
+    save_png(grid_YX3, path, {**settings, "prompts": prompts, "madformer": __version__})
+
+
+def _draw(request: SamplingRequest, grid_YX3: np.ndarray, prompts: Sequence[str]) -> None:
+    """An event file of its own for each kind of samples: it takes the place of a former one, training's stay as they are."""
+    run, step, seed = request.config.run_dir, checkpoint_step(request.checkpoint), request.config.evaluation.seed
     guided = f", guidance {request.guidance:g}" if request.guidance != 1 else ""
-    with SummaryWriter(str(request.config.run_dir), filename_suffix=".samples") as writer:
-        tag = f"samples/{request.weights}, {request.steps} steps{guided}, seed {request.config.evaluation.seed}"
-        writer.add_image(tag, grid_YX3, checkpoint_step(request.checkpoint), dataformats="HWC")
-        writer.add_text(f"{tag} prompts", ", ".join(dict.fromkeys(str(one.get("prompt", "")) for one in shown)))
+    asked = textwrap.shorten(request.prompt or request.classes or "", 60, placeholder=" ...")
+    tag = f"samples/{request.weights}, {request.steps} steps{guided}, seed {seed}" + (f", {asked}" if asked else "")
+    kind = hashlib.sha256(f"{step} {tag} {request.prompt} {request.classes}".encode()).hexdigest()[:8]
+    former = list(run.glob(f"events.out.tfevents.*.{kind}.samples"))
+    with SummaryWriter(str(run), filename_suffix=f".{kind}.samples") as writer:
+        writer.add_image(tag, grid_YX3, step, dataformats="HWC")
+        if any(prompts):
+            writer.add_text(f"{tag} prompts", ", ".join(prompts), step)
+    for path in former:
+        path.unlink(missing_ok=True)
 
 
-def _read(folder: Path, shown: Sequence[dict[str, Any]]) -> Iterator[np.ndarray]:
-    for one in shown:
-        with Image.open(sample_path(folder, one["index"])) as image:
-            yield np.asarray(image.convert("RGB"))
+def _read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
