@@ -6,6 +6,8 @@ import errno
 import logging
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +81,8 @@ def evaluate(
     request = parse_request(load_run(run), nfe, steps, num_samples, checkpoints, weights)
     from madformer.evaluation.evaluate import evaluate_run
 
-    evaluate_run(request)
+    with _going_on_later():
+        evaluate_run(request)
 
 
 @app.command()
@@ -103,7 +106,8 @@ def sample(
     request = parse_sampling(load_run(run), num, steps, nfe, seed, weights, **asked)
     from madformer.evaluation.write_samples import write_samples
 
-    write_samples(request, out)
+    with _going_on_later():
+        write_samples(request, out)
 
 
 @app.command()
@@ -115,7 +119,8 @@ def encode(
     config = load_experiment(experiment, overrides or [])
     from madformer.data.encode import encode as encode_images
 
-    encode_images(config)
+    with _going_on_later():
+        encode_images(config)
 
 
 @app.command("import")
@@ -206,13 +211,23 @@ def main() -> None:
         _fail_if_expected(error)
 
 
+@contextmanager
+def _going_on_later() -> Iterator[None]:
+    """Say on Ctrl-C that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("interrupted; what was complete is kept, the same command goes on", 130)
+
+
 def _fail_if_expected(error: RuntimeError) -> None:
-    """Runs that end as they must: interrupted, or diverged. Anything else is a defect and shows where."""
+    """Commands that end as they must: interrupted, diverged, killed. Anything else is a defect and shows where."""
+    from madformer.parallel import ProcessKilledError
     from madformer.training.errors import Interrupted, NonFiniteError
 
     if isinstance(error, Interrupted):
         _fail(str(error), 128 + error.signal_number)
-    if isinstance(error, NonFiniteError):
+    if isinstance(error, (NonFiniteError, ProcessKilledError)):
         _fail(str(error), 1)
     raise error
 

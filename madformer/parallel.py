@@ -78,8 +78,8 @@ def share_out(work: Work, arguments: tuple[Any, ...], devices: list[str], displa
     """
     cluster = _cluster()
     if cluster is not None or len(devices) == 1:
-        rank, world_size, local = (cluster.global_rank(), cluster.world_size(), cluster.local_rank()) if cluster else (0, 1, 0)
-        work(Share(rank, world_size, devices[local % len(devices)], lambda done: display.show(before + done)), *arguments)
+        rank, world_size = (cluster.global_rank(), cluster.world_size()) if cluster else (0, 1)
+        work(Share(rank, world_size, own_device(devices), lambda done: display.show(before + done)), *arguments)
     else:
         _start_processes(work, arguments, devices, display, before)
 
@@ -88,6 +88,12 @@ def cluster_rank() -> int | None:
     """This process among those that torchrun or Slurm started; None: they did not."""
     cluster = _cluster()
     return cluster.global_rank() if cluster else None
+
+
+def own_device(devices: list[str]) -> str:
+    """The device of this process."""
+    cluster = _cluster()
+    return devices[cluster.local_rank() % len(devices)] if cluster else devices[0]
 
 
 def _cluster() -> ClusterEnvironment | None:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from madformer.config.data import PIXELS
+from madformer.config.model import ModelConfig
 from madformer.config.rules import ConfigError, InputError, is_integer
 from madformer.data.autoencoders import DiffusersAutoencoder, first_line, load_autoencoder
 from madformer.fingerprint import weights_sha256
 
-__all__ = ["Autoencoder", "Codec", "build_codec"]
+__all__ = ["Autoencoder", "Codec", "build_codec", "require_fit"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -245,6 +246,18 @@ def build_codec(
             return Codec(name, autoencoder, kind, _bearable_dtype(name, autoencoder, _DTYPES[dtype])).to(device)
     except InputError as error:
         raise ConfigError(f"data.codec = {name!r}: {error}") from error
+
+
+def require_fit(codec: Codec, model: ModelConfig) -> None:
+    """Refuse a codec whose latents are not the model's; pixels may be grey.
+
+    Raises:
+        ConfigError: with both numbers of channels.
+    """
+    theirs, ours = codec.latent_channels, model.latent_channels
+    if theirs != ours and (codec.name, ours) != (PIXELS, 1):
+        remedy = f"set model.latent_channels={theirs}, or another codec"
+        raise ConfigError(f"data.codec = {codec.name!r}: its latents have {theirs} channels, the model's {ours}: {remedy}")
 
 
 def _build_autoencoder(name: str) -> tuple[Autoencoder, str]:

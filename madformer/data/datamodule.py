@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from madformer.config import ConfigError, ExperimentConfig, InputError
 from madformer.config.data import DIGITS
-from madformer.data.codec import Codec, build_codec
+from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.data.images import to_unit
 from madformer.data.manifest import Manifest, read_manifest
 from madformer.data.order import MicroBatches, Portion, SampleOrder
@@ -71,8 +71,9 @@ class LatentDataModule(pl.LightningDataModule):
             )
         if self.codec is None and (self._encodes or config.evaluation.preview_every):
             self.codec = build_codec(data.codec, data.codec_dtype)
-        if self._encodes:
-            self._image_size = config.model.latent_size * _require_codec(self.codec, config).downsampling
+        if self.codec is not None:
+            require_fit(self.codec, config.model)
+            self._image_size = config.model.latent_size * self.codec.downsampling
         self.tokenizer = PromptTokenizer(data.tokenizer, config.model.text) if config.model.text else None
         self._finishing = Finishing(config.seed, data.flip, self.tokenizer)
 
@@ -224,11 +225,3 @@ class LatentDataModule(pl.LightningDataModule):
         except ConfigError:
             return False
         return self.codec.sha256 == manifest.encoding.codec_sha256
-
-
-def _require_codec(codec: Codec | None, config: ExperimentConfig) -> Codec:
-    assert codec is not None
-    if codec.latent_channels != config.model.latent_channels:
-        theirs = f"its latents have {codec.latent_channels} channels, the model's {config.model.latent_channels}"
-        raise ConfigError(f"data.codec = {codec.name!r}: {theirs}: set model.latent_channels={codec.latent_channels}")
-    return codec

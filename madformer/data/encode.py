@@ -15,7 +15,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from madformer.config import ConfigError, DataConfig, ExperimentConfig, InputError
 from madformer.config.data import DIGITS
-from madformer.data.codec import Codec, build_codec
+from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.data.images import BadImage, load_square, to_unit
 from madformer.data.manifest import (
     Encoding,
@@ -36,7 +36,7 @@ from madformer.data.shards import ShardReader, ShardWriter
 from madformer.data.sources import ROWS_PER_SHARD, ImageSource, Row, open_source
 from madformer.files import write_text
 from madformer.images import save_png, to_grid
-from madformer.parallel import Share, cluster_rank, find_devices, share_out
+from madformer.parallel import Share, cluster_rank, find_devices, own_device, share_out
 from madformer.progress import ProgressDisplay
 from madformer.run import claim_folder
 
@@ -60,14 +60,15 @@ def encode(config: ExperimentConfig) -> None:
     if data.source in (None, DIGITS):
         raise ConfigError(f"data.source = {data.source!r}: nothing to encode; name a data set, files or a folder of images")
     folder, devices = Path(data.latents), find_devices(config.trainer)
-    source, codec = open_source(data), build_codec(data.codec, data.codec_dtype)
+    source, codec = open_source(data), build_codec(data.codec, data.codec_dtype, own_device(devices))
     encoding = _describe(config, source, codec)
-    with claim_folder(folder, "encode", cluster_rank() or 0):
+    rank = cluster_rank()
+    with claim_folder(folder, "encode", rank or 0):
         _begin(folder, encoding)
         before = sum(shard.seen for shard in read_shards(folder).values())
-        with ProgressDisplay("encoded", "images", source.expected_rows, before) as display:
+        with ProgressDisplay("encoded", "images", source.expected_rows, before, silent=bool(rank)) as display:
             share_out(encode_share, (data, encoding), devices, display, before)
-        _finish(folder, encoding, source, codec.to(devices[0]))
+        _finish(folder, encoding, source, codec)
 
 
 def encode_share(share: Share, data: DataConfig, encoding: Encoding) -> None:
@@ -160,9 +161,7 @@ def _describe(config: ExperimentConfig, source: ImageSource, codec: Codec) -> En
     """
     data, model = config.data, config.model
     assert data.source is not None
-    if codec.latent_channels != model.latent_channels:
-        theirs = f"its latents have {codec.latent_channels} channels, the model's {model.latent_channels}"
-        raise ConfigError(f"data.codec = {data.codec!r}: {theirs}: set model.latent_channels={codec.latent_channels}")
+    require_fit(codec, model)
     return Encoding(
         source=data.source,
         subset=data.subset,
@@ -187,7 +186,7 @@ def _describe(config: ExperimentConfig, source: ImageSource, codec: Codec) -> En
 def _is_stochastic(codec: Codec) -> bool:
     side = 4 * codec.downsampling
     noise_BCYX = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return bool(codec.encode(noise_BCYX)[1].any())
+    return bool(codec.encode(noise_BCYX.to(codec.device))[1].any())
 
 
 def _begin(folder: Path, encoding: Encoding) -> None:

@@ -21,6 +21,7 @@ from madformer.data.digits import load_digits
 from madformer.evaluation.curves import write_curves
 from madformer.evaluation.features import feature_network, metric_name
 from madformer.evaluation.metrics import FrechetDistance
+from madformer.evaluation.prompting import choose_prompts, tokenize
 from madformer.evaluation.record import append_point, find_point, read_means, read_points
 from madformer.evaluation.request import Budget, EvaluationRequest
 from madformer.evaluation.sampling import sample_batches, sampling_device
@@ -108,7 +109,9 @@ def _measure(model: MADFormer, config: ExperimentConfig, budget: Budget, judge: 
     evaluation, seconds = config.evaluation, 0.0
     codec = build_codec(config.data.codec, config.data.codec_dtype, sampling_device(config))
     judge.distance.reset()
-    batches = sample_batches(model, config, budget.steps, range(evaluation.num_samples), evaluation.batch_size)
+    indices = range(evaluation.num_samples)
+    text_BT = tokenize(config, [prompt.text for prompt in choose_prompts(config, None, None, 1.0, indices)])
+    batches = sample_batches(model, config, budget.steps, indices, evaluation.batch_size, text_BT)
     before = time.perf_counter()
     for latents_BChw in batches:
         if latents_BChw.is_cuda:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from madformer.config import ExperimentConfig, InputError
 from madformer.config.data import DIGITS
 from madformer.data.manifest import read_manifest
-from madformer.data.prompts import DIGIT_NAMES, class_prompts, parse_classes
+from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts, parse_classes
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,17 @@ def choose_prompts(
     chosen = range(len(names)) if classes is None else parse_classes(classes, names)
     labels = [chosen[index % len(chosen)] for index in indices]
     return [Prompt(names[label], label) for label in labels]
+
+
+def tokenize(config: ExperimentConfig, prompts: Sequence[str], guidance: float = 1.0) -> Tensor | None:
+    """Token ids [B, T] of prompts; None: a model without text, or nothing but the null text, which needs no tokenizer.
+
+    Raises:
+        ConfigError: the tokenizer cannot be had, or is not the model's.
+    """
+    if config.model.text is None or not (any(prompts) or guidance != 1):
+        return None
+    return PromptTokenizer(config.data.tokenizer, config.model.text)(prompts)
 
 
 def known_classes(config: ExperimentConfig) -> tuple[str, ...] | None:

@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 
 from madformer.checkpoints import Weights, checkpoint_path, find_flaw, list_checkpoints, newest_intact
 from madformer.config import ConfigError, ExperimentConfig, InputError
+from madformer.config.evaluation import MAX_SAMPLES
 from madformer.model import cost
 
 
@@ -115,6 +116,8 @@ def parse_sampling(
     """
     if (nfe is None) == (steps is None):
         raise InputError("give one of --steps and --nfe")
+    if num > MAX_SAMPLES:
+        raise InputError(f"--num {num}: must be at most {MAX_SAMPLES:,}, each image has a seed of its own")
     if not math.isfinite(options.get("guidance", 1.0)):
         raise InputError(f"--guidance {options['guidance']}: must be a number")
     budget = Budget.of_nfe(config, nfe) if nfe is not None else Budget.of_steps(config, cast(int, steps))

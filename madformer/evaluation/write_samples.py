@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from madformer import __version__
 from madformer.checkpoints import checkpoint_step, load_model
-from madformer.config import ConfigError, ExperimentConfig, InputError, config_hash
-from madformer.config.data import PIXELS
-from madformer.data.codec import Codec, build_codec
-from madformer.data.prompts import PromptTokenizer
-from madformer.evaluation.prompting import choose_prompts
+from madformer.config import ExperimentConfig, InputError, config_hash
+from madformer.data.codec import build_codec, require_fit
+from madformer.evaluation.prompting import choose_prompts, tokenize
 from madformer.evaluation.request import SamplingRequest
 from madformer.evaluation.sampling import sample_batches
 from madformer.fingerprint import weights_sha256
@@ -33,6 +32,8 @@ from madformer.training.errors import NonFiniteError
 
 IN_GRID = 64
 """Images of the grid, the first ones."""
+
+_log = logging.getLogger(__name__)
 
 
 def write_samples(request: SamplingRequest, folder: Path) -> None:
@@ -50,7 +51,7 @@ def write_samples(request: SamplingRequest, folder: Path) -> None:
     prompts = choose_prompts(config, request.classes, request.prompt, request.guidance, range(request.num))
     settings = _settings(request)
     every = [{**settings, "index": index, **prompt.settings} for index, prompt in enumerate(prompts)]
-    _tokens(request, every)  # if there is a mistake, better now
+    tokenize(config, [prompt.text for prompt in prompts], request.guidance)  # if there is a mistake, better now
     with claim_folder(folder, "sample", rank or 0):
         missing = frozenset(wanted["index"] for wanted in every if not _is_there(folder, wanted))
         if rank is None:
@@ -76,7 +77,8 @@ def sample_share(
     mine = [wanted for wanted in every[share.rank :: share.world_size] if wanted["index"] in missing]
     model = load_model(request.checkpoint, config, request.weights).to(share.device)
     codec = build_codec(config.data.codec, config.data.codec_dtype, share.device)
-    done, indices, text_BT = 0, [wanted["index"] for wanted in mine], _tokens(request, mine)
+    done, indices = 0, [wanted["index"] for wanted in mine]
+    text_BT = tokenize(config, [wanted["prompt"] for wanted in mine], request.guidance)
     for latents_BChw in sample_batches(
         model, config, request.steps, indices, config.evaluation.batch_size, text_BT, request.guidance
     ):
@@ -102,7 +104,7 @@ def _settings(request: SamplingRequest) -> dict[str, Any]:
     """What makes all samples, beside their prompts."""
     config = request.config
     codec = build_codec(config.data.codec, config.data.codec_dtype)
-    _require_fit(codec, config)
+    require_fit(codec, config.model)
     return {
         "run": config.name,
         "checkpoint": request.checkpoint.name,
@@ -117,23 +119,6 @@ def _settings(request: SamplingRequest) -> dict[str, Any]:
         "codec": codec.name,
         "codec_sha256": codec.sha256,
     }
-
-
-def _require_fit(codec: Codec, config: ExperimentConfig) -> None:
-    ours, theirs = config.model.latent_channels, codec.latent_channels
-    if ours != theirs and (codec.name, ours) != (PIXELS, 1):
-        remedy = (
-            f"its latents have {theirs} channels, those of {config.run_dir} have {ours}; name the codec it was trained with"
-        )
-        raise ConfigError(f"data.codec = {codec.name!r}: {remedy}")
-
-
-def _tokens(request: SamplingRequest, images: Sequence[Mapping[str, Any]]) -> Tensor | None:
-    """Token ids [B, T] of the images' prompts; None: no text, which needs no tokenizer."""
-    config, prompts = request.config, [wanted["prompt"] for wanted in images]
-    if config.model.text is None or not (any(prompts) or request.guidance != 1):
-        return None
-    return PromptTokenizer(config.data.tokenizer, config.model.text)(prompts)
 
 
 def _is_there(folder: Path, wanted: dict[str, Any]) -> bool:
@@ -174,6 +159,9 @@ def _draw(request: SamplingRequest, grid_YX3: np.ndarray, prompts: Sequence[str]
     tag = f"samples/{request.weights}, {request.steps} steps{guided}, seed {seed}" + (f", {asked}" if asked else "")
     kind = hashlib.sha256(f"{step} {tag} {request.prompt} {request.classes}".encode()).hexdigest()[:8]
     former = list(run.glob(f"events.out.tfevents.*.{kind}.samples"))
+    if not os.access(run, os.W_OK):
+        _log.warning("%s may not be written to: TensorBoard does not show the samples", run)
+        return
     with SummaryWriter(str(run), filename_suffix=f".{kind}.samples") as writer:
         writer.add_image(tag, grid_YX3, step, dataformats="HWC")
         if any(prompts):

@@ -65,7 +65,7 @@ def test_everything_that_made_a_number_stands_beside_it(tmp_path):
         "guidance": 1.0,
         "num_samples": 16,
         "seed": 0,
-        "codec": "identity",
+        "codec": "pixels",
         "device": "cpu",
         "threads": 1,
     }
