@@ -248,10 +248,7 @@ def write_codec(folder: Path, channels: Sequence[int]) -> None:
     """An autoencoder of Stable Diffusion's architecture with random weights."""
     from diffusers import AutoencoderKL
 
-    halves: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
-        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
-    }
+    halves = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     AutoencoderKL(block_out_channels=tuple(channels), layers_per_block=2, latent_channels=4, **halves).save_pretrained(folder)
 
 
@@ -279,9 +276,8 @@ def measure_encoding(folder: Path, given: argparse.Namespace) -> dict[str, list[
     """Images a second by side: the codec alone, encoding, encoding with a codec that costs nothing."""
     write_codec(folder / "codec", given.channels)
     names = {"encoding": f"vae:{folder / 'codec'}", "without codec": "benchmarks.data:FreeCodec"}
-    settings = [f"model.latent_size={IMAGE_SIZE // 8}", "model.ar_length=4"]
+    settings = [f"model.latent_size={IMAGE_SIZE // 8}", "model.ar_length=4", f"data.workers={given.threads}"]
     settings += [f"data.codec_dtype={given.codec_dtype}", f"data.codec_batch_size={given.codec_batch}"]
-    settings += [f"data.workers={given.threads}"]
     configs = {}
     for (side, name), copies in zip(names.items(), (1, FREE_COPIES), strict=True):
         write_images(folder / f"{side}.parquet", given.images, copies)
@@ -332,12 +328,11 @@ def measure_memory(latents: Latents, batch: int, workers: int) -> list[int]:
 
 
 def report_memory(shapes: Sequence[Latents], batch: int) -> list[str]:
-    """The table, and whether memory stays as it is; in a new process, whose heap has no gaps that growth hides in."""
-    rows, verdicts, sides = [], [], list(itertools.product(shapes, (0, 1)))
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as new:
-        found = [new.submit(measure_memory, latents, batch, workers).result() for latents, workers in sides]
-    for (latents, workers), seen in zip(sides, found, strict=True):
-        name, early = f"{latents.name}, {'a worker' if workers else 'the process itself'}", -(-len(seen) // 10)
+    """The table, and whether memory stays as it is."""
+    rows, verdicts = [], []
+    for latents, workers in itertools.product(shapes, (0, 1)):
+        seen = measure_memory(latents, batch, workers)
+        name, early = f"{latents.name}, {'a worker' if workers else 'this process'}", -(-len(seen) // 10)
         read = latents.size * (len(seen) - early) / len(seen)
         rows.append((name, [f"{size / 2**20:.1f}" for size in (seen[early - 1], seen[-1], max(seen), read)]))
         growth = (seen[-1] - seen[early - 1]) / max(read, 1)
@@ -382,13 +377,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parts(folder: Path, given: argparse.Namespace) -> Iterator[list[str]]:
-    shapes = [] if given.part == "encode" else [write_latents(folder / name, name, given.rows) for name in _SHAPES]
+    shapes: list[Latents] = []
+    if given.part != "encode":
+        # Another process writes: the heap of this one gets no gaps that growth could hide in.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as writer:
+            shapes = [writer.submit(write_latents, folder / name, name, given.rows).result() for name in _SHAPES]
+    if given.part in ("memory", None):
+        yield report_memory(shapes, given.batch[0])
     if given.part in ("shards", None):
         yield report_shards(shapes, given.batch, given.repeats)
     if given.part in ("encode", None):
         yield report_encoding(folder, given)
-    if given.part in ("memory", None):
-        yield report_memory(shapes, given.batch[0])
 
 
 def _header(given: argparse.Namespace) -> str:

@@ -96,7 +96,7 @@ def test_the_free_codec_gives_what_stable_diffusions_would():
 
 def test_memory(capsys):
     printed = run(capsys, "--part", "memory")
-    names = [f"{name}, {process}" for name in data._SHAPES for process in ("the process itself", "a worker")]
+    names = [f"{name}, {process}" for name in data._SHAPES for process in ("this process", "a worker")]
     assert verdicts(printed).keys() == {f"{name}: growth in shares of what was read" for name in names}
     for name in names:
         (line,) = re.findall(rf"^{re.escape(name)} +(\S+) +(\S+) +(\S+) +(\S+)$", printed, re.MULTILINE)

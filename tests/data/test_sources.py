@@ -30,6 +30,7 @@ def own_cache(monkeypatch, tmp_path_factory):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr("datasets.config.DOWNLOADED_DATASETS_PATH", tmp_path_factory.mktemp("downloads"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)  # else addresses are refused, too
 
 
 @pytest.fixture
