@@ -59,6 +59,8 @@ MEMORY_GOAL = 0.05
 GPUS, GPU_FLOPS, MFU = 8, 989e12, 0.4
 """What is assumed to train: H100's dense bfloat16, by its data sheet."""
 
+_ASSUMED = f"{MFU:.0%} MFU of {GPUS} GPUs of {GPU_FLOPS / 1e12:.0f} TFLOP/s (H100, dense bfloat16, its data sheet; assumed)"
+
 SHARD_BYTES = 512 * 2**20
 """Of each shape, unless rows are given."""
 
@@ -191,8 +193,7 @@ def read_raw(files: Sequence[Path], buffer: bytearray) -> float:
 def read_batches(batches: Iterator[Batch], count: int) -> float:
     """Seconds of taking so many batches."""
     start = time.perf_counter()
-    for _ in itertools.islice(batches, count):
-        pass
+    next(itertools.islice(batches, count, count), None)
     return time.perf_counter() - start
 
 
@@ -219,9 +220,6 @@ def report_shards(shapes: Sequence[Latents], batch_sizes: Sequence[int], repeats
             verdicts.append(verdict(f"{name}: one worker reads, in multiples of the need", multiple, NEED_GOAL))
     what = ", ".join(f"{latents.rows} rows of {latents.name} in {len(latents.files)} files" for latents in shapes)
     return [f"shards, all from the page cache, mean and deviation: {what}", *_table(heads, rows), *verdicts]
-
-
-_ASSUMED = f"{MFU:.0%} MFU of {GPUS} GPUs of {GPU_FLOPS / 1e12:.0f} TFLOP/s (H100, dense bfloat16, its data sheet; assumed)"
 
 
 # ---- encode
@@ -391,11 +389,11 @@ def _parts(folder: Path, given: argparse.Namespace) -> Iterator[list[str]]:
 
 
 def _header(given: argparse.Namespace) -> str:
-    versions = [f"torch {torch.__version__}", *(f"{name} {version(name)}" for name in ("datasets", "pyarrow", "diffusers"))]
-    parts = [*versions, f"Python {platform.python_version()}", _cpu_name()]
+    parts = [f"{name} {version(name)}" for name in ("torch", "datasets", "pyarrow", "diffusers")]
+    parts += [f"Python {platform.python_version()}", _cpu_name()]
     parts += [torch.cuda.get_device_name()] if given.device == "cuda" else []
-    load = f"load {os.getloadavg()[0]:.1f} before"
-    return " | ".join([*parts, f"{torch.get_num_threads()} threads of {os.cpu_count()} CPUs", load])
+    parts += [f"{torch.get_num_threads()} threads of {os.cpu_count()} CPUs", f"load {os.getloadavg()[0]:.1f} before"]
+    return " | ".join(parts)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ROWS_PER_SHARD", "ImageSource", "Row", "open_source"]
 
-ROWS_PER_SHARD = 1024
+ROWS_PER_SHARD = 256
 """Rows of one unit of a source that is not streamed."""
 
 _KEY, _URL, _NAME = "__key__", "__url__", "__name__"
@@ -65,7 +65,7 @@ class Row:
 class ImageSource:
     """Rows of images, in units that can be read independently of each other.
 
-    What a unit holds depends on the data and on `data.streaming` alone: 1,024 rows of a table that lies on this machine (and of
+    What a unit holds depends on the data and on `data.streaming` alone: 256 rows of a table that lies on this machine (and of
     a folder of images anywhere, of which the addresses alone are held), one file of a stream, or, if it is a single Parquet
     file, one of its row groups. Can be pickled and forked into workers.
     """

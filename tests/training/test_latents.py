@@ -27,11 +27,11 @@ def train(folder, out, *more, **data):
     return command("train", DIGITS, *overrides(folder, **data), *TEXT, f"output_dir={out}", *more)
 
 
-KINDS = {"shards": {"flip": True}, "images": {"flip": True}, "stream": {"streaming": True}}
+KINDS = {"shards": {"flip": True}, "stream": {"streaming": True}}
 
 
 @pytest.mark.parametrize(
-    ("kind", "workers"), [("shards", 0), ("shards", 2), ("images", 2), ("stream", 1)], ids=lambda value: str(value)
+    ("kind", "workers"), [("shards", 0), ("shards", 2), ("stream", 1)], ids=lambda value: str(value)
 )
 def test_killed_in_an_epoch_and_resumed_is_uninterrupted(kind, workers, folder, tmp_path):
     data = {**KINDS[kind], "workers": workers, **({"latents": folder / "latents"} if kind == "shards" else {})}
@@ -54,7 +54,7 @@ def test_the_codec_is_neither_in_checkpoints_nor_in_the_average(folder, tmp_path
     assert (run / "samples/preview-00000006.png").is_file(), "decoded by the codec"
 
 
-def test_moved_latents_are_gone_on_with_and_others_are_refused(folder, tmp_path):
+def test_moved_latents_are_gone_on_with(folder, tmp_path):
     settings = ("trainer.max_steps=12", "trainer.checkpoint_every=6")
     execute(train(folder, tmp_path, *settings, latents=folder / "latents"))
     run = tmp_path / "digits"
@@ -66,8 +66,3 @@ def test_moved_latents_are_gone_on_with_and_others_are_refused(folder, tmp_path)
         execute(command("train", "--resume", run, f"data.latents={moved}"))
     finally:
         moved.rename(folder / "latents")
-    checkpoint_path(run, 12).unlink()
-    write_parquet(tmp_path / "pictures.parquet", 20)
-    encode(experiment(folder, latents=tmp_path / "other"))
-    printed = execute(command("train", "--resume", run, f"data.latents={tmp_path / 'other'}"), status=2)
-    assert "the latents that this run was trained on (SHA-256" in printed and "Traceback" not in printed
