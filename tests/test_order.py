@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from madformer.config import ConfigError
-from madformer.data.order import MicroBatches, Portion, SampleOrder
+from madformer.data.order import EndlessPlaces, Portion, SampleOrder
 
 
 def stream(samples, batch_size, limit, world_size, steps, first_step=0):
@@ -17,7 +17,7 @@ def stream(samples, batch_size, limit, world_size, steps, first_step=0):
     found: dict[tuple[int, int], int] = {}
     for rank in range(world_size):
         portion = Portion.of(batch_size, limit, rank, world_size)
-        batches = itertools.islice(MicroBatches(order, portion, first_step), steps * portion.accumulation)
+        batches = itertools.islice(EndlessPlaces(order, portion, first_step), steps * portion.accumulation)
         for places in batches:
             for index, sample in zip(places.indices, places.samples.tolist(), strict=True):
                 assert (places.step, index) not in found

@@ -58,7 +58,7 @@ class DataConfig:
     tokenizer: str = "meta-llama/Meta-Llama-3-8B"
     """Turns prompts into tokens, if the model takes text: `builtin`, or a hub id or folder of transformers."""
     workers: int = 4
-    """Processes that read data for each device (threads while encoding); no result depends on it."""
+    """Threads that read ahead for each device; no result depends on their number."""
     batch_size: int = 64
     """Images of one optimiser step, over all devices."""
     batch_size_per_device: int | None = None

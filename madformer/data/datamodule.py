@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader
 
 from madformer.config import ConfigError, ExperimentConfig, InputError
 from madformer.config.data import DIGITS
 from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.data.images import to_unit
 from madformer.data.manifest import Manifest, read_manifest
-from madformer.data.order import MicroBatches, Portion, SampleOrder
+from madformer.data.order import EndlessPlaces, Portion, SampleOrder
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts
 from madformer.data.samples import (
     Batch,
@@ -22,7 +22,7 @@ from madformer.data.samples import (
     DigitSamples,
     Finishing,
     ImageSamples,
-    MicroBatchReader,
+    MicroBatches,
     Samples,
     ShardSamples,
 )
@@ -91,20 +91,19 @@ class LatentDataModule(pl.LightningDataModule):
         )
         self.trainer.accumulate_grad_batches = self._portion.accumulation
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> MicroBatches[Any]:
         """Batches from the trainer's step on. Lightning asks after it has restored a checkpoint."""
         assert self.trainer is not None
         data, step = self.config.data, self.trainer.global_step
-        options = {"batch_size": None, "pin_memory": self.trainer.strategy.root_device.type == "cuda"}
+        pinned = self.trainer.strategy.root_device.type == "cuda"
         if self._samples is None and data.streaming:
             described = (self._source, self._captions, self._finishing, self._image_size)
-            stream = ImageStream(*described, data, self._portion, step, self._epoch_size)
-            return DataLoader(stream, num_workers=min(1, data.workers), **options)  # type: ignore[arg-type]
+            stream = ImageStream(*described, data.batch_size, self._portion, step, self._epoch_size)
+            return MicroBatches(stream, stream.read, data.workers, pinned)
         samples = self._samples or ImageSamples(self._source, self._captions, self._image_size)
-        batches = MicroBatches(SampleOrder(len(samples), data.batch_size, self.config.seed), self._portion, step)
+        places = EndlessPlaces(SampleOrder(len(samples), data.batch_size, self.config.seed), self._portion, step)
         workers = 0 if data.source == DIGITS else data.workers
-        reader = MicroBatchReader(samples, self._finishing)
-        return DataLoader(reader, sampler=batches, num_workers=workers, **options)  # type: ignore[arg-type]
+        return MicroBatches(places, partial(self._finishing.read, samples), workers, pinned)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn images or moments into latents, on the training device; note what was skipped.
@@ -189,7 +188,8 @@ class LatentDataModule(pl.LightningDataModule):
         if self.config.model.text and not use_text and prompts is None:
             remedy = "set data.class_names, data.text_column or data.label_column, or model.text=null"
             raise ConfigError(f"{where}: neither texts nor named classes for a model with text: {remedy}")
-        self.class_prompts, self._captions = prompts, Captions(prompts, use_text)
+        self.class_prompts = prompts
+        self._captions = Captions(prompts, use_text) if self.config.model.text else Captions(None)
 
     def _require_own_latents(self, folder: Path, manifest: Manifest) -> None:
         """Refuse latents that were not made for this experiment.

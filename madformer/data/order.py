@@ -78,14 +78,14 @@ class SampleOrder:
         return self._permutations[epoch]
 
 
-class MicroBatches:
-    """Sampler: the endless micro-batches of one device, from step `first_step` on."""
+class EndlessPlaces:
+    """The endless micro-batches of one device before they are read, from step `first_step` on."""
 
     def __init__(self, order: SampleOrder, portion: Portion, first_step: int) -> None:
         self.order, self.portion, self.first_step = order, portion, first_step
 
     def __iter__(self) -> Iterator[Places]:
-        """Micro-batches before they are read."""
+        """Where they stand, and their samples."""
         step = self.first_step
         while True:
             for part in range(self.portion.accumulation):

@@ -1,49 +1,80 @@
-"""Reading ahead: what comes next is prepared by threads while the device computes."""
+"""Reading ahead: what comes next is prepared by threads while the device computes.
+
+Threads, not processes: decoding images, reading files and copying latents let go of Python's lock, nothing has to be copied
+from one process to another, and nothing is forked beside a GPU.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from queue import Full, Queue
-from threading import Event
-from typing import TypeVar
+from threading import Event, Thread
+from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def prefetch(prepare: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
-    """`map(prepare, items)`, in order, with at most `ahead` results waiting.
+    """`map(prepare, items)`, in order, with at most `ahead` results waiting; without workers it is just that.
 
-    One thread goes through the items and `workers` threads prepare them: decoding images and reading files let go of Python's
-    lock. An error shows at the place of the item that met it.
+    One thread goes through the items and `workers` threads prepare them. An error shows at the place of the item that met it.
     """
-    results: Queue[Future[Result] | None] = Queue(ahead)
-    abandoned = Event()
+    if workers == 0:
+        yield from map(prepare, items)
+        return
+    crew = _Crew(prepare, items, workers, ahead)
+    try:
+        while (result := crew.results.get()) is not None:
+            yield result.result()
+    finally:
+        crew.abandoned.set()
 
-    def put(result: Future[Result] | None) -> None:
-        while not abandoned.is_set():
-            try:
-                return results.put(result, timeout=0.1)
-            except Full:
-                continue
 
-    def read() -> None:
+class _Crew(Generic[Item, Result]):
+    """Threads that end with the program, whatever they are at: an endless stream has no other end."""
+
+    def __init__(self, prepare: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> None:
+        self.results: Queue[Future[Result] | None] = Queue(ahead)
+        """In the order of the items; None: there are no more."""
+        self.abandoned = Event()
+        """Set when nobody wants the rest."""
+        self._tasks: Queue[tuple[Future[Result], Item] | None] = Queue()
+        Thread(target=self._read, args=(items, workers), daemon=True).start()
+        for _ in range(workers):
+            Thread(target=self._prepare, args=(prepare,), daemon=True).start()
+
+    def _read(self, items: Iterable[Item], workers: int) -> None:
         try:
             for item in items:
-                put(pool.submit(prepare, item))
-                if abandoned.is_set():
-                    return
+                result: Future[Result] = Future()
+                if not self._put(result):
+                    break
+                self._tasks.put((result, item))
+            self._put(None)
         except BaseException as error:
             failed: Future[Result] = Future()
             failed.set_exception(error)
-            put(failed)
-        put(None)
-
-    with ThreadPoolExecutor(max(1, workers) + 1) as pool:
-        try:
-            pool.submit(read)
-            while (result := results.get()) is not None:
-                yield result.result()
+            self._put(failed)
         finally:
-            abandoned.set()
+            for _ in range(workers):
+                self._tasks.put(None)
+
+    def _prepare(self, prepare: Callable[[Item], Result]) -> None:
+        while (task := self._tasks.get()) is not None:
+            result, item = task
+            try:
+                result.set_result(prepare(item))
+            except BaseException as error:
+                result.set_exception(error)
+
+    def _put(self, result: Future[Result] | None) -> bool:
+        """Wait for a place among the results; whether somebody wants it."""
+        while not self.abandoned.is_set():
+            try:
+                self.results.put(result, timeout=0.1)
+                return True
+            except Full:
+                continue
+        return False

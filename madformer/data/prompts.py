@@ -37,6 +37,9 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 BUILTIN_FILE = "builtin_tokenizer.json"
 """The builtin tokenizer, beside this module; `scripts/train_tokenizer.py` makes it."""
 
+_REMEMBERED = 10_000
+"""Prompts whose tokens are kept: those of classes come again and again."""
+
 _ANSWER_SECONDS = 10
 """How long the hub may take before it counts as out of reach."""
 
@@ -61,16 +64,23 @@ class PromptTokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._backend = _Builtin() if name == BUILTIN else _Pretrained(name)
         self._text = text
+        self._remembered: dict[str, Tensor] = {}
         _check_fit(name, self._backend, text)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Token ids of B prompts, [B, `text.length`] int64, cut or padded on the right; an empty prompt is the null text."""
-        length = self._text.length
-        text_BT = torch.full((len(prompts), length), self._text.pad_token_id)
-        if prompts:
-            for row_T, ids in zip(text_BT, self._backend.ids(prompts), strict=True):
-                row_T[: len(ids)] = torch.tensor(ids[:length], dtype=torch.int64)
-        return text_BT
+        if not prompts:
+            return torch.empty((0, self._text.length), dtype=torch.int64)
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._remembered]
+        fresh = dict(zip(new, map(self._pad, self._backend.ids(new)), strict=True)) if new else {}
+        if len(self._remembered) + len(fresh) <= _REMEMBERED:
+            self._remembered |= fresh
+        return torch.stack([fresh[prompt] if prompt in fresh else self._remembered[prompt] for prompt in prompts])
+
+    def _pad(self, ids: Sequence[int]) -> Tensor:
+        row_T = torch.full((self._text.length,), self._text.pad_token_id)
+        row_T[: len(ids)] = torch.tensor(ids[: self._text.length], dtype=torch.int64)
+        return row_T
 
 
 def class_prompts(class_names: str | None, from_source: Sequence[str] | None) -> tuple[str, ...] | None:

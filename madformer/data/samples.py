@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from madformer.data.digits import load_digits
 from madformer.data.images import BadImage, load_square
 from madformer.data.order import Places
+from madformer.data.prefetch import prefetch
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer
 from madformer.data.shards import ShardReader
 from madformer.data.sources import ImageSource, Row
 from madformer.randomness import keyed_generator
 
 Batch = dict[str, Any]
+Item = TypeVar("Item")
 
 
 class Samples(Protocol):
@@ -45,7 +46,7 @@ class Captions:
     """What is said of an image: its own text, or the prompt of its class."""
 
     class_prompts: tuple[str, ...] | None
-    use_text: bool
+    use_text: bool = False
 
     def __call__(self, label: int | None, text: str | None) -> str:
         """The caption; empty if there is none."""
@@ -87,10 +88,12 @@ class ShardSamples:
             if flipped_B.any():
                 array[flipped_B] = self.reader.read(f"{column}_flipped", samples[flipped_B])
             batch[column] = torch.from_numpy(array)
-        empty: list[Any] = [None] * len(samples)
-        labels = self.reader.values("label", samples) if encoding.labels else empty
-        texts = self.reader.values("text", samples) if encoding.texts and self.captions.use_text else empty
-        return batch, list(map(self.captions, labels, texts))
+        if self.captions.use_text:
+            return batch, [self.captions(None, text) for text in self.reader.values("text", samples)]
+        if self.captions.class_prompts is not None:
+            labels = self.reader.labels[samples].tolist()
+            return batch, [self.captions(label if label >= 0 else None, None) for label in labels]
+        return batch, [""] * len(samples)
 
 
 class ImageSamples:
@@ -162,6 +165,11 @@ class Finishing:
         generators = (keyed_generator(self.seed, "flip", places.step, index) for index in places.indices)
         return np.array([bool(torch.rand(1, generator=generator) < 0.5) for generator in generators])
 
+    def read(self, samples: Samples, places: Places) -> Batch:
+        """The micro-batch at its places."""
+        batch, captions = samples.read(places.samples, self.flipped(places))
+        return self.finish(batch, captions, places)
+
     def finish(self, batch: Batch, captions: Sequence[str], places: Places) -> Batch:
         """Add `keys` [B, 2] (step, place in the global batch) and, for a model with text, `text` [B, T]."""
         indices = torch.tensor(list(places.indices))
@@ -171,12 +179,23 @@ class Finishing:
         return batch
 
 
-class MicroBatchReader(Dataset[Batch]):
-    """Reads whole micro-batches: the index of one is its `Places`."""
+class MicroBatches(Generic[Item]):
+    """Endless micro-batches of one device, from step `first_step` on, each read as a whole.
 
-    def __init__(self, samples: Samples, finishing: Finishing) -> None:
-        self.samples, self.finishing = samples, finishing
+    Args:
+        workers: threads that read ahead; no batch depends on their number.
+        pinned: whether batches lie in memory from which they go to a GPU fast.
+    """
 
-    def __getitem__(self, places: Any) -> Batch:
-        batch, captions = self.samples.read(places.samples, self.finishing.flipped(places))
-        return self.finishing.finish(batch, captions, places)
+    def __init__(self, places: Iterable[Item], read: Callable[[Item], Batch], workers: int, pinned: bool) -> None:
+        self.places, self.read, self.workers, self.pinned = places, read, workers, pinned
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Micro-batches in order."""
+        return prefetch(self._prepare, self.places, self.workers, ahead=2 * self.workers)
+
+    def _prepare(self, place: Item) -> Batch:
+        batch = self.read(place)
+        if not self.pinned:
+            return batch
+        return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}

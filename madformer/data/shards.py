@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,11 @@ class ShardReader:
     def values(self, column: str, samples: np.ndarray) -> list[Any]:
         """Keys, labels or texts of rows."""
         return [self._tables[chunk][column].chunk(0)[row].as_py() for chunk, row in self._locate(samples)]
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Class numbers of all rows; -1: none."""
+        return np.concatenate([table["label"].chunk(0).fill_null(-1).to_numpy() for table in self._tables])
 
     def _locate(self, samples: np.ndarray) -> Iterator[tuple[int, int]]:
         chunks = np.searchsorted(self._ends, samples, side="right")

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
 
-from madformer.config import DataConfig, InputError
+from madformer.config import InputError
 from madformer.data.order import Places, Portion
-from madformer.data.samples import Batch, Captions, Finishing, ReadImage, collate, first_good
+from madformer.data.samples import Batch, Captions, Finishing, collate, first_good
 from madformer.data.sources import ImageSource, Row
 from madformer.randomness import keyed_generator
 
@@ -26,12 +25,19 @@ WINDOW = 512
 """Rows, not yet decoded, that lie in memory and are shuffled together."""
 
 
-class ImageStream(IterableDataset[Batch]):
-    """Endless micro-batches of one device, from step `first_step` on.
+@dataclass(frozen=True)
+class Undecoded:
+    """A micro-batch before it is decoded."""
 
-    A micro-batch has `epoch_size` as soon as an epoch has ended: with it a resumed run knows where it stands without reading
-    all epochs again.
-    """
+    places: Places
+    rows: list[tuple[list[Row], int]]
+    """For each image its window of rows, and which one of them it is."""
+    epoch_size: int | None
+    """Rows of an epoch, as soon as one has ended: with it a resumed run finds its place without reading all epochs again."""
+
+
+class ImageStream:
+    """Endless micro-batches of one device, from step `first_step` on: iterate, and `read` each of them."""
 
     def __init__(
         self,
@@ -39,35 +45,32 @@ class ImageStream(IterableDataset[Batch]):
         captions: Captions,
         finishing: Finishing,
         image_size: int,
-        data: DataConfig,
+        batch_size: int,
         portion: Portion,
         first_step: int,
         epoch_size: int | None,
     ) -> None:
         self.source, self.captions, self.finishing, self.image_size = source, captions, finishing, image_size
-        self.data, self.portion, self.first_step, self.epoch_size = data, portion, first_step, epoch_size
+        self.batch_size, self.portion, self.first_step, self.epoch_size = batch_size, portion, first_step, epoch_size
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Micro-batches, each decoded by threads."""
-        start = self.first_step * self.data.batch_size
+    def __iter__(self) -> Iterator[Undecoded]:
+        """Micro-batches before they are decoded."""
+        start = self.first_step * self.batch_size
         epoch, offset = divmod(start, self.epoch_size) if self.epoch_size else (0, start)
         stream = self._stream(epoch, offset)
-        with ThreadPoolExecutor(max(1, self.data.workers)) as pool:
-            for step in itertools.count(self.first_step):
-                rows = list(itertools.islice(stream, self.data.batch_size))
-                for part in range(self.portion.accumulation):
-                    indices = self.portion.indices(part)
-                    images = list(pool.map(self._read, [rows[index] for index in indices]))
-                    places = Places(step, indices, np.arange(0))
-                    batch, captions = collate(images, self.finishing.flipped(places), self.captions)
-                    if self.epoch_size:
-                        batch["epoch_size"] = self.epoch_size
-                    yield self.finishing.finish(batch, captions, places)
+        for step in itertools.count(self.first_step):
+            rows = list(itertools.islice(stream, self.batch_size))
+            for part in range(self.portion.accumulation):
+                places = Places(step, self.portion.indices(part), np.arange(0))
+                yield Undecoded(places, [rows[index] for index in places.indices], self.epoch_size)
 
-    def _read(self, place: tuple[list[Row], int]) -> ReadImage:
-        """The image at a place of its window; if it is broken, the next good one of the window."""
-        window, first = place
-        return first_good((window[(first + offset) % len(window)] for offset in range(len(window))), self.image_size)
+    def read(self, undecoded: Undecoded) -> Batch:
+        """Decode a micro-batch; a broken image is replaced by the next good one of its window."""
+        images = [first_good(_from(window, place), self.image_size) for window, place in undecoded.rows]
+        batch, captions = collate(images, self.finishing.flipped(undecoded.places), self.captions)
+        if undecoded.epoch_size:
+            batch["epoch_size"] = undecoded.epoch_size
+        return self.finishing.finish(batch, captions, undecoded.places)
 
     def _stream(self, epoch: int, offset: int) -> Iterator[tuple[list[Row], int]]:
         """Endless places (window, number in it), from `offset` of `epoch` on."""
@@ -91,3 +94,8 @@ class ImageStream(IterableDataset[Batch]):
         generator = keyed_generator(self.finishing.seed, "units", epoch)
         units = torch.randperm(self.source.num_units, generator=generator).tolist()
         return itertools.chain.from_iterable(self.source.rows(unit) for unit in units)
+
+
+def _from(window: list[Row], place: int) -> Iterator[Row]:
+    """All rows of a window, beginning with one of them."""
+    return itertools.chain(window[place:], window[:place])

@@ -30,9 +30,7 @@ def train(folder, out, *more, **data):
 KINDS = {"shards": {"flip": True}, "stream": {"streaming": True}}
 
 
-@pytest.mark.parametrize(
-    ("kind", "workers"), [("shards", 0), ("shards", 2), ("stream", 1)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("kind", "workers"), [("shards", 0), ("shards", 2), ("stream", 1)], ids=lambda value: str(value))
 def test_killed_in_an_epoch_and_resumed_is_uninterrupted(kind, workers, folder, tmp_path):
     data = {**KINDS[kind], "workers": workers, **({"latents": folder / "latents"} if kind == "shards" else {})}
     execute(train(folder, tmp_path / "whole", **data))
