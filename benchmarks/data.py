@@ -1,7 +1,6 @@
 """Data: how fast latents come from shards, how much encoding adds to the codec, and that memory does not grow.
 
-Each figure is a ratio of two things measured in turn in one run. Everything is synthetic, lies in a temporary folder and comes
-from the page cache: what a disk adds is not in here.
+Each figure is a ratio of two things measured in turn in one run, from synthetic files in the page cache: no disk is in here.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from benchmarks.harness import _cpu_name, _table, positive
+from benchmarks.harness import cpu_name, positive, table
 from madformer.config import ExperimentConfig, load_experiment, wanted_outputs
 from madformer.data.codec import Codec, build_codec
 from madformer.data.datamodule import LatentDataModule
@@ -63,6 +62,9 @@ _ASSUMED = f"{MFU:.0%} MFU of {GPUS} GPUs of {GPU_FLOPS / 1e12:.0f} TFLOP/s (H10
 
 SHARD_BYTES = 512 * 2**20
 """Of each shape, unless rows are given."""
+
+RAW_BUFFER = 256 * 2**20
+"""Memory that files are read into: more than the processor's caches hold, as batches in flight are."""
 
 IMAGE_SIZE = 256
 """Pixels along the side of the encoded images."""
@@ -164,7 +166,7 @@ def _encoding(config: ExperimentConfig) -> Encoding:
 def measure_shards(latents: Latents, batch: int, repeats: int) -> dict[str, float]:
     """Bytes a second by side: the files themselves, this process reading latents, one worker reading them; medians."""
     count = -(-latents.rows // batch)
-    buffer = bytearray(latents.size * batch // latents.rows)
+    buffer = bytearray(min(latents.size, RAW_BUFFER))
     loaders = {side: latents.batches(batch, workers) for workers, side in enumerate(("0 workers", "1 worker"))}
     for loader in loaders.values():
         read_batches(loader, count)  # what is read from now on has been mapped before
@@ -181,12 +183,13 @@ def measure_shards(latents: Latents, batch: int, repeats: int) -> dict[str, floa
 
 
 def read_raw(files: Sequence[Path], buffer: bytearray) -> float:
-    """Seconds of reading all files, one after the other, into the same memory."""
+    """Seconds of reading all files one after the other, which fills the buffer again and again."""
+    memory, filled = memoryview(buffer), 0
     start = time.perf_counter()
     for path in files:
         with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+            while read := file.readinto(memory[filled:]):
+                filled = (filled + read) % len(memory)
     return time.perf_counter() - start
 
 
@@ -219,7 +222,7 @@ def report_shards(shapes: Sequence[Latents], batch_sizes: Sequence[int], repeats
             multiple = found["1 worker"] / row_bytes / need
             verdicts.append(verdict(f"{name}: one worker reads, in multiples of the need", multiple, NEED_GOAL))
     what = ", ".join(f"{latents.rows} rows of {latents.name} in {len(latents.files)} files" for latents in shapes)
-    return [f"shards, all from the page cache, mean and deviation: {what}", *_table(heads, rows), *verdicts]
+    return [f"shards, all from the page cache, mean and deviation: {what}", *table(heads, rows), *verdicts]
 
 
 # ---- encode
@@ -301,7 +304,7 @@ def report_encoding(folder: Path, given: argparse.Namespace) -> list[str]:
     shares = [one / alone for one, alone in zip(rates["encoding"], rates["codec alone"], strict=True)]
     return [
         f"encode: {what}; AutoencoderKL {tuple(given.channels)} {given.codec_dtype} on {given.device}",
-        *_table(["images/s", "least", "most"], rows),
+        *table(["images/s", "least", "most"], rows),
         verdict("encode: share of the codec's speed, median of the repeats", statistics.median(shares), ENCODE_GOAL),
         f"encode: a codec of {medians['without codec']:.0f} images/s and more waits for the path around it",
     ]
@@ -310,19 +313,17 @@ def report_encoding(folder: Path, given: argparse.Namespace) -> list[str]:
 # ---- memory
 
 
-def anonymous_bytes(process: int) -> int:
-    """Memory of a process that no file holds: not what is mapped from shards."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+def anonymous_bytes() -> int:
+    """Memory of this process that no file holds: not what is mapped from shards."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None, "no RssAnon in /proc: Linux of 4.5 or later is needed"
     return 1024 * int(found[1])
 
 
 def measure_memory(latents: Latents, batch: int, workers: int) -> list[int]:
-    """Bytes after each batch of an epoch: of this process, or of the one worker that reads for it."""
+    """Bytes after each batch of an epoch."""
     loader = latents.batches(batch, workers)
-    (process,) = [child.pid for child in multiprocessing.active_children()] or [os.getpid()]
-    assert process is not None
-    return [anonymous_bytes(process) for _ in itertools.islice(loader, -(-latents.rows // batch))]
+    return [anonymous_bytes() for _ in itertools.islice(loader, -(-latents.rows // batch))]
 
 
 def report_memory(shapes: Sequence[Latents], batch: int) -> list[str]:
@@ -330,13 +331,13 @@ def report_memory(shapes: Sequence[Latents], batch: int) -> list[str]:
     rows, verdicts = [], []
     for latents, workers in itertools.product(shapes, (0, 1)):
         seen = measure_memory(latents, batch, workers)
-        name, early = f"{latents.name}, {'a worker' if workers else 'this process'}", -(-len(seen) // 10)
+        name, early = f"{latents.name}, {workers} workers", -(-len(seen) // 10)
         read = latents.size * (len(seen) - early) / len(seen)
         rows.append((name, [f"{size / 2**20:.1f}" for size in (seen[early - 1], seen[-1], max(seen), read)]))
         growth = (seen[-1] - seen[early - 1]) / max(read, 1)
         verdicts.append(verdict(f"{name}: growth in shares of what was read", growth, MEMORY_GOAL, most=True))
     heads = ["MiB at 10 %", "at the end", "peak", "MiB read between"]
-    return [f"memory: RssAnon over an epoch of shards, batch {batch}", *_table(heads, rows), *verdicts]
+    return [f"memory: RssAnon over an epoch of shards, batch {batch}", *table(heads, rows), *verdicts]
 
 
 # ---- all
@@ -390,7 +391,7 @@ def _parts(folder: Path, given: argparse.Namespace) -> Iterator[list[str]]:
 
 def _header(given: argparse.Namespace) -> str:
     parts = [f"{name} {version(name)}" for name in ("torch", "datasets", "pyarrow", "diffusers")]
-    parts += [f"Python {platform.python_version()}", _cpu_name()]
+    parts += [f"Python {platform.python_version()}", cpu_name()]
     parts += [torch.cuda.get_device_name()] if given.device == "cuda" else []
     parts += [f"{torch.get_num_threads()} threads of {os.cpu_count()} CPUs", f"load {os.getloadavg()[0]:.1f} before"]
     return " | ".join(parts)

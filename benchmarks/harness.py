@@ -96,7 +96,7 @@ def header(setup: Setup, what: str) -> str:
     if device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
     elif device.type == "cpu":
-        parts += [_cpu_name(), f"{torch.get_num_threads()} threads of {os.cpu_count()} CPUs"]
+        parts += [cpu_name(), f"{torch.get_num_threads()} threads of {os.cpu_count()} CPUs"]
     parts += [device.type, _name(setup.dtype), "compiled" if c.compile else "eager"]
     depth = f"{c.depth} layers, {c.diffusion_depth} of them in the diffusion stage"
     return f"{' | '.join(parts)}\n{depth}, width {c.width}, {c.ar_length} blocks of {c.block_tokens} tokens, {what}"
@@ -106,7 +106,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
@@ -122,7 +122,7 @@ def report(setup: Setup, sides: dict[str, Side], tokens: int, unit: str) -> str:
         rows = [(name, _cells(side, tokens, rate)) for name, side in sides.items()]
     else:
         heads, rows = ["TFLOP"], [(name, [f"{side.flops / 1e12:.4f}"]) for name, side in sides.items()]
-    lines += _table(heads, rows)
+    lines += table(heads, rows)
     if setup.runs:
         what = "CUDA's allocator" if setup.device.type == "cuda" else "tensors alive at once, without kernels' scratch memory"
         lines.append(f"MiB: peak over what was there before the {unit} ({what})")
@@ -143,7 +143,7 @@ def _cells(side: Side, tokens: int, rate: float) -> list[str]:
     ]
 
 
-def _table(heads: Sequence[str], rows: Sequence[tuple[str, list[str]]]) -> list[str]:
+def table(heads: Sequence[str], rows: Sequence[tuple[str, list[str]]]) -> list[str]:
     first = max(len(name) for name, _ in rows)
     widths = [max(len(head), *(len(cells[i]) for _, cells in rows)) for i, head in enumerate(heads)]
 

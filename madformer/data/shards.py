@@ -105,11 +105,10 @@ class ShardReader:
 
     def read(self, column: str, samples: np.ndarray) -> np.ndarray:
         """Latents [B, C, h, w] float16 of rows, copied out of a column."""
-        chunks = self._arrays[column]
-        found = np.empty((len(samples), chunks[0].shape[1]), dtype=np.float16)
-        for place, (chunk, row) in enumerate(self._locate(samples)):
-            found[place] = chunks[chunk][row]
-        return found.reshape(len(samples), *self.manifest.encoding.latent_shape)
+        chunks, shape = self._arrays[column], self.manifest.encoding.latent_shape
+        if not len(samples):
+            return np.empty((0, *shape), dtype=np.float16)
+        return np.concatenate([chunks[chunk][row] for chunk, row in self._locate(samples)]).reshape(len(samples), *shape)
 
     def values(self, column: str, samples: np.ndarray) -> list[Any]:
         """Keys, labels or texts of rows."""
