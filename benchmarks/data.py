@@ -55,9 +55,7 @@ ENCODE_GOAL = 0.9
 MEMORY_GOAL = 0.05
 """Share of what is read by which memory may grow."""
 
-GPUS, GPU_FLOPS, MFU = 8, 989e12, 0.4
-"""What is assumed to train: H100's dense bfloat16, by its data sheet."""
-
+GPUS, GPU_FLOPS, MFU = 8, 989e12, 0.4  # what is assumed to train
 _ASSUMED = f"{MFU:.0%} MFU of {GPUS} GPUs of {GPU_FLOPS / 1e12:.0f} TFLOP/s (H100, dense bfloat16, its data sheet; assumed)"
 
 SHARD_BYTES = 512 * 2**20
@@ -70,10 +68,9 @@ IMAGE_SIZE = 256
 """Pixels along the side of the encoded images."""
 
 FREE_COPIES = 16
-"""Times that the images are there for the codec that costs nothing: few would have been decoded before the clock starts."""
+"""Times that the images are there for the codec that costs nothing: few would be decoded before the clock starts."""
 
-_SETTLING = 3
-"""Batches read before the clock starts: more than a worker has ready."""
+_SETTLING = 3  # batches read before the clock starts: more than a worker has ready
 
 _EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 _SHAPES: Mapping[str, tuple[str, ...]] = {
@@ -159,7 +156,12 @@ def _encoding(config: ExperimentConfig) -> Encoding:
     known: dict[str, Any] = {**vars(config.data), **vars(config.model)}
     known = {item.name: known[item.name] for item in fields(Encoding) if item.name in known}
     known |= {"source_sha256": "", "codec_sha256": "", "image_size": 8 * config.model.latent_size, "stochastic": True}
-    known |= {"labels": labels, "texts": False, "class_names": imagenet_classes() if labels else None}
+    known |= {
+        "image_column": "image",
+        "label_column": "label" if labels else None,
+        "text_column": None,
+        "class_names": imagenet_classes() if labels else None,
+    }
     return Encoding(**known, rows_per_shard=ROWS_PER_SHARD)
 
 
@@ -264,7 +266,7 @@ def time_encoding(config: ExperimentConfig, device: str, folder: Path) -> float:
 
 
 def time_codec(codec: Codec, images_BCYX: Tensor, batches: int) -> float:
-    """Images a second of the codec alone, on a batch that is there."""
+    """Images a second of the codec alone."""
     start = time.perf_counter()
     for _ in range(batches):
         codec.encode(images_BCYX)

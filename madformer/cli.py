@@ -227,6 +227,9 @@ def _fail_if_expected(error: RuntimeError) -> None:
 
     if isinstance(error, Interrupted):
         _fail(str(error), 128 + error.signal_number)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        remedy = "lower data.batch_size_per_device, data.codec_batch_size or evaluation.batch_size"
+        _fail(f"out of memory: {str(error).splitlines()[0]}; {remedy}, or set model.activation_checkpointing=true", 1)
     if isinstance(error, (NonFiniteError, ProcessKilledError)):
         _fail(str(error), 1)
     raise error

@@ -79,7 +79,8 @@ def share_out(work: Work, arguments: tuple[Any, ...], devices: list[str], displa
     cluster = _cluster()
     if cluster is not None or len(devices) == 1:
         rank, world_size = (cluster.global_rank(), cluster.world_size()) if cluster else (0, 1)
-        work(Share(rank, world_size, own_device(devices), lambda done: display.show(before + done)), *arguments)
+        # The others' progress is not known here: they will be about as far.
+        work(Share(rank, world_size, own_device(devices), lambda done: display.show(before + done * world_size)), *arguments)
     else:
         _start_processes(work, arguments, devices, display, before)
 
@@ -98,7 +99,10 @@ def own_device(devices: list[str]) -> str:
 
 def _cluster() -> ClusterEnvironment | None:
     """What started this process together with others; a lone one may use all devices."""
-    found = (kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect())
+    kinds: list[type[ClusterEnvironment]] = [TorchElasticEnvironment]
+    if os.environ.get("SLURM_STEP_ID", "").isdigit():  # by srun: a batch script is told of tasks that it has not started
+        kinds.append(SLURMEnvironment)
+    found = (kind() for kind in kinds if kind.detect())
     return next((cluster for cluster in found if cluster.world_size() > 1), None)
 
 

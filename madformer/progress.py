@@ -40,7 +40,7 @@ class ProgressDisplay:
 
     def show(self, done: int, note: Callable[[], str] = str) -> None:
         """Say how far it is, not too often but at the end; `note` is asked only then, a GPU may have to finish for it."""
-        self._done = done
+        self._done = done = done if self.total is None else min(done, self.total)
         interval = SECONDS_BETWEEN_REDRAWS if self._bar else SECONDS_BETWEEN_LINES
         if done == self.total or time.monotonic() - self._said >= interval:
             self._say(note)

@@ -158,12 +158,14 @@ def test_under_torchrun_every_process_does_one_share(tmp_path, monkeypatch):
 
 def test_one_process_alone_is_no_cluster(monkeypatch):
     assert cluster_rank() is None
-    for name, value in {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NAME": "sample"}.items():
+    for name, value in {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NAME": "sample", "SLURM_STEP_ID": "0"}.items():
         monkeypatch.setenv(name, value)
     for tasks, rank in (("1", None), ("2", 0)):
         monkeypatch.setenv("SLURM_NTASKS", tasks)
         monkeypatch.setenv("SLURM_NTASKS_PER_NODE", tasks)
         assert cluster_rank() == rank
+    monkeypatch.delenv("SLURM_STEP_ID")
+    assert cluster_rank() is None, "a batch script, without srun"
 
 
 def test_devices(monkeypatch):

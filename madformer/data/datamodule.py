@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from madformer.data.shards import ShardReader
 from madformer.data.sources import open_source
 from madformer.data.stream import ImageStream
 from madformer.files import append_line
+
+CLASS_PROMPTS = "class_prompts"
+"""Key of the names of the classes in what a checkpoint remembers of its data."""
 
 
 class LatentDataModule(pl.LightningDataModule):
@@ -74,6 +78,10 @@ class LatentDataModule(pl.LightningDataModule):
         if self.codec is not None:
             require_fit(self.codec, config.model)
             self._image_size = config.model.latent_size * self.codec.downsampling
+        if self._encodes and self.codec is not None:
+            self._fingerprint["codec"] = self.codec.sha256
+        if config.model.text and self.class_prompts is not None and data.source != DIGITS:
+            self._fingerprint["class names"] = hashlib.sha256("\n".join(self.class_prompts).encode()).hexdigest()
         self.tokenizer = PromptTokenizer(data.tokenizer, config.model.text) if config.model.text else None
         self._finishing = Finishing(config.seed, data.flip, self.tokenizer)
 
@@ -98,9 +106,9 @@ class LatentDataModule(pl.LightningDataModule):
         pinned = self.trainer.strategy.root_device.type == "cuda"
         if self._samples is None and data.streaming:
             described = (self._source, self._captions, self._finishing, self._image_size)
-            stream = ImageStream(*described, data.batch_size, self._portion, step, self._epoch_size)
+            stream = ImageStream(*described, data.batch_size, self._portion, step, self._epoch_size, data.max_skipped)
             return MicroBatches(stream, stream.read, data.workers, pinned)
-        samples = self._samples or ImageSamples(self._source, self._captions, self._image_size)
+        samples = self._samples or ImageSamples(self._source, self._captions, self._image_size, data.max_skipped)
         places = EndlessPlaces(SampleOrder(len(samples), data.batch_size, self.config.seed), self._portion, step)
         workers = 0 if data.source == DIGITS else data.workers
         return MicroBatches(places, partial(self._finishing.read, samples), workers, pinned)
@@ -124,8 +132,9 @@ class LatentDataModule(pl.LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What data this is, and how long an epoch of a stream is."""
-        return {"fingerprint": self._fingerprint, "epoch_size": self._epoch_size}
+        """What data this is, how long an epoch of a stream is, and what the classes are called, for sampling."""
+        names = list(self.class_prompts) if self.class_prompts is not None else None
+        return {"fingerprint": self._fingerprint, "epoch_size": self._epoch_size, CLASS_PROMPTS: names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the same data.
@@ -171,7 +180,7 @@ class LatentDataModule(pl.LightningDataModule):
         self._source = open_source(self.config.data)
         prompts = class_prompts(self.config.data.class_names, self._source.class_names) if self._source.has_labels else None
         self._describe(prompts, self._source.has_texts, name)
-        self._fingerprint = {"source": self._source.fingerprint}
+        self._fingerprint["source"] = self._source.fingerprint
 
     def _open_shards(self, folder: Path) -> ShardSamples:
         manifest = read_manifest(folder)
@@ -179,8 +188,11 @@ class LatentDataModule(pl.LightningDataModule):
         encoding = manifest.encoding
         prompts = class_prompts(self.config.data.class_names, encoding.class_names) if encoding.labels else None
         self._describe(prompts, encoding.texts, str(folder))
-        self._fingerprint = {"latents": manifest.sha256}
-        return ShardSamples(ShardReader(folder, manifest), self._captions)
+        self._fingerprint["latents"] = manifest.sha256
+        reader = ShardReader(folder, manifest)
+        if encoding.labels and self._captions.class_prompts is not None:
+            self._captions(int(reader.labels.max()), None)  # a class without a name shows now
+        return ShardSamples(reader, self._captions)
 
     def _describe(self, prompts: tuple[str, ...] | None, has_texts: bool, where: str) -> None:
         """What is said of the images: a list of class names that is asked for goes before texts."""
@@ -198,7 +210,7 @@ class LatentDataModule(pl.LightningDataModule):
             InputError: the first contradiction, with both values.
         """
         encoding, data, model = manifest.encoding, self.config.data, self.config.model
-        pairs = [
+        pairs: list[tuple[str, object, object]] = [
             ("data.codec_dtype", encoding.codec_dtype, data.codec_dtype),
             ("model.latent_channels", encoding.latent_channels, model.latent_channels),
             ("model.latent_size", encoding.latent_size, model.latent_size),
@@ -207,8 +219,12 @@ class LatentDataModule(pl.LightningDataModule):
         ]
         if data.source is not None:
             pairs.insert(0, ("data.source", encoding.source, data.source))
+        for column in ("image_column", "label_column", "text_column"):
+            if getattr(data, column) is not None:
+                pairs.append((f"data.{column}", getattr(encoding, column), getattr(data, column)))
         if not self._same_codec(manifest):
-            pairs.insert(0, ("data.codec", encoding.codec, data.codec))
+            same_name = f" of other weights (SHA-256 {encoding.codec_sha256[:12]})" if encoding.codec == data.codec else ""
+            pairs.insert(0, ("data.codec", encoding.codec + same_name, data.codec))
         for field, theirs, ours in pairs:
             if theirs != ours:
                 made = f"made with {field} = {theirs}, the experiment has {ours}"
@@ -217,11 +233,16 @@ class LatentDataModule(pl.LightningDataModule):
             raise InputError(f"{folder}: made without mirrored images: set data.flip=false, or encode into another folder")
 
     def _same_codec(self, manifest: Manifest) -> bool:
-        """Whether the experiment's codec made the latents; another name may be the same one, moved."""
-        if manifest.encoding.codec == self.config.data.codec:
+        """Whether the experiment's codec made the latents: another name may be the same one, moved.
+
+        One that has the name and is not needed for previews is not loaded to look.
+        """
+        if manifest.encoding.codec == self.config.data.codec and not self.config.evaluation.preview_every:
             return True
         try:
             self.codec = build_codec(self.config.data.codec, self.config.data.codec_dtype)
         except ConfigError:
+            if manifest.encoding.codec == self.config.data.codec:
+                raise
             return False
         return self.codec.sha256 == manifest.encoding.codec_sha256

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -111,8 +111,9 @@ class _Encoder:
             for batch in _batches(
                 itertools.chain(first, itertools.islice(images, ROWS_PER_SHARD - 1)), self.data.codec_batch_size
             ):
-                skipped += [(image.row.key, image.flaw) for image in batch if image.pixels_CYX is None]
-                self._require_few(skipped)
+                if broken := [(image.row.key, image.flaw) for image in batch if image.pixels_CYX is None]:
+                    skipped += broken
+                    self._require_few(skipped)
                 self._add(writer, [image for image in batch if image.pixels_CYX is not None])
                 seen += len(batch)
                 yield len(batch)
@@ -138,14 +139,13 @@ class _Encoder:
             moments |= dict(zip(("mean_flipped", "deviation_flipped"), mirrored, strict=True))
         latents = {column: moments[column].half().cpu() for column in self.encoding.arrays}
         if not all(bool(array.isfinite().all()) for array in latents.values()):
-            remedy = "set data.codec_dtype=float32 (or bfloat16)"
-            raise ConfigError(f"data.codec = {self.data.codec!r}: gives NaN or infinity in {self.data.codec_dtype}: {remedy}")
+            what = f"gives NaN or infinity in {self.data.codec_dtype}, or more than float16 holds"
+            remedy = "set data.codec_dtype=float32 or bfloat16, or mend its scaling factor"
+            raise ConfigError(f"data.codec = {self.data.codec!r}: {what}: {remedy}")
         rows = [{"key": image.row.key, "label": image.row.label, "text": image.row.text} for image in images]
         writer.add(rows, {column: array.numpy() for column, array in latents.items()})
 
     def _require_few(self, skipped: Sequence[tuple[str, str]]) -> None:
-        if not skipped:
-            return
         every = [*skipped, *_skipped(list(read_shards(self.folder).values()))]
         if len(every) > self.data.max_skipped:
             first = "; ".join(f"{key}: {flaw}" for key, flaw in every[:3])
@@ -176,8 +176,9 @@ def _describe(config: ExperimentConfig, source: ImageSource, codec: Codec) -> En
         latent_size=model.latent_size,
         stochastic=_is_stochastic(codec),
         flip=data.flip,
-        labels=source.has_labels,
-        texts=source.has_texts,
+        image_column=source.columns.image,
+        label_column=source.columns.label,
+        text_column=source.columns.text,
         class_names=class_prompts(data.class_names, source.class_names) if source.has_labels else None,
         rows_per_shard=ROWS_PER_SHARD,
     )
@@ -208,16 +209,19 @@ def _finish(folder: Path, encoding: Encoding, source: ImageSource, codec: Codec)
     """Write the manifest, once all units are there."""
     shards = list(read_shards(folder).values())
     if complete_units(shards) != set(range(source.num_units)):
-        print(f"{folder}: this process has done its share; the last one writes the manifest", flush=True)
+        print(
+            f"{folder}: this process has done its share; the last one writes the manifest (if none does: once more)", flush=True
+        )
         return
     if not any(shard.rows for shard in shards):
         raise InputError(f"{encoding.source}: no image in it that can be read")
     _remove_left_overs(folder)
     skipped = _skipped(shards)
     write_text(folder / "skipped.txt", "".join(f"{key}\t{flaw}\n" for key, flaw in skipped))
-    if not (folder / "manifest.json").is_file():
-        manifest = summarise(encoding, shards, {})
-        write_manifest(folder, summarise(encoding, shards, _reconstruct(folder, manifest, source, codec)))
+    manifest = summarise(encoding, shards, {})
+    there = read_manifest(folder) if (folder / "manifest.json").is_file() else None
+    if there is None or (there.sha256, there.skipped) != (manifest.sha256, manifest.skipped):
+        write_manifest(folder, replace(manifest, reconstruction=_reconstruct(folder, manifest, source, codec)))
     _report(folder, read_manifest(folder))
 
 

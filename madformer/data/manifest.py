@@ -42,11 +42,22 @@ class Encoding:
     stochastic: bool
     """Whether the codec has a posterior to sample from; if not, no deviations are stored."""
     flip: bool
-    labels: bool
-    texts: bool
+    image_column: str
+    label_column: str | None
+    text_column: str | None
     class_names: tuple[str, ...] | None
     rows_per_shard: int
     format: int = FORMAT
+
+    @property
+    def labels(self) -> bool:
+        """Whether rows have class numbers."""
+        return self.label_column is not None
+
+    @property
+    def texts(self) -> bool:
+        """Whether rows have texts."""
+        return self.text_column is not None
 
     @property
     def arrays(self) -> tuple[str, ...]:

@@ -6,11 +6,15 @@ from one process to another, and nothing is forked beside a GPU.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from queue import Full, Queue
-from threading import Event, Thread
+from threading import Event, Thread, current_thread
 from typing import Generic, TypeVar
+
+SECONDS_TO_END = 10
+"""How long the end of the program waits for a thread that is stuck, in a file system for instance."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,11 +33,11 @@ def prefetch(prepare: Callable[[Item], Result], items: Iterable[Item], workers: 
         while (result := crew.results.get()) is not None:
             yield result.result()
     finally:
-        crew.abandoned.set()
+        crew.dismiss()
 
 
 class _Crew(Generic[Item, Result]):
-    """Threads that end with the program, whatever they are at: an endless stream has no other end."""
+    """Threads that can be sent home at any time: an endless stream has no end of its own."""
 
     def __init__(self, prepare: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> None:
         self.results: Queue[Future[Result] | None] = Queue(ahead)
@@ -41,9 +45,20 @@ class _Crew(Generic[Item, Result]):
         self.abandoned = Event()
         """Set when nobody wants the rest."""
         self._tasks: Queue[tuple[Future[Result], Item] | None] = Queue()
-        Thread(target=self._read, args=(items, workers), daemon=True).start()
-        for _ in range(workers):
-            Thread(target=self._prepare, args=(prepare,), daemon=True).start()
+        self._threads = [Thread(target=self._read, args=(items, workers), daemon=True)]
+        self._threads += [Thread(target=self._prepare, args=(prepare,), daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
+        # A thread that is inside of torch or Pillow when the interpreter ends would abort the program.
+        atexit.register(self.dismiss)
+
+    def dismiss(self) -> None:
+        """Nobody wants the rest: wait until what has begun has ended."""
+        atexit.unregister(self.dismiss)
+        self.abandoned.set()
+        for thread in self._threads:
+            if thread is not current_thread():
+                thread.join(timeout=SECONDS_TO_END)
 
     def _read(self, items: Iterable[Item], workers: int) -> None:
         try:
@@ -64,6 +79,8 @@ class _Crew(Generic[Item, Result]):
     def _prepare(self, prepare: Callable[[Item], Result]) -> None:
         while (task := self._tasks.get()) is not None:
             result, item = task
+            if self.abandoned.is_set():
+                continue
             try:
                 result.set_result(prepare(item))
             except BaseException as error:

@@ -45,7 +45,7 @@ _ANSWER_SECONDS = 10
 
 
 class PromptTokenizer:
-    """Prompts to token ids; it may be pickled and used in forked workers.
+    """Prompts to token ids, by several threads at once.
 
     A tokenizer's own special tokens (beginning or end of a text, separators) are not added: the model learns its embeddings
     from scratch, so that a token which is the same in every prompt would tell it nothing, and the null text of guidance has
@@ -60,7 +60,7 @@ class PromptTokenizer:
     """
 
     def __init__(self, name: str, text: TextConfig) -> None:
-        # Prompts are few and short; and forked workers of a process that has tokenized in threads draw warnings, or hang.
+        # Prompts are few and short, and several threads tokenize already.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._backend = _Builtin() if name == BUILTIN else _Pretrained(name)
         self._text = text

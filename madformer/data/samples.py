@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from madformer.config import InputError
 from madformer.data.digits import load_digits
 from madformer.data.images import BadImage, load_square
 from madformer.data.order import Places
@@ -52,7 +53,11 @@ class Captions:
         """The caption; empty if there is none."""
         if self.use_text:
             return text or ""
-        return self.class_prompts[label] if self.class_prompts is not None and label is not None else ""
+        if self.class_prompts is None or label is None:
+            return ""
+        if label >= len(self.class_prompts):
+            raise InputError(f"data.class_names: {len(self.class_prompts)} names, but there is an image of class {label}")
+        return self.class_prompts[label]
 
 
 class DigitSamples:
@@ -99,8 +104,8 @@ class ShardSamples:
 class ImageSamples:
     """Images of a source that can be read anywhere; a broken one is replaced by the next good one, and named."""
 
-    def __init__(self, source: ImageSource, captions: Captions, image_size: int) -> None:
-        self.source, self.captions, self.image_size = source, captions, image_size
+    def __init__(self, source: ImageSource, captions: Captions, image_size: int, max_skipped: int) -> None:
+        self.source, self.captions, self.image_size, self.max_skipped = source, captions, image_size, max_skipped
 
     def __len__(self) -> int:
         assert self.source.num_rows is not None
@@ -108,7 +113,7 @@ class ImageSamples:
 
     def read(self, samples: np.ndarray, flipped_B: np.ndarray) -> tuple[Batch, list[str]]:
         """Images as bytes, and under `skipped` the keys and flaws of broken ones."""
-        found = [first_good(self._rows_from(int(sample)), self.image_size) for sample in samples]
+        found = [first_good(self._rows_from(int(sample)), self.image_size, self.max_skipped) for sample in samples]
         return collate(found, flipped_B, self.captions)
 
     def _rows_from(self, sample: int) -> Iterator[Row]:
@@ -124,11 +129,11 @@ class ReadImage:
     skipped: tuple[tuple[str, str], ...]
 
 
-def first_good(rows: Iterator[Row], image_size: int) -> ReadImage:
+def first_good(rows: Iterator[Row], image_size: int, max_skipped: int) -> ReadImage:
     """The first row whose image can be read.
 
     Raises:
-        BadImage: there is none among them.
+        InputError: there is none, or none among the first `max_skipped` and one.
     """
     skipped: list[tuple[str, str]] = []
     for row in rows:
@@ -136,7 +141,12 @@ def first_good(rows: Iterator[Row], image_size: int) -> ReadImage:
             return ReadImage(row, load_square(row.read(), image_size), tuple(skipped))
         except BadImage as error:
             skipped.append((row.key, str(error)))
-    raise BadImage(f"none of {len(skipped)} images can be read, the first one is {skipped[0] if skipped else 'missing'}")
+            if len(skipped) > max_skipped:
+                break
+    first = "; ".join(f"{key}: {flaw}" for key, flaw in skipped[:3])
+    raise InputError(
+        f"data.source: {len(skipped)} broken images, one after the other (data.max_skipped = {max_skipped}): {first}"
+    )
 
 
 def collate(images: Sequence[ReadImage], flipped_B: np.ndarray, captions: Captions) -> tuple[Batch, list[str]]:

@@ -49,8 +49,9 @@ class ShardWriter:
         sums = square_sums = np.zeros(channels)
         if self._rows:
             arrays = {column: np.concatenate(parts) for column, parts in self._latents.items()}
-            means_NChw = arrays["mean"].astype(np.float64)
-            sums, square_sums = means_NChw.sum(axis=(0, 2, 3)), np.square(means_NChw).sum(axis=(0, 2, 3))
+            for mean_Chw in arrays["mean"]:  # row by row: all of it in float64 would be four times the shard
+                sums = sums + mean_Chw.sum(axis=(1, 2), dtype=np.float64)
+                square_sums = square_sums + np.square(mean_Chw, dtype=np.float64).sum(axis=(1, 2))
             sha256 = self._write(arrays)
         known = (len(self._rows), seen, last, sha256, tuple(sums.tolist()), tuple(square_sums.tolist()), tuple(skipped))
         shard = Shard(self.name, *known)
@@ -90,18 +91,17 @@ class ShardReader:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self._open()
+        self._tables = [table for name, rows, _ in manifest.shards for table in self._record_tables(name, rows)]
+        self._ends = np.cumsum([len(table) for table in self._tables])
+        self._starts = self._ends - [len(table) for table in self._tables]
+        size = int(np.prod(manifest.encoding.latent_shape))
+        self._arrays = {
+            column: [table[column].chunk(0).flatten().to_numpy(zero_copy_only=True).reshape(-1, size) for table in self._tables]
+            for column in manifest.encoding.arrays
+        }
 
     def __len__(self) -> int:
         return self.manifest.rows
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Another process maps the files anew."""
-        return {"folder": self.folder, "manifest": self.manifest}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.folder, self.manifest = state["folder"], state["manifest"]
-        self._open()
 
     def read(self, column: str, samples: np.ndarray) -> np.ndarray:
         """Latents [B, C, h, w] float16 of rows, copied out of a column."""
@@ -122,16 +122,6 @@ class ShardReader:
     def _locate(self, samples: np.ndarray) -> Iterator[tuple[int, int]]:
         chunks = np.searchsorted(self._ends, samples, side="right")
         return zip(chunks.tolist(), (samples - self._starts[chunks]).tolist(), strict=True)
-
-    def _open(self) -> None:
-        self._tables = [table for name, rows, _ in self.manifest.shards for table in self._record_tables(name, rows)]
-        self._ends = np.cumsum([len(table) for table in self._tables])
-        self._starts = self._ends - [len(table) for table in self._tables]
-        size = int(np.prod(self.manifest.encoding.latent_shape))
-        self._arrays = {
-            column: [table[column].chunk(0).flatten().to_numpy(zero_copy_only=True).reshape(-1, size) for table in self._tables]
-            for column in self.manifest.encoding.arrays
-        }
 
     def _record_tables(self, name: str, rows: int) -> Iterator[Any]:
         import pyarrow as pa

@@ -13,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from madformer.config import ConfigError, DataConfig
+from madformer.config import ConfigError, DataConfig, InputError
 from madformer.data.columns import Columns, find_columns
 from madformer.data.finding import Opened, explained, open_data_set, quiet
 from madformer.data.images import BadImage
@@ -48,6 +48,7 @@ class Row:
 
         Raises:
             BadImage: there is none.
+            InputError: it is there, but cannot be read now.
         """
         import fsspec
 
@@ -60,6 +61,8 @@ class Row:
                 return file.read()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise BadImage(f"no such file: {self.path}") from None
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read: {error}; the same command goes on") from error
 
 
 class ImageSource:
@@ -67,7 +70,7 @@ class ImageSource:
 
     What a unit holds depends on the data and on `data.streaming` alone: 256 rows of a table that lies on this machine (and of
     a folder of images anywhere, of which the addresses alone are held), one file of a stream, or, if it is a single Parquet
-    file, one of its row groups. Can be pickled and forked into workers.
+    file, one of its row groups. Can be read by several threads at once.
     """
 
     def __init__(
@@ -88,7 +91,8 @@ class ImageSource:
         """Rows in all, of a stream as far as its data set says; None: it does not."""
         self._table = dataset if isinstance(dataset, Dataset) else None
         self._stream = None if isinstance(dataset, Dataset) else dataset
-        self._columns = columns
+        self.columns = columns
+        """Where images, labels and texts are."""
         self._files = files
         self._tars = _tar_names(dataset, files)
         self._repeated = frozenset() if self._table is None else _repeated_paths(self._table, columns.image)
@@ -96,12 +100,12 @@ class ImageSource:
     @property
     def has_labels(self) -> bool:
         """Whether rows may have class numbers."""
-        return self._columns.label is not None
+        return self.columns.label is not None
 
     @property
     def has_texts(self) -> bool:
         """Whether rows may have texts."""
-        return self._columns.text is not None
+        return self.columns.text is not None
 
     @property
     def num_rows(self) -> int | None:
@@ -137,7 +141,6 @@ class ImageSource:
         assert self._stream is not None
         prefix, seen = f"{unit}-" if self.num_units > 1 else "", set()
         with explained(self.name, self._file_of(unit)):
-            # In a DataLoader's worker, iterating the stream would hand out the worker's share of its shards; `iter` does not.
             batches = self._stream.shard(num_shards=self.num_units, index=unit).iter(batch_size=1)
             for index, batch in enumerate(batches):
                 example, number = {name: values[0] for name, values in batch.items()}, f"{prefix}{index}"
@@ -152,26 +155,26 @@ class ImageSource:
         return names[unit] if len(names) == self.num_units else names[0] if len(names) == 1 else None
 
     def _key(self, example: dict[str, Any], number: str) -> str:
-        image = example[self._columns.image] or {"path": None}
+        image = example[self.columns.image] or {"path": None}
         key = example.get(_NAME) or example.get(_KEY) or image["path"] or number
         if self._tars is not None:
             key = f"{self._tars.get(example[_URL], Path(example[_URL]).stem)}/{key}"
         return key
 
     def _to_row(self, example: dict[str, Any], key: str) -> Row:
-        image = example[self._columns.image] or {"bytes": None, "path": None}
-        text = example[self._columns.text] if self._columns.text else None
+        image = example[self.columns.image] or {"bytes": None, "path": None}
+        text = example[self.columns.text] if self.columns.text else None
         return Row(key, self._to_label(example), text, image["bytes"], image["path"])
 
     def _to_label(self, example: dict[str, Any]) -> int | None:
-        value = example[self._columns.label] if self._columns.label else None
+        value = example[self.columns.label] if self.columns.label else None
         if value is None:
             return None
         try:
             label = int(value)
         except ValueError:
             raise ConfigError(
-                f"data.label_column = {self._columns.label!r}: holds {value!r}, which is no class number"
+                f"data.label_column = {self.columns.label!r}: holds {value!r}, which is no class number"
             ) from None
         return label if label >= 0 and (self.class_names is None or label < len(self.class_names)) else None
 

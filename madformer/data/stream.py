@@ -49,7 +49,9 @@ class ImageStream:
         portion: Portion,
         first_step: int,
         epoch_size: int | None,
+        max_skipped: int,
     ) -> None:
+        self.max_skipped = max_skipped
         self.source, self.captions, self.finishing, self.image_size = source, captions, finishing, image_size
         self.batch_size, self.portion, self.first_step, self.epoch_size = batch_size, portion, first_step, epoch_size
 
@@ -66,7 +68,7 @@ class ImageStream:
 
     def read(self, undecoded: Undecoded) -> Batch:
         """Decode a micro-batch; a broken image is replaced by the next good one of its window."""
-        images = [first_good(_from(window, place), self.image_size) for window, place in undecoded.rows]
+        images = [first_good(_from(window, place), self.image_size, self.max_skipped) for window, place in undecoded.rows]
         batch, captions = collate(images, self.finishing.flipped(undecoded.places), self.captions)
         if undecoded.epoch_size:
             batch["epoch_size"] = undecoded.epoch_size

@@ -86,12 +86,14 @@ def _evaluate_checkpoint(request: EvaluationRequest, path: Path, judge: _Judge) 
         "codec": config.data.codec,
         **judge.pedigree,
     }
+    prompts = choose_prompts(config, path, None, None, 1.0, range(config.evaluation.num_samples))
+    text_BT = tokenize(config, [prompt.text for prompt in prompts])
     for budget in request.budgets:
         wanted = {**described, "nfe": budget.nfe, "steps": budget.steps, "metrics": {judge.metric: None}}
         point, note = find_point(read_points(run), wanted), " (recorded before)"
         if point is None:
             try:
-                point, note = {"kind": "point", **wanted, **_measure(model, config, budget, judge)}, ""
+                point, note = {"kind": "point", **wanted, **_measure(model, config, budget, judge, text_BT)}, ""
                 append_point(run, point)
             except ValueError as error:
                 raise NonFiniteError(f"{path} at NFE {budget.nfe}: {error}") from error
@@ -104,13 +106,12 @@ def _evaluate_checkpoint(request: EvaluationRequest, path: Path, judge: _Judge) 
         yield point
 
 
-def _measure(model: MADFormer, config: ExperimentConfig, budget: Budget, judge: _Judge) -> Point:
+def _measure(model: MADFormer, config: ExperimentConfig, budget: Budget, judge: _Judge, text_BT: Tensor | None) -> Point:
     """Sample and compare; seconds are those of sampling alone."""
     evaluation, seconds = config.evaluation, 0.0
     codec = build_codec(config.data.codec, config.data.codec_dtype, sampling_device(config))
     judge.distance.reset()
     indices = range(evaluation.num_samples)
-    text_BT = tokenize(config, [prompt.text for prompt in choose_prompts(config, None, None, 1.0, indices)])
     batches = sample_batches(model, config, budget.steps, indices, evaluation.batch_size, text_BT)
     before = time.perf_counter()
     for latents_BChw in batches:

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from madformer.checkpoints import load_checkpoint
 from madformer.config import ExperimentConfig, InputError
 from madformer.config.data import DIGITS
-from madformer.data.manifest import read_manifest
+from madformer.data.datamodule import CLASS_PROMPTS, LatentDataModule
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts, parse_classes
 
 
@@ -29,7 +30,12 @@ class Prompt:
 
 
 def choose_prompts(
-    config: ExperimentConfig, classes: str | None, prompt: str | None, guidance: float, indices: Sequence[int]
+    config: ExperimentConfig,
+    checkpoint: Path,
+    classes: str | None,
+    prompt: str | None,
+    guidance: float,
+    indices: Sequence[int],
 ) -> list[Prompt]:
     """The prompts of samples: the classes in turn, the one prompt for all, or, without either, all classes in turn.
 
@@ -46,12 +52,10 @@ def choose_prompts(
         raise InputError("--classes and --prompt: give one of them")
     if prompt is not None:
         return [Prompt(prompt)] * len(indices)
-    names = known_classes(config)
+    names = known_classes(config, checkpoint)
     if names is None:
         if classes is not None or guidance != 1:
-            raise InputError(
-                f"{config.run_dir}: the names of its classes are not known here: give --prompt, or data.class_names"
-            )
+            raise InputError(f"{config.run_dir}: it was trained without names of classes: give --prompt")
         return [Prompt("")] * len(indices)
     chosen = range(len(names)) if classes is None else parse_classes(classes, names)
     labels = [chosen[index % len(chosen)] for index in indices]
@@ -69,13 +73,9 @@ def tokenize(config: ExperimentConfig, prompts: Sequence[str], guidance: float =
     return PromptTokenizer(config.data.tokenizer, config.model.text)(prompts)
 
 
-def known_classes(config: ExperimentConfig) -> tuple[str, ...] | None:
-    """The class names of what a run was trained on, as far as they can be told without its images."""
-    data = config.data
-    if data.source == DIGITS:
-        return DIGIT_NAMES
-    if data.class_names is not None:
-        return class_prompts(data.class_names, None)
-    if data.latents is not None and (Path(data.latents) / "manifest.json").is_file():
-        return read_manifest(Path(data.latents)).encoding.class_names
-    return None
+def known_classes(config: ExperimentConfig, checkpoint: Path) -> tuple[str, ...] | None:
+    """The class names that a run was trained with: the checkpoint remembers them; None: nobody named them."""
+    remembered = load_checkpoint(checkpoint).get(LatentDataModule.__name__, {}).get(CLASS_PROMPTS)
+    if remembered is not None:
+        return tuple(remembered)
+    return DIGIT_NAMES if config.data.source == DIGITS else class_prompts(config.data.class_names, None)

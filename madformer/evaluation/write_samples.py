@@ -48,7 +48,7 @@ def write_samples(request: SamplingRequest, folder: Path) -> None:
     """
     config, rank = request.config, cluster_rank()
     devices = find_devices(replace(config.trainer, accelerator=_accelerator(config), devices=request.devices))
-    prompts = choose_prompts(config, request.classes, request.prompt, request.guidance, range(request.num))
+    prompts = choose_prompts(config, request.checkpoint, request.classes, request.prompt, request.guidance, range(request.num))
     settings = _settings(request)
     every = [{**settings, "index": index, **prompt.settings} for index, prompt in enumerate(prompts)]
     tokenize(config, [prompt.text for prompt in prompts], request.guidance)  # if there is a mistake, better now

@@ -15,7 +15,7 @@ from madformer.data.images import load_square, to_unit
 from madformer.data.prompts import PromptTokenizer
 from madformer.randomness import keyed_generator
 from madformer.training.module import LitMADFormer
-from tests.pictures import as_bytes, experiment, picture, write_parquet, write_tars
+from tests.pictures import CODEC, as_bytes, experiment, picture, write_parquet, write_tars
 
 ROWS = 37
 TEXT = ("model.text.vocab_size=2048", "model.text.pad_token_id=0", "model.text.length=6", "model.text.dropout=0")
@@ -145,12 +145,12 @@ def test_digits_have_prompts_too(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_broken_image_is_replaced_named_and_counted(streaming, tmp_path):
-    write_parquet(tmp_path / "pictures.parquet", rows=20, broken=(3, 4))
+    write_parquet(tmp_path / "pictures.parquet", rows=20, broken=(3, 14))
     config = experiment(tmp_path, streaming=streaming, batch_size=20)
     found, _ = read(config, steps=1)
     assert len(found) == 20 and all(sample["latents"].isfinite().all() for sample in found.values())
     named = (config.run_dir / "skipped.txt").read_text().splitlines()
-    assert sorted(line.split("\t")[0] for line in named) == ["picture_0003.png", "picture_0004.png"]
+    assert sorted(line.split("\t")[0] for line in named) == ["picture_0003.png", "picture_0014.png"]
     with pytest.raises(InputError, match=r"more than data\.max_skipped = 1 broken images"):
         read(experiment(tmp_path, streaming=streaming, batch_size=20, max_skipped=1), steps=1)
 
@@ -222,3 +222,44 @@ def test_rows_without_labels_have_no_prompt(folder):
     captions = Captions(("cat",), use_text=False)
     assert (captions(0, "text"), captions(None, "text")) == ("cat", "")
     assert (Captions(None, use_text=True)(0, "text"), Captions(None, use_text=True)(0, None)) == ("text", "")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_search_for_a_good_image_ends(streaming, tmp_path):
+    write_parquet(tmp_path / "pictures.parquet", rows=20, broken=tuple(range(20)))
+    with pytest.raises(InputError, match=r"3 broken images, one after the other \(data\.max_skipped = 2\): picture_"):
+        read(experiment(tmp_path, streaming=streaming, max_skipped=2), steps=1)
+
+
+def test_columns_and_names_that_are_not_those_of_the_latents(folder, tmp_path):
+    with pytest.raises(InputError, match=r"made with data\.image_column = image, the experiment has mask"):
+        LatentDataModule(experiment(folder, latents=folder / "latents", image_column="mask"))
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\n")
+    with pytest.raises(InputError, match=r"data\.class_names: 2 names, but there is an image of class 2"):
+        LatentDataModule(experiment(folder, *TEXT, latents=folder / "latents", class_names=names))
+    with pytest.raises(InputError, match=r"data\.class_names: 2 names"):
+        read(experiment(folder, *TEXT, class_names=names), steps=1)
+
+
+def test_a_codec_of_other_weights_is_noticed(tmp_path):
+    write_parquet(tmp_path / "pictures.parquet", rows=5)
+    preview = "evaluation.preview_every=6"
+    encode(experiment(tmp_path, latents=tmp_path / "latents"))
+    state = LatentDataModule(experiment(tmp_path)).state_dict()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("tests.pictures.CODEC", CODEC.replace("torch.tensor(0.5)", "torch.tensor(0.25)"))
+        with pytest.raises(InputError, match="the codec that this run was trained on"):
+            LatentDataModule(experiment(tmp_path)).load_state_dict(state)
+        with pytest.raises(InputError, match=r"made with data\.codec = .* of other weights \(SHA-256"):
+            LatentDataModule(experiment(tmp_path, preview, latents=tmp_path / "latents"))
+
+
+def test_other_names_are_not_gone_on_with(folder, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\neel\n")
+    state = LatentDataModule(experiment(folder, *TEXT, latents=folder / "latents", class_names=names)).state_dict()
+    assert state["class_prompts"] == ["cat", "dog", "eel"]
+    names.write_text("cat\nhound\neel\n")
+    with pytest.raises(InputError, match="the class names that this run was trained on"):
+        LatentDataModule(experiment(folder, *TEXT, latents=folder / "latents", class_names=names)).load_state_dict(state)

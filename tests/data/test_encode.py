@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Image
 from torch.nn import functional as F
 
 from madformer.config import ConfigError, InputError
@@ -146,6 +147,26 @@ def test_again_it_does_nothing_and_what_is_missing_is_made_anew(tmp_path):
     assert contents(folder) == before
 
 
+def test_repaired_latents_have_a_new_manifest(tmp_path):
+    write_parquet(tmp_path / "pictures.parquet", rows=21, broken=(2,))
+    folder = tmp_path / "latents"
+    encode(experiment(tmp_path, latents=folder))
+    before, manifest = read_manifest(folder), folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"rows": 20', '"rows": 19').replace("   7,", "   6,"))
+    assert read_manifest(folder) != before, "as if another image had been broken then"
+    encode(experiment(tmp_path, latents=folder))
+    assert read_manifest(folder) == before
+
+
+def test_another_column_is_another_encoding(tmp_path):
+    images = [{"bytes": as_bytes(picture(number)), "path": f"{number}.png"} for number in range(20)]
+    features = Features({"image": Image(), "mask": Image()})
+    Dataset.from_dict({"image": images, "mask": images[::-1]}, features=features).to_parquet(tmp_path / "pictures.parquet")
+    encode(experiment(tmp_path, latents=tmp_path / "latents", image_column="image"))
+    with pytest.raises(InputError, match="holds other latents: image_column = 'image' there, 'mask' asked for"):
+        encode(experiment(tmp_path, latents=tmp_path / "latents", image_column="mask"))
+
+
 def test_other_latents_are_not_mixed_in(tmp_path):
     write_parquet(tmp_path / "pictures.parquet", rows=5)
     folder = tmp_path / "latents"
@@ -178,7 +199,9 @@ def test_a_codec_that_overflows_is_told_apart(tmp_path):
         "    def encode(self, images):\n        mean = 1e6 + images[..., ::2, ::2]\n        return mean, 0 * mean\n"
         "    def decode(self, latents):\n        return latents\n"
     )
-    with pytest.raises(ConfigError, match=re.escape("gives NaN or infinity in float16: set data.codec_dtype=float32")):
+    with pytest.raises(
+        ConfigError, match=re.escape("NaN or infinity in float16, or more than float16 holds: set data.codec_dtype")
+    ):
         encode(experiment(tmp_path, codec=f"{codec}:Large", codec_dtype="float16", latents=tmp_path / "latents"))
 
 

@@ -10,11 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from madformer.checkpoints import load_model
+from madformer.checkpoints import list_checkpoints, load_model
 from madformer.config import ConfigError, InputError, config_hash, load_run
+from madformer.data.datamodule import LatentDataModule
 from madformer.data.encode import encode
 from madformer.data.prompts import DIGIT_NAMES
 from madformer.evaluation import write_samples as module
@@ -192,14 +194,17 @@ def test_another_program_s_file_is_not_touched(plain, tmp_path):
 
 
 def labels(config, num=5, **options):
-    asked = {"classes": None, "prompt": None, "guidance": 1.0, **options}
+    asked = {"classes": None, "prompt": None, "guidance": 1.0, "checkpoint": list_checkpoints(config.run_dir)[0], **options}
     return [prompt.label for prompt in choose_prompts(config, indices=range(num), **asked)]
 
 
 def test_classes_come_in_turn(text):
     assert labels(text, 12) == [*range(10), 0, 1]
     assert labels(text, classes="7,three") == [7, 3, 7, 3, 7]
-    assert [prompt.text for prompt in choose_prompts(text, "7,3", None, 1.0, range(2))] == ["seven", "three"]
+    assert [prompt.text for prompt in choose_prompts(text, list_checkpoints(text.run_dir)[0], "7,3", None, 1.0, range(2))] == [
+        "seven",
+        "three",
+    ]
     assert labels(text, prompt="a nine") == [None] * 5
 
 
@@ -245,19 +250,31 @@ def latents_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
         encode(config)
+        remembered = {"LatentDataModule": LatentDataModule(config).state_dict()}
+    [path] = list_checkpoints(config.run_dir)
+    torch.save({**torch.load(path, weights_only=True), **remembered}, path)
     return config
 
 
-def test_classes_of_latents_that_have_gone(latents_run, tmp_path):
-    assert [prompt.text for prompt in choose_prompts(latents_run, None, None, 1.0, range(4))] == ["cat", "dog", "eel", "cat"]
+def test_a_checkpoint_remembers_the_classes_of_latents_that_have_gone(latents_run, tmp_path):
     gone = replace(latents_run, data=replace(latents_run.data, latents=str(tmp_path / "nowhere"), tokenizer="no/where"))
-    for asked in ({"classes": "cat"}, {"guidance": 2.0}):
-        with pytest.raises(InputError, match=r"its classes are not known here: give --prompt, or data\.class_names"):
-            sample(gone, tmp_path / "out", **asked)
+    [path] = list_checkpoints(gone.run_dir)
+    assert [prompt.text for prompt in choose_prompts(gone, path, None, None, 1.0, range(4))] == ["cat", "dog", "eel", "cat"]
     with pytest.raises(ConfigError, match=r"data\.tokenizer = 'no/where': cannot be had"):
-        sample(gone, tmp_path / "out", prompt="a cat")
+        sample(gone, tmp_path / "out", classes="dog")
     assert not (tmp_path / "out").exists()
-    sample(gone, tmp_path / "out", num=2)
+
+
+def test_classes_that_nobody_named(latents_run, tmp_path):
+    shutil.copytree(latents_run.run_dir, tmp_path / "run")
+    [path] = list_checkpoints(tmp_path / "run")
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({name: value for name, value in checkpoint.items() if name != "LatentDataModule"}, path)
+    config = load_run(tmp_path / "run")
+    for asked in ({"classes": "cat"}, {"guidance": 2.0}):
+        with pytest.raises(InputError, match=r"it was trained without names of classes: give --prompt"):
+            sample(config, tmp_path / "out", **asked)
+    sample(config, tmp_path / "out", num=2)
     shown = [Image.open(path) for path in sorted((tmp_path / "out").glob("0*.png"))]
     assert [image.size for image in shown] == [(16, 16)] * 2, "the codec doubles 8 x 8"
     assert read_settings(tmp_path / "out/000000.png")["prompt"] == ""
