@@ -342,9 +342,6 @@ def report_memory(shapes: Sequence[Latents], batch: int) -> list[str]:
     return [f"memory: RssAnon over an epoch of shards, batch {batch}", *table(heads, rows), *verdicts]
 
 
-# ---- all
-
-
 def verdict(what: str, value: float, goal: float, most: bool = False) -> str:
     """A line that says whether a goal is reached."""
     reached = value <= goal if most else value >= goal
