@@ -35,7 +35,7 @@ quickstart: $(CORE) ## train three models on digits, compare them: a table, curv
 	@echo "In TensorBoard: $(BIN)/tensorboard --logdir runs (tabs Scalars, Custom Scalars, HParams)"
 
 test: $(DEV) ## run the tests
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal $(ARGS)
 
 lint: $(DEV) ## check style, format and types
 	$(BIN)/ruff check .

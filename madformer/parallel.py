@@ -6,11 +6,12 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -110,23 +111,34 @@ def _start_processes(work: Work, arguments: tuple[Any, ...], devices: list[str],
     context = multiprocessing.get_context("spawn")
     common = _Common(context.RawArray("q", len(devices)), context.RawValue("b", 0))
     threads = max(1, torch.get_num_threads() // len(devices))
-    with ProcessPoolExecutor(len(devices), context, _enter, (common, threads)) as pool:
-        try:
-            with _interrupts_held():  # until they can deal with one, see `_work`
-                futures = [pool.submit(_work, rank, devices, work, arguments) for rank in range(len(devices))]
-            while wait(futures, timeout=SECONDS_BETWEEN_LOOKS).not_done:
-                display.show(before + sum(common.counts))
-                if any(future.done() and future.exception() for future in futures):
-                    break
-        finally:
-            common.stop.value = 1  # without effect on those that have ended
-        errors = [error for future in futures if (error := future.exception()) and not isinstance(error, StoppedError)]
+    processes, receivers = [], []
+    resource_tracker.ensure_running()  # it would let interrupts through
+    with _interrupts_held():  # until the processes can deal with one, see `_work`
+        for rank in range(len(devices)):
+            receiver, sender = context.Pipe(duplex=False)
+            given = (common, threads, rank, devices, sender, work, arguments)
+            processes.append(context.Process(target=_work, args=given, daemon=True))
+            processes[-1].start()
+            receivers.append(receiver)
+            sender.close()  # this end of it: what the process does not send is then an end, not a wait
+    try:
+        while alive := [process.sentinel for process in processes if process.is_alive()]:
+            wait(alive, timeout=SECONDS_BETWEEN_LOOKS)
+            display.show(before + sum(common.counts))
+            if any(process.exitcode for process in processes):
+                break
+    finally:
+        common.stop.value = 1  # without effect on those that have ended
+        for process in processes:
+            process.join()
     display.show(before + sum(common.counts))
-    if errors and isinstance(errors[0], BrokenProcessPool):
+    for receiver in receivers:
+        with contextlib.suppress(EOFError):  # it had nothing to say
+            if not isinstance(error := receiver.recv(), StoppedError):
+                raise error
+    if any(process.exitcode for process in processes):
         message = "a process was killed, perhaps for want of memory; what was complete is kept, the same command goes on"
-        raise ProcessKilledError(message) from errors[0]
-    if errors:
-        raise errors[0]
+        raise ProcessKilledError(message)
 
 
 @dataclass(frozen=True)
@@ -137,38 +149,41 @@ class _Common:
     stop: Any
 
 
-_common: _Common
-"""In a process that `share_out` started: such things are inherited, they cannot be sent."""
-
-
-def _enter(common: _Common, threads: int) -> None:
-    global _common
-    _common = common
+def _work(
+    common: _Common,
+    threads: int,
+    rank: int,
+    devices: list[str],
+    sender: Connection,
+    work: Work,
+    arguments: tuple[Any, ...],
+) -> None:
+    """One of the processes: its share, and what became of it."""
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
+    def count(done: int) -> None:
+        common.counts[rank] = done
+        if common.stop.value:
+            raise StoppedError
+
+    # Ctrl-C reaches every process of a terminal. It would end one that starts with a traceback; the parent says what is to say.
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        work(Share(rank, len(devices), devices[rank], count), *arguments)
+    except KeyboardInterrupt:
+        os._exit(130)
+    except Exception as error:
+        sender.send(error)
+        sys.exit(1)
+
 
 def _end_with_parent() -> None:
-    """Without it, a process whose parent was killed would wait for more work for ever."""
+    """Without it, a process whose parent was killed would work on."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _work(rank: int, devices: list[str], work: Work, arguments: tuple[Any, ...]) -> None:
-    def count(done: int) -> None:
-        _common.counts[rank] = done
-        if _common.stop.value:
-            raise StoppedError
-
-    # Ctrl-C reaches every process of a terminal. It would end one that starts or waits with a traceback; here it is sent back.
-    try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        count(0)
-        work(Share(rank, len(devices), devices[rank], count), *arguments)
-    finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 @contextlib.contextmanager
