@@ -35,6 +35,7 @@ from madformer.config import ExperimentConfig, load_experiment, wanted_outputs
 from madformer.data.codec import Codec, build_codec
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.encode import encode_share
+from madformer.data.finding import quiet
 from madformer.data.manifest import Encoding, read_manifest, read_shards, shard_name, summarise, write_manifest
 from madformer.data.prompts import imagenet_classes
 from madformer.data.samples import Batch
@@ -61,8 +62,7 @@ _ASSUMED = f"{MFU:.0%} MFU of {GPUS} GPUs of {GPU_FLOPS / 1e12:.0f} TFLOP/s (H10
 SHARD_BYTES = 512 * 2**20
 """Of each shape, unless rows are given."""
 
-RAW_BUFFER = 256 * 2**20
-"""Memory that files are read into: more than the processor's caches hold, as batches in flight are."""
+RAW_BUFFER = 256 * 2**20  # memory that files are read into: more than the processor's caches hold
 
 IMAGE_SIZE = 256
 """Pixels along the side of the encoded images."""
@@ -70,7 +70,7 @@ IMAGE_SIZE = 256
 FREE_COPIES = 16
 """Times that the images are there for the codec that costs nothing: few would be decoded before the clock starts."""
 
-_SETTLING = 3  # batches read before the clock starts: more than a worker has ready
+_SETTLING = 3  # batches read before the clock starts
 
 _EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 _SHAPES: Mapping[str, tuple[str, ...]] = {
@@ -234,7 +234,6 @@ def write_images(path: Path, images: int, copies: int) -> None:
     """JPEGs of gradients under noise, in a Parquet file; all of them again for each copy."""
     import datasets
 
-    datasets.disable_progress_bars()
     generator, (y, x) = np.random.default_rng(0), np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
     contents = []
     for number in range(images):
@@ -244,7 +243,8 @@ def write_images(path: Path, images: int, copies: int) -> None:
         Image.fromarray(pixels_YXC).save(buffer, format="JPEG", quality=95)
         contents.append({"bytes": buffer.getvalue(), "path": f"{number:06d}.jpg"})
     features = datasets.Features({"image": datasets.Image()})
-    datasets.Dataset.from_dict({"image": contents * copies}, features=features).to_parquet(str(path))
+    with quiet():
+        datasets.Dataset.from_dict({"image": contents * copies}, features=features).to_parquet(str(path))
 
 
 def write_codec(folder: Path, channels: Sequence[int]) -> None:

@@ -48,7 +48,7 @@ def test_the_codec_is_neither_in_checkpoints_nor_in_the_average(folder, tmp_path
     checkpoint = torch.load(checkpoint_path(run, 6), weights_only=True)
     names = {*checkpoint["state_dict"], *checkpoint["ema"]}
     assert not [name for name in names if "codec" in name or "gain" in name]
-    assert checkpoint["LatentDataModule"]["fingerprint"].keys() == {"source"}
+    assert checkpoint["LatentDataModule"]["fingerprint"].keys() == {"source", "codec", "class names"}
     assert (run / "samples/preview-00000006.png").is_file(), "decoded by the codec"
 
 
