@@ -1,5 +1,6 @@
 import itertools
 import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ ROOT = Path(__file__).parents[1]
 # Before anything imports the libraries of the hub, here or in a child: no test asks it, and none writes into the home folder.
 HUB = tempfile.TemporaryDirectory(prefix="madformer-tests-")
 os.environ |= {"HF_HOME": HUB.name, "HF_HUB_OFFLINE": "1"}
+
+# A shell lets what it starts in the background ignore interrupts, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TEXT = TextConfig(vocab_size=11, length=3, pad_token_id=0)
 SWITCHES = [

@@ -5,18 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from madformer.config import ConfigError, DataConfig, ExperimentConfig, InputError
 from madformer.config.data import DIGITS
 from madformer.data.codec import Codec, build_codec, require_fit
-from madformer.data.images import BadImage, load_square, to_unit
+from madformer.data.images import load_square, to_unit
 from madformer.data.manifest import (
     Encoding,
     Manifest,
@@ -30,10 +29,10 @@ from madformer.data.manifest import (
     write_encoding,
     write_manifest,
 )
-from madformer.data.prefetch import prefetch
 from madformer.data.prompts import class_prompts
+from madformer.data.reading import Picture, read_pictures, require_few
 from madformer.data.shards import ShardReader, ShardWriter
-from madformer.data.sources import ROWS_PER_SHARD, ImageSource, Row, open_source
+from madformer.data.sources import ROWS_PER_SHARD, ImageSource, open_source
 from madformer.files import write_text
 from madformer.images import save_png, to_grid
 from madformer.parallel import Share, cluster_rank, find_devices, own_device, share_out
@@ -81,15 +80,6 @@ def encode_share(share: Share, data: DataConfig, encoding: Encoding) -> None:
             share.count(done)
 
 
-@dataclass(frozen=True)
-class _Image:
-    """A row of the source after decoding: [3, Y, X] bytes, or why there are none."""
-
-    row: Row
-    pixels_CYX: Tensor | None
-    flaw: str = ""
-
-
 class _Encoder:
     def __init__(self, data: DataConfig, encoding: Encoding, source: ImageSource, codec: Codec) -> None:
         self.data, self.encoding, self.source, self.codec = data, encoding, source, codec
@@ -102,7 +92,8 @@ class _Encoder:
         if first_part and self.done[shard_name(unit, first_part - 1)].last:
             return
         rows = self.source.rows(unit, skip=first_part * ROWS_PER_SHARD)
-        images = prefetch(self._decode, rows, self.data.workers, ahead=2 * self.data.codec_batch_size + self.data.workers)
+        ahead = 2 * self.data.codec_batch_size + self.data.workers
+        images = read_pictures(rows, self.encoding.image_size, self.data.workers, ahead)
         following = next(images, None)
         for part in itertools.count(first_part):
             writer = ShardWriter(self.folder, shard_name(unit, part), self.encoding)
@@ -122,13 +113,7 @@ class _Encoder:
             if following is None:
                 return
 
-    def _decode(self, row: Row) -> _Image:
-        try:
-            return _Image(row, load_square(row.read(), self.encoding.image_size))
-        except BadImage as error:
-            return _Image(row, None, str(error))
-
-    def _add(self, writer: ShardWriter, images: Sequence[_Image]) -> None:
+    def _add(self, writer: ShardWriter, images: Sequence[Picture]) -> None:
         if not images:
             return
         images_BCYX = torch.stack([image.pixels_CYX for image in images if image.pixels_CYX is not None])
@@ -147,10 +132,7 @@ class _Encoder:
 
     def _require_few(self, skipped: Sequence[tuple[str, str]]) -> None:
         every = [*skipped, *_skipped(list(read_shards(self.folder).values()))]
-        if len(every) > self.data.max_skipped:
-            first = "; ".join(f"{key}: {flaw}" for key, flaw in every[:3])
-            limit = f"more than data.max_skipped = {self.data.max_skipped} broken images"
-            raise InputError(f"{self.data.source}: {limit}: {first}; ... Mend them or raise the limit; what is encoded is kept")
+        require_few(self.data.source, every, self.data.max_skipped)
 
 
 def _describe(config: ExperimentConfig, source: ImageSource, codec: Codec) -> Encoding:
@@ -264,7 +246,7 @@ def _report(folder: Path, manifest: Manifest) -> None:
     print("\n".join(lines), flush=True)
 
 
-def _batches(images: Iterator[_Image], size: int) -> Iterator[list[_Image]]:
+def _batches(images: Iterator[Picture], size: int) -> Iterator[list[Picture]]:
     """Lists of at most `size` images; itertools.batched is newer than the oldest Python that we run on."""
     while batch := list(itertools.islice(images, size)):
         yield batch
