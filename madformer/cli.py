@@ -69,16 +69,27 @@ def train(
 @app.command()
 def evaluate(
     run: RunFolder,
+    overrides: Overrides = None,
     nfe: Annotated[str | None, typer.Option(help="Budgets, such as 280,700; default: the experiment's.")] = None,
     steps: Annotated[str | None, typer.Option(help="Denoising steps per block instead of budgets, such as 50,250.")] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Images sampled for each budget; default: the experiment's.")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Images sampled for each number; default: the experiment's.")] = None,
     checkpoints: Annotated[str, typer.Option(help="newest, last5 (each, and their mean), or a step.")] = "newest",
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
+    sampler: Annotated[str | None, typer.Option(help="ddim, ddpm, dpmsolver++, unipc; several with commas.")] = None,
+    guidance: Annotated[str | None, typer.Option(help="Scales of classifier-free guidance, such as 1,1.5.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds of sampling, such as 0,1,2: each, and their mean.")] = None,
+    reference: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Statistics of the reference images, one for each network.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="Devices that share the work; default: all GPUs.")] = None,
+    diagnostics: Annotated[bool, typer.Option("--diagnostics", help="Also losses on held-out images, and why.")] = False,
 ) -> None:
     """Measure samples of a run; what is recorded already is not computed again."""
     from madformer.evaluation.request import parse_request
 
-    request = parse_request(load_run(run), nfe, steps, num_samples, checkpoints, weights)
+    asked = {"references": tuple(reference or ()), "devices": devices, "diagnostics": diagnostics}
+    config = load_run(run, overrides or [])
+    request = parse_request(config, nfe, steps, num_samples, checkpoints, weights, sampler, guidance, seeds, **asked)
     from madformer.evaluation.evaluate import evaluate_run
 
     with _going_on_later():
@@ -95,15 +106,16 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Image i depends on (seed, i) alone.")] = 0,
     classes: Annotated[str | None, typer.Option(metavar="207,360", help="Classes, in turn; default: all of them.")] = None,
     prompt: Annotated[str | None, typer.Option(help="A text for all images, instead of classes.")] = None,
-    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1: none.")] = 1.0,
+    sampler: Annotated[str | None, typer.Option(help="ddim, ddpm, dpmsolver++ or unipc.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; 1: none.")] = None,
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
     devices: Annotated[int | None, typer.Option(min=1, help="Devices that share the work; default: all GPUs.")] = None,
 ) -> None:
     """Write images, and a grid of them; those that are there already are left alone."""
     from madformer.evaluation.request import parse_sampling
 
-    asked = {"classes": classes, "prompt": prompt, "guidance": guidance, "devices": devices}
-    request = parse_sampling(load_run(run), num, steps, nfe, seed, weights, **asked)
+    asked = {"classes": classes, "prompt": prompt, "devices": devices}
+    request = parse_sampling(load_run(run), num, steps, nfe, seed, weights, sampler, guidance, **asked)
     from madformer.evaluation.write_samples import write_samples
 
     with _going_on_later():
@@ -154,11 +166,16 @@ def report(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the report; default: the sweep's, or report/.")
     ] = None,
+    metric: Annotated[str | None, typer.Option(help="Such as fid; default: the first one recorded.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="The figure's panels, of nfe, flops, seconds, seconds_per_block, memory; default: the first three."),
+    ] = None,
 ) -> None:
-    """A table and curves: of a sweep, or of runs side by side."""
+    """Tables and curves: of a sweep, or of runs side by side."""
     from madformer.report.sources import report_on
 
-    report_on(sources, out)
+    report_on(sources, out, metric, against)
 
 
 @sweep_app.command("run")

@@ -95,7 +95,7 @@ def _adopt(config: ExperimentConfig, run: Path, overrides: Sequence[str]) -> Exp
     model = config.model
     if config.data.source is None and (model.latent_channels, model.latent_size, model.text) == (1, 8, None):
         data = replace(config.data, source=DIGITS, codec=PIXELS)
-        evaluation = replace(config.evaluation, feature_network="digits")
+        evaluation = replace(config.evaluation, feature_networks=("digits",))
         config = replace(config, data=data, evaluation=evaluation)
     config = replace(config, name=run.resolve().name, output_dir=str(run.parent))
     return build_experiment(DictConfig(to_container(config)), overrides, str(run))

@@ -1,39 +1,39 @@
-"""Samplers by name: diffusers' schedulers, set up for latents and for few steps."""
+"""Samplers by name: diffusers' schedulers, set up for latents and for any number of steps.
+
+All of them go from full noise (t = T - 1) to clean latents in 1 .. T steps, with one evaluation of the network in each, and
+none clips. Their timesteps are the same integers, T * (n - i) // n - 1 for step i of n, and each step goes to the next of
+them: diffusers' own spacings round floats, which adds a timestep of -1 for some numbers of steps (61, 103, ... of 1000) or
+repeats one, start below t = T - 1, or step to t - T // n, which drifts away from the spacing.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
-from madformer.config import DiffusionConfig
+from madformer.config import DiffusionConfig, InputError
+from madformer.config.evaluation import SamplerName
+from madformer.config.rules import require
 from madformer.diffusion import PredictionType
 
-__all__ = ["TrailingDDIM", "build_sampler"]
+__all__ = ["Sampler", "TrailingDDIM", "TrailingDDPM", "TrailingDPMSolver", "TrailingUniPC", "build_sampler"]
 
 
 class TrailingDDIM(DDIMScheduler):  # type: ignore[misc]
-    """Deterministic DDIM from full noise (t = T - 1) to clean latents in any number of steps, 1 .. T, without clipping.
-
-    diffusers' `trailing` spacing rounds floats, which adds a timestep of -1 for some numbers of steps (61, 103, ...), and its
-    step goes to t - T // steps, which drifts away from the spacing. Here timesteps are integers, T * (steps - i) // steps - 1,
-    and each step goes to the next one of them.
-    """
+    """Deterministic DDIM."""
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose the timesteps.
 
         Raises:
-            ValueError: fewer than one step, or more than the schedule has.
+            InputError: fewer than one step, or more than the schedule has.
         """
-        end = self.config.num_train_timesteps
-        if not 1 <= num_inference_steps <= end:
-            raise ValueError(f"steps = {num_inference_steps}: DDIM takes 1..{end} of them, as many as the noise schedule has")
+        spaced = _trailing(num_inference_steps, self.config.num_train_timesteps)
         self.num_inference_steps = num_inference_steps
-        spaced = [end * (num_inference_steps - index) // num_inference_steps - 1 for index in range(num_inference_steps)]
         self.timesteps = torch.tensor(spaced, device=device)
         self._next = dict(zip(spaced, [*spaced[1:], -1], strict=True))
 
@@ -52,13 +52,65 @@ class TrailingDDIM(DDIMScheduler):  # type: ignore[misc]
         return DDIMSchedulerOutput(alpha_next.sqrt() * clean + (1 - alpha_next).sqrt() * noise, clean)
 
 
-def build_sampler(config: DiffusionConfig, prediction_type: PredictionType) -> TrailingDDIM:
-    """The sampler for models trained with this noise schedule and prediction type."""
-    return TrailingDDIM(
-        config.train_timesteps,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        beta_schedule="linear",
-        prediction_type=prediction_type,
-        clip_sample=False,  # latents have no bounds
-    )
+class TrailingDDPM(DDPMScheduler):  # type: ignore[misc]
+    """Ancestral sampling: the posterior of the next timestep, given the predicted clean latents (Eq. 7 of DDPM)."""
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Choose the timesteps, as `TrailingDDIM.set_timesteps`."""
+        spaced = _trailing(num_inference_steps, self.config.num_train_timesteps)
+        super().set_timesteps(timesteps=spaced, device=device)
+
+
+class TrailingDPMSolver(DPMSolverMultistepScheduler):  # type: ignore[misc]
+    """DPM-Solver++(2M): second order by the prediction of the step before."""
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Choose the timesteps, as `TrailingDDIM.set_timesteps`, and forget the predictions."""
+        spaced = _trailing(num_inference_steps, self.config.num_train_timesteps)
+        super().set_timesteps(timesteps=spaced, device=device)
+
+
+class TrailingUniPC(UniPCMultistepScheduler):  # type: ignore[misc]
+    """UniPC-2: a predictor of second order, corrected by the prediction that the next step makes anyway."""
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Choose the timesteps, as `TrailingDDIM.set_timesteps`, and forget the predictions."""
+        spaced = _trailing(num_inference_steps, self.config.num_train_timesteps)
+        super().set_timesteps(num_inference_steps, device=device)
+        # It takes no timesteps, so those that it chose make way, with the noise levels that belong to them.
+        self.timesteps = torch.tensor(spaced, device=device)
+        alphas = self.alphas_cumprod[spaced]
+        self.sigmas = torch.cat([((1 - alphas) / alphas).sqrt(), alphas.new_zeros(1)])
+
+
+Sampler = TrailingDDIM | TrailingDDPM | TrailingDPMSolver | TrailingUniPC
+
+
+def build_sampler(config: DiffusionConfig, prediction_type: PredictionType, name: SamplerName = "ddim") -> Sampler:
+    """The sampler of that name for models trained with this noise schedule and prediction type.
+
+    Raises:
+        InputError: a name that no sampler has.
+    """
+    require(name in get_args(SamplerName), "sampler", name, f"must be one of {', '.join(get_args(SamplerName))}")
+    schedule: dict[str, Any] = {
+        "num_train_timesteps": config.train_timesteps,
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "beta_schedule": "linear",
+        "prediction_type": prediction_type,
+    }
+    if name == "ddim":
+        return TrailingDDIM(**schedule, clip_sample=False)  # latents have no bounds
+    if name == "ddpm":
+        return TrailingDDPM(**schedule, clip_sample=False)
+    if name == "dpmsolver++":
+        return TrailingDPMSolver(**schedule, algorithm_type="dpmsolver++", solver_order=2)
+    return TrailingUniPC(**schedule, solver_order=2)
+
+
+def _trailing(steps: int, end: int) -> list[int]:
+    """Timesteps of `steps` steps through a schedule of `end`, the noisiest first."""
+    if not 1 <= steps <= end:
+        raise InputError(f"steps = {steps}: must be in 1..{end}, the noise schedule has no more timesteps")
+    return [end * (steps - index) // steps - 1 for index in range(steps)]

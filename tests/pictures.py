@@ -93,7 +93,7 @@ def write_codec(folder: Path) -> str:
 def overrides(folder: Path, **data: Any) -> list[str]:
     """A tiny model on 8 x 8 latents of 16 x 16 pixels, through the codec above."""
     fields = {"source": folder / "pictures.parquet", "codec": write_codec(folder), "workers": 0, "codec_batch_size": 4, **data}
-    settings = [*TINY, "model.latent_channels=3", "evaluation.preview_every=null", "evaluation.feature_network=null"]
+    settings = [*TINY, "model.latent_channels=3", "evaluation.preview_every=null", "evaluation.feature_networks=[]"]
     return [*settings, f"output_dir={folder / 'runs'}", *(f"data.{name}={_text(value)}" for name, value in fields.items())]
 
 

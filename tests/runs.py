@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from madformer.config import ExperimentConfig, load_experiment
-from tests.conftest import ROOT
+from tests.conftest import HUB, ROOT
 
 DIGITS = ROOT / "experiments/digits.yaml"
 
@@ -33,6 +33,7 @@ TINY = (
     "evaluation.preview_every=6",
     "evaluation.preview_nfe=5",
     "evaluation.preview_samples=4",
+    f"evaluation.references={HUB.name}/references",
 )
 
 

@@ -1,7 +1,11 @@
 """The embedded digits."""
 
+import re
+
+import pytest
 import torch
 
+from madformer.config import ConfigError
 from madformer.data.digits import load_digits
 
 
@@ -24,3 +28,18 @@ def test_images_belong_to_their_labels():
 
 def test_digits_are_loaded_once():
     assert load_digits()[0] is load_digits()[0]
+
+
+def test_slices_of_the_digits():
+    images, labels = load_digits()
+    parts = [load_digits(split) for split in ("train[:90%]", "train[90%:]")]
+    assert [len(part) for part, _ in parts] == [1617, 180]
+    for whole, pieces in ((images, [part for part, _ in parts]), (labels, [part for _, part in parts])):
+        assert torch.equal(torch.cat(pieces), whole)
+    assert torch.equal(load_digits("train[-5:]+train[:2]")[1], torch.cat([labels[-5:], labels[:2]]))
+
+
+@pytest.mark.parametrize("split", ["test", "train[", "train[:200%]", "train[7:7]"])
+def test_no_such_part_of_the_digits(split):
+    with pytest.raises(ConfigError, match=rf"^data\.split = '{re.escape(split)}': .*must be train or a slice of it"):
+        load_digits(split)

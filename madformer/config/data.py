@@ -31,7 +31,7 @@ class DataConfig:
     subset: str | None = None
     """Configuration of a hub's data set that has several."""
     split: str = "train"
-    """Part of the data set."""
+    """Part of the data set, or a slice of one, such as `train[:90%]`."""
     streaming: bool = False
     """Read the source in order, without a copy on the disk, instead of making a local copy that can be read anywhere."""
     image_column: str | None = None

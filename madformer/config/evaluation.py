@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+from madformer.config.features import check_feature_network_name
 from madformer.config.rules import is_integer, require, require_at_least, require_types
+
+SamplerName = Literal["ddim", "ddpm", "dpmsolver++", "unipc"]
+"""What turns noise into latents: deterministic but for `ddpm`, each with one evaluation of the network a step."""
 
 
 @dataclass(frozen=True)
@@ -15,13 +20,25 @@ class EvaluationConfig:
     nfe: tuple[int, ...] = (280, 700, 1400, 2800)
     """Budgets in layer evaluations per block."""
     num_samples: int = 8000
-    """Images sampled for each budget."""
+    """Images sampled for each number."""
     batch_size: int = 64
     """Images sampled at once; no result depends on it."""
     seed: int = 0
     """Sample i is a function of (seed, i) and the weights."""
-    feature_network: Literal["digits"] | None = None
-    """Network whose features are compared; null: none chosen, the experiment cannot be evaluated."""
+    sampler: SamplerName = "ddim"
+    """What denoises a block."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance; 1: none."""
+    feature_networks: tuple[str, ...] = ()
+    """Networks whose features are compared, all on the same samples: `inception` or `inception:FILE` (FID's),
+    `torchscript:FILE`, `hf:MODEL` (of transformers), `digits`, or a class of your own as `module.path:Class` or
+    `file.py:Class`."""
+    references: str = "references"
+    """Folder where statistics of reference images are kept, for all runs that need them."""
+    held_out_source: str | None = None
+    """Images for diagnostics that training has not seen, as `data.source`; null: of `data.source` itself."""
+    held_out_split: str | None = None
+    """Their part of the data set; null: `data.split`."""
     preview_every: int | None = None
     """Training steps from one preview (a sample grid and a quick metric) to the next; null: none."""
     preview_nfe: int = 280
@@ -44,6 +61,14 @@ class EvaluationConfig:
                 value,
                 f"must be at most {MAX_SAMPLES:,}, each has a seed of its own",
             )
+        require(math.isfinite(self.guidance), "evaluation.guidance", self.guidance, "must be a number")
+        for name in self.feature_networks:
+            check_feature_network_name(name)
+        twice = len(set(self.feature_networks)) < len(self.feature_networks)
+        require(not twice, "evaluation.feature_networks", list(self.feature_networks), "each of them once")
+        require(self.references != "", "evaluation.references", "", "must be the name of a folder")
+        for name in ("held_out_source", "held_out_split"):
+            require(getattr(self, name) != "", f"evaluation.{name}", "", "must not be empty")
         legal = is_integer(self.seed) and 0 <= self.seed <= MAX_EVALUATION_SEED
         require(legal, "evaluation.seed", self.seed, f"must be in 0..{MAX_EVALUATION_SEED}")
         if self.preview_every is not None:

@@ -83,6 +83,9 @@ class ExperimentConfig:
         require(legal, "diffusion.draws_per_image", self.diffusion.draws_per_image, remedy)
         check_data(self.data, self.model)
         check_budgets(self.evaluation, self.model, self.diffusion)
+        legal = self.evaluation.guidance == 1 or self.model.text is not None
+        remedy = "there is nothing to guide towards: set it to 1, or train a model with text (model.text)"
+        require(legal, "evaluation.guidance", self.evaluation.guidance, remedy)
 
     @property
     def run_dir(self) -> Path:

@@ -18,14 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madformer.config.rules import InputError
+from madformer.hub import explain, list_files
+from madformer.importing import first_line
 
-__all__ = ["DiffusersAutoencoder", "first_line", "load_autoencoder"]
+__all__ = ["DiffusersAutoencoder", "load_autoencoder"]
 
 _PROBE_SIZE = 256
 """Pixels along the side of the image that is tried: a multiple of every known downsampling."""
-
-_HUB_TIMEOUT = 10.0
-"""Seconds until a hub that does not answer is given up."""
 
 _SAFETENSORS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 _SHARDS = "diffusion_pytorch_model-*.safetensors"
@@ -91,12 +90,6 @@ def load_autoencoder(location: str) -> DiffusersAutoencoder:
     if info["missing_keys"]:
         raise InputError(f"the weights in {folder} are incomplete: {sorted(info['missing_keys'])[0]} is missing")
     return DiffusersAutoencoder(module, latent_channels, downsampling)
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says in its first line, or else its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(" .:") if lines else type(error).__name__
 
 
 def _encode(module: Any, images_BCYX: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,12 +207,10 @@ def _find_cached(repository: str, subfolder: str) -> Path | None:
 
 def _download(repository: str, subfolder: str) -> Path:
     """Download one autoencoder of a repository, and no second form of its weights."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
     try:
-        # The one request that the library does not repeat for half a minute where there is no network.
-        listing = HfApi().model_info(repository, timeout=_HUB_TIMEOUT).siblings or []
-        files = {file.rfilename for file in listing}
+        files = list_files(repository)
         if not subfolder and "config.json" not in files:
             subfolder = "vae"
         prefix = f"{subfolder}/" if subfolder else ""
@@ -228,15 +219,5 @@ def _download(repository: str, subfolder: str) -> Path:
         weights = (*_SAFETENSORS, _SHARDS) if any(f"{prefix}{name}" in files for name in _SAFETENSORS) else (_PICKLE,)
         folder = snapshot_download(repository, allow_patterns=[f"{prefix}{name}" for name in ("config.json", *weights)])
     except Exception as error:  # the network's, the hub's and the disk's
-        raise InputError(f"cannot be had: {_why(error)}; name a folder that exists, or take data.codec=pixels") from error
+        raise InputError(f"cannot be had: {explain(error)}; name a folder that exists, or take data.codec=pixels") from error
     return Path(folder) / subfolder
-
-
-def _why(error: Exception) -> str:
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    if isinstance(error, GatedRepoError):
-        return "its owner must grant access first (accept the terms on its page, then `hf auth login`)"
-    if isinstance(error, RepositoryNotFoundError):
-        return "the hub has no such repository, or it is private (`hf auth login`)"
-    return first_line(error)

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import logging
 import math
-import sys
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from madformer.config.data import PIXELS
 from madformer.config.model import ModelConfig
 from madformer.config.rules import ConfigError, InputError, is_integer
-from madformer.data.autoencoders import DiffusersAutoencoder, first_line, load_autoencoder
+from madformer.data.autoencoders import DiffusersAutoencoder, load_autoencoder
 from madformer.fingerprint import weights_sha256
+from madformer.importing import build_own, modules_of
 
 __all__ = ["Autoencoder", "Codec", "build_codec", "require_fit"]
 
@@ -93,7 +89,7 @@ class Codec:
         self._shift = _per_channel(autoencoder, "shift_factor", 0.0)
         self._scale = _per_channel(autoencoder, "scaling_factor", 1.0)
         self._portions: dict[tuple[object, ...], _Portion] = {}
-        self._weights = _weights(autoencoder)
+        self._weights = modules_of(autoencoder)
         self._weights.eval().requires_grad_(False)
         if any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in self._weights.state_dict().values()):
             _ = self.sha256  # of the weights as they came: it does not depend on the type
@@ -283,19 +279,7 @@ def _build_own(name: str) -> tuple[Autoencoder, str]:
     place, _, kind = name.rpartition(":")
     if not place or not kind.isidentifier():
         raise InputError(f"must be {PIXELS}, vae:HUB_ID_OR_FOLDER, module.path:Class or file.py:Class")
-    if place.endswith(".py") and not Path(place).is_file():
-        raise InputError(f"no such file: {place}")
-    try:
-        module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # the user's own code
-        raise InputError(f"{place} cannot be imported: {_describe(error)}") from error
-    own = getattr(module, kind, None)
-    if not isinstance(own, type):
-        raise InputError(f"{place} has no class {kind}")
-    try:
-        autoencoder = own()
-    except Exception as error:  # the user's own code
-        raise InputError(f"{kind}() fails: {_describe(error)}") from error
+    autoencoder = build_own(place, kind)
     for attribute in ("latent_channels", "downsampling"):
         value: Any = getattr(autoencoder, attribute, None)
         if not is_integer(value) or value < 1:
@@ -304,27 +288,6 @@ def _build_own(name: str) -> tuple[Autoencoder, str]:
         if not callable(getattr(autoencoder, method, None)):
             raise InputError(f"{kind} has no method {method}")
     return autoencoder, kind
-
-
-def _import_file(path: Path) -> ModuleType:
-    name = f"_codec_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
-
-
-def _weights(autoencoder: Autoencoder) -> nn.Module:
-    """All modules in an autoencoder that need not be one itself."""
-    if isinstance(autoencoder, nn.Module):
-        return autoencoder
-    return nn.ModuleList(part for part in getattr(autoencoder, "__dict__", {}).values() if isinstance(part, nn.Module))
 
 
 def _per_channel(autoencoder: Autoencoder, attribute: str, default: float) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from madformer.config import ConfigError, ExperimentConfig, InputError
 from madformer.config.data import DIGITS
 from madformer.data.codec import Codec, build_codec, require_fit
+from madformer.data.digits import digits_sha256
 from madformer.data.images import to_unit
 from madformer.data.manifest import Manifest, read_manifest
 from madformer.data.order import EndlessPlaces, Portion, SampleOrder
@@ -64,7 +65,8 @@ class LatentDataModule(pl.LightningDataModule):
         self._fingerprint: dict[str, str] = {}
         self._samples: Samples | None = None
         if data.source == DIGITS:
-            self._samples, self.class_prompts = DigitSamples(), DIGIT_NAMES
+            self._samples, self.class_prompts = DigitSamples(data.split), DIGIT_NAMES
+            self._fingerprint["source"] = digits_sha256(data.split)
         elif data.latents is not None:
             self._samples = self._open_shards(Path(data.latents))
         elif data.source is not None:
@@ -152,6 +154,11 @@ class LatentDataModule(pl.LightningDataModule):
         self._epoch_size = state_dict["epoch_size"]
 
     @property
+    def source_sha256(self) -> str:
+        """Fingerprint of the images, also of those behind latents."""
+        return self._fingerprint["source"]
+
+    @property
     def _encodes(self) -> bool:
         return self._samples is None
 
@@ -188,7 +195,7 @@ class LatentDataModule(pl.LightningDataModule):
         encoding = manifest.encoding
         prompts = class_prompts(self.config.data.class_names, encoding.class_names) if encoding.labels else None
         self._describe(prompts, encoding.texts, str(folder))
-        self._fingerprint["latents"] = manifest.sha256
+        self._fingerprint |= {"latents": manifest.sha256, "source": encoding.source_sha256}
         reader = ShardReader(folder, manifest)
         if encoding.labels and self._captions.class_prompts is not None:
             self._captions(int(reader.labels.max()), None)  # a class without a name shows now

@@ -52,8 +52,8 @@ def open_data_set(data: DataConfig) -> Opened:
         return _open_saved(folder, data)
     builder = _find_builder(data)
     files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
-    _require_split(data, list(files or builder.info.splits or {}))
-    found = files.get(data.split, [])
+    parts = _split_names(data, list(files or builder.info.splits or {}))
+    found = [file for part in parts for file in files.get(part, [])]
     _require_whole(data, found)
     dataset: Dataset | IterableDataset
     if data.streaming:
@@ -78,8 +78,11 @@ def _open_saved(folder: Path, data: DataConfig) -> Opened:
 
     saved = datasets.load_from_disk(str(folder))
     parts = {str(saved.split or "train"): saved} if isinstance(saved, datasets.Dataset) else dict(saved)
-    _require_split(data, list(parts))
-    return Opened(parts[data.split], [file["filename"] for file in parts[data.split].cache_files])
+    _split_names(data, list(parts))
+    rows = datasets.ReadInstruction.from_spec(data.split).to_absolute({name: len(part) for name, part in parts.items()})
+    chosen = [parts[each.splitname].select(range(len(parts[each.splitname]))[each.from_ : each.to]) for each in rows]
+    dataset = datasets.concatenate_datasets(chosen)
+    return Opened(dataset, [file["filename"] for file in dataset.cache_files])
 
 
 def _find_builder(data: DataConfig) -> DatasetBuilder:
@@ -231,11 +234,18 @@ def _files_builder(data: DataConfig, base: str, patterns: dict[str, list[str]]) 
     return _load_builder(data, str(Path(__file__).parents[1]), data_files=files)
 
 
-def _require_split(data: DataConfig, splits: list[str]) -> None:
-    if data.split not in splits:
-        raise ConfigError(
-            f"data.split = {data.split!r}: must be one of {', '.join(splits)}, which data.source = {data.source!r} has"
-        )
+def _split_names(data: DataConfig, splits: list[str]) -> list[str]:
+    """The splits that `data.split` is made of: one of them, or of a table also slices, such as `train[:90%]`."""
+    from datasets import ReadInstruction
+
+    known = f"must be one of {', '.join(splits)}, which data.source = {data.source!r} has"
+    try:
+        parts = [part.splitname for part in ReadInstruction.from_spec(data.split).to_absolute(dict.fromkeys(splits, 1))]
+    except ValueError as error:
+        raise ConfigError(f"data.split = {data.split!r}: {known}") from error
+    if data.streaming and data.split not in splits:
+        raise ConfigError(f"data.split = {data.split!r}: {known}; slices need data.streaming=false")
+    return list(dict.fromkeys(parts))
 
 
 def _require_whole(data: DataConfig, files: list[str]) -> None:

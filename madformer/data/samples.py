@@ -63,8 +63,8 @@ class Captions:
 class DigitSamples:
     """scikit-learn's digits, in memory, as they are."""
 
-    def __init__(self) -> None:
-        self._images_NCYX, self._labels_N = load_digits()
+    def __init__(self, split: str) -> None:
+        self._images_NCYX, self._labels_N = load_digits(split)
 
     def __len__(self) -> int:
         return len(self._images_NCYX)

@@ -1,7 +1,9 @@
-"""A run's curves in TensorBoard: quality against NFE, FLOPs and seconds, beside its training scalars.
+"""A run's curves in TensorBoard: quality against NFE, FLOPs and seconds, and diagnostics, beside its training scalars.
 
 TensorBoard draws a scalar against an integer step. Here the step is what a point cost, not when it was trained, so the runs of
 a sweep overlay as curves of quality against compute. The unit of a step is the same in every run; descriptions name it.
+A run's main curve has the bare tag, `fid_vs_nfe`; those of other samplers, guidances or weights beside it say what differs,
+`fid_vs_nfe/unipc`. Each is the mean over checkpoints and seeds.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any, BinaryIO
 
 from google.protobuf.message import DecodeError
@@ -32,11 +35,8 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.scalar import metadata as scalar_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from madformer.evaluation.record import latest_points, read_points
+from madformer.evaluation.record import Point, RunCurve, mean_known, newest_diagnostics, run_curves, variants
 from madformer.files import replacing
-
-Point = Mapping[str, Any]
-"""A line of the record."""
 
 Scalar = bool | int | float | str
 
@@ -57,25 +57,34 @@ AXES: dict[str, tuple[Callable[[Point], int | None], str]] = {
 }
 """What follows `_vs_` in a tag -> the step of a point (None: it was not measured), and the step's unit."""
 
+DIAGNOSTICS: dict[str, tuple[Callable[[Point], Sequence[float] | None], str]] = {
+    "loss_by_timestep": (lambda entry: entry["loss_by_timestep"], "timestep"),
+    "loss_by_block": (lambda entry: entry["loss_by_block"], "block"),
+    "exposure_gap_by_block": (lambda entry: entry["exposure"]["gap"], "block"),
+    "condition_explains_by_block": (lambda entry: entry["condition_explains"], "block"),
+}
+"""What follows `diagnostics/` in a tag -> its values (None: the model has no such thing), and the step's unit."""
+
 
 def write_curves(run: Path, hparams: Mapping[str, Scalar]) -> None:
-    """Draw the newest checkpoint's evaluations anew: one event file takes the place of the former one.
+    """Draw the newest evaluations and diagnostics anew: one event file takes the place of the former one.
 
     A running TensorBoard shows it at its next reload; one with `--load_fast=false` must be started again.
 
     Args:
-        run: the run's folder; without evaluations in its record nothing is drawn.
+        run: the run's folder; nothing is drawn if its record is empty.
         hparams: what the run was trained with, for the table of hyperparameters; the same names in all runs of a sweep.
 
     Raises:
         InputError: the record is broken.
     """
-    points = latest_points(read_points(run))
+    curves, diagnostics = run_curves(run), newest_diagnostics(run)
     former = list(run.glob(f"{_PREFIX}*{_SUFFIX}"))
-    if points:
+    events = [*_curves(curves), *_hparams(curves, hparams), *_diagnostics(diagnostics), *_layout(curves, diagnostics)]
+    if events:
         # Under a new name, else a running TensorBoard goes on with the file that it has open.
         with _replacing(run / f"{_PREFIX}{time.time():017.6f}{_SUFFIX}") as temporary:
-            _write_events(temporary, [*_curves(points), *_hparams(points, hparams), _layout(points)])
+            _write_events(temporary, events)
     for path in former:
         path.unlink(missing_ok=True)
 
@@ -143,28 +152,71 @@ def _write_events(path: Path, events: Sequence[Event]) -> None:
             writer.write(event.SerializeToString())
 
 
-def _curves(points: Sequence[Point]) -> Iterator[Event]:
-    """One scalar for each metric, axis and point, steps rising: TensorBoard forgets a point when a lower step follows it."""
-    for metric in points[0]["metrics"]:
-        for name, (step_of, unit) in AXES.items():
-            steps = {step: point for point in points if (step := step_of(point)) is not None}
-            for step in sorted(steps):
-                yield _scalar(f"{metric}_vs_{name}", steps[step], metric, step, f"{metric}; step: {unit}")
+def _curves(curves: Sequence[RunCurve]) -> Iterator[Event]:
+    """One scalar for each metric, variant, axis and budget; steps rise, else TensorBoard forgets points."""
+    for metric in _metrics(curves):
+        for curve in variants(curves, metric):
+            name = curve.variant.beside(curves[0].variant)
+            points = _means(curve)
+            for axis, (step_of, unit) in AXES.items():
+                tag = f"{metric}_vs_{axis}" + (f"/{name}" if name else "")
+                steps = {step: point for point in points if (step := step_of(point)) is not None}
+                for step in sorted(steps):
+                    yield _scalar(tag, steps[step], steps[step]["metrics"][metric], step, f"{metric}; step: {unit}")
 
 
-def _scalar(tag: str, point: Point, metric: str, step: int, description: str) -> Event:
+def _metrics(curves: Sequence[RunCurve]) -> list[str]:
+    """All metrics of a run, those of its main curve first."""
+    return list(dict.fromkeys(metric for curve in curves for metric in curve.metrics))
+
+
+def _means(curve: RunCurve) -> list[Point]:
+    """A budget's points as one: the mean of the metrics and of the costs."""
+    return [
+        {
+            **max(points, key=lambda point: point["step"]),
+            "metrics": {metric: fmean(point["metrics"][metric] for point in points) for metric in curve.metrics},
+            **{cost: mean_known(point.get(cost) for point in points) for cost in ("tflops_per_image", "seconds_per_image")},
+        }
+        for points in curve.points.values()
+    ]
+
+
+def _diagnostics(entry: Point | None) -> Iterator[Event]:
+    """Where the newest diagnosed model errs, by timestep and by block."""
+    for name, (values_of, unit) in DIAGNOSTICS.items():
+        values = values_of(entry) if entry is not None else None
+        if entry is None or values is None:
+            continue
+        steps = entry["timesteps"] if unit == "timestep" else range(len(values))
+        for step, value in sorted(zip(steps, values, strict=True)):
+            yield _scalar(f"diagnostics/{name}", entry, value, step, f"step: {unit}, of training step {entry['step']}")
+
+
+def _scalar(tag: str, entry: Point, value: float, step: int, description: str) -> Event:
     metadata = scalar_metadata.create_summary_metadata(display_name=tag, description=description)
     # A simple value, though the fast loader leaves its description out: scripts that read event files look for nothing else.
-    value = Summary.Value(tag=tag, simple_value=point["metrics"][metric], metadata=metadata)
-    return Event(wall_time=_when(point), step=step, summary=Summary(value=[value]))
+    return Event(
+        wall_time=_when(entry),
+        step=step,
+        summary=Summary(value=[Summary.Value(tag=tag, simple_value=value, metadata=metadata)]),
+    )
 
 
-def _hparams(points: Sequence[Point], hparams: Mapping[str, Scalar]) -> Iterator[Event]:
-    """The run's row in the table of hyperparameters: `hparams`, and every metric at the smallest and the largest budget."""
+def _hparams(curves: Sequence[RunCurve], hparams: Mapping[str, Scalar]) -> Iterator[Event]:
+    """The run's row in the table of hyperparameters: `hparams`, and the main curve's distances at its two ends.
+
+    Of a dozen metrics and all budgets nobody could read the table; the Fréchet distances are what runs are ranked by.
+    """
+    if not curves:
+        return
+    points = _means(curves[0])
     ends = {point["nfe"]: point for point in (points[0], points[-1])}
-    metrics = {f"{metric}_at_nfe_{nfe}": (metric, point) for metric in points[0]["metrics"] for nfe, point in ends.items()}
+    distances = [metric for metric in curves[0].metrics if _is_frechet(metric)] or curves[0].metrics[:1]
+    metrics = {f"{metric}_at_nfe_{nfe}": (metric, point) for metric in distances for nfe, point in ends.items()}
     for tag, (metric, point) in metrics.items():
-        yield _scalar(tag, point, metric, point["step"], f"{metric} at NFE {point['nfe']}; step: training step")
+        description = f"{metric} at NFE {point['nfe']}; step: training step"
+        yield _scalar(tag, point, point["metrics"][metric], point["step"], description)
     experiment = api_pb2.Experiment(
         hparam_infos=[api_pb2.HParamInfo(name=name, type=_hparam_type(value)) for name, value in hparams.items()],
         metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in metrics],
@@ -183,6 +235,10 @@ def _hparams(points: Sequence[Point], hparams: Mapping[str, Scalar]) -> Iterator
         yield Event(wall_time=_when(points[0]), summary=Summary(value=[value]))
 
 
+def _is_frechet(metric: str) -> bool:
+    return metric.split("_")[0] in ("fid", "fd")
+
+
 def _hparam_type(value: Scalar) -> int:
     if isinstance(value, bool):
         return api_pb2.DATA_TYPE_BOOL
@@ -195,27 +251,34 @@ def _hparam_value(value: Scalar) -> Any:
     return Value(string_value=value) if isinstance(value, str) else Value(number_value=value)
 
 
-def _layout(points: Sequence[Point]) -> Event:
-    """The custom-scalars page: one chart for each tag, with a marker for each point of each run."""
+def _layout(curves: Sequence[RunCurve], diagnostics: Point | None) -> Iterator[Event]:
+    """The custom-scalars page: one chart for each metric and axis, with a marker for each point of each run and variant."""
     categories = [
         layout_pb2.Category(
             title=f"{metric}: quality against compute",
             chart=[
-                layout_pb2.Chart(
-                    title=f"{metric}_vs_{name} (axis: {unit})",
-                    multiline=layout_pb2.MultilineChartContent(tag=[f"^{re.escape(metric)}_vs_{name}$"]),
-                )
+                _chart(f"{metric}_vs_{name} (axis: {unit})", f"^{re.escape(metric)}_vs_{name}(/.*)?$")
                 for name, (_, unit) in AXES.items()
             ],
+            closed=not (index == 0 or _is_frechet(metric)),
         )
-        for metric in points[0]["metrics"]
+        for index, metric in enumerate(_metrics(curves))
     ]
+    if diagnostics is not None:
+        charts = [_chart(f"{name} (axis: {unit})", f"^diagnostics/{name}$") for name, (_, unit) in DIAGNOSTICS.items()]
+        categories.append(layout_pb2.Category(title="diagnostics: where the model errs", chart=charts))
+    if not categories:
+        return
     text = layout_pb2.Layout(category=categories).SerializeToString()
     tensor = TensorProto(dtype=DT_STRING, string_val=[text])
     value = Summary.Value(
         tag=layout_metadata.CONFIG_SUMMARY_TAG, tensor=tensor, metadata=layout_metadata.create_summary_metadata()
     )
-    return Event(wall_time=_when(points[-1]), summary=Summary(value=[value]))
+    yield Event(wall_time=_when(diagnostics or _means(curves[0])[-1]), summary=Summary(value=[value]))
+
+
+def _chart(title: str, tag: str) -> layout_pb2.Chart:
+    return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=[tag]))
 
 
 def _when(point: Point) -> float:

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from madformer import __version__
-from madformer.checkpoints import checkpoint_step, load_model
-from madformer.config import ExperimentConfig, config_hash, trained_fields
-from madformer.data.codec import build_codec
-from madformer.data.digits import load_digits
+from madformer.checkpoints import load_model
+from madformer.config import ExperimentConfig, trained_fields
 from madformer.evaluation.curves import write_curves
-from madformer.evaluation.features import feature_network, metric_name
-from madformer.evaluation.metrics import FrechetDistance
-from madformer.evaluation.prompting import choose_prompts, tokenize
-from madformer.evaluation.record import append_point, find_point, read_means, read_points
-from madformer.evaluation.request import Budget, EvaluationRequest
-from madformer.evaluation.sampling import sample_batches, sampling_device
-from madformer.fingerprint import weights_sha256
-from madformer.model import MADFormer, cost
+from madformer.evaluation.diagnostics import diagnose
+from madformer.evaluation.metrics import measure
+from madformer.evaluation.parts import INDICES, read_indices, read_parts, remove_parts
+from madformer.evaluation.record import IDENTITY, append_point, find_point, read_diagnostics, read_means, read_points
+from madformer.evaluation.request import EvaluationRequest
+from madformer.evaluation.sampled import BLOCKS, MEMORY, PHASES, SIZES, features_name, logits_name, sample_features
+from madformer.evaluation.sampling import inference_devices
+from madformer.evaluation.tasks import Judges, Task, list_tasks, open_codec, warn_of_bias
+from madformer.model import cost
+from madformer.parallel import Share, cluster_rank, own_device, share_out
+from madformer.progress import ProgressDisplay
 from madformer.run import claim_folder
 from madformer.training.errors import NonFiniteError
 
@@ -34,122 +35,190 @@ __all__ = ["evaluate_run"]
 
 Point = dict[str, Any]
 
+IMAGES_LOOKED_AT = 256
+"""Held-out images of the diagnostics, no more than are sampled for a number."""
+
+_OF_A_MEAN = [*(key for key in IDENTITY if key not in ("nfe", "seed", "weights_sha256")), "config_hash"]
+
 
 def evaluate_run(request: EvaluationRequest) -> list[Point]:
-    """Measure every budget of every checkpoint that is asked for; what the record holds already is not computed again.
+    """Measure every budget of every checkpoint, sampler, guidance and seed asked for; what is recorded is not computed again.
+
+    Interrupted, it goes on with the samples that have no features yet.
 
     Returns:
-        The points asked for, in the record's form.
+        The points asked for that are recorded, in the record's form: all, unless other processes are still at work.
 
     Raises:
-        InputError: a torn checkpoint or one of another model, or another process evaluates the run.
+        ConfigError: a feature network, codec or tokenizer that cannot be had, or no reference images.
+        InputError: a torn checkpoint or one of another model, references of other images, or another process evaluates the run.
         NonFiniteError: the model's samples are not finite.
     """
+    config, rank = request.config, cluster_rank()
+    run, devices = config.run_dir, inference_devices(request.config, request.devices)
+    with claim_folder(run, "evaluate", rank or 0):
+        codec = open_codec(config, own_device(devices))
+        judges = Judges.of(request, codec, own_device(devices))
+        tasks = list_tasks(request, judges, codec)
+        if not rank:
+            warn_of_bias(judges, config.evaluation.num_samples)
+        del judges, codec  # their memory is the processes' now
+        missing = [task for task in tasks if not _report_recorded(task)]
+        if missing:
+            before = sum(len(read_indices(task.folder)) for task in missing)
+            total = sum(task.described["num_samples"] for task in missing)
+            with ProgressDisplay("sampled", "images", total, before, silent=bool(rank)) as display:
+                share_out(evaluate_share, (request, missing), devices, display, before)
+        with FileLock(run / ".record.lock"):
+            return _conclude(request, tasks, own_device(devices))
+
+
+def evaluate_share(share: Share, request: EvaluationRequest, tasks: Sequence[Task]) -> None:
+    """Sample every `world_size`-th image of each task; whoever finds that all of a task are there measures and records it."""
+    codec = open_codec(request.config, share.device)
+    judges = Judges.of(request, codec, share.device)
+    done, path, model = 0, None, None
+    for task in tasks:
+        if task.checkpoint != path or model is None:
+            path, model = task.checkpoint, None  # two models need not fit
+            model = load_model(path, request.config, request.weights).to(share.device)
+        so_far, indices = done, range(share.rank, task.described["num_samples"], share.world_size)
+
+        def show(count: int, so_far: int = so_far) -> None:
+            nonlocal done
+            done = so_far + count
+            share.count(done)
+
+        sample_features(task, model, codec, judges.networks, indices, show)
+        with FileLock(task.config.run_dir / ".record.lock"):
+            _measure_if_complete(task, judges, share)
+
+
+def _measure_if_complete(task: Task, judges: Judges, share: Share) -> None:
+    run, count = task.config.run_dir, task.described["num_samples"]
+    parts = list(read_parts(task.folder))
+    if find_point(read_points(run), task.described) or len({i for part in parts for i in part[INDICES].tolist()}) < count:
+        return
+    before, metrics = time.perf_counter(), {}
+    for number, (network, reference) in enumerate(zip(judges.networks, judges.references, strict=True)):
+        features_ND = _in_order(parts, features_name(number), count)
+        logits_NK = _in_order(parts, logits_name(number), count) if logits_name(number) in parts[0] else None
+        metrics |= measure(network.label, features_ND.to(share.device), logits_NK, reference)
+    seconds = {phase: float(sum(part[phase].sum() for part in parts)) for phase in PHASES}
+    seconds["statistics"] = time.perf_counter() - before
+    point = {
+        "kind": "point",
+        **task.described,
+        "nfe_actual": cost.nfe(task.config.model, task.budget.steps),
+        "metrics": metrics,
+        **_costs(task, parts),
+        "seconds": seconds["sampling"],
+        "seconds_spent": seconds,
+        "processes": share.world_size,
+        "device": torch.cuda.get_device_name(share.device) if torch.device(share.device).type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {"madformer": __version__, "torch": torch.__version__},
+        "time": _now(),
+    }
+    try:
+        append_point(run, point)
+    except ValueError as error:
+        raise NonFiniteError(f"{task.checkpoint} at NFE {task.budget.nfe}: {error}") from error
+    remove_parts(task.folder)
+    _report(task, point)
+
+
+def _in_order(parts: Sequence[dict[str, Tensor]], name: str, count: int) -> Tensor:
+    """Rows of all parts in the order of samples; one that two processes have made counts once."""
+    rows = torch.cat([part[name] for part in parts])
+    ordered = rows.new_empty(count, *rows.shape[1:])
+    ordered[torch.cat([part[INDICES] for part in parts])] = rows
+    return ordered
+
+
+def _costs(task: Task, parts: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    """What an image costs: seconds are medians over batches, so that a first slow one does not count."""
+    sizes_K = torch.cat([part[SIZES] for part in parts])
+    sampling_K, blocks_KL = (torch.cat([part[name] for part in parts]) for name in ("sampling", BLOCKS))
+    flops = cost.sampling_flops(task.config.model, guidance=task.config.evaluation.guidance != 1)
+    return {
+        "tflops_per_image": flops.total(task.budget.steps) / 1e12,
+        "seconds_per_image": float((sampling_K / sizes_K).median()),
+        "seconds_per_block": (blocks_KL / sizes_K[:, None]).median(dim=0).values.tolist(),
+        "peak_memory_gib": max(float(part[MEMORY]) for part in parts),
+        "batch_size": int(sizes_K.max()),
+    }
+
+
+def _report_recorded(task: Task) -> bool:
+    """Whether the record has it already; if so, say what it is."""
+    point = find_point(read_points(task.config.run_dir), task.described)
+    if point is not None:
+        _report(task, point, " (recorded before)")
+    return point is not None
+
+
+def _report(task: Task, point: Point, note: str = "") -> None:
+    how = [f"{task.config.run_dir.name} {task.checkpoint.stem}", f"NFE {point['nfe']}", f"steps {point['steps']}"]
+    if (point["sampler"], point["guidance"], point["seed"]) != ("ddim", 1.0, 0):
+        how.append(f"{point['sampler']}, guidance {point['guidance']:g}, seed {point['seed']}")
+    how += [f"{name} {value:.4g}" for name, value in point["metrics"].items()]
+    costs = f"{point['tflops_per_image'] * 1e3:.3g} GFLOPs, {point['seconds_per_image'] * 1e3:.3g} ms an image"
+    print("  ".join([*how, costs]) + note, flush=True)
+
+
+def _conclude(request: EvaluationRequest, tasks: Sequence[Task], device: str) -> list[Point]:
+    """Means, diagnostics and curves, once all points are there."""
     run = request.config.run_dir
-    with claim_folder(run, "evaluate"):
-        judge = _Judge(request.config)
-        points = [point for path in request.checkpoints for point in _evaluate_checkpoint(request, path, judge)]
-        if len(request.checkpoints) > 1:
-            _record_means(run, points)
-        write_curves(run, hparams=_hparams(request.config))
+    found = [find_point(read_points(run), task.described) for task in tasks]
+    points = [point for point in found if point is not None]
+    if len(points) < len(found):
+        print(f"{run}: this process has done its share; the last one records the rest", flush=True)
+        return points
+    _record_means(run, points)
+    if request.diagnostics:
+        _record_diagnostics(request, points[-1], torch.device(device))
+    write_curves(run, hparams=_hparams(request.config))
     return points
 
 
-class _Judge:
-    """The metric, its network and its reference, and what the record says of them."""
-
-    def __init__(self, config: ExperimentConfig) -> None:
-        name = config.evaluation.feature_network
-        assert name is not None  # the request has been checked
-        network, (images_NCYX, _) = feature_network(name), load_digits()
-        self.metric = metric_name(name)
-        self.distance = FrechetDistance(network, images_NCYX.to(sampling_device(config)))
-        self.pedigree = {
-            "feature_network": {"name": name, "sha256": weights_sha256(network)},
-            "reference": {"name": name, "images": len(images_NCYX), "sha256": _sha256(images_NCYX)},
-        }
-
-
-def _evaluate_checkpoint(request: EvaluationRequest, path: Path, judge: _Judge) -> Iterator[Point]:
-    config, run = request.config, request.config.run_dir
-    model = load_model(path, config, request.weights).to(sampling_device(config))
-    described = {
-        "checkpoint": path.name,
-        "step": checkpoint_step(path),
-        "weights": request.weights,
-        "weights_sha256": weights_sha256(model),
-        "config_hash": config_hash(config),
-        "num_samples": config.evaluation.num_samples,
-        "seed": config.evaluation.seed,
-        "sampler": "ddim",
-        "guidance": 1.0,
-        "codec": config.data.codec,
-        **judge.pedigree,
-    }
-    prompts = choose_prompts(config, path, None, None, 1.0, range(config.evaluation.num_samples))
-    text_BT = tokenize(config, [prompt.text for prompt in prompts])
-    for budget in request.budgets:
-        wanted = {**described, "nfe": budget.nfe, "steps": budget.steps, "metrics": {judge.metric: None}}
-        point, note = find_point(read_points(run), wanted), " (recorded before)"
-        if point is None:
-            try:
-                point, note = {"kind": "point", **wanted, **_measure(model, config, budget, judge, text_BT)}, ""
-                append_point(run, point)
-            except ValueError as error:
-                raise NonFiniteError(f"{path} at NFE {budget.nfe}: {error}") from error
-        cost_of_point = f"{point['tflops_per_image'] * 1e3:.3g} GFLOPs, {point['seconds_per_image'] * 1e3:.3g} ms an image"
-        print(
-            f"{run.name} {path.stem}  NFE {budget.nfe}  steps {budget.steps}  "
-            f"{judge.metric} {point['metrics'][judge.metric]:.4g}  {cost_of_point}{note}",
-            flush=True,
-        )
-        yield point
-
-
-def _measure(model: MADFormer, config: ExperimentConfig, budget: Budget, judge: _Judge, text_BT: Tensor | None) -> Point:
-    """Sample and compare; seconds are those of sampling alone."""
-    evaluation, seconds = config.evaluation, 0.0
-    codec = build_codec(config.data.codec, config.data.codec_dtype, sampling_device(config))
-    judge.distance.reset()
-    indices = range(evaluation.num_samples)
-    batches = sample_batches(model, config, budget.steps, indices, evaluation.batch_size, text_BT)
-    before = time.perf_counter()
-    for latents_BChw in batches:
-        if latents_BChw.is_cuda:
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - before
-        judge.distance.update(codec.decode(latents_BChw))
-        before = time.perf_counter()
-    return {
-        "nfe_actual": cost.nfe(config.model, budget.steps),
-        "metrics": {judge.metric: judge.distance.compute()},
-        "tflops_per_image": cost.sampling_flops(config.model).total(budget.steps) / 1e12,
-        "seconds_per_image": seconds / evaluation.num_samples,
-        "seconds": seconds,
-        "batch_size": evaluation.batch_size,
-        "device": torch.cuda.get_device_name() if sampling_device(config).type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": {"madformer": __version__, "torch": torch.__version__},
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _record_means(run: Path, points: Sequence[Point]) -> None:
-    """The mean over checkpoints at every budget, with the spread."""
-    for nfe in dict.fromkeys(point["nfe"] for point in points):
-        group = [point for point in points if point["nfe"] == nfe]
-        values: Mapping[str, list[float]] = {name: [point["metrics"][name] for point in group] for name in group[0]["metrics"]}
+def _record_means(run: Path, points: Iterable[Point]) -> None:
+    """The mean over checkpoints and seeds of each way of sampling at each budget, with the spread."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(repr([point["nfe"], *(point[key] for key in _OF_A_MEAN)]), []).append(point)
+    for group in groups.values():
+        if len(group) == 1:
+            continue
+        names = [name for name in group[0]["metrics"] if all(name in point["metrics"] for point in group)]
+        values = {name: [point["metrics"][name] for point in group] for name in names}
         summary = {
             "kind": "mean",
-            "nfe": nfe,
-            "steps": group[0]["steps"],
-            "checkpoints": [point["checkpoint"] for point in group],
-            "weights": group[0]["weights"],
+            "nfe": group[0]["nfe"],
+            **{key: group[0][key] for key in _OF_A_MEAN},
+            "checkpoints": list(dict.fromkeys(point["checkpoint"] for point in group)),
+            "seeds": list(dict.fromkeys(point["seed"] for point in group)),
             "metrics": {name: mean(numbers) for name, numbers in values.items()},
             "standard_deviations": {name: stdev(numbers) for name, numbers in values.items()},
+            "count": len(group),
         }
-        if summary not in read_means(run):
-            append_point(run, summary)
+        if summary not in [{key: value for key, value in line.items() if key != "time"} for line in read_means(run)]:
+            append_point(run, {**summary, "time": _now()})
+
+
+def _record_diagnostics(request: EvaluationRequest, newest: Point, device: torch.device) -> None:
+    """Look into the newest checkpoint, at the first of the budgets, unless that has been recorded."""
+    config, path = next(request.manners()), request.checkpoints[-1]
+    budget, count = request.budgets[0], min(IMAGES_LOOKED_AT, config.evaluation.num_samples)
+    known = {key: newest[key] for key in ("checkpoint", "step", "weights", "weights_sha256", "config_hash")}
+    wanted = {**known, "nfe": budget.nfe, "steps": budget.steps, "sampler": config.evaluation.sampler}
+    wanted |= {"seed": config.evaluation.seed}
+    if any(wanted.items() <= line.items() for line in read_diagnostics(config.run_dir)):
+        return
+    model = load_model(path, config, request.weights).to(device)
+    with ProgressDisplay("diagnosed", "images", count) as display:
+        found = diagnose(model, config, path, budget.steps, device, count, display.show)
+    append_point(config.run_dir, {"kind": "diagnostics", **wanted, **found, "time": _now()})
 
 
 def _hparams(config: ExperimentConfig) -> dict[str, bool | int | float | str]:
@@ -158,5 +227,5 @@ def _hparams(config: ExperimentConfig) -> dict[str, bool | int | float | str]:
     return {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in scalars.items()}
 
 
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

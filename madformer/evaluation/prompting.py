@@ -34,17 +34,16 @@ def choose_prompts(
     checkpoint: Path,
     classes: str | None,
     prompt: str | None,
-    guidance: float,
     indices: Sequence[int],
 ) -> list[Prompt]:
     """The prompts of samples: the classes in turn, the one prompt for all, or, without either, all classes in turn.
 
     Raises:
-        InputError: prompts or guidance for a model without text, both kinds of prompts, or classes that nobody has named.
+        InputError: prompts for a model without text, both kinds of them, classes that nobody has named, or guidance without
+            prompts.
     """
     asked = [option for option, value in (("--classes", classes), ("--prompt", prompt)) if value is not None]
     if config.model.text is None:
-        asked += ["--guidance"] if guidance != 1 else []
         if asked:
             raise InputError(f"{asked[0]}: {config.run_dir} has a model without text (model.text = null); leave it out")
         return [Prompt("")] * len(indices)
@@ -54,7 +53,7 @@ def choose_prompts(
         return [Prompt(prompt)] * len(indices)
     names = known_classes(config, checkpoint)
     if names is None:
-        if classes is not None or guidance != 1:
+        if classes is not None or config.evaluation.guidance != 1:
             raise InputError(f"{config.run_dir}: it was trained without names of classes: give --prompt")
         return [Prompt("")] * len(indices)
     chosen = range(len(names)) if classes is None else parse_classes(classes, names)
@@ -62,13 +61,13 @@ def choose_prompts(
     return [Prompt(names[label], label) for label in labels]
 
 
-def tokenize(config: ExperimentConfig, prompts: Sequence[str], guidance: float = 1.0) -> Tensor | None:
+def tokenize(config: ExperimentConfig, prompts: Sequence[str]) -> Tensor | None:
     """Token ids [B, T] of prompts; None: a model without text, or nothing but the null text, which needs no tokenizer.
 
     Raises:
         ConfigError: the tokenizer cannot be had, or is not the model's.
     """
-    if config.model.text is None or not (any(prompts) or guidance != 1):
+    if config.model.text is None or not (any(prompts) or config.evaluation.guidance != 1):
         return None
     return PromptTokenizer(config.data.tokenizer, config.model.text)(prompts)
 

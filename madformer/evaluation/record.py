@@ -1,18 +1,24 @@
 """The record of a run's evaluations: `evaluations.jsonl`, one JSON object a line, only ever appended to.
 
-A line of kind `point` is one budget of one checkpoint: the metrics, and everything that made them.
+A line of kind `point` is one budget of one checkpoint, sampled with one seed: the metrics, and everything that made them. One
+of kind `mean` sums up several of them, one of kind `diagnostics` says where a checkpoint's model errs.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from madformer.config import InputError
 from madformer.files import append_line
+
+Point = Mapping[str, Any]
+"""A line of the record."""
 
 IDENTITY = (
     "nfe",
@@ -23,15 +29,62 @@ IDENTITY = (
     "guidance",
     "num_samples",
     "seed",
-    "reference",
-    "feature_network",
-    "metrics",
+    "prompts",
+    "codec",
+    "references",
+    "feature_networks",
 )
-"""What makes two points the same measurement; of the metrics their names, not their values."""
+"""What makes two points the same measurement."""
 
-_REQUIRED = frozenset(IDENTITY) | {"nfe_actual", "step", "time"}
+MANNER = tuple(key for key in IDENTITY if key not in ("nfe", "steps", "weights_sha256", "seed"))
+"""What the points of one curve have in common, over its budgets, checkpoints and seeds."""
+
+_REQUIRED = {
+    "point": frozenset(IDENTITY) | {"metrics", "nfe_actual", "checkpoint", "step", "time"},
+    "mean": frozenset(MANNER) | {"metrics", "nfe", "checkpoints", "seeds"},
+    "diagnostics": frozenset(
+        ("step", "weights", "timesteps", "loss_by_timestep", "loss_by_block", "exposure", "condition_explains", "time")
+    ),
+}
+"""Kind of a line -> the keys that readers rely on."""
 
 _log = logging.getLogger(__name__)
+
+
+class Variant(NamedTuple):
+    """How images were sampled from a model: what one compares within a run."""
+
+    sampler: str
+    guidance: float
+    weights: str
+
+    def beside(self, main: Variant) -> str:
+        """What sets it apart from another variant, such as `unipc, guidance 1.5`; empty: nothing."""
+        names = (self.sampler, f"guidance {self.guidance:g}", "EMA weights" if self.weights == "ema" else "raw weights")
+        return ", ".join(name for name, own, other in zip(names, self, main, strict=True) if own != other)
+
+
+@dataclass(frozen=True)
+class RunCurve:
+    """Quality against compute: a run's points that were measured in one manner."""
+
+    points: Mapping[int, Sequence[Point]]
+    """NFE budget -> its points over checkpoints and seeds; budgets rise, none is without a point."""
+
+    @property
+    def variant(self) -> Variant:
+        """How all points were sampled."""
+        return _variant(self._any)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what was measured at all points."""
+        measured = [point["metrics"] for points in self.points.values() for point in points]
+        return tuple(name for name in measured[0] if all(name in metrics for metrics in measured))
+
+    @property
+    def _any(self) -> Point:
+        return next(iter(self.points.values()))[0]
 
 
 def record_path(run: Path) -> Path:
@@ -51,8 +104,18 @@ def read_points(run: Path) -> list[dict[str, Any]]:
 
 
 def read_means(run: Path) -> list[dict[str, Any]]:
-    """Means over checkpoints, in the order they were recorded; as `read_points` otherwise."""
+    """Means over checkpoints and seeds, in the order they were recorded; as `read_points` otherwise."""
     return _read(run, "mean")
+
+
+def read_diagnostics(run: Path) -> list[dict[str, Any]]:
+    """Diagnostics of checkpoints, in the order they were recorded; as `read_points` otherwise."""
+    return _read(run, "diagnostics")
+
+
+def newest_diagnostics(run: Path) -> dict[str, Any] | None:
+    """The last diagnostics of the newest checkpoint that has some; None: there are none."""
+    return max(reversed(read_diagnostics(run)), key=lambda entry: entry["step"], default=None)
 
 
 def _read(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -63,11 +126,11 @@ def _read(run: Path, kind: str) -> list[dict[str, Any]]:
     whole = _whole_length(content)
     if whole < len(content):
         _log.warning("%s: the last line is torn, as by a crash: left out", path)
-    return [entry for entry in _objects(path, content[:whole]) if entry.get("kind") == kind]
+    return list(_objects(path, content[:whole], kind))
 
 
 def append_point(run: Path, point: Mapping[str, Any]) -> None:
-    """Add a point to the record; what a crash left of another is cut off first.
+    """Add a point, a mean or diagnostics to the record; what a crash left of another line is cut off first.
 
     Raises:
         ValueError: a number is not finite, as of a diverged model; nothing is recorded.
@@ -75,7 +138,8 @@ def append_point(run: Path, point: Mapping[str, Any]) -> None:
     try:
         line = json.dumps(point, allow_nan=False)
     except ValueError as error:
-        raise ValueError(f"{run}: the evaluation at NFE {point['nfe']} is not finite: {dict(point['metrics'])}") from error
+        numbers = point.get("metrics", "its losses")
+        raise ValueError(f"{run}: the {point['kind']} at NFE {point['nfe']} is not finite: {numbers}") from error
     path = record_path(run)
     if path.exists():
         content = path.read_bytes()
@@ -90,34 +154,85 @@ def find_point(points: Sequence[dict[str, Any]], wanted: Mapping[str, Any]) -> d
 
     Args:
         points: of one run.
-        wanted: the keys of `IDENTITY`; `metrics` may be their names alone.
+        wanted: the keys of `IDENTITY`.
     """
     identity = _identity(wanted)
     return next((point for point in reversed(points) if _identity(point) == identity), None)
 
 
-def latest_points(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The curve of the newest checkpoint: its points by NFE, all measured in the same way.
+def run_curves(run: Path) -> list[RunCurve]:
+    """A run's curves at its newest evaluated step, one for each manner of measuring; the main one comes first.
 
-    Points of different samplers, sample counts, weights, ... make no curve together. Of several curves it is one of the moving
-    average, the one with the most budgets, the one measured last, in this order. A budget measured twice counts once, the last.
+    Points of different samplers, sample counts, weights, networks, ... make no curve together. The main curve is one of the
+    moving average, the one with the most budgets, the one sampled in the way that was measured first (a sampler that is tried
+    later does not take its place), the one measured last, in this order, and so on for the others. A manner that the newest
+    step was not measured in is left out: it would compare stages of training.
+
+    Raises:
+        InputError: as `read_points`.
     """
+    points, means = read_points(run), read_means(run)
     newest = max((point["step"] for point in points), default=None)
-    curves: dict[str, dict[int, dict[str, Any]]] = {}
+    groups: dict[str, list[Point]] = {}
     for point in points:
-        if point["step"] == newest:
-            manner = {key: value for key, value in _identity(point).items() if key not in ("nfe", "steps")}
-            key = json.dumps(manner, sort_keys=True)
-            curves[key] = {**curves.pop(key, {}), point["nfe"]: point}
-    candidates = [list(curve.values()) for curve in curves.values()]
-    if not candidates:
-        return []
-    best = max(reversed(candidates), key=lambda curve: (curve[0]["weights"] == "ema", len(curve)))
-    return sorted(best, key=lambda point: (point["nfe_actual"], point["nfe"]))
+        key = _manner(point)
+        groups[key] = [*groups.pop(key, []), point]
+    lasting = {key: group for key, group in groups.items() if any(point["step"] == newest for point in group)}
+    curves = [_curve(group, [mean for mean in means if _manner(mean) == key]) for key, group in reversed(lasting.items())]
+    first = list(dict.fromkeys(map(_variant, points)))
+    return sorted(curves, key=lambda curve: (curve.variant.weights != "ema", -len(curve.points), first.index(curve.variant)))
 
 
-def _identity(point: Mapping[str, Any]) -> dict[str, Any]:
-    return {**{key: point[key] for key in IDENTITY}, "metrics": sorted(point["metrics"])}
+def variants(curves: Sequence[RunCurve], metric: str) -> list[RunCurve]:
+    """Of a run's curves those with a metric, one for each variant: where several were measured otherwise, the first."""
+    chosen: dict[Variant, RunCurve] = {}
+    for curve in curves:
+        if metric in curve.metrics:
+            chosen.setdefault(curve.variant, curve)
+    return list(chosen.values())
+
+
+def mean_known(values: Iterable[float | None]) -> float | None:
+    """The mean of what was measured; None: not all of them were."""
+    listed = list(values)
+    known = [value for value in listed if value is not None]
+    return fmean(known) if len(known) == len(listed) else None
+
+
+def _curve(points: Sequence[Point], means: Sequence[Point]) -> RunCurve:
+    """The points of the last mean's checkpoints if the newest is among them, else of the newest alone.
+
+    Budgets that the newest checkpoint lacks are left out, and what was measured again counts once, the last.
+    """
+    newest = max(points, key=lambda point: point["step"])["checkpoint"]
+    averaged = means[-1]["checkpoints"] if means else []
+    chosen = averaged if newest in averaged else [newest]
+    weights = {point["checkpoint"]: point["weights_sha256"] for point in points}
+    budgets: dict[int, dict[tuple[str, int], Point]] = {}
+    for point in sorted(points, key=lambda point: (point["nfe_actual"], point["nfe"])):
+        checkpoint = point["checkpoint"]
+        if checkpoint in chosen and point["weights_sha256"] == weights[checkpoint]:
+            budgets.setdefault(point["nfe"], {})[checkpoint, point["seed"]] = point
+    return RunCurve(
+        {
+            nfe: list(measured.values())
+            for nfe, measured in budgets.items()
+            if any(checkpoint == newest for checkpoint, _ in measured)
+        }
+    )
+
+
+def _variant(point: Point) -> Variant:
+    return Variant(point["sampler"], point["guidance"], point["weights"])
+
+
+def _identity(point: Point) -> dict[str, Any]:
+    return {key: point[key] for key in IDENTITY}
+
+
+def _manner(entry: Point) -> str:
+    """The same text for points and means that were measured in the same manner."""
+    return json.dumps([entry[key] for key in MANNER], sort_keys=True)
 
 
 def _whole_length(content: bytes) -> int:
@@ -126,16 +241,17 @@ def _whole_length(content: bytes) -> int:
     return len(content) if _parse(content[end:]) is not None else end
 
 
-def _objects(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
+def _objects(path: Path, content: bytes, kind: str) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         entry = _parse(line)
         if entry is None:
             raise InputError(f"{path}, line {number}: not a JSON object; delete the line or restore the file")
-        missing = _REQUIRED - entry.keys() if entry.get("kind") == "point" else set()
-        if missing:
-            raise InputError(f"{path}, line {number}: a point without {', '.join(sorted(missing))}; delete the line")
+        if entry.get("kind") != kind:
+            continue
+        if missing := _REQUIRED[kind] - entry.keys():
+            raise InputError(f"{path}, line {number}: a {kind} line without {', '.join(sorted(missing))}; delete the line")
         yield entry
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from madformer.checkpoints import Weights, checkpoint_path, find_flaw, list_checkpoints, newest_intact
 from madformer.config import ConfigError, ExperimentConfig, InputError
-from madformer.config.evaluation import MAX_SAMPLES
+from madformer.config.evaluation import MAX_SAMPLES, SamplerName
 from madformer.model import cost
 
 
@@ -44,13 +44,28 @@ class Budget:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """Budgets x checkpoints of a run."""
+    """Checkpoints x samplers x guidance x seeds x budgets of a run."""
 
     config: ExperimentConfig
-    """The run's, with the number of samples that was asked for."""
+    """The run's, with what was asked for instead."""
     checkpoints: tuple[Path, ...]
     budgets: tuple[Budget, ...]
     weights: Weights
+    samplers: tuple[SamplerName, ...]
+    guidances: tuple[float, ...]
+    seeds: tuple[int, ...]
+    references: tuple[Path, ...] = ()
+    """Files of statistics of reference images; empty: those that are kept, or are computed."""
+    devices: int | None = None
+    """Devices that share the work; None: all GPUs, or one process."""
+    diagnostics: bool = False
+    """Whether the newest of the checkpoints is looked into as well."""
+
+    def manners(self) -> Iterator[ExperimentConfig]:
+        """The configuration of each way of sampling: `evaluation` has its sampler, guidance and seed."""
+        for sampler, guidance, seed in itertools.product(self.samplers, self.guidances, self.seeds):
+            evaluation = replace(self.config.evaluation, sampler=sampler, guidance=guidance, seed=seed)
+            yield replace(self.config, evaluation=evaluation)
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,7 @@ class SamplingRequest:
     """Images of one checkpoint."""
 
     config: ExperimentConfig
-    """The run's, with the seed that was asked for."""
+    """The run's, with the sampler, guidance and seed that were asked for."""
     checkpoint: Path
     steps: int
     num: int
@@ -66,7 +81,6 @@ class SamplingRequest:
     classes: str | None = None
     """Numbers or names of classes, with commas."""
     prompt: str | None = None
-    guidance: float = 1.0
     devices: int | None = None
     """Devices that share the work; None: all GPUs, or one process."""
 
@@ -78,18 +92,25 @@ def parse_request(
     num_samples: int | None = None,
     checkpoints: str = "newest",
     weights: str = "ema",
+    sampler: str | None = None,
+    guidance: str | None = None,
+    seeds: str | None = None,
+    **options: Any,
 ) -> EvaluationRequest:
-    """Read the command line of an evaluation.
+    """Read the command line of an evaluation; what is not given is as the experiment says.
+
+    Args:
+        nfe, steps, sampler, guidance, seeds: one or several, with commas.
+        options: further fields of the request.
 
     Raises:
-        InputError: budgets or checkpoints that are not there, in the user's words.
+        InputError: something that is not there, in the user's words.
     """
     if nfe is not None and steps is not None:
         raise InputError("--nfe and --steps: give one of them")
-    if config.evaluation.feature_network is None:
-        raise ConfigError("evaluation.feature_network = null: nothing to measure with; the one that is there: digits")
-    if config.data.source != config.evaluation.feature_network:
-        raise ConfigError(f"data.source = {config.data.source!r}: no reference images for evaluation.feature_network = digits")
+    if not config.evaluation.feature_networks:
+        legal = "such as evaluation.feature_networks=[inception] or [digits]"
+        raise ConfigError(f"evaluation.feature_networks = []: nothing to measure with; name some, {legal}")
     if num_samples is not None:
         config = replace(config, evaluation=replace(config.evaluation, num_samples=num_samples))
     if steps is not None:
@@ -97,7 +118,19 @@ def parse_request(
     else:
         asked = config.evaluation.nfe if nfe is None else _integers("--nfe", nfe)
         budgets = [Budget.of_nfe(config, number) for number in asked]
-    return EvaluationRequest(config, _checkpoints(config.run_dir, checkpoints), tuple(budgets), parse_weights(weights))
+    evaluation = config.evaluation
+    request = EvaluationRequest(
+        config,
+        _checkpoints(config.run_dir, checkpoints),
+        tuple(budgets),
+        parse_weights(weights),
+        tuple(map(_sampler, _list(sampler))) if sampler is not None else (evaluation.sampler,),
+        tuple(_number("--guidance", text) for text in _list(guidance)) if guidance is not None else (evaluation.guidance,),
+        tuple(_integers("--seeds", seeds)) if seeds is not None else (evaluation.seed,),
+        **options,
+    )
+    list(request.manners())  # what cannot be had shows now
+    return request
 
 
 def parse_sampling(
@@ -107,6 +140,8 @@ def parse_sampling(
     nfe: int | None,
     seed: int = 0,
     weights: str = "ema",
+    sampler: str | None = None,
+    guidance: float | None = None,
     **options: Any,
 ) -> SamplingRequest:
     """Read the command line of `madformer sample`; `options` are further fields of the request.
@@ -118,13 +153,33 @@ def parse_sampling(
         raise InputError("give one of --steps and --nfe")
     if num > MAX_SAMPLES:
         raise InputError(f"--num {num}: must be at most {MAX_SAMPLES:,}, each image has a seed of its own")
-    if not math.isfinite(options.get("guidance", 1.0)):
-        raise InputError(f"--guidance {options['guidance']}: must be a number")
     budget = Budget.of_nfe(config, nfe) if nfe is not None else Budget.of_steps(config, cast(int, steps))
-    config = replace(config, evaluation=replace(config.evaluation, seed=seed))
+    evaluation = replace(config.evaluation, seed=seed)
+    if sampler is not None:
+        evaluation = replace(evaluation, sampler=_sampler(sampler))
+    if guidance is not None:
+        evaluation = replace(evaluation, guidance=guidance)
+    config = replace(config, evaluation=evaluation)
     return SamplingRequest(
         config, _checkpoints(config.run_dir, "newest")[0], budget.steps, num, parse_weights(weights), **options
     )
+
+
+def _list(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _sampler(name: str) -> SamplerName:
+    if name not in get_args(SamplerName):
+        raise InputError(f"--sampler {name}: must be one of {', '.join(get_args(SamplerName))}")
+    return cast(SamplerName, name)
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{option} {text}: must be numbers with commas between them, such as 1,1.5") from None
 
 
 def _integers(option: str, text: str) -> Sequence[int]:

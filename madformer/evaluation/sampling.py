@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from madformer.config import ExperimentConfig
 from madformer.model import MADFormer
 from madformer.model.blocks import to_image
 from madformer.model.generate import generate
+from madformer.parallel import find_devices
 from madformer.randomness import sample_seed
 from madformer.samplers import build_sampler
 
 
-def sampling_device(config: ExperimentConfig) -> torch.device:
-    """Where a run is sampled: on the first GPU, if there is one and the experiment does not want the CPU."""
-    cuda = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
-    return torch.device("cuda" if cuda else "cpu")
+def inference_devices(config: ExperimentConfig, count: int | None) -> list[str]:
+    """Devices that share sampling; None: all GPUs, or one process. A run that was trained on a GPU needs none here.
+
+    Raises:
+        ConfigError: fewer are there.
+    """
+    accelerator: Literal["cpu", "auto"] = "cpu" if config.trainer.accelerator == "cpu" else "auto"
+    return find_devices(replace(config.trainer, accelerator=accelerator, devices=count))
 
 
 def default_prompts(class_prompts: Sequence[str] | None, indices: Sequence[int]) -> list[str]:
@@ -33,17 +39,20 @@ def sample_batches(
     indices: Sequence[int],
     batch_size: int,
     text_BT: Tensor | None = None,
-    guidance: float = 1.0,
+    on_block: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
     """Latents [B, C, h, w] of the samples `indices`, at most `batch_size` at once, in their order.
 
     Args:
+        config: its evaluation says by which sampler, with how much guidance and of which seed.
         text_BT: token ids, a row for each index; None: no text.
-        guidance: scale of classifier-free guidance.
+        on_block: called after each block, as by `generate`.
     """
-    sampler = build_sampler(config.diffusion, config.model.prediction_type)
+    evaluation = config.evaluation
+    sampler = build_sampler(config.diffusion, config.model.prediction_type, evaluation.sampler)
     for start in range(0, len(indices), batch_size):
         part = slice(start, start + batch_size)
-        seeds = [sample_seed(config.evaluation.seed, index) for index in indices[part]]
+        seeds = [sample_seed(evaluation.seed, index) for index in indices[part]]
         text = None if text_BT is None else text_BT[part]
-        yield to_image(generate(model, sampler, steps, seeds=seeds, text=text, guidance=guidance))
+        latents_BLCYX = generate(model, sampler, steps, seeds=seeds, text=text, guidance=evaluation.guidance, on_block=on_block)
+        yield to_image(latents_BLCYX)

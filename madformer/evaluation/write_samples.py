@@ -7,9 +7,8 @@ import logging
 import os
 import textwrap
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,11 +20,11 @@ from madformer.config import ExperimentConfig, InputError, config_hash
 from madformer.data.codec import build_codec, require_fit
 from madformer.evaluation.prompting import choose_prompts, tokenize
 from madformer.evaluation.request import SamplingRequest
-from madformer.evaluation.sampling import sample_batches
+from madformer.evaluation.sampling import inference_devices, sample_batches
 from madformer.fingerprint import weights_sha256
 from madformer.images import read_settings, save_png, to_pixels, to_tiles
 from madformer.model import cost
-from madformer.parallel import Share, cluster_rank, find_devices, share_out
+from madformer.parallel import Share, cluster_rank, share_out
 from madformer.progress import ProgressDisplay
 from madformer.run import claim_folder
 from madformer.training.errors import NonFiniteError
@@ -47,11 +46,11 @@ def write_samples(request: SamplingRequest, folder: Path) -> None:
         NonFiniteError: the run has diverged.
     """
     config, rank = request.config, cluster_rank()
-    devices = find_devices(replace(config.trainer, accelerator=_accelerator(config), devices=request.devices))
-    prompts = choose_prompts(config, request.checkpoint, request.classes, request.prompt, request.guidance, range(request.num))
+    devices = inference_devices(config, request.devices)
+    prompts = choose_prompts(config, request.checkpoint, request.classes, request.prompt, range(request.num))
     settings = _settings(request)
     every = [{**settings, "index": index, **prompt.settings} for index, prompt in enumerate(prompts)]
-    tokenize(config, [prompt.text for prompt in prompts], request.guidance)  # if there is a mistake, better now
+    tokenize(config, [prompt.text for prompt in prompts])  # if there is a mistake, better now
     with claim_folder(folder, "sample", rank or 0):
         missing = frozenset(wanted["index"] for wanted in every if not _is_there(folder, wanted))
         if rank is None:
@@ -78,10 +77,8 @@ def sample_share(
     model = load_model(request.checkpoint, config, request.weights).to(share.device)
     codec = build_codec(config.data.codec, config.data.codec_dtype, share.device)
     done, indices = 0, [wanted["index"] for wanted in mine]
-    text_BT = tokenize(config, [wanted["prompt"] for wanted in mine], request.guidance)
-    for latents_BChw in sample_batches(
-        model, config, request.steps, indices, config.evaluation.batch_size, text_BT, request.guidance
-    ):
+    text_BT = tokenize(config, [wanted["prompt"] for wanted in mine])
+    for latents_BChw in sample_batches(model, config, request.steps, indices, config.evaluation.batch_size, text_BT):
         if not bool(latents_BChw.isfinite().all()):
             raise NonFiniteError(f"{request.checkpoint}: its samples are NaN or infinite, the run has diverged")
         for pixels_YX3, wanted in zip(to_pixels(codec.decode(latents_BChw)), mine[done:], strict=False):
@@ -95,11 +92,6 @@ def sample_path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
 
 
-def _accelerator(config: ExperimentConfig) -> Literal["cpu", "auto"]:
-    """A run that was trained on a GPU can be sampled without one."""
-    return "cpu" if config.trainer.accelerator == "cpu" else "auto"
-
-
 def _settings(request: SamplingRequest) -> dict[str, Any]:
     """What makes all samples, beside their prompts."""
     config = request.config
@@ -111,10 +103,10 @@ def _settings(request: SamplingRequest) -> dict[str, Any]:
         "weights": request.weights,
         "weights_sha256": weights_sha256(load_model(request.checkpoint, config, request.weights)),
         "config_hash": config_hash(config),
-        "sampler": "ddim",
+        "sampler": config.evaluation.sampler,
         "steps": request.steps,
         "nfe": cost.nfe(config.model, request.steps),
-        "guidance": request.guidance,
+        "guidance": config.evaluation.guidance,
         "seed": config.evaluation.seed,
         "codec": codec.name,
         "codec_sha256": codec.sha256,
@@ -154,9 +146,10 @@ def _show(request: SamplingRequest, folder: Path, shown: Sequence[dict[str, Any]
 def _draw(request: SamplingRequest, grid_YX3: np.ndarray, prompts: Sequence[str]) -> None:
     """An event file of its own for each kind of samples: it takes the place of a former one, training's stay as they are."""
     run, step, seed = request.config.run_dir, checkpoint_step(request.checkpoint), request.config.evaluation.seed
-    guided = f", guidance {request.guidance:g}" if request.guidance != 1 else ""
+    guidance, sampler = request.config.evaluation.guidance, request.config.evaluation.sampler
+    how = (f", {sampler}" if sampler != "ddim" else "") + (f", guidance {guidance:g}" if guidance != 1 else "")
     asked = textwrap.shorten(request.prompt or request.classes or "", 60, placeholder=" ...")
-    tag = f"samples/{request.weights}, {request.steps} steps{guided}, seed {seed}" + (f", {asked}" if asked else "")
+    tag = f"samples/{request.weights}, {request.steps} steps{how}, seed {seed}" + (f", {asked}" if asked else "")
     kind = hashlib.sha256(f"{step} {tag} {request.prompt} {request.classes}".encode()).hexdigest()[:8]
     former = list(run.glob(f"events.out.tfevents.*.{kind}.samples"))
     if not os.access(run, os.W_OK):

@@ -8,12 +8,13 @@ With guidance the batch is doubled, prompts first and null texts behind; the U-N
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from madformer.model.blocks import to_blocks
 from madformer.model.cache import KeyValueCache
 from madformer.model.decoder import autocast_dtype
 from madformer.model.madformer import MADFormer
@@ -30,6 +31,7 @@ def generate(
     batch_size: int | None = None,
     seeds: Sequence[int] | None = None,
     initial_noise_BLCYX: Tensor | None = None,
+    context_BLCYX: Tensor | None = None,
     text: Tensor | None = None,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
@@ -42,14 +44,18 @@ def generate(
         scheduler: any diffusers scheduler with the model's prediction type. Its steps are set anew for every block.
         steps: denoising steps per block, as the scheduler counts them. NFE = (N - D) + D * calls of the network, which is
             one per step but for schedulers of higher order (Heun: 2 * steps - 1).
-        batch_size: images to sample; may be left out where seeds, noise or text tell it.
-        seeds: one for each image. Image b depends on its own seed alone, also with stochastic schedulers.
+        batch_size: images to sample; may be left out where seeds, noise, context or text tell it.
+        seeds: one for each image. Image b depends on its own seed alone, also with stochastic schedulers. It starts from
+            the same image of noise whatever the number of blocks that the model cuts it into.
         initial_noise_BLCYX: noise that the blocks start from, instead of drawn noise.
+        context_BLCYX: clean latents of true images (teacher forcing): block i is generated as the next one of the true
+            blocks < i, instead of those generated so far. Without clean blocks, where a block is read as it was at the
+            last denoising step, the true one is read at that timestep too, in the noise that the block started from.
         text: token ids [B, T]; None: the null text.
         guidance: scale of classifier-free guidance; 1 is none. Needs text.
         guidance_interval: lowest and highest timestep at which guidance acts; None: all.
-        on_block: called with (i, latents [B, L, C, Y, X]) after block i; later blocks are still zero. For previews:
-            the latents are those being written, so copy what you keep.
+        on_block: called with (i, latents [B, L, C, Y, X]) after block i; later blocks are still zero. For previews and
+            clocks: the latents are those being written, so copy what you keep, and a GPU may still be at work on them.
 
     Returns:
         Latents [B, L, C, Y, X]; `blocks.to_image` puts them together.
@@ -60,21 +66,26 @@ def generate(
     """
     _check_scheduler(model, scheduler, steps)
     _check_guidance(model, text, guidance, guidance_interval)
-    batch = _batch_size(batch_size, seeds, initial_noise_BLCYX, text)
+    given = {"initial_noise_BLCYX": initial_noise_BLCYX, "context_BLCYX": context_BLCYX}
+    _check_blocks(model, **given)
+    batch = _batch_size(batch_size, seeds=seeds, **given, text=text)
     generators = None if seeds is None else [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     noise_BLCYX = _initial_noise(model, batch, generators, initial_noise_BLCYX)
     latents_BLCYX = torch.zeros_like(noise_BLCYX)
+    past_BLCYX = latents_BLCYX if context_BLCYX is None else context_BLCYX.to(latents_BLCYX)
     sampler = _Sampler(model, scheduler, batch, text, guidance, guidance_interval)
     options = {"generator": generators} if generators and "generator" in inspect.signature(scheduler.step).parameters else {}
     for block in range(model.config.ar_length):
         sampler.set_timesteps(steps)
-        sampler.start_block(block, latents_BLCYX[:, block - 1] if block else None)
+        sampler.start_block(block, past_BLCYX[:, block - 1] if block else None)
         x_BCYX = noise_BLCYX[:, block] * scheduler.init_noise_sigma
         for index, t in enumerate(scheduler.timesteps):
             prediction_BCYX = sampler.predict(scheduler.scale_model_input(x_BCYX, t), index)
             step = scheduler.step(prediction_BCYX.to(x_BCYX.dtype), t, x_BCYX, **options)
             x_BCYX = step.prev_sample.to(noise_BLCYX.dtype)
         latents_BLCYX[:, block] = x_BCYX
+        if context_BLCYX is not None:
+            sampler.replace_block(past_BLCYX[:, block], noise_BLCYX[:, block])
         if on_block:
             on_block(block, latents_BLCYX)
     return latents_BLCYX
@@ -152,6 +163,13 @@ class _Sampler:
         prompted_BCYX, null_BCYX = self._unembed(x_BSD, t, skips).chunk(2)
         return null_BCYX + self.guidance * (prompted_BCYX - null_BCYX)
 
+    def replace_block(self, true_BCYX: Tensor, noise_BCYX: Tensor) -> None:
+        """Let later blocks see the true block, at the last step's timestep, where they would see the denoised one."""
+        last = len(self.scheduler.timesteps) - 1
+        if self._fills_cache(last):
+            alpha = self.scheduler.alphas_cumprod[int(self.scheduler.timesteps[last])]
+            self.predict(alpha.sqrt() * true_BCYX + (1 - alpha).sqrt() * noise_BCYX, last)
+
     def _is_guided(self, t: Tensor) -> bool:
         if self.rows == self.images:
             return False
@@ -212,28 +230,33 @@ def _check_guidance(model: MADFormer, text: Tensor | None, guidance: float, inte
         raise ValueError(f"guidance_interval = {interval}: must be the lowest and the highest timestep")
 
 
-def _batch_size(batch_size: int | None, seeds: Sequence[int] | None, noise_BLCYX: Tensor | None, text: Tensor | None) -> int:
-    given = {"seeds": seeds, "initial_noise_BLCYX": noise_BLCYX, "text": text}
+def _check_blocks(model: MADFormer, **given: Tensor | None) -> None:
+    c = model.config
+    shape = (c.ar_length, c.latent_channels, c.block_size, c.block_size)
+    for name, blocks_BLCYX in given.items():
+        if blocks_BLCYX is not None and tuple(blocks_BLCYX.shape[1:]) != shape:
+            right = f"[images, {', '.join(map(str, shape))}]"
+            raise ValueError(f"{name} has shape {tuple(blocks_BLCYX.shape)}: must be {right}")
+
+
+def _batch_size(batch_size: int | None, **given: Sized | None) -> int:
     sizes = {name: len(value) for name, value in given.items() if value is not None}
     if batch_size is not None:
         sizes["batch_size"] = int(batch_size)
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         told = ", ".join(f"{name}: {size}" for name, size in sizes.items()) or "none given"
-        raise ValueError(f"number of images ({told}): give batch_size, seeds, initial_noise_BLCYX or text, and let them agree")
+        raise ValueError(f"number of images ({told}): give batch_size or one of {', '.join(given)}, and let them agree")
     return next(iter(sizes.values()))
 
 
 def _initial_noise(model: MADFormer, batch: int, generators: list[torch.Generator] | None, given: Tensor | None) -> Tensor:
     # The latents of the loop are float32 also where the weights are not: steps add up small differences.
     c, device, dtype = model.config, model.boi_SD.device, torch.promote_types(model.boi_SD.dtype, torch.float32)
-    shape = (c.ar_length, c.latent_channels, c.block_size, c.block_size)
     if given is not None:
-        if tuple(given.shape[1:]) != shape:
-            raise ValueError(
-                f"initial_noise_BLCYX has shape {tuple(given.shape)}: must be [images, {', '.join(map(str, shape))}]"
-            )
         return given.to(device, dtype)
+    # Drawn as an image and then cut: models of other AR lengths start from the same one.
+    shape = (c.latent_channels, c.latent_size, c.latent_size)
     if generators is None:
-        return torch.randn(batch, *shape, device=device, dtype=dtype)
-    drawn = [torch.randn(shape, generator=generator, device="cpu") for generator in generators]
-    return torch.stack(drawn).to(device, dtype)
+        return to_blocks(torch.randn(batch, *shape, device=device, dtype=dtype), c.ar_length)
+    drawn_BChw = torch.stack([torch.randn(shape, generator=generator, device="cpu") for generator in generators])
+    return to_blocks(drawn_BChw, c.ar_length).to(device, dtype)

@@ -6,41 +6,45 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from madformer.config import InputError
-from madformer.report.table import Curve, build_report, curves_of_runs
+from madformer.report.costs import parse_against
+from madformer.report.rows import Curve, curves_of_runs
+from madformer.report.table import build_report
 from madformer.report.write import write_report
 from madformer.sweep.spec import Sweep, load_sweep
 
 
-def report_on(sources: Sequence[str], out: Path | None) -> None:
-    """Print the table of a sweep (a YAML file and overrides) or of runs (their folders), and write its files.
+def report_on(sources: Sequence[str], out: Path | None, metric: str | None = None, against: str | None = None) -> None:
+    """Print the tables of a sweep (a YAML file and overrides) or of runs (their folders), and write their files.
+
+    Args:
+        sources: what is reported on.
+        out: folder of the files; None: the sweep's own, or `report`.
+        metric: name of the metric; None: the first one recorded.
+        against: panels of the figure with commas between them; None: NFE, FLOPs and seconds.
 
     Raises:
-        InputError: nothing named, no such sweep or run, or a run that was not evaluated.
+        InputError: nothing named, no such sweep, run, metric or panel, or a run that was not evaluated.
     """
-    first = Path(sources[0])
+    first, panels = Path(sources[0]), parse_against(against)
     if first.suffix in (".yaml", ".yml"):
         sweep = load_sweep(first, sources[1:])
-        write_sweep_report(sweep, out)
+        _write(_curves_of_sweep(sweep), sweep.name, out or sweep.folder, metric, panels)
     else:
-        _write(curves_of_runs([Path(source) for source in sources]), "Runs side by side", out or Path("report"))
+        curves = curves_of_runs([Path(source) for source in sources])
+        _write(curves, "Runs side by side", out or Path("report"), metric, panels)
 
 
-def write_sweep_report(sweep: Sweep, out: Path | None = None) -> None:
-    """Print and write the report of a sweep.
-
-    Raises:
-        InputError: cells that were not evaluated; the message says how to do that.
-    """
+def _curves_of_sweep(sweep: Sweep) -> list[Curve]:
+    """All cells; cells that were not evaluated are an error that says how to do that."""
     cells = sweep.cells()
     if missing := [cell.name for cell in cells if not (cell.run / "evaluations.jsonl").exists()]:
         remedy = "madformer sweep run does that, and goes on where it stopped"
         raise InputError(f"{sweep.name}: {len(missing)} of {len(cells)} cells are not evaluated ({missing[0]}, ...): {remedy}")
-    curves = [Curve(cell.name.removesuffix(f"-s{cell.seed}"), cell.run, cell.axes, cell.seed) for cell in cells]
-    _write(curves, sweep.name, out or sweep.folder)
+    return [Curve(cell.name.removesuffix(f"-s{cell.seed}"), cell.run, cell.axes, cell.seed) for cell in cells]
 
 
-def _write(curves: Sequence[Curve], title: str, folder: Path) -> None:
-    report = build_report(curves, title)
-    paths = write_report(report, folder, "report")
+def _write(curves: Sequence[Curve], title: str, folder: Path, metric: str | None, against: Sequence[str]) -> None:
+    report = build_report(curves, title, metric)
+    paths = write_report(report, folder, "report", against)
     print(report.markdown())
     print("\n".join(map(str, paths)))

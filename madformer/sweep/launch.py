@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -12,10 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from madformer.config import ConfigError, InputError
+from madformer.config import ConfigError, InputError, load_run
+from madformer.run import is_run
 from madformer.sweep.needs import cell_needs
 from madformer.sweep.spec import Cell, Sweep
 
@@ -42,9 +45,18 @@ def trial_commands(cell: Cell) -> list[list[str]]:
     if needs.training:
         commands.append([*madformer, "train", cell.experiment, *cell.overrides])
     if needs.budgets:
-        nfe, samples = ",".join(map(str, needs.budgets)), str(cell.config.evaluation.num_samples)
-        commands.append([*madformer, "evaluate", str(cell.run), "--nfe", nfe, "--num-samples", samples])
+        nfe = ",".join(map(str, needs.budgets))
+        commands.append([*madformer, "evaluate", str(cell.run), "--nfe", nfe, *_evaluation_overrides(cell)])
     return commands
+
+
+def _evaluation_overrides(cell: Cell) -> list[str]:
+    """Fields of the evaluation that the run was not begun with: they may change at any time."""
+    if not is_run(cell.run):
+        return []
+    before, now = load_run(cell.run).evaluation, cell.config.evaluation
+    changed = {name: value for name, value in asdict(now).items() if value != getattr(before, name)}
+    return [f"evaluation.{name}={json.dumps(value)}" for name, value in changed.items()]
 
 
 def log_path(cell: Cell) -> Path:

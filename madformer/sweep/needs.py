@@ -49,14 +49,23 @@ def cell_points(cell: Cell) -> dict[int, dict[str, Any]]:
     """The evaluations of a trained cell: budget -> the newest point of it."""
     from madformer.evaluation.record import read_points
 
+    evaluation = cell.config.evaluation
     wanted = {
         "step": cell.max_steps,
         "weights": "ema",
-        "num_samples": cell.config.evaluation.num_samples,
-        "seed": cell.config.evaluation.seed,
+        "sampler": evaluation.sampler,
+        "guidance": evaluation.guidance,
+        "num_samples": evaluation.num_samples,
+        "seed": evaluation.seed,
         "config_hash": cell.config_hash,
     }
-    points = (point for point in read_points(cell.run) if all(point.get(key) == value for key, value in wanted.items()))
+    networks = list(evaluation.feature_networks)
+    points = (
+        point
+        for point in read_points(cell.run)
+        if all(point.get(key) == value for key, value in wanted.items())
+        and [network["name"] for network in point["feature_networks"]] == networks
+    )
     return {point["nfe"]: point for point in points if point["nfe"] in cell.budgets}
 
 

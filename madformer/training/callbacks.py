@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from madformer.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints, save_checkpoint
 from madformer.config import ExperimentConfig
-from madformer.data.digits import load_digits
-from madformer.evaluation.features import feature_network, metric_name
+from madformer.evaluation.features import FeatureNetwork, build_feature_network, metric_name
 from madformer.evaluation.metrics import FrechetDistance
+from madformer.evaluation.reference import find_reference
 from madformer.evaluation.sampling import default_prompts, sample_batches
 from madformer.images import save_png, to_grid
 from madformer.model import cost
@@ -83,19 +84,29 @@ class RunCheckpoints(Checkpoint):
 
 
 class Preview(Callback):
-    """Every `evaluation.preview_every` steps: a grid of samples and a quick metric, from the averaged weights.
+    """Every `evaluation.preview_every` steps: a grid of samples and quick distances, from the averaged weights.
 
-    Training does not notice: samples have generators of their own.
+    Every device samples its share. Training does not notice: samples have generators of their own.
     """
 
     def __init__(self, config: ExperimentConfig) -> None:
         self.config = config
-        self._distance: FrechetDistance | None = None
+        self._judges: list[tuple[FeatureNetwork, FrechetDistance]] = []
         self._previewed_step: int | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The step that a run resumes from had its preview before its checkpoint."""
+        """The step that a run resumes from had its preview before its checkpoint. References are there before the first."""
         self._previewed_step = trainer.global_step
+        if self.config.evaluation.preview_every:
+            self._judges = list(self._find_judges(trainer))
+
+    def _find_judges(self, trainer: pl.Trainer) -> Iterator[tuple[FeatureNetwork, FrechetDistance]]:
+        data, device = trainer.datamodule, trainer.strategy.root_device  # type: ignore[attr-defined]
+        size = self.config.model.latent_size * data.codec.downsampling
+        for name in self.config.evaluation.feature_networks:
+            network = build_feature_network(name, device)
+            reference = find_reference(network, self.config, size, data.source_sha256)
+            yield network, FrechetDistance(reference.moments, device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -124,14 +135,13 @@ class Preview(Callback):
             return torch.cat([data.codec.to(batch.device).decode(batch) for batch in batches])
 
     def _measure(self, images_BCYX: Tensor) -> dict[str, float]:
-        name = self.config.evaluation.feature_network
-        if name is None:
-            return {}
-        if self._distance is None:
-            self._distance = FrechetDistance(feature_network(name), load_digits()[0].to(images_BCYX.device))
-        self._distance.reset()
-        self._distance.update(images_BCYX)
-        return {f"preview/{metric_name(name)}": self._distance.compute()}
+        values = {}
+        for network, distance in self._judges:
+            distance.reset()
+            for batch_BCYX in images_BCYX.split(self.config.evaluation.batch_size):
+                distance.update(network(batch_BCYX).features_BD)
+            values[f"preview/{metric_name('fd', network.label)}"] = distance.compute()
+        return values
 
     def _show(self, trainer: pl.Trainer, step: int, images_BCYX: Tensor, values: dict[str, float]) -> None:
         grid = to_grid(images_BCYX[:64])

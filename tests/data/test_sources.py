@@ -291,6 +291,23 @@ def test_splits_and_subsets(tmp_path):
             source_of(tmp_path, subset=subset)
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_slices_of_a_table_share_no_row(saved, tmp_path):
+    path = write_parquet(tmp_path / "pictures.parquet", rows=20)
+    if saved:
+        datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache")).save_to_disk(
+            str(path := tmp_path / "saved")
+        )
+    keys = [
+        [source.row(row).key for row in range(source.num_rows)]
+        for source in (source_of(path, split=split) for split in ("train[:90%]", "train[90%:]", "train"))
+    ]
+    assert [len(part) for part in keys] == [18, 2, 20] and keys[0] + keys[1] == keys[2]
+    assert source_of(path, split="train[:90%]").fingerprint != source_of(path, split="train[90%:]").fingerprint
+    with pytest.raises(ConfigError, match=r"data\.split = 'train\[90%:\]': .*; slices need data\.streaming=false"):
+        source_of(path, split="train[90%:]", streaming=True)
+
+
 def test_saved_splits(tmp_path):
     datasets.DatasetDict(train=table(4), test=table(2)).save_to_disk(tmp_path / "saved")
     assert source_of(tmp_path / "saved", split="test").num_rows == 2

@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from madformer.evaluation import curves
 from madformer.evaluation.curves import drop_orphans, write_curves
 from madformer.evaluation.record import record_path
-from tests.points import point, recorded
+from tests.points import INCEPTION, at, diagnostics, mean, point, recorded
 
 HPARAMS = {"model.diffusion_depth": 2, "optimizer.lr": 3e-4, "model.rope": "axial", "model.use_condition": True}
 
@@ -82,6 +82,49 @@ def test_steps_rise_where_costs_do_not_and_equal_costs_are_one_point(tmp_path):
 def test_every_metric_has_its_curves(tmp_path):
     write_curves(recorded(tmp_path, point(16, 0, metrics={"fid": 9.0, "kid": 0.5})), {})
     assert {tag for tag in read(tmp_path) if tag.endswith("_vs_nfe")} == {"fid_vs_nfe", "kid_vs_nfe"}
+
+
+def test_a_point_is_the_mean_over_checkpoints_and_seeds(tmp_path):
+    points = [point(16, 4.0), point(16, 6.0, seconds_per_image=0.002, **at(2000)), point(16, 8.0, seed=1)]
+    write_curves(recorded(tmp_path, *points, mean(points)), HPARAMS)
+    tags = read(tmp_path)
+    assert tags["fd_digits_vs_nfe"] == [(16, 6.0)] and tags["fd_digits_vs_seconds"] == [(3333, 6.0)]
+    assert tags["fd_digits_at_nfe_16"] == [(2000, 6.0)]
+
+
+def test_other_samplers_guidances_and_weights_have_tags_that_say_so(tmp_path):
+    recorded(tmp_path, point(16, 4.0), point(32, 3.0), point(16, 2.0, sampler="unipc"), point(16, 6.0, guidance=1.5))
+    recorded(tmp_path, point(16, 7.0, weights="model"), point(16, 1.0, num_samples=9))
+    recorded(tmp_path, point(16, 0, sampler="unipc", metrics={"fid": 5.0}, **INCEPTION))
+    write_curves(tmp_path, {})
+    assert {tag: pairs for tag, pairs in read(tmp_path).items() if "_vs_nfe" in tag} == {
+        "fd_digits_vs_nfe": [(16, 4.0), (32, 3.0)],
+        "fd_digits_vs_nfe/unipc": [(16, 2.0)],
+        "fd_digits_vs_nfe/guidance 1.5": [(16, 6.0)],
+        "fd_digits_vs_nfe/raw weights": [(16, 7.0)],
+        "fid_vs_nfe/unipc": [(16, 5.0)],
+    }
+
+
+def test_diagnostics_are_drawn_by_timestep_and_by_block(tmp_path):
+    write_curves(recorded(tmp_path, diagnostics(4), diagnostics(1, **at(2000), condition_explains=None)), {})
+    assert read(tmp_path) == {
+        "diagnostics/loss_by_timestep": [(49, 0.125), (499, 0.25), (949, 0.5)],
+        "diagnostics/loss_by_block": [(0, 0.375), (1, 0.25)],
+        "diagnostics/exposure_gap_by_block": [(0, 0.0), (1, 0.25)],
+    }
+    write_curves(recorded(tmp_path, point(16, 72.0), diagnostics(**at(2000))), {})
+    tags = read(tmp_path)
+    assert tags["diagnostics/condition_explains_by_block"] == [(0, 0.25), (1, 0.75)] and tags["fd_digits_vs_nfe"]
+
+
+def test_the_table_of_hyperparameters_has_the_frechet_distances_alone(tmp_path):
+    write_curves(
+        recorded(tmp_path / "many", point(16, 0, metrics={"kid": 1.0, "fid": 2.0, "recall": 3.0, "fd_dinov2": 4.0})), {}
+    )
+    assert {tag for tag in read(tmp_path / "many") if "_at_" in tag} == {"fid_at_nfe_16", "fd_dinov2_at_nfe_16"}
+    write_curves(recorded(tmp_path / "none", point(16, 0, metrics={"kid": 1.0, "recall": 3.0})), {})
+    assert {tag for tag in read(tmp_path / "none") if "_at_" in tag} == {"kid_at_nfe_16"}
 
 
 def test_a_run_without_evaluations_has_no_curves(tmp_path):
@@ -197,12 +240,14 @@ def until(ready: Callable[[], bool], seconds: float = 60) -> None:
 @pytest.mark.parametrize("options", [[], ["--load_fast=false"]], ids=["fast", "slow"])
 def test_a_server_shows_the_curves_of_two_runs(tmp_path, options):
     for depth in (2, 4):
-        recorded(tmp_path / f"d{depth}", point(16, 72.0 + depth), point(128, 20.0 + depth))
+        metrics = [{"fd_digits": value + depth, "kid": 0.5} for value in (72.0, 20.0)]
+        recorded(tmp_path / f"d{depth}", point(16, 0, metrics=metrics[0]), point(128, 0, metrics=metrics[1]), diagnostics())
+        recorded(tmp_path / f"d{depth}", point(16, 60.0, sampler="unipc"))
         write_curves(tmp_path / f"d{depth}", HPARAMS | {"model.diffusion_depth": depth})
         train(tmp_path / f"d{depth}", range(1, 3))
 
     with tensorboard(tmp_path, *options) as ask:
-        until(lambda: [len(tags) for tags in ask("scalars/tags").values()] == [7, 7])
+        until(lambda: [len(tags) for tags in ask("scalars/tags").values()] == [19, 19])
         shown = ask("scalars/scalars?run=d4&tag=fd_digits_vs_seconds")
         assert [(step, value) for _, step, value in shown] == [(4000, 76.0), (32000, 24.0)]
 
@@ -215,13 +260,19 @@ def test_a_server_shows_the_curves_of_two_runs(tmp_path, options):
         assert set(table) == {"d2", "d4"} and table["d4"]["hparams"] == HPARAMS | {"model.diffusion_depth": 4}
         assert [entry["value"] for entry in table["d4"]["metricValues"]] == [76.0, 24.0]
 
-        [category] = ask("custom_scalars/layout")["category"]
-        charts = {chart["multiline"]["tag"][0]: chart["title"] for chart in category["chart"]}
-        assert "MFLOPs per image" in charts["^fd_digits_vs_tflops$"]
-        assert list(charts) == [f"^fd_digits_vs_{axis}$" for axis in ("nfe", "log2_nfe", "tflops", "seconds")]
+        distance, other, errors = ask("custom_scalars/layout")["category"]
+        charts = {chart["multiline"]["tag"][0]: chart["title"] for chart in distance["chart"]}
+        assert "MFLOPs per image" in charts["^fd_digits_vs_tflops(/.*)?$"] and not distance.get("closed")
+        assert list(charts) == [f"^fd_digits_vs_{axis}(/.*)?$" for axis in ("nfe", "log2_nfe", "tflops", "seconds")]
+        assert other["title"].startswith("kid") and other["closed"]
+        assert errors["chart"][0]["title"] == "loss_by_timestep (axis: timestep)"
         for run in ("d2", "d4"):
-            found = ask(f"custom_scalars/scalars?run={run}&tag={urllib.parse.quote('^fd_digits_vs_nfe$')}")["tag_to_events"]
-            assert np.array(found["fd_digits_vs_nfe"])[:, 1].tolist() == [16, 128] and len(found) == 1
+            found = ask(f"custom_scalars/scalars?run={run}&tag={urllib.parse.quote(next(iter(charts)))}")["tag_to_events"]
+            assert np.array(found["fd_digits_vs_nfe"])[:, 1].tolist() == [16, 128]
+            assert set(found) == {"fd_digits_vs_nfe", "fd_digits_vs_nfe/unipc"}
+            tag = errors["chart"][2]["multiline"]["tag"][0]
+            found = ask(f"custom_scalars/scalars?run={run}&tag={urllib.parse.quote(tag)}")["tag_to_events"]
+            assert np.array(found["diagnostics/exposure_gap_by_block"])[:, 1:].tolist() == [[0, 0.0], [1, 0.25]]
 
 
 def test_a_running_server_takes_new_curves_in_place_of_the_former(tmp_path):

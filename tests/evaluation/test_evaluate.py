@@ -1,87 +1,172 @@
-"""An evaluation is a function of weights and request: not of batch size, nor of what ran before."""
+"""An evaluation is a function of weights and request: not of batches, processes or interruptions, nor of what ran before."""
 
 import dataclasses
 import json
+import shlex
+import shutil
+import signal
+import subprocess
+import time
 
 import pytest
 import torch
 
 from madformer.checkpoints import EMA, checkpoint_path
+from madformer.cli import app
 from madformer.config import ConfigError, InputError, freeze
 from madformer.data.digits import load_digits
-from madformer.evaluation.evaluate import evaluate_run
-from madformer.evaluation.features import feature_network
-from madformer.evaluation.metrics import FrechetDistance
-from madformer.evaluation.record import record_path
+from madformer.evaluation import evaluate
+from madformer.evaluation.evaluate import evaluate_run, evaluate_share
+from madformer.evaluation.features import build_feature_network
+from madformer.evaluation.metrics import FrechetDistance, Moments
+from madformer.evaluation.record import read_means, read_points, record_path
 from madformer.evaluation.request import Budget, parse_request, parse_sampling
 from madformer.evaluation.sampling import sample_batches
+from madformer.evaluation.tasks import Judges, list_tasks, open_codec
 from madformer.model import MADFormer, cost
+from madformer.parallel import Share
 from madformer.training.errors import NonFiniteError
-from tests.runs import tiny_run
+from tests.runs import command, environment, execute, tiny_run
+
+METRICS = ["fd_digits", "kid_digits", "precision_digits", "recall_digits", "density_digits", "coverage_digits"]
 
 
-def make_run(folder, *overrides, seed=0, scale=1.0):
-    """A run with a checkpoint of random weights: the average differs from the raw ones."""
+def make_run(folder, *overrides, seed=0, scale=1.0, steps=(6,)):
+    """A run with checkpoints of random weights: the average differs from the raw ones."""
     config = tiny_run(folder, *overrides)
     torch.manual_seed(seed)
-    raw, average = ({name: scale * tensor for name, tensor in MADFormer(config.model).state_dict().items()} for _ in range(2))
-    path = checkpoint_path(config.run_dir, 6)
-    path.parent.mkdir(parents=True)
-    torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in raw.items()}, EMA: average}, path)
+    for step in steps:
+        raw, average = (
+            {name: scale * tensor for name, tensor in MADFormer(config.model).state_dict().items()} for _ in range(2)
+        )
+        path = checkpoint_path(config.run_dir, step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in raw.items()}, EMA: average}, path)
     freeze(config, config.run_dir)
     return config, raw, average
 
 
+def only_metrics(points):
+    return [pytest.approx(point["metrics"], rel=1e-5) for point in points]
+
+
+def tasks_of(request):
+    codec = open_codec(request.config, "cpu")
+    return list_tasks(request, Judges.of(request, codec, "cpu"), codec)
+
+
 def test_the_number_is_the_distance_of_the_averaged_models_samples(tmp_path):
     config, raw, average = make_run(tmp_path)
-    expected = {}
+    network, expected = build_feature_network("digits"), {}
     for name, weights in (("ema", average), ("model", raw)):
         model = MADFormer(config.model)
         model.load_state_dict(weights)
-        distance = FrechetDistance(feature_network("digits"), load_digits()[0])
-        distance.update(torch.cat(list(sample_batches(model, config, 2, range(16), 16))))
+        distance = FrechetDistance(Moments.of(network(load_digits()[0]).features_BD))
+        distance.update(network(torch.cat(list(sample_batches(model, config, 2, range(16), 16)))).features_BD)
         expected[name] = distance.compute()
     for name in ("ema", "model"):
         [point] = evaluate_run(parse_request(config, steps="2", weights=name))
-        assert point["metrics"] == {"fd_digits": pytest.approx(expected[name], rel=1e-6)}
+        assert point["metrics"]["fd_digits"] == pytest.approx(expected[name], rel=1e-6)
     assert expected["ema"] != pytest.approx(expected["model"], rel=1e-3)
 
 
 def test_everything_that_made_a_number_stands_beside_it(tmp_path):
     config, *_ = make_run(tmp_path)
-    [point] = evaluate_run(parse_request(config, nfe="6"))
+    [point] = evaluate_run(parse_request(config, nfe="6", sampler="unipc", seeds="3"))
     assert point == json.loads(record_path(config.run_dir).read_text())
-    told = {
-        "kind": "point",
-        "nfe": 6,
-        "nfe_actual": 5,
-        "steps": 2,
-        "checkpoint": "step-00000006.ckpt",
-        "step": 6,
-        "weights": "ema",
-    }
-    told |= {
-        "sampler": "ddim",
-        "guidance": 1.0,
-        "num_samples": 16,
-        "seed": 0,
-        "codec": "pixels",
-        "device": "cpu",
-        "threads": 1,
-    }
+    told = {"kind": "point", "nfe": 6, "nfe_actual": 5, "steps": 2, "checkpoint": "step-00000006.ckpt", "step": 6}
+    told |= {"weights": "ema", "sampler": "unipc", "guidance": 1.0, "num_samples": 16, "seed": 3, "prompts": None}
+    told |= {"batch_size": 16, "processes": 1, "device": "cpu", "threads": 1}
     assert {name: point[name] for name in told} == told
+    assert list(point["metrics"]) == METRICS
+    assert point["codec"]["name"] == "pixels" and len(point["codec"]["sha256"]) == 64
+    [network], [reference] = point["feature_networks"], point["references"]
+    assert (network["name"], network["label"], network["width"], len(network["sha256"])) == ("digits", "digits", 64, 64)
+    assert (reference["source"], reference["images"], len(reference["sha256"])) == ("digits", 1797, 64)
     assert point["tflops_per_image"] == cost.sampling_flops(config.model).total(2) / 1e12
-    assert point["seconds_per_image"] == point["seconds"] / 16 > 0
-    assert point["reference"]["images"] == 1797 and len(point["feature_network"]["sha256"]) == 64
+    assert 0 < sum(point["seconds_per_block"]) <= point["seconds_per_image"] and len(point["seconds_per_block"]) == 4
+    assert point["seconds"] == point["seconds_spent"]["sampling"] > 0
+    assert point["bias"]["fd_digits"] > 0 and point["peak_memory_gib"] > 0
+    assert not list((config.run_dir / "features").glob("*/part*")), "features have served"
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 16])
-def test_the_number_does_not_depend_on_the_batch_size(batch_size, tmp_path):
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_the_numbers_do_not_depend_on_the_batch_size(sampler, tmp_path):
     numbers = []
-    for size in (batch_size, 5):
-        config, *_ = make_run(tmp_path / str(size), f"evaluation.batch_size={size}")
-        numbers.append(evaluate_run(parse_request(config, nfe="5"))[0]["metrics"]["fd_digits"])
-    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+    for size in (1, 7, 64):
+        config, *_ = make_run(tmp_path / str(size), f"evaluation.batch_size={size}", "evaluation.num_samples=70")
+        numbers.append(evaluate_run(parse_request(config, nfe="5", sampler=sampler))[0])
+    assert [point["batch_size"] for point in numbers] == [1, 7, 64]
+    assert [point["metrics"] for point in numbers] == only_metrics(numbers[:1] * 3)
+
+
+def test_the_numbers_do_not_depend_on_the_number_of_processes(tmp_path):
+    config, *_ = make_run(tmp_path / "one", "evaluation.num_samples=70")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.copytree(tmp_path / "one", tmp_path / "torchrun")
+    expected = evaluate_run(parse_request(config, nfe="3,5"))
+    asked = ["evaluate", "--nfe", "3,5"]
+    execute(command(*asked, tmp_path / "two/digits", "--devices", 2))
+    torchrun = [*command()[:1], "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "madformer"]
+    execute([*torchrun, *asked, str(tmp_path / "torchrun/digits")])
+    for name in ("two", "torchrun"):
+        found = read_points(tmp_path / name / "digits")
+        assert [point["metrics"] for point in found] == only_metrics(expected)
+        assert {point["processes"] for point in found} == {2}
+
+
+def test_killed_it_goes_on_with_the_samples_that_it_has(tmp_path):
+    asked = ("evaluation.num_samples=400", "evaluation.batch_size=16")
+    config, *_ = make_run(tmp_path / "killed", *asked)
+    shutil.copytree(tmp_path / "killed", tmp_path / "whole")
+    running = subprocess.Popen(command("evaluate", config.run_dir, "--steps", 20), env=environment(), stdout=subprocess.DEVNULL)
+    kept = config.run_dir / "features"
+    deadline = time.monotonic() + 60
+    while not list(kept.glob("*/part-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    [folder] = kept.iterdir()
+    had = len(evaluate.read_indices(folder))
+    assert 0 < had < 400 and not record_path(config.run_dir).exists()
+    request = parse_request(config, steps="20")
+    sampled = []
+    share = Share(0, 1, "cpu", sampled.append)
+    evaluate_share(share, request, tasks_of(request))
+    assert sampled[-1] == 400 - had, "no sample is made twice"
+    whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
+    [expected] = evaluate_run(parse_request(whole, steps="20"))
+    assert [point["metrics"] for point in read_points(config.run_dir)] == only_metrics([expected])
+
+
+def test_shares_of_processes_that_change_in_number_fit_together(tmp_path):
+    """Two of three die; one alone does the rest."""
+    config, *_ = make_run(tmp_path / "some", "evaluation.num_samples=40", "evaluation.batch_size=4")
+    shutil.copytree(tmp_path / "some", tmp_path / "whole")
+    request = parse_request(config, nfe="5")
+    for rank in (2, 0):
+        evaluate_share(Share(rank, 3, "cpu", lambda _: None), request, tasks_of(request))
+    assert not record_path(config.run_dir).exists()
+    [point] = evaluate_run(request)
+    whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
+    assert [point["metrics"]] == only_metrics(evaluate_run(parse_request(whole, nfe="5")))
+
+
+def test_a_number_comes_again_from_its_record_alone(tmp_path, monkeypatch):
+    config, *_ = make_run(tmp_path, steps=(6, 12))
+    asked = {"sampler": "ddpm,dpmsolver++", "seeds": "5", "num_samples": 20, "checkpoints": "6", "weights": "model"}
+    evaluate_run(parse_request(config, nfe="5", **asked))
+    before = [json.loads(line) for line in record_path(config.run_dir).read_text().splitlines()]
+    record_path(config.run_dir).unlink()
+    monkeypatch.chdir(tmp_path)
+    for point in before:
+        words = shlex.split(point["command"])
+        assert words[0] == "madformer"
+        app(words[1:], standalone_mode=False)
+    after = read_points(config.run_dir)
+    assert [point["metrics"] for point in after] == [point["metrics"] for point in before]
+    same = ("nfe", "steps", "checkpoint", "weights", "sampler", "seed", "num_samples", "references", "command")
+    assert [[point[key] for key in same] for point in after] == [[point[key] for key in same] for point in before]
 
 
 def test_only_what_is_missing_is_computed(tmp_path, capsys):
@@ -91,7 +176,8 @@ def test_only_what_is_missing_is_computed(tmp_path, capsys):
     evaluate_run(parse_request(config, nfe="3,5"))
     both = record_path(config.run_dir).read_text()
     assert both.startswith(first) and len(both.splitlines()) == 2
-    assert [("recorded before" in line) for line in capsys.readouterr().out.splitlines()] == [False, True, False]
+    said = [line for line in capsys.readouterr().out.splitlines() if "NFE" in line]
+    assert [("recorded before" in line) for line in said] == [False, True, False]
     evaluate_run(parse_request(config, nfe="3", num_samples=8))
     assert len(record_path(config.run_dir).read_text().splitlines()) == 3
     record_path(config.run_dir).write_text(both[:-20])
@@ -100,11 +186,33 @@ def test_only_what_is_missing_is_computed(tmp_path, capsys):
     assert again == [json.loads(line)["metrics"] for line in both.splitlines()], "a torn line is measured again"
 
 
-def test_another_seed_of_evaluation_is_another_point(tmp_path):
+def test_seeds_and_checkpoints_have_a_mean(tmp_path):
+    config, *_ = make_run(tmp_path, steps=(6, 12))
+    points = evaluate_run(parse_request(config, nfe="5", seeds="0,1,2", checkpoints="last2"))
+    assert len({point["metrics"]["fd_digits"] for point in points}) == 6
+    [line] = read_means(config.run_dir)
+    values = torch.tensor([point["metrics"]["fd_digits"] for point in points], dtype=torch.float64)
+    assert line["metrics"]["fd_digits"] == pytest.approx(values.mean().item())
+    assert line["standard_deviations"]["fd_digits"] == pytest.approx(values.std().item())
+    assert (line["count"], line["seeds"]) == (6, [0, 1, 2])
+    assert line["checkpoints"] == ["step-00000006.ckpt", "step-00000012.ckpt"]
+    evaluate_run(parse_request(config, nfe="5", seeds="0,1,2", checkpoints="last2"))
+    assert len(read_means(config.run_dir)) == 1
+
+
+def test_samplers_start_from_the_same_noise_and_end_elsewhere(tmp_path):
     config, *_ = make_run(tmp_path)
-    other = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, seed=1))
-    [one], [two] = (evaluate_run(parse_request(each, nfe="5")) for each in (config, other))
-    assert one["metrics"] != two["metrics"]
+    points = evaluate_run(parse_request(config, nfe="9", sampler="ddim,ddpm,dpmsolver++,unipc"))
+    assert len({point["metrics"]["fd_digits"] for point in points}) == 4
+    assert {point["nfe_actual"] for point in points} == {9}
+
+
+def test_few_samples_are_warned_of(tmp_path, caplog):
+    config, *_ = make_run(tmp_path)
+    [point] = evaluate_run(parse_request(config, nfe="3"))
+    [said] = [record.message for record in caplog.records if "few" in record.message]
+    assert said.startswith("16 samples for features of width 64 are few: fd_digits of perfect samples would be ")
+    assert f"{point['bias']['fd_digits']:.3g}" in said
 
 
 def test_a_diverged_model_is_no_number(tmp_path):
@@ -121,11 +229,24 @@ def test_a_checkpoint_of_another_model(tmp_path):
         evaluate_run(parse_request(other, nfe="5"))
 
 
-def test_budgets(tmp_path):
+def test_requests(tmp_path):
     config, *_ = make_run(tmp_path)
     assert parse_request(config).budgets == (Budget(3, 1), Budget(5, 2))
     assert parse_request(config, nfe="6, 6,7").budgets == (Budget(6, 2), Budget(7, 3))
     assert parse_request(config, steps="4").budgets == (Budget(9, 4),)
-    assert parse_sampling(config, 3, None, 8).steps == 3
-    with pytest.raises(ConfigError, match=r"steps = 1001: must be in 1\.\.1000"):
-        parse_request(config, steps="1001")
+    assert parse_sampling(config, 3, None, 8, sampler="unipc").config.evaluation.sampler == "unipc"
+    assert parse_request(config, sampler="ddim, unipc", seeds="1,2").samplers == ("ddim", "unipc")
+    mistakes = {
+        r"steps = 1001: must be in 1\.\.1000": {"steps": "1001"},
+        r"--sampler heun: must be one of ddim, ddpm, dpmsolver\+\+, unipc": {"sampler": "ddim,heun"},
+        r"--guidance much: must be numbers": {"guidance": "1,much"},
+        r"evaluation\.guidance = 2\.0: there is nothing to guide towards": {"guidance": "1,2"},
+        r"evaluation\.guidance = nan: must be a number": {"guidance": "nan"},
+        r"evaluation\.seed = 4001: must be in 0\.\.4000": {"seeds": "0,4001"},
+    }
+    for message, asked in mistakes.items():
+        with pytest.raises((ConfigError, InputError), match=message):
+            parse_request(config, **asked)
+    nothing = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, feature_networks=()))
+    with pytest.raises(ConfigError, match=r"evaluation\.feature_networks = \[\]: nothing to measure with"):
+        parse_request(nothing)

@@ -194,14 +194,14 @@ def test_another_program_s_file_is_not_touched(plain, tmp_path):
 
 
 def labels(config, num=5, **options):
-    asked = {"classes": None, "prompt": None, "guidance": 1.0, "checkpoint": list_checkpoints(config.run_dir)[0], **options}
+    asked = {"classes": None, "prompt": None, "checkpoint": list_checkpoints(config.run_dir)[0], **options}
     return [prompt.label for prompt in choose_prompts(config, indices=range(num), **asked)]
 
 
 def test_classes_come_in_turn(text):
     assert labels(text, 12) == [*range(10), 0, 1]
     assert labels(text, classes="7,three") == [7, 3, 7, 3, 7]
-    assert [prompt.text for prompt in choose_prompts(text, list_checkpoints(text.run_dir)[0], "7,3", None, 1.0, range(2))] == [
+    assert [prompt.text for prompt in choose_prompts(text, list_checkpoints(text.run_dir)[0], "7,3", None, range(2))] == [
         "seven",
         "three",
     ]
@@ -216,7 +216,7 @@ def test_classes_come_in_turn(text):
         ("text", {"classes": "thre"}, r"--classes thre: no class of that name; the nearest is three \(3\)"),
         ("plain", {"classes": "3"}, r"--classes: .* has a model without text \(model.text = null\); leave it out"),
         ("plain", {"prompt": ""}, "--prompt: .* has a model without text"),
-        ("plain", {"guidance": 2.0}, "--guidance: .* has a model without text"),
+        ("plain", {"guidance": 2.0}, r"evaluation\.guidance = 2\.0: there is nothing to guide towards"),
     ],
 )
 def test_prompts_that_a_run_cannot_have(which, asked, message, request, tmp_path):
@@ -259,7 +259,7 @@ def latents_run(tmp_path_factory):
 def test_a_checkpoint_remembers_the_classes_of_latents_that_have_gone(latents_run, tmp_path):
     gone = replace(latents_run, data=replace(latents_run.data, latents=str(tmp_path / "nowhere"), tokenizer="no/where"))
     [path] = list_checkpoints(gone.run_dir)
-    assert [prompt.text for prompt in choose_prompts(gone, path, None, None, 1.0, range(4))] == ["cat", "dog", "eel", "cat"]
+    assert [prompt.text for prompt in choose_prompts(gone, path, None, None, range(4))] == ["cat", "dog", "eel", "cat"]
     with pytest.raises(ConfigError, match=r"data\.tokenizer = 'no/where': cannot be had"):
         sample(gone, tmp_path / "out", classes="dog")
     assert not (tmp_path / "out").exists()
@@ -289,7 +289,7 @@ def test_classes_that_nobody_named(latents_run, tmp_path):
 )
 def test_a_codec_that_cannot_decode_is_told_before_anything_is_sampled(codec, message, tmp_path):
     name = codec.format(folder=tmp_path)
-    fields = ("model.latent_channels=4", "data.source=null", f"data.codec={name}", "evaluation.feature_network=null")
+    fields = ("model.latent_channels=4", "data.source=null", f"data.codec={name}", "evaluation.feature_networks=[]")
     config, *_ = make_run(tmp_path, *fields)
     with pytest.raises(ConfigError, match=message):
         sample(config, tmp_path / "out")

@@ -1,5 +1,7 @@
 """Sampling: cached = recomputed from scratch, guidance, randomness, what it refuses and what it costs."""
 
+from typing import get_args
+
 import pytest
 import torch
 from diffusers import (
@@ -14,9 +16,12 @@ from diffusers import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+from madformer.config import DiffusionConfig
+from madformer.config.evaluation import SamplerName
 from madformer.model import cost
 from madformer.model.blocks import to_image
 from madformer.model.generate import generate
+from madformer.samplers import build_sampler
 from tests.conftest import SWITCHES, TEXT, build, latents, prompts, switch_name, tiny
 
 STEPS = 3
@@ -26,10 +31,10 @@ def ddim(prediction_type="sample"):
     return DDIMScheduler(clip_sample=False, prediction_type=prediction_type)
 
 
-def recompute(model, scheduler, noise_BLCYX, text=None, guidance=1.0, interval=None):
+def recompute(model, scheduler, noise_BLCYX, text=None, guidance=1.0, interval=None, context_BLCYX=None):
     """Sampling without any cache: at every step the training forward over the whole image."""
     config = model.config
-    clean_BLCYX, noisy_BLCYX = torch.zeros_like(noise_BLCYX), torch.zeros_like(noise_BLCYX)
+    clean_BLCYX, noisy_BLCYX, sampled_BLCYX = (torch.zeros_like(noise_BLCYX) for _ in range(3))
     t_BL = torch.zeros(noise_BLCYX.shape[:2], dtype=torch.long)
     for block in range(config.ar_length):
         scheduler.set_timesteps(STEPS)
@@ -43,8 +48,11 @@ def recompute(model, scheduler, noise_BLCYX, text=None, guidance=1.0, interval=N
                 null = model(*inputs, outputs=()).denoised_BLCYX[:, block]
                 prediction = null + guidance * (prediction - null)
             x_BCYX = scheduler.step(prediction, t, x_BCYX).prev_sample
-        clean_BLCYX[:, block] = x_BCYX
-    return clean_BLCYX
+        clean_BLCYX[:, block] = sampled_BLCYX[:, block] = x_BCYX
+        if context_BLCYX is not None:
+            clean_BLCYX[:, block] = context_BLCYX[:, block]
+            noisy_BLCYX[:, block] = scheduler.add_noise(context_BLCYX[:, block], noise_BLCYX[:, block], t)
+    return sampled_BLCYX
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=switch_name)
@@ -76,6 +84,49 @@ def test_cached_sampling_is_full_recomputation_in_other_shapes(changes):
     sampled = generate(model, ddim(config.prediction_type), STEPS, initial_noise_BLCYX=noise)
     expected = recompute(model, ddim(config.prediction_type), noise)
     torch.testing.assert_close(sampled, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=switch_name)
+@torch.no_grad()
+def test_true_blocks_take_the_place_of_generated_ones_as_context(switches):
+    config = tiny(**switches)
+    model, noise, true, text = build(config), latents(config), latents(config, seed=5), prompts(config)
+    guidance = 2.0 if text is not None else 1.0
+    options = {"initial_noise_BLCYX": noise, "text": text, "guidance": guidance}
+    forced = generate(model, ddim(), STEPS, context_BLCYX=true, **options)
+    expected = recompute(model, ddim(), noise, text, guidance, context_BLCYX=true)
+    torch.testing.assert_close(forced, expected, rtol=0, atol=1e-7)  # add_noise has roots of noise levels in float64
+    assert torch.equal(forced[:, 0], generate(model, ddim(), STEPS, **options)[:, 0])
+    blind = config.local_denoising and not config.use_condition  # each block sees the text and itself alone
+    for changed in range(config.ar_length):
+        other = true.clone()
+        other[:, changed] += 1
+        again = generate(model, ddim(), STEPS, context_BLCYX=other, **options)
+        assert torch.equal(again[:, : changed + 1], forced[:, : changed + 1])
+        if changed < config.ar_length - 1:
+            assert torch.equal(again[:, changed + 1], forced[:, changed + 1]) == blind
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=switch_name)
+@torch.no_grad()
+def test_generated_blocks_as_context_change_nothing(switches):
+    """With clean blocks in any number of steps; without, the noise in the context is the same at full noise alone.
+
+    After the first step a block's noise is what the model takes for noise, no longer what the block started from. One step
+    from timesteps that leave no signal at all is the case where the two are equal whatever the model.
+    """
+    config = tiny(**switches)
+    model, noise, text = build(config), latents(config), prompts(config)
+    options = {"initial_noise_BLCYX": noise, "text": text, "guidance": 2.0 if text is not None else 1.0}
+    full_noise = DDIMScheduler(
+        clip_sample=False, prediction_type="sample", timestep_spacing="trailing", rescale_betas_zero_snr=True
+    )
+    runs = [(full_noise, 1)]
+    if config.use_clean_blocks or config.local_denoising:
+        runs += [(ddim(), STEPS)]
+    for scheduler, steps in runs:
+        sampled = generate(model, scheduler, steps, **options)
+        assert torch.equal(generate(model, scheduler, steps, context_BLCYX=sampled, **options), sampled)
 
 
 @pytest.mark.parametrize("clean", [True, False])
@@ -120,6 +171,46 @@ def test_a_sample_depends_on_its_own_seed_alone(scheduler_class):
     assert torch.isfinite(together).all()
     assert not torch.allclose(together[0], together[1])
     torch.testing.assert_close(generate(model, scheduler, 4, seeds=[7, 8, 9]), together, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", get_args(SamplerName))
+def test_named_samplers_carry_nothing_from_image_to_image_or_block_to_block(name):
+    model, sampler = build(tiny()), build_sampler(DiffusionConfig(), "sample", name)
+    together = generate(model, sampler, 4, seeds=[7, 8, 9])
+    backwards = generate(model, sampler, 4, seeds=[9, 8, 7])
+    alone = generate(model, build_sampler(DiffusionConfig(), "sample", name), 4, seeds=[9])
+    torch.testing.assert_close(backwards.flip(0), together, rtol=1e-5, atol=1e-5)  # DPM-Solver steps in float32
+    torch.testing.assert_close(alone, together[2:], rtol=1e-5, atol=1e-5)
+    noise, true = latents(model.config), latents(model.config, seed=5)
+    options = {"seeds": [7, 8], "context_BLCYX": true}
+    other = noise.clone()
+    other[:, 0] += 1  # other steps in the first block: with true blocks before them, the next ones must not notice
+    forced = generate(model, sampler, 4, initial_noise_BLCYX=noise, **options)
+    again = generate(model, sampler, 4, initial_noise_BLCYX=other, **options)
+    assert torch.equal(again[:, 1:], forced[:, 1:]) and not torch.allclose(again[:, 0], forced[:, 0])
+
+
+class Recorder(DDIMScheduler):
+    """Keeps what the first step of each block starts from."""
+
+    def set_timesteps(self, *arguments, **options):
+        super().set_timesteps(*arguments, **options)
+        self.starts = [*getattr(self, "starts", []), None]
+
+    def scale_model_input(self, sample, timestep=None):
+        self.starts[-1] = sample if self.starts[-1] is None else self.starts[-1]
+        return sample
+
+
+def test_a_seed_is_the_same_image_of_noise_whatever_the_number_of_blocks():
+    images = {}
+    for ar_length in (1, 4, 16):
+        recorder = Recorder(clip_sample=False, prediction_type="sample")
+        generate(build(tiny(latent_size=16, ar_length=ar_length)).float(), recorder, 2, seeds=[7, 8])
+        images[ar_length] = to_image(torch.stack(recorder.starts, dim=1))
+        assert images[ar_length].shape == (2, 2, 16, 16)
+    assert torch.equal(images[4], images[1]) and torch.equal(images[16], images[1])
+    assert torch.equal(images[1][1], torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(8)))
 
 
 def test_previews_come_block_by_block():
@@ -168,6 +259,8 @@ def test_bfloat16_weights_sample_in_float32_latents():
             {"initial_noise_BLCYX": torch.zeros(1, 16, 2, 4, 4)},
             r"has shape \(1, 16, 2, 4, 4\): must be \[images, 4, 2, 4, 4\]",
         ),
+        (ddim(), {"context_BLCYX": torch.zeros(1, 4, 2, 8, 8)}, r"context_BLCYX has shape \(1, 4, 2, 8, 8\): must be \[images"),
+        (ddim(), {"context_BLCYX": torch.zeros(2, 4, 2, 4, 4), "seeds": [1]}, "seeds: 1, context_BLCYX: 2"),
         (ddim(), {"batch_size": 1, "guidance_interval": (900, 100)}, r"guidance_interval = \(900, 100\): must be the lowest"),
         (ddim(), {"batch_size": 1, "guidance": 2.0}, "guidance = 2.0: needs text"),
         (ddim(), {"batch_size": 1, "text": torch.ones(1, 3, dtype=torch.long)}, "text given to a model without text"),

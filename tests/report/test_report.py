@@ -1,28 +1,25 @@
-"""Reports: every cell of a small one, the files, the picture."""
+"""Reports: every cell of a small one, what is compared with what, the files."""
 
 import csv
 import io
 import re
-import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import matplotlib.image
-import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from madformer.cli import app
 from madformer.config import ExperimentConfig, InputError, freeze
-from madformer.report import Curve, Report, build_report, curves_of_runs, write_report
-from madformer.report.figure import draw
-from madformer.report.table import natural, number
-from tests.points import point, recorded
+from madformer.report import Curve, build_report, curves_of_runs, write_report
+from madformer.report.text import higher_is_better, natural, number
+from tests.points import at, diagnostics, mean, point, recorded
+from tests.report.curves import curve, seeds, small
 
 SMALL = """\
 ## Digits
 
-- Metric fd_digits, lower is better; 1 seed each.
-- 1,024 samples a point; ddim sampler; guidance 1.0; ema weights; training step 1,000.
+- Metric fd_digits, lower is better; 1 training seed each.
+- 1,024 samples a point; ddim sampler, guidance 1, EMA weights; training step 1,000.
 - FLOPs are counted from the configuration; seconds were measured on cpu (1 thread).
 
 | fd_digits ↓ | NFE 16 | NFE 32 | NFE 128 |
@@ -30,49 +27,55 @@ SMALL = """\
 | d2 | **72.2** | 30.1 | **4.57** |
 | d16 | 1,323 | **30.0** | – |
 
-|  | NFE | steps | seeds | fd_digits | GFLOPs / image | ms / image |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: |
-| d2 | 16 | 2 | 1 | 72.2 | 0.00800 | 4.00 |
-| d2 | 32 | 4 | 1 | 30.1 | 0.0160 | 8.00 |
-| d2 | 128 | 16 | 1 | 4.57 | 0.0640 | 32.0 |
-| d16 | 16 | 2 | 1 | 1,323 | 0.00800 | 4.00 |
-| d16 | 32 | 4 | 1 | 30.0 | 0.0160 | 8.00 |
+|  | NFE | steps | seeds | fd_digits | GFLOPs / image | ms / image | ms / block |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| d2 | 16 | 2 | 1 | 72.2 | 0.00800 | 4.00 | 1.00 |
+| d2 | 32 | 4 | 1 | 30.1 | 0.0160 | 8.00 | 2.00 |
+| d2 | 128 | 16 | 1 | 4.57 | 0.0640 | 32.0 | 8.00 |
+| d16 | 16 | 2 | 1 | 1,323 | 0.00800 | 4.00 | 1.00 |
+| d16 | 32 | 4 | 1 | 30.0 | 0.0160 | 8.00 | 2.00 |
 """
-
-
-def curve(root: Path, label: str, *points: dict[str, Any], seed: int = 0) -> Curve:
-    run = recorded(root / f"{label}-s{seed}", *points)
-    return Curve(label, run, {"model.diffusion_depth": int(label.removeprefix("d"))}, seed)
-
-
-def small(root: Path) -> Report:
-    return build_report(
-        [
-            curve(root, "d16", point(16, 1323.4), point(32, 30.04)),
-            curve(root, "d2", point(16, 72.25), point(32, 30.06), point(128, 4.567)),
-        ],
-        "Digits",
-    )
-
-
-def seeds(root: Path) -> Report:
-    """Two seeds of d2, of which one lacks a budget, and one of d4."""
-    first = curve(root, "d2", point(16, 70.0), point(32, 30.0, seconds_per_image=0.001))
-    second = curve(root, "d2", point(16, 75.0, seconds_per_image=0.006), seed=1)
-    return build_report([second, curve(root, "d4", point(16, 72.0), point(32, 31.0)), first], "Seeds")
 
 
 def test_a_small_report_to_the_letter(tmp_path):
     assert small(tmp_path).markdown() == SMALL
 
 
-def test_seeds_become_a_mean_and_its_extremes(tmp_path):
+def test_training_seeds_become_a_mean_and_its_confidence_interval(tmp_path):
     report = seeds(tmp_path)
-    assert report.rows[0].mean == 72.5 and report.rows[0].seconds == 0.005 and report.rows[0].values == (70.0, 75.0)
+    row = report.rows[0]
+    assert (row.quality["fd_digits"].mean, row.quality["fd_digits"].values, row.seeds) == (72.5, (70.0, 75.0), 2)
+    assert row.costs["seconds"] == 0.005
     text = report.markdown()
-    assert "lower is better; 1 or 2 seeds each: the mean (least – greatest)." in text
-    assert "| d2 | 72.5 (70.0 – 75.0) | **30.0** |\n| d4 | **72.0** | 31.0 |" in text
-    assert "| d2 | 16 | 2 | 2 | 72.5 (70.0 – 75.0) | 0.00800 | 5.00 |\n| d2 | 32 | 4 | 1 | 30.0 |" in text
+    assert "lower is better; 1 or 2 training seeds each." in text
+    assert "± is the 95 % confidence interval of the mean over training seeds (Student's t)." in text
+    assert "| d2 | 72.5 ± 31.8 | **30.0** |\n| d4 | **72.0** | 31.0 |" in text
+    assert "| d2 | 16 | 2 | 2 | 72.5 ± 31.8 | 0.00800 | 5.00 | 1.00 |\n| d2 | 32 | 4 | 1 | 30.0 |" in text
+
+
+def test_a_run_counts_once_whatever_it_was_evaluated_with(tmp_path):
+    often = curve(tmp_path, "d2", point(16, 10.0), point(16, 20.0, seed=1), point(16, 30.0, seed=2))
+    report = build_report([often, curve(tmp_path, "d2", point(16, 40.0), seed=1)], "Runs")
+    assert report.rows[0].quality["fd_digits"].values == (20.0, 40.0)
+    assert "2 training seeds, 1 or 3 evaluation seeds each" in report.markdown()
+
+
+def test_evaluation_seeds_are_marked_as_saying_nothing_of_training(tmp_path):
+    text = build_report([curve(tmp_path, "d2", point(16, 70.0), point(16, 75.0, seed=1))], "Evaluations").markdown()
+    assert "| d2 | 72.5 ± 31.8 † |" in text and "says nothing about training again" in text
+    assert "1 training seed, 2 evaluation seeds each." in text and "over training seeds" not in text
+
+
+def test_checkpoints_have_a_standard_deviation_and_no_interval(tmp_path):
+    points = [point(16, 70.0), point(16, 74.0, **at(2000))]
+    run = curve(tmp_path, "d2", *points, mean(points))
+    report = build_report([run], "Checkpoints")
+    assert "| d2 | 72.0 ± 2.8 ‡ |" in report.markdown()
+    assert "± … ‡ is the standard deviation over checkpoints of one run, no confidence interval." in report.markdown()
+    assert "1 training seed, 2 checkpoints each." in report.markdown() and "training step 1,000 or 2,000" in report.markdown()
+    row = next(csv.DictReader(io.StringIO(report.csv())))
+    assert (row["fd_digits_ci_low"], row["interval_over"], row["n"]) == ("", "checkpoints", "2")
+    assert float(row["fd_digits_sd_over_checkpoints"]) == pytest.approx(8**0.5)
 
 
 def test_csv_holds_every_row_in_full_precision(tmp_path):
@@ -80,32 +83,91 @@ def test_csv_holds_every_row_in_full_precision(tmp_path):
     assert [(row["label"], row["model.diffusion_depth"], row["nfe"], row["steps"], row["seeds"]) for row in rows] == [
         ("d2", "2", "16", "2", "2"), ("d2", "2", "32", "4", "1"), ("d4", "4", "16", "2", "1"), ("d4", "4", "32", "4", "1"),
     ]  # fmt: skip
-    names = ("fd_digits", "fd_digits_min", "fd_digits_max", "tflops_per_image", "seconds_per_image")
-    assert [float(rows[0][name]) for name in names] == [72.5, 70.0, 75.0, 8e-6, 0.005]
+    names = ("fd_digits", "fd_digits_min", "fd_digits_max", "tflops_per_image", "seconds_per_image", "seconds_per_block")
+    assert [float(rows[0][name]) for name in names] == [72.5, 70.0, 75.0, 8e-6, 0.005, 0.001]
+    assert float(rows[0]["fd_digits_ci_low"]) == pytest.approx(40.734, abs=1e-3)
+    assert float(rows[0]["fd_digits_ci_high"]) == pytest.approx(104.266, abs=1e-3)
+    assert [rows[0][name] for name in ("interval_over", "n", "sampler", "guidance", "weights", "fd_digits_bias")] == [
+        "training seeds", "2", "ddim", "1.0", "ema", "0.02",
+    ]  # fmt: skip
+    empty = ("interval_over", "fd_digits_ci_low", "fd_digits_sd_over_checkpoints", "peak_memory_gib")
+    assert [rows[1][name] for name in empty] == [""] * 4 and rows[1]["n"] == "1"
 
 
 def test_what_was_not_measured_is_a_dash_and_said(tmp_path):
-    points = [point(16, 72.0, seconds_per_image=None), point(32, 30.0)]
+    points = [point(16, 72.0, seconds_per_image=None, seconds_per_block=None), point(32, 30.0)]
     report = build_report([curve(tmp_path, "d2", *points)], "One")
-    assert "| d2 | 16 | 2 | 1 | 72.0 | 0.00800 | – |" in report.markdown()
+    assert "| d2 | 16 | 2 | 1 | 72.0 | 0.00800 | – | – |" in report.markdown()
     assert "seconds were measured for 1 of 2 points on cpu (1 thread)." in report.markdown()
     second = curve(tmp_path, "d2", point(16, 72.0), seed=1)
-    assert build_report([Curve("d2", tmp_path / "d2-s0", {}, 0), second], "Two").rows[0].seconds is None
+    assert build_report([Curve("d2", tmp_path / "d2-s0", {}, 0), second], "Two").rows[0].costs["seconds"] is None
     never = build_report([curve(tmp_path, "d4", points[0])], "None")
-    assert "seconds were not measured." in never.markdown()
+    assert "seconds were not measured." in never.markdown() and "block" not in never.markdown()
     assert next(csv.DictReader(io.StringIO(never.csv())))["seconds_per_image"] == ""
+
+
+def test_memory_is_shown_where_it_was_measured(tmp_path):
+    made = {"peak_memory_gib": 12.34, "device": "NVIDIA H200", "threads": None, "processes": 8}
+    text = build_report([curve(tmp_path, "d2", point(16, 72.0, **made), point(32, 72.0))], "Memory").markdown()
+    assert "| ms / block | GiB at the peak |" in text and "| 1.00 | 12.3 |" in text and "| 2.00 | – |" in text
+    assert "measured on NVIDIA H200 (8 processes), cpu (1 thread)." in text
+
+
+def test_samplers_of_one_run_stand_below_each_other(tmp_path):
+    first = curve(tmp_path, "d4", point(16, 72.0), point(16, 60.0, sampler="unipc"), point(16, 50.0, guidance=1.5))
+    second = curve(tmp_path, "d16", point(16, 42.0, sampler="unipc"), point(16, 41.0), point(16, 40.0, weights="model"))
+    report = build_report([first, second], "Samplers")
+    assert (
+        "| d4 | 72.0 |\n| d4 · guidance 1.5 | 50.0 |\n| d4 · unipc | 60.0 |\n"
+        "| d16 | 41.0 |\n| d16 · raw weights | **40.0** |\n| d16 · unipc | 42.0 |" in report.markdown()
+    )
+    assert "ddim sampler, guidance 1, EMA weights unless a label says otherwise" in report.markdown()
+    assert "comparable" not in report.markdown()
+    rows = list(csv.DictReader(io.StringIO(report.csv())))
+    assert [(row["sampler"], row["guidance"], row["weights"]) for row in rows[:2]] == [
+        ("ddim", "1.0", "ema"), ("ddim", "1.5", "ema"),
+    ]  # fmt: skip
+
+
+def test_other_metrics_have_a_table_of_their_own(tmp_path):
+    metrics = [{"fid": 9.0, "kid": 0.5, "precision": 0.75}, {"fid": 8.0, "kid": 0.25}]
+    curves = [curve(tmp_path, f"d{index}", point(16, 0, metrics=entry)) for index, entry in enumerate(metrics)]
+    report = build_report(curves, "Many")
+    expected = (
+        "### Other metrics\n\n|  | NFE | kid ↓ | precision ↑ |\n| --- | ---: | ---: | ---: |\n"
+        "| d0 | 16 | 0.500 | 0.750 |\n| d1 | 16 | 0.250 | – |\n"
+    )
+    assert expected in report.markdown() and "Other metrics" not in small(tmp_path / "small").markdown()
+    rows = list(csv.DictReader(io.StringIO(report.csv())))
+    assert [(row["fid"], row["kid"], row["precision"]) for row in rows] == [("9.0", "0.5", "0.75"), ("8.0", "0.25", "")]
+    assert "| kid ↓ | NFE 16 |" in build_report(curves, "Chosen", "kid").markdown()
+
+
+def test_a_bias_that_matters_is_mentioned(tmp_path):
+    points = [
+        point(16, 0, metrics={"fid": 40.0, "kid": 1.0}, bias={"fid": 1.93}),
+        point(32, 0, metrics={"fid": 16.0, "kid": 1.0}, bias={"fid": 1.95}),
+    ]
+    text = build_report([curve(tmp_path, "d2", *points)], "Bias").markdown()
+    assert (
+        "Of fid, about 1.9 are the bias of 1,024 samples, which perfect ones would have too: "
+        "more than 5 % of 1 of 2 values, up to 12 % (d2 at NFE 32)." in text
+    ) and "Of kid" not in text
+    assert "bias" not in small(tmp_path / "small").markdown()
 
 
 def test_large_models_are_shown_in_tflops_and_seconds(tmp_path):
     report = build_report([curve(tmp_path, "d2", point(280, 17.83, tflops_per_image=157.2, seconds_per_image=12.345))], "Large")
     assert "| TFLOPs / image | s / image |" in report.markdown() and "| 17.8 | 157 | 12.3 |" in report.markdown()
+    assert report.unit("seconds_per_block").title == "ms per block"
 
 
 def test_curves_that_cannot_be_compared_say_so(tmp_path):
-    one, other = point(16, 72.0), point(16, 60.0, num_samples=50_000, sampler="dpm")
+    one = point(16, 72.0)
+    other = point(16, 60.0, num_samples=50_000, codec={**one["codec"], "dtype": "float16"})
     text = build_report([curve(tmp_path, "d2", one), curve(tmp_path, "d4", other)], "Mixed").markdown()
-    assert "- 1,024 or 50,000 samples a point; ddim or dpm sampler;" in text
-    assert "**Not all points are comparable**: they differ in num_samples, sampler." in text
+    assert "- 1,024 or 50,000 samples a point; ddim sampler" in text
+    assert "**Not all points are comparable**: they differ in num_samples, codec." in text
     assert "comparable" not in small(tmp_path / "small").markdown()
 
 
@@ -126,6 +188,20 @@ def test_a_bar_in_a_label_does_not_end_its_cell(tmp_path):
 def test_labels_sort_as_one_reads_them(labels):
     backwards = labels[::-1]
     assert sorted(backwards, key=natural) == labels
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher"),
+    [
+        *(
+            (name, True)
+            for name in ("precision", "precision_digits", "inception_score", "coverage_dinov2", "density", "recall")
+        ),
+        *((name, False) for name in ("fid", "fd_digits", "kid_digits", "precisionless")),
+    ],
+)
+def test_which_metrics_are_to_be_high(metric, higher):
+    assert higher_is_better(metric) == higher
 
 
 @pytest.mark.parametrize(
@@ -174,38 +250,24 @@ def test_the_files_of_a_report(tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 
-def test_the_png_is_white_of_its_size_and_coloured(tmp_path):
-    pixels = matplotlib.image.imread(io.BytesIO(draw(small(tmp_path))["png"]))
-    assert pixels.shape == (760, 2000, 4) and np.all(pixels[:3, :3] == 1.0)
-    colors = np.unique(np.round(pixels[..., :3] * 255).astype(int).reshape(-1, 3), axis=0)
-    assert len(colors) > 200
-    lines = [[68, 1, 84], [122, 209, 81]]  # the two ends of the palette
-    assert all(any(np.abs(colors - line).max(axis=1) <= 2) for line in lines)
+def test_diagnosed_runs_have_a_second_picture(tmp_path):
+    report = build_report([curve(tmp_path, "d2", point(16, 72.0), diagnostics())], "Errors")
+    paths = write_report(report, tmp_path / "out", "report", ("nfe",))
+    assert [path.name for path in paths[2:]] == [
+        "report.png", "report.svg", "report-diagnostics.png", "report-diagnostics.svg",
+    ]  # fmt: skip
+    assert paths[0].read_text().endswith("\n\n![Errors](report.svg)\n\n![Errors](report-diagnostics.svg)\n")
 
 
-def test_the_svg_names_labels_axes_and_budgets(tmp_path):
-    svg = draw(small(tmp_path))["svg"].decode()
-    root = ElementTree.fromstring(svg)
-    texts = ["".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    for text in ("Digits", "d2", "d16", "16", "32", "128", "GFLOPs per image", "ms per image", "fd_digits (lower is better)"):
-        assert text in texts
-    assert texts.index("d2") < texts.index("d16") and "dc:date" not in svg and "fill: #ffffff" in svg
-
-
-def test_long_labels_make_a_taller_legend(tmp_path):
-    curves = [curve(tmp_path, f"d{depth}", point(16, 72.0)) for depth in range(1, 9)]
-    long = [replace(entry, label=f"{entry.label}-with-a-rather-long-name") for entry in curves]
-    heights = [matplotlib.image.imread(io.BytesIO(draw(build_report(each, ""))["png"])).shape[0] for each in (curves, long)]
-    assert heights == [760, 848]
-
-
-def test_a_band_appears_with_seeds_alone(tmp_path):
-    assert "FillBetween" in draw(seeds(tmp_path))["svg"].decode()
-    assert "FillBetween" not in draw(small(tmp_path / "small"))["svg"].decode()
-
-
-def test_a_picture_without_seconds_says_so_and_zero_or_less_is_drawn(tmp_path):
-    points = [point(16, 0.0, seconds_per_image=None), point(32, -0.5, seconds_per_image=None)]
-    svg = draw(build_report([curve(tmp_path, "d2", *points)], "KID"))["svg"].decode()
-    assert "not measured" in svg and "not measured" not in draw(small(tmp_path / "small"))["svg"].decode()
-    assert "−0.5" in svg or "-0.5" in svg
+def test_the_command_takes_a_metric_and_panels(tmp_path):
+    run = recorded(tmp_path / "d2", point(16, 0, metrics={"fid": 9.0, "recall": 0.5}, seconds_per_block=None))
+    freeze(ExperimentConfig(), run)
+    asked = ["report", str(run), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*asked, "--metric", "recall", "--against", "nfe, memory"], catch_exceptions=False)
+    assert result.exit_code == 0 and "| recall ↑ | NFE 16 |" in result.output
+    svg = (tmp_path / "out/report.svg").read_text()
+    assert "MiB at the peak" in svg and "per image" not in svg
+    with pytest.raises(
+        InputError, match=re.escape("--against nfe,hours: no cost is named 'hours'; there are nfe, flops, seconds,")
+    ):
+        CliRunner().invoke(app, [*asked, "--against", "nfe,hours"], catch_exceptions=False)

@@ -68,8 +68,19 @@ def test_the_commands_are_those_that_a_user_would_type(sweep_file):
     cell = load_sweep(sweep_file).cells()[0]
     assert trial_commands(cell) == [
         [sys.executable, "-m", "madformer", "train", str(ROOT / "experiments/digits.yaml"), *cell.overrides],
-        [sys.executable, "-m", "madformer", "evaluate", "runs/small/d2-s0", "--nfe", "16,24", "--num-samples", "8"],
+        [sys.executable, "-m", "madformer", "evaluate", "runs/small/d2-s0", "--nfe", "16,24"],
     ]
+
+
+def test_what_is_evaluated_may_change_after_a_run_has_begun(sweep_file):
+    assert run(sweep_file)[0] == 0
+    changed = "overrides.evaluation.sampler=unipc"
+    [*_, command] = trial_commands(load_sweep(sweep_file, [changed]).cells()[0])
+    assert command[3:] == ["evaluate", "runs/small/d2-s0", "--nfe", "16,24", 'evaluation.sampler="unipc"']
+    before = len(journal())
+    assert run(sweep_file, changed)[0] == 0
+    assert sorted(journal()[before:]) == ["evaluate d2-s0 16,24", "evaluate d4-s0 16,24"]
+    assert run(sweep_file, changed)[1] == run(sweep_file)[1] == ["small: all 2 cells are done, nothing to do"]
 
 
 def test_every_cell_is_trained_and_evaluated_and_a_second_run_does_nothing(sweep_file):

@@ -32,13 +32,13 @@ def train(experiment, *overrides):
         journal(f"trained {config.name} {os.environ['OMP_NUM_THREADS']}")
 
 
-def evaluate(run, nfe_flag, budgets, samples_flag, num_samples):
-    assert (nfe_flag, samples_flag) == ("--nfe", "--num-samples")
-    config = load_run(run)
+def evaluate(run, nfe_flag, budgets, *overrides):
+    assert nfe_flag == "--nfe"
+    config = load_run(run, overrides)
     with claim_folder(Path(run), "evaluate"):
         work(config.name, f"evaluate {config.name} {budgets}")
         for nfe in map(int, budgets.split(",")):
-            append_point(Path(run), point(config, nfe, num_samples=int(num_samples)))
+            append_point(Path(run), point(config, nfe))
 
 
 def point(config, nfe, **changes):
@@ -46,11 +46,12 @@ def point(config, nfe, **changes):
     manner = {
         "weights": "ema",
         "num_samples": config.evaluation.num_samples,
-        "sampler": "ddim",
-        "guidance": 1.0,
-        "weights_sha256": "",
+        "sampler": config.evaluation.sampler,
+        "guidance": config.evaluation.guidance,
     }
-    ignored = {"reference": None, "feature_network": None, "time": "", "steps": 1, "nfe_actual": nfe}
+    networks = {"feature_networks": [{"name": name} for name in config.evaluation.feature_networks]}
+    unread = dict.fromkeys(("weights_sha256", "prompts", "codec", "references", "checkpoint", "time"))
+    ignored = {**networks, **unread, "steps": 1, "nfe_actual": nfe}
     return {"kind": "point", "nfe": nfe, "metrics": {"fd_digits": 1000 / nfe}, **made_by, **manner, **ignored, **changes}
 
 

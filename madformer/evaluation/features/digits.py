@@ -1,15 +1,15 @@
-"""Networks whose features the Fréchet distance compares, by name. A metric is named after its network: `fd_digits`."""
+"""Features of digits: a small classifier in place of Inception, whose weights come with the package."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from importlib import resources
 
 import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-__all__ = ["DigitsFeatures", "digits_classifier", "feature_network", "metric_name"]
+from madformer.evaluation.features.network import FeatureNetwork
+from madformer.fingerprint import weights_sha256
 
 
 def digits_classifier() -> nn.Sequential:
@@ -70,29 +70,7 @@ class DigitsFeatures(nn.Module):
         return features_BD.float()
 
 
-_NETWORKS: Mapping[str, Callable[[], nn.Module]] = {"digits": DigitsFeatures}
-
-
-def feature_network(name: str) -> nn.Module:
-    """The feature network of that name, frozen: images [B, C, Y, X] in [-1, 1] to features [B, d].
-
-    Raises:
-        ValueError: there is none; the message names the legal ones.
-    """
-    _check(name)
-    return _NETWORKS[name]()
-
-
-def metric_name(name: str) -> str:
-    """What the Fréchet distance over a network's features is called in records, curves and tables: `fd_<name>`.
-
-    Raises:
-        ValueError: there is no such network; the message names the legal ones.
-    """
-    _check(name)
-    return f"fd_{name}"
-
-
-def _check(name: str) -> None:
-    if name not in _NETWORKS:
-        raise ValueError(f"feature network {name!r}: must be one of {', '.join(_NETWORKS)}")
+def build_digits() -> FeatureNetwork:
+    """The network of the digits' features."""
+    module = DigitsFeatures()
+    return FeatureNetwork("digits", "digits", module, weights_sha256(module), module.num_features)

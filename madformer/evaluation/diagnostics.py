@@ -1,0 +1,225 @@
+"""Why a model's samples are as good as they are: where it errs, by noise level and by block, on images it has not seen."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from madformer.config import ExperimentConfig, LossConfig
+from madformer.diffusion import NoiseSchedule
+from madformer.evaluation.held_out import read_held_out
+from madformer.evaluation.prompting import tokenize
+from madformer.losses import compute_losses
+from madformer.model import MADFormer
+from madformer.model.blocks import to_blocks
+from madformer.model.generate import generate
+from madformer.randomness import keyed_generator, sample_seed
+from madformer.samplers import build_sampler
+from madformer.training.errors import NonFiniteError
+
+__all__ = ["diagnose", "energy_shares", "explained_share", "image_losses", "probed_timesteps"]
+
+IMAGE_LOSS = LossConfig(lambda_text=0.0, lambda_image=1.0, lambda_hidden=0.0, lambda_clean_tower=0.0)
+"""The denoiser's loss alone."""
+
+
+@torch.no_grad()
+def diagnose(
+    model: MADFormer,
+    config: ExperimentConfig,
+    checkpoint: Path,
+    steps: int,
+    device: torch.device,
+    images: int = 256,
+    show: Callable[[int], object] | None = None,
+) -> dict[str, Any]:
+    """What a model does well and badly, on `images` held-out images; no result depends on `evaluation.batch_size`.
+
+    - `loss`: the image term of the training loss, in the space of the model's prediction type, for each of `timesteps` and
+      each block, after the true blocks before it. The noise is keyed by (`evaluation.seed`, image, timestep) and drawn for the
+      whole image: the same for runs of any AR length. `loss_by_timestep` and `loss_by_block` are its means.
+    - `exposure`: how far each block, sampled in `steps` steps, is from real ones of its place, as an energy distance
+      (`energy_shares`): after true blocks (`teacher_forced`) and after the model's own (`self_generated`), from the same noise
+      and prompts, without guidance. Their difference `gap` is what errors of earlier blocks cost, 0 at block 0 where both
+      are the same samples; if it rises over the blocks, errors pile up. `gap_error` is its standard error (jackknife over
+      images). What is compared is how the blocks of one place are distributed, over all images: a block that is a good one
+      in itself, but does not fit the blocks before it, does not show.
+    - `condition_explains`: how much of the images' variance in each block the condition foretells (`explained_share`), as a
+      prediction through the upsampler, before any denoising. None: the model has no condition, or was trained with
+      `loss.lambda_hidden = 0`; then the upsampler has never learnt to show it.
+
+    Args:
+        model: with the checkpoint's weights, on `device`, in whose precision all is computed.
+        checkpoint: remembers how the classes are called.
+        steps: denoising steps for each block, by `evaluation.sampler`.
+        device: where the model and the codec compute.
+        show: called with the number of images that are done.
+
+    Returns:
+        `images`, `held_out`, `source`, `seed`, `steps`, `sampler` and the above, as finite numbers and lists of them by block.
+
+    Raises:
+        ConfigError, InputError: as `held_out.read_held_out`, or more steps than there are timesteps.
+        NonFiniteError: the run has diverged.
+    """
+    held_out = read_held_out(config, checkpoint, images, device)
+    clean_NLCYX = to_blocks(held_out.latents_NChw, config.model.ar_length)
+    text_NT = tokenize(config, held_out.captions)
+    seen: list[dict[str, Tensor]] = []
+    for start in range(0, len(clean_NLCYX), config.evaluation.batch_size):
+        indices = range(len(clean_NLCYX))[start : start + config.evaluation.batch_size]
+        text_BT = None if text_NT is None else text_NT[indices]
+        seen.append(_observe(model, config, steps, clean_NLCYX[indices].to(device), indices, text_BT))
+        _require_finite(checkpoint, seen[-1])
+        if show:
+            show(indices.stop)
+    gathered = {name: torch.cat([part[name] for part in seen]) for name in seen[0]}
+    loss_TL = gathered["loss"].double().mean(dim=0)
+    return {
+        "images": len(clean_NLCYX),
+        "held_out": held_out.is_held_out,
+        "source": held_out.source,
+        "seed": config.evaluation.seed,
+        "steps": steps,
+        "sampler": config.evaluation.sampler,
+        "timesteps": probed_timesteps(config.diffusion.train_timesteps),
+        "loss": loss_TL.tolist(),
+        "loss_by_timestep": loss_TL.mean(dim=1).tolist(),
+        "loss_by_block": loss_TL.mean(dim=0).tolist(),
+        "exposure": _exposure(clean_NLCYX, gathered["teacher_forced"], gathered["self_generated"]),
+        "condition_explains": (
+            [explained_share(*pair) for pair in _by_block(gathered["condition"], clean_NLCYX)]
+            if "condition" in gathered
+            else None
+        ),
+    }
+
+
+def probed_timesteps(train_timesteps: int) -> list[int]:
+    """The centres of ten equal parts of 0 .. `train_timesteps` - 1; all of them, if they are fewer."""
+    parts = min(10, train_timesteps)
+    edges = [part * train_timesteps // parts for part in range(parts + 1)]
+    return [(first + end - 1) // 2 for first, end in itertools.pairwise(edges)]
+
+
+def image_losses(
+    model: MADFormer, config: ExperimentConfig, clean_BLCYX: Tensor, indices: Sequence[int], text_BT: Tensor | None = None
+) -> Tensor:
+    """The image term of the loss for each image, probed timestep and block.
+
+    Args:
+        clean_BLCYX: clean latents, on the model's device.
+        indices: numbers of the images, which their noise depends on.
+        text_BT: token ids; None: the null text.
+
+    Returns:
+        [B, T, L]; T as `probed_timesteps`.
+    """
+    schedule, c = NoiseSchedule(config.diffusion), config.model
+    losses_BL = []
+    for place, timestep in enumerate(probed_timesteps(config.diffusion.train_timesteps)):
+        keys = [(config.evaluation.seed, "diagnostics", index, place) for index in indices]
+        shape = (c.latent_channels, c.latent_size, c.latent_size)
+        noise_BChw = torch.stack([torch.randn(shape, generator=keyed_generator(*key)) for key in keys])
+        t_BL = torch.full(clean_BLCYX.shape[:2], timestep, device=clean_BLCYX.device)
+        inputs = (clean_BLCYX, to_blocks(noise_BChw, c.ar_length).to(clean_BLCYX), t_BL, text_BT)
+        losses_BL.append(compute_losses(model, schedule, IMAGE_LOSS, *inputs).image_BL)
+    return torch.stack(losses_BL, dim=1)
+
+
+def energy_shares(samples_NP: Tensor, real_NP: Tensor) -> tuple[float, Tensor]:
+    """The energy distance of two sets of points, relative to the distances between them (Székely and Rizzo, 2013).
+
+    (2 E|x - y| - E|x - x'| - E|y - y'|) / (2 E|x - y|), in float64: 0 for equal distributions, 1 for two points apart. Each
+    mean is over pairs of different rows, because row i of the samples may know of row i of the real ones (its prompt, its
+    context): so the numerator is unbiased, and may be a little below 0.
+
+    Args:
+        samples_NP: N points of P coordinates.
+        real_NP: as many, to compare with.
+
+    Returns:
+        The share, and the shares [N] without row i of both sets, for a jackknife. 0 where all points are the same one.
+    """
+    samples_NP, real_NP = samples_NP.double(), real_NP.double()
+    between_NN = _distances(samples_NP, real_NP).fill_diagonal_(0)
+    within_NN = _distances(samples_NP, samples_NP) + _distances(real_NP, real_NP)
+    sums = []
+    for pairs_NN in (within_NN, between_NN):
+        left_out_N = pairs_NN.sum() - pairs_NN.sum(dim=0) - pairs_NN.sum(dim=1)
+        sums.append(torch.cat([pairs_NN.sum()[None], left_out_N]))
+    within, between = sums
+    shares = torch.where(between > 0, 1 - within / (2 * between), 0)
+    return float(shares[0]), shares[1:]
+
+
+def explained_share(predicted_NP: Tensor, real_NP: Tensor) -> float:
+    """One minus the mean squared error over the variance: R^2 against the mean image of these very images.
+
+    1 is a perfect prediction, 0 as good as the mean image (or images without variance), below 0 is worse.
+
+    Args:
+        predicted_NP: N predictions of P coordinates.
+        real_NP: what is predicted; its variance is that of each coordinate over the N images, averaged.
+    """
+    predicted_NP, real_NP = predicted_NP.double(), real_NP.double()
+    variance = float(real_NP.var(dim=0, correction=0).mean())
+    return 1 - float((predicted_NP - real_NP).square().mean()) / variance if variance else 0.0
+
+
+def _observe(
+    model: MADFormer,
+    config: ExperimentConfig,
+    steps: int,
+    clean_BLCYX: Tensor,
+    indices: Sequence[int],
+    text_BT: Tensor | None,
+) -> dict[str, Tensor]:
+    """Losses, samples and the condition's prediction for some images, on the CPU."""
+    sampler = build_sampler(config.diffusion, config.model.prediction_type, config.evaluation.sampler)
+    seeds = [sample_seed(config.evaluation.seed, index) for index in indices]
+    # Latents are float32 also where the weights are not, as in sampling.
+    clean_BLCYX = clean_BLCYX.to(torch.promote_types(model.boi_SD.dtype, torch.float32))
+    seen = {
+        "loss": image_losses(model, config, clean_BLCYX, indices, text_BT),
+        "teacher_forced": generate(model, sampler, steps, seeds=seeds, text=text_BT, context_BLCYX=clean_BLCYX),
+        "self_generated": generate(model, sampler, steps, seeds=seeds, text=text_BT),
+    }
+    if config.loss.lambda_hidden:
+        t_BL = torch.zeros(clean_BLCYX.shape[:2], dtype=torch.long, device=clean_BLCYX.device)
+        outputs = model(clean_BLCYX, clean_BLCYX, t_BL, text=text_BT, outputs=["condition"])
+        seen["condition"] = outputs.condition_BLCYX
+    return {name: tensor.cpu() for name, tensor in seen.items()}
+
+
+def _require_finite(checkpoint: Path, seen: dict[str, Tensor]) -> None:
+    for name, tensor in seen.items():
+        if not bool(tensor.isfinite().all()):
+            raise NonFiniteError(f"{checkpoint}: diagnostics ({name}) are NaN or infinite, the run has diverged")
+
+
+def _exposure(real_NLCYX: Tensor, forced_NLCYX: Tensor, own_NLCYX: Tensor) -> dict[str, list[float]]:
+    exposure: dict[str, list[float]] = {"teacher_forced": [], "self_generated": [], "gap": [], "gap_error": []}
+    for real_NP, forced_NP, own_NP in _by_block(real_NLCYX, forced_NLCYX, own_NLCYX):
+        forced, forced_N = energy_shares(forced_NP, real_NP)
+        own, own_N = energy_shares(own_NP, real_NP)
+        spread = float((own_N - forced_N).var(correction=0))
+        values = (forced, own, own - forced, ((len(own_N) - 1) * spread) ** 0.5)
+        for series, value in zip(exposure.values(), values, strict=True):
+            series.append(value)
+    return exposure
+
+
+def _by_block(*sets_NLCYX: Tensor) -> list[tuple[Tensor, ...]]:
+    """For each block the sets' points [N, P]."""
+    return list(zip(*(tensor.flatten(2).unbind(dim=1) for tensor in sets_NLCYX), strict=True))
+
+
+def _distances(first_NP: Tensor, second_NP: Tensor) -> Tensor:
+    """Euclidean, [N, N]; not through a matrix product, which loses the digits of small ones."""
+    return torch.cdist(first_NP, second_NP, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,0 +1,159 @@
+"""Images that diagnostics look at: those that a run was not trained on, if the experiment names some."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from madformer.config import ConfigError, DataConfig, ExperimentConfig
+from madformer.config.data import DIGITS
+from madformer.config.experiment import check_data
+from madformer.data.codec import build_codec, require_fit
+from madformer.data.digits import load_digits
+from madformer.data.images import to_unit
+from madformer.data.prompts import DIGIT_NAMES
+from madformer.data.reading import Picture, read_pictures, require_few
+from madformer.data.samples import Captions
+from madformer.data.sources import ImageSource, Row, open_source
+from madformer.evaluation.prompting import known_classes
+from madformer.randomness import keyed_generator
+
+LEAST_IMAGES = 3
+"""Fewer have no statistics."""
+
+UNITS_AT_ONCE = 16
+"""Files of a stream that are read in turn."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Images as the model sees them."""
+
+    latents_NChw: Tensor
+    """Means of the codec's posterior, [N, C, h, w] float32, on the CPU."""
+    captions: list[str]
+    """What is said of each; empty for a model without text."""
+    source: str
+    """Data set and split."""
+    is_held_out: bool
+    """Whether they are named as other images than those of training."""
+
+
+def read_held_out(config: ExperimentConfig, checkpoint: Path, images: int, device: torch.device) -> HeldOut:
+    """Images of `evaluation.held_out_source` and `evaluation.held_out_split`, or of training, with a warning.
+
+    They are chosen by chance from all over the data set, by `evaluation.seed`; of a stream they are the first ones of several
+    files. Fewer images are the first of many. They are read as training reads: same columns, subset, codec and
+    class names.
+
+    Args:
+        checkpoint: remembers how the classes are called.
+        images: how many; all, if there are fewer.
+        device: where the codec computes.
+
+    Raises:
+        ConfigError: no images are named, they cannot be had, are not the model's, too few, or have no captions for a model
+            with text.
+        InputError: too many are broken.
+    """
+    data = _held_out_data(config)
+    is_held_out = (data.source, data.split) != (config.data.source, config.data.split)
+    if not is_held_out:
+        remedy = "name others as evaluation.held_out_split=validation, train[90%:] ..., or as evaluation.held_out_source"
+        _log.warning("%s: the diagnostics are of images that the run was trained on; %s", config.run_dir, remedy)
+    try:
+        check_data(data, config.model)
+        if data.source == DIGITS:
+            latents_NChw, captions = _read_digits(config, data, images)
+        else:
+            latents_NChw, captions = _read_images(config, data, checkpoint, images, device)
+    except ConfigError as error:
+        raise ConfigError(f"held-out images (evaluation.held_out_source, evaluation.held_out_split): {error}") from error
+    source = f"{data.source}, {data.split}"
+    if len(latents_NChw) < LEAST_IMAGES:
+        raise ConfigError(f"held-out images: {len(latents_NChw)} of {source}; there must be at least {LEAST_IMAGES}")
+    return HeldOut(latents_NChw, captions, source, is_held_out)
+
+
+def _held_out_data(config: ExperimentConfig) -> DataConfig:
+    evaluation, data = config.evaluation, config.data
+    source = evaluation.held_out_source or data.source
+    if source is None:
+        remedy = "name images to look at, as data.source would"
+        raise ConfigError(f"evaluation.held_out_source = null, and data.source as well: {remedy}")
+    return replace(data, source=source, split=evaluation.held_out_split or data.split, latents=None, flip=False)
+
+
+def _read_digits(config: ExperimentConfig, data: DataConfig, images: int) -> tuple[Tensor, list[str]]:
+    images_NCYX, labels_N = load_digits(data.split)
+    rows_M = torch.randperm(len(labels_N), generator=_generator(config))[:images]
+    return images_NCYX[rows_M], [DIGIT_NAMES[label] for label in labels_N[rows_M].tolist()]
+
+
+def _read_images(
+    config: ExperimentConfig, data: DataConfig, checkpoint: Path, images: int, device: torch.device
+) -> tuple[Tensor, list[str]]:
+    source, codec = open_source(data), build_codec(data.codec, data.codec_dtype, device)
+    require_fit(codec, config.model)
+    describe, captions = _captions(config, checkpoint, source), list[str]()
+    rows, size = _spread_rows(source, _generator(config)), config.model.latent_size * codec.downsampling
+    pictures = read_pictures(rows, size, data.workers, ahead=data.codec_batch_size + data.workers)
+    good = itertools.islice(_good(pictures, data), images)
+    latents_BChw = [torch.empty(0, codec.latent_channels, config.model.latent_size, config.model.latent_size)]
+    while batch := list(itertools.islice(good, data.codec_batch_size)):
+        images_BCYX = torch.stack([pixels_CYX for _, pixels_CYX in batch]).to(device)
+        latents_BChw.append(codec.encode(to_unit(images_BCYX))[0].cpu())
+        captions += [describe(row.label, row.text) for row, _ in batch]
+    return torch.cat(latents_BChw), captions
+
+
+def _generator(config: ExperimentConfig) -> torch.Generator:
+    return keyed_generator(config.evaluation.seed, "held out")
+
+
+def _spread_rows(source: ImageSource, generator: torch.Generator) -> Iterator[Row]:
+    """Rows from all over the source: data sets are sorted by class, more often than not."""
+    if source.num_rows is not None:
+        yield from (source.row(int(number)) for number in torch.randperm(source.num_rows, generator=generator))
+        return
+    units = torch.randperm(source.num_units, generator=generator).tolist()
+    for start in range(0, len(units), UNITS_AT_ONCE):
+        streams = [source.rows(unit) for unit in units[start : start + UNITS_AT_ONCE]]
+        for rows in itertools.zip_longest(*streams):
+            yield from (row for row in rows if row is not None)
+
+
+def _good(pictures: Iterable[Picture], data: DataConfig) -> Iterator[tuple[Row, Tensor]]:
+    """Rows that can be read, with their pixels."""
+    skipped: list[tuple[str, str]] = []
+    for picture in pictures:
+        if picture.pixels_CYX is None:
+            skipped.append((picture.row.key, picture.flaw))
+            require_few(data.source, skipped, data.max_skipped)
+        else:
+            yield picture.row, picture.pixels_CYX
+
+
+def _captions(config: ExperimentConfig, checkpoint: Path, source: ImageSource) -> Captions:
+    """What training would say of these images.
+
+    The data set's own class names go before the run's: a folder that lacks some classes numbers them otherwise.
+    """
+    if config.model.text is None:
+        return Captions(None)
+    listed, names = config.data.class_names is not None, None
+    if source.has_labels:
+        names = known_classes(config, checkpoint) if listed or source.class_names is None else source.class_names
+    use_text = source.has_texts and not listed
+    if not use_text and names is None:
+        remedy = "take images that have some, or set data.text_column or data.label_column"
+        raise ConfigError(f"{source.name}: neither texts nor named classes for a model with text; {remedy}")
+    return Captions(names, use_text)

@@ -1,0 +1,55 @@
+"""Features that are kept while there are not all of them yet: files in a folder, each whole or not there.
+
+What is interrupted goes on with what is missing; processes that share the work write side by side.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from madformer.files import replacing
+
+INDICES = "indices"
+"""Which samples the rows of a part are, [n] int64."""
+
+FEATURES = "features"
+"""Their features, [n, d]."""
+
+
+def write_part(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one part, with `INDICES` among its tensors."""
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    first = int(tensors[INDICES][0])
+    with replacing(folder / f"part-{first:020d}-{secrets.token_hex(4)}.safetensors") as temporary:
+        save_file(contiguous, temporary)
+
+
+def read_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
+    """The parts' tensors by their names, in the order of their first samples.
+
+    A part that a crash of the machine tore is removed: its samples are missing then.
+    """
+    for path in sorted(folder.glob("part-*.safetensors")):
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError):
+            path.unlink(missing_ok=True)
+        else:
+            yield tensors
+
+
+def read_indices(folder: Path) -> set[int]:
+    """Samples that are there, in whatever part."""
+    return {index for part in read_parts(folder) for index in part[INDICES].tolist()}
+
+
+def remove_parts(folder: Path) -> None:
+    """They have served."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,250 @@
+"""What samples are compared with: features of all images of a data set, computed once, kept in a file, shared.
+
+A file belongs to one data set (by its fingerprint), image size, crop and feature network. It holds the sums for the Fréchet
+distance over all images, and the features themselves of at most `KEPT` images for the metrics that need pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from madformer import __version__
+from madformer.config import ConfigError, ExperimentConfig, InputError
+from madformer.config.data import DIGITS
+from madformer.data.digits import digits_sha256, load_digits
+from madformer.data.images import to_unit
+from madformer.data.reading import read_pictures, require_few
+from madformer.data.sources import open_source
+from madformer.evaluation.features import FeatureNetwork
+from madformer.evaluation.metrics import Moments
+from madformer.evaluation.pairs import Within, pairs_within
+from madformer.evaluation.parts import FEATURES, INDICES, read_indices, read_parts, remove_parts, write_part
+from madformer.files import replacing
+from madformer.progress import ProgressDisplay
+from madformer.randomness import keyed_generator
+
+KEPT = 50_000
+"""Images of a reference whose features are kept, chosen by chance but always the same ones: as many as are usually sampled."""
+
+CROP = "centre"
+"""Images are cut as in training: the largest square in the middle."""
+
+METADATA = "madformer"
+"""Key of the description in a file's metadata."""
+
+_UNIT = 2**32
+"""More than the rows of any unit of a source."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Features of a reference set."""
+
+    moments: Moments
+    """Of all images."""
+    features_MD: Tensor
+    """Of the images that are kept, float32."""
+    within: Within
+    """What pairs of them tell."""
+    described: dict[str, Any]
+    """Source, image size, network, number of images, ...; `sha256` over what makes it this reference."""
+
+    @property
+    def pedigree(self) -> dict[str, Any]:
+        """For records of evaluations."""
+        return {key: self.described[key] for key in ("source", "images", "sha256")}
+
+
+def find_reference(
+    network: FeatureNetwork,
+    config: ExperimentConfig,
+    image_size: int,
+    source_sha256: str | None,
+    given: Sequence[Path] = (),
+) -> Reference:
+    """The reference of a run's images: one of the files given, the one that is kept, or one that is computed now and kept.
+
+    Processes that need the same one at the same time wait for the first. It goes on where it was interrupted.
+
+    Args:
+        image_size: pixels along a side of the images that the run makes.
+        source_sha256: fingerprint of the images that the run was trained on; None: nobody knows, the source is looked at.
+        given: files of references; of each network there is one.
+
+    Raises:
+        InputError: a given file is of other images, another size or crop; or the source has changed.
+        ConfigError: there are no reference images.
+    """
+    for path in given:
+        reference = load_reference(path)
+        if reference.described["network"]["sha256"] == network.sha256:
+            _require_same(path, reference, image_size, source_sha256)
+            return reference
+    if given:
+        files = ", ".join(map(str, given))
+        raise InputError(f"--reference {files}: none is of the features of {network.name} (SHA-256 {network.sha256[:12]})")
+    images = None
+    if source_sha256 is None:
+        images = _open(config, image_size, None)
+        source_sha256 = images.sha256
+    described = _describe(config, image_size, network, source_sha256)
+    path = _path(Path(config.evaluation.references), described)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if not path.is_file():
+                _compute(network, images or _open(config, image_size, source_sha256), described, path)
+    return load_reference(path)
+
+
+def load_reference(path: Path) -> Reference:
+    """Read a file of `madformer evaluate`.
+
+    Raises:
+        InputError: there is none, or it is torn or something else.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such reference")
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = json.loads((file.metadata() or {})[METADATA])
+            tensors = {name: file.get_tensor(name) for name in ("sum", "outer", FEATURES, "radii", "kernel")}
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise InputError(f"{path}: torn, or no reference that madformer evaluate made: {error}") from error
+    moments = Moments(described["images"], tensors["sum"], tensors["outer"])
+    return Reference(moments, tensors[FEATURES], Within(tensors["radii"], float(tensors["kernel"])), described)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Images of a source in units, each unit a sequence of batches [B, C, Y, X] in [-1, 1]."""
+
+    sha256: str
+    units: int
+    expected: int | None
+    read: Callable[[int], Iterator[Tensor]]
+    skipped: list[tuple[str, str]]
+    """Broken images that were met so far."""
+
+
+def _open(config: ExperimentConfig, image_size: int, expected_sha256: str | None) -> _Images:
+    data, skipped = config.data, list[tuple[str, str]]()
+    if data.source is None:
+        remedy = "name a file of their statistics (--reference FILE)"
+        raise ConfigError(f"data.source = null, and {config.evaluation.references} has no statistics of its images: {remedy}")
+    if data.source == DIGITS:
+        images_NCYX = load_digits(data.split)[0]
+        return _Images(digits_sha256(data.split), 1, len(images_NCYX), lambda _: iter(images_NCYX.split(256)), skipped)
+    source = open_source(data)
+    if expected_sha256 is not None and source.fingerprint != expected_sha256:
+        other = f"(SHA-256 {source.fingerprint[:12]}) are not those that the run was trained on ({expected_sha256[:12]})"
+        raise InputError(f"data.source = {data.source!r}: the images there {other}: bring them back, or give --reference FILE")
+
+    def read(unit: int) -> Iterator[Tensor]:
+        batch: list[Tensor] = []
+        for picture in read_pictures(source.rows(unit), image_size, data.workers, ahead=64 + data.workers):
+            if picture.pixels_CYX is None:
+                skipped.append((picture.row.key, picture.flaw))
+                require_few(data.source, skipped, data.max_skipped)
+                continue
+            batch.append(picture.pixels_CYX)
+            if len(batch) == config.evaluation.batch_size:
+                yield to_unit(torch.stack(batch))
+                batch = []
+        if batch:
+            yield to_unit(torch.stack(batch))
+
+    return _Images(source.fingerprint, source.num_units, source.expected_rows, read, skipped)
+
+
+def _compute(network: FeatureNetwork, images: _Images, described: dict[str, Any], path: Path) -> None:
+    folder = path.with_name(f".{path.stem}.parts")
+    seen = read_indices(folder)
+    units, count = {index // _UNIT for index in seen}, len(seen)
+    with ProgressDisplay(f"reference for {network.label}", "images", images.expected, count) as display:
+        for unit in range(images.units):
+            if unit in units:
+                continue
+            features = []
+            for batch_BCYX in images.read(unit):
+                features.append(network(batch_BCYX).features_BD.cpu())
+                count += len(batch_BCYX)
+                display.show(count)
+            if features:
+                features_ND = torch.cat(features)
+                write_part(folder, {INDICES: unit * _UNIT + torch.arange(len(features_ND)), FEATURES: features_ND})
+    moments, features_MD = _gather(folder)
+    within = pairs_within(features_MD.to(network.device))
+    pairs = {"radii": within.radii_NK.cpu(), "kernel": torch.tensor(within.mean_kernel, dtype=torch.float64)}
+    tensors = {"sum": moments.sum_D, "outer": moments.outer_DD, FEATURES: features_MD, **pairs}
+    with replacing(path) as temporary:
+        metadata = {METADATA: json.dumps({**described, "images": moments.count})}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    remove_parts(folder)
+
+
+def _gather(folder: Path) -> tuple[Moments, Tensor]:
+    """Moments of all features, and the features that are kept."""
+    total, moments, kept = len(read_indices(folder)), None, []
+    if total < 2:
+        raise InputError(f"{total} reference images that can be read: a distance needs at least 2")
+    is_kept_N = torch.zeros(total, dtype=torch.bool)
+    is_kept_N[torch.randperm(total, generator=keyed_generator("reference"))[:KEPT]] = True
+    done = 0
+    for part in read_parts(folder):
+        features_ND = part[FEATURES]
+        more = Moments.of(features_ND)
+        moments = more if moments is None else moments + more
+        kept.append(features_ND[is_kept_N[done : done + len(features_ND)]])
+        done += len(features_ND)
+    assert moments is not None
+    return moments, torch.cat(kept)
+
+
+def _describe(config: ExperimentConfig, image_size: int, network: FeatureNetwork, source_sha256: str) -> dict[str, Any]:
+    """All that makes a reference what it is, but the number of images."""
+    decides = [source_sha256, image_size, CROP, network.sha256]
+    return {
+        "source": config.data.source,
+        "subset": config.data.subset,
+        "split": config.data.split,
+        "source_sha256": source_sha256,
+        "image_size": image_size,
+        "crop": CROP,
+        "network": {"name": network.name, "label": network.label, "sha256": network.sha256, "width": network.width},
+        "sha256": hashlib.sha256(json.dumps(decides).encode()).hexdigest(),
+        "version": __version__,
+    }
+
+
+def _path(folder: Path, described: dict[str, Any]) -> Path:
+    """A name that says what it is, and is another one for any other reference."""
+    source = re.sub(r"[^A-Za-z0-9]+", "-", Path(described["source"] or "images").stem).strip("-")
+    name = f"{source}-{described['image_size']}-{described['network']['label']}-{described['sha256'][:12]}.safetensors"
+    return folder / name
+
+
+def _require_same(path: Path, reference: Reference, image_size: int, source_sha256: str | None) -> None:
+    pairs = [
+        ("pixels along a side", reference.described["image_size"], image_size),
+        ("crop", reference.described["crop"], CROP),
+        ("SHA-256 of the images", reference.described["source_sha256"][:12], source_sha256 and source_sha256[:12]),
+    ]
+    for what, theirs, ours in pairs:
+        if ours is not None and theirs != ours:
+            made = f"of other images than the run's: {what} {theirs} there, {ours} here"
+            raise InputError(
+                f"--reference {path}: {made} (it is of {reference.described['source']}): give another file, or none"
+            )

@@ -1,0 +1,154 @@
+"""Samples of a task to features, kept part by part with what they cost; the images themselves are not kept."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from madformer.data.codec import Codec
+from madformer.evaluation.features import FeatureNetwork
+from madformer.evaluation.parts import INDICES, read_indices, write_part
+from madformer.evaluation.prompting import tokenize
+from madformer.evaluation.sampling import sample_batches
+from madformer.evaluation.tasks import Task
+from madformer.model import MADFormer
+from madformer.training.errors import NonFiniteError
+
+SECONDS_BETWEEN_PARTS = 30.0
+SAMPLES_IN_PART = 64
+"""A part is written when it has so many samples, or is so old: no more is lost when a process dies."""
+
+PHASES = ("sampling", "decoding", "features")
+"""What takes time for each batch; a part has a tensor of seconds for each."""
+
+SIZES, BLOCKS, MEMORY = "batch_sizes", "blocks", "memory"
+"""Samples in each batch; seconds of each block of each batch; peak memory in GiB."""
+
+
+def features_name(network: int) -> str:
+    """Features of the network of that number, in a part."""
+    return f"features.{network}"
+
+
+def logits_name(network: int) -> str:
+    """Its logits, if it has any."""
+    return f"logits.{network}"
+
+
+def sample_features(
+    task: Task,
+    model: MADFormer,
+    codec: Codec,
+    networks: Sequence[FeatureNetwork],
+    indices: Sequence[int],
+    show: Callable[[int], None],
+) -> None:
+    """Sample those of `indices` that are not there yet, and keep their features.
+
+    Args:
+        model: in evaluation mode, on the device where all of it happens.
+        show: called with the number of samples that this call has done.
+
+    Raises:
+        NonFiniteError: the model has diverged.
+    """
+    there = read_indices(task.folder)
+    mine = [index for index in indices if index not in there]
+    text_BT = tokenize(task.config, [task.prompts[index] for index in mine])
+    part = _Part(task.folder, model.boi_SD.device)
+    batch_size = task.config.evaluation.batch_size
+    batches = sample_batches(model, task.config, task.budget.steps, mine, batch_size, text_BT, part.on_block)
+    done = 0
+    part.start()
+    for latents_BChw in batches:
+        part.lap("sampling")
+        if not bool(latents_BChw.isfinite().all()):
+            diverged = "its samples are NaN or infinite, the run has diverged"
+            raise NonFiniteError(f"{task.checkpoint} at NFE {task.budget.nfe}: {diverged}")
+        images_BCYX = codec.decode(latents_BChw)
+        part.lap("decoding")
+        looked = [network(images_BCYX) for network in networks]
+        rows = {features_name(number): features.features_BD for number, features in enumerate(looked)}
+        rows |= {logits_name(number): f.logits_BK for number, f in enumerate(looked) if f.logits_BK is not None}
+        part.add(mine[done : done + len(latents_BChw)], rows)
+        part.lap("features")
+        done += len(latents_BChw)
+        part.write_if_due()
+        show(done)
+        part.start()
+    part.write()
+
+
+class _Part:
+    """Rows that are not written yet, and what they cost."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._folder, self._device = folder, device
+        self._written = time.monotonic()
+        self._clear()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def start(self) -> None:
+        """A batch begins."""
+        self._blocks.append([])
+        self._lap = self._now()
+
+    def on_block(self, block: int, _: Tensor) -> None:
+        """A block is done."""
+        now = self._now()
+        self._blocks[-1].append(now - self._lap - sum(self._blocks[-1]))
+
+    def lap(self, phase: str) -> None:
+        """What takes the time since the last lap is over."""
+        now = self._now()
+        self._seconds[phase].append(now - self._lap)
+        self._lap = now
+
+    def add(self, indices: Sequence[int], rows: dict[str, Tensor]) -> None:
+        """Rows of a batch."""
+        self._indices += indices
+        self._sizes.append(len(indices))
+        for name, row in rows.items():
+            self._rows[name].append(row.cpu())
+
+    def write_if_due(self) -> None:
+        """Write what there is, if it is much or old."""
+        if len(self._indices) >= SAMPLES_IN_PART or time.monotonic() - self._written > SECONDS_BETWEEN_PARTS:
+            self.write()
+
+    def write(self) -> None:
+        """Write what there is, if there is something."""
+        if not self._indices:
+            return
+        costs = {phase: torch.tensor(self._seconds[phase], dtype=torch.float64) for phase in PHASES}
+        costs[BLOCKS] = torch.tensor(self._blocks[: len(self._sizes)], dtype=torch.float64)
+        costs |= {SIZES: torch.tensor(self._sizes), MEMORY: torch.tensor([self._peak_memory()], dtype=torch.float64)}
+        rows = {name: torch.cat(parts) for name, parts in self._rows.items()}
+        write_part(self._folder, {INDICES: torch.tensor(self._indices), **rows, **costs})
+        self._written = time.monotonic()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._indices: list[int] = []
+        self._sizes: list[int] = []
+        self._blocks: list[list[float]] = []
+        self._rows: dict[str, list[Tensor]] = defaultdict(list)
+        self._seconds: dict[str, list[float]] = defaultdict(list)
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _peak_memory(self) -> float:
+        """GiB on the GPU since the task began; without one, of the process since it began."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

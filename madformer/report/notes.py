@@ -1,0 +1,105 @@
+"""What stands above the tables: how the numbers were made, and what they do not say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from madformer.evaluation.record import Point
+from madformer.report.estimate import Over
+from madformer.report.rows import Group, Row
+from madformer.report.text import counted, distinct, higher_is_better
+
+_SAME = ("num_samples", "prompts", "codec", "references", "feature_networks")
+"""Keys of a point that must agree for two curves to be compared; sampler, guidance and weights are in the labels."""
+
+_SPREADS: dict[Over, str] = {
+    "training seeds": "± is the 95 % confidence interval of the mean over training seeds (Student's t).",
+    "evaluation seeds": "± … † is the 95 % confidence interval of the mean over evaluation seeds (Student's t): "
+    "it is about sampling and says nothing about training again.",
+    "checkpoints": "± … ‡ is the standard deviation over checkpoints of one run, no confidence interval.",
+}
+
+_NOTEWORTHY = 0.05
+"""Share of a value from which its bias is mentioned."""
+
+
+def notes(groups: Sequence[Group], rows: Sequence[Row], metric: str) -> list[str]:
+    """How a report's numbers were measured, a sentence or two each."""
+    points = [point for group in groups for point in group.points]
+    used = {estimated.over for row in rows for estimated in row.quality.values()}
+    return [
+        f"Metric {metric}, {'higher' if higher_is_better(metric) else 'lower'} is better; {_repeated(groups)}.",
+        *(text for over, text in _SPREADS.items() if over in used),
+        _sampled(groups, points),
+        measured(points),
+        *incomparable(points, _SAME, "points"),
+        *_biases(rows),
+    ]
+
+
+def incomparable(entries: Sequence[Mapping[str, Any]], keys: Sequence[str], noun: str) -> list[str]:
+    """A warning that lines of the record differ in keys that should agree, if they do."""
+    differing = [key for key in keys if len({repr(entry.get(key)) for entry in entries}) > 1]
+    return [f"**Not all {noun} are comparable**: they differ in {', '.join(differing)}."] if differing else []
+
+
+def trained_for(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Such as `training step 1,000`."""
+    return f"training step {distinct(entry['step'] for entry in entries)}"
+
+
+def _repeated(groups: Sequence[Group]) -> str:
+    """How many seeds and checkpoints are behind the numbers."""
+    runs = [curve for group in groups for curve in group.curves]
+    texts = [counted((len(group.curves) for group in groups), "training seed")]
+    for key, noun in (("seed", "evaluation seed"), ("checkpoint", "checkpoint")):
+        counts = {len({point[key] for point in points}) for curve in runs for points in curve.points.values()}
+        if counts != {1}:
+            texts.append(counted(counts, noun))
+    return f"{', '.join(texts)} each"
+
+
+def _sampled(groups: Sequence[Group], points: Sequence[Point]) -> str:
+    sampler, guidance, weights = next(group.variant for group in groups if not group.aside)
+    otherwise = " unless a label says otherwise" if any(group.aside for group in groups) else ""
+    return (
+        f"{distinct(point['num_samples'] for point in points)} samples a point; {sampler} sampler, guidance {guidance:g}, "
+        f"{'EMA' if weights == 'ema' else 'raw'} weights{otherwise}; {trained_for(points)}."
+    )
+
+
+def measured(points: Sequence[Point]) -> str:
+    """Where seconds come from."""
+    timed = [point for point in points if point.get("seconds_per_image") is not None]
+    if not timed:
+        return "FLOPs are counted from the configuration; seconds were not measured."
+    where = sorted({f"{point.get('device', 'unknown')}" + _shared(point) for point in timed})
+    some = "" if len(timed) == len(points) else f" for {len(timed)} of {len(points)} points"
+    return f"FLOPs are counted from the configuration; seconds were measured{some} on {', '.join(where)}."
+
+
+def _shared(point: Point) -> str:
+    """The threads of a processor, and processes where several shared the work."""
+    texts = [] if point.get("threads") is None else [counted([point["threads"]], "thread")]
+    if point.get("processes", 1) > 1:
+        texts.append(f"{point['processes']} processes")
+    return f" ({', '.join(texts)})" if texts else ""
+
+
+def _biases(rows: Sequence[Row]) -> Iterator[str]:
+    """Where a good part of a distance is there for the number of samples alone."""
+    for metric in dict.fromkeys(name for row in rows for name in row.bias):
+        having = [row for row in rows if metric in row.bias and row.quality[metric].mean > 0]
+        shares = [row.bias[metric] / row.quality[metric].mean for row in having]
+        high = [row for row, share in zip(having, shares, strict=True) if share > _NOTEWORTHY]
+        if not high:
+            continue
+        worst = having[shares.index(max(shares))]
+        biases = [row.bias[metric] for row in high]
+        about = " – ".join(dict.fromkeys(f"{value:.2g}" for value in (min(biases), max(biases))))
+        samples = distinct(point["num_samples"] for row in high for point in row.group.points)
+        yield (
+            f"Of {metric}, about {about} are the bias of {samples} samples, which perfect ones would have too: more than 5 % "
+            f"of {len(high)} of {len(having)} values, up to {100 * max(shares):.0f} % ({worst.label} at NFE {worst.nfe})."
+        )

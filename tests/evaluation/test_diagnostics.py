@@ -1,0 +1,261 @@
+"""Diagnostics: each number against its definition, on models whose answer is known, and independent of the batch size."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from madformer.checkpoints import EMA
+from madformer.config import DataConfig, EvaluationConfig, ExperimentConfig, InputError, LossConfig, TextConfig
+from madformer.data.prompts import PromptTokenizer
+from madformer.diffusion import NoiseSchedule
+from madformer.evaluation.diagnostics import diagnose, energy_shares, explained_share, image_losses, probed_timesteps
+from madformer.evaluation.held_out import read_held_out
+from madformer.losses import compute_losses
+from madformer.model import MADFormer
+from madformer.model.blocks import to_blocks
+from madformer.model.generate import generate
+from madformer.randomness import keyed_generator, sample_seed
+from madformer.samplers import build_sampler
+from madformer.training.errors import NonFiniteError
+from tests.conftest import build, latents, tiny
+
+CPU = torch.device("cpu")
+TEXT = TextConfig(vocab_size=2048, length=4, pad_token_id=0)
+IMAGES = 12
+STEPS = 2
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "step-00000001.ckpt"
+    torch.save({"state_dict": {}, EMA: {}}, path)
+    return path
+
+
+def experiment(loss=None, **model):
+    data = DataConfig(source="digits", codec="pixels", split="train[:90%]", tokenizer="builtin")
+    evaluation = EvaluationConfig(nfe=(5,), batch_size=5, held_out_split="train[90%:]")
+    loss = loss or LossConfig()
+    return ExperimentConfig(model=tiny(latent_channels=1, **model), loss=loss, data=data, evaluation=evaluation)
+
+
+def random_model(config):
+    torch.manual_seed(0)
+    return build(config.model).eval()
+
+
+def zero_model(config):
+    """A network that gives zero, whatever it sees."""
+    model = MADFormer(config.model).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    return model
+
+
+def numbers(value):
+    """All floats of a nested structure."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [number for part in value for number in numbers(part)] if isinstance(value, list) else [value]
+
+
+# ---- losses
+
+
+def test_timesteps_are_the_centres_of_equal_parts():
+    assert probed_timesteps(1000) == [49, 149, 249, 349, 449, 549, 649, 749, 849, 949]
+    assert probed_timesteps(10) == list(range(10))
+    assert probed_timesteps(3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("text", [None, TEXT])
+def test_losses_are_those_of_training(text):
+    config = experiment(text=text, prediction_type="v_prediction")
+    model, clean = random_model(config), latents(config.model, 3)
+    prompts = None if text is None else PromptTokenizer("builtin", text)(["one", "two", "three"])
+    found = image_losses(model, config, clean, [7, 2, 5], prompts)
+    assert found.shape == (3, 10, 4)
+    for place, timestep in enumerate(probed_timesteps(1000)):
+        generators = [keyed_generator(0, "diagnostics", index, place) for index in (7, 2, 5)]
+        noise = to_blocks(torch.stack([torch.randn(1, 8, 8, generator=generator) for generator in generators]), 4).double()
+        t = torch.full((3, 4), timestep)
+        expected = compute_losses(model, NoiseSchedule(config.diffusion), config.loss, clean, noise, t, prompts).image_BL
+        torch.testing.assert_close(found[:, place], expected)
+
+
+def test_runs_of_other_ar_lengths_see_the_same_noise():
+    losses = {}
+    for length in (1, 4, 16):
+        config = experiment(
+            ar_length=length,
+            prediction_type="epsilon",
+            unet=replace(tiny().unet, channels=(8,), layers=(1,), attention=(False,)),
+        )
+        losses[length] = image_losses(zero_model(config), config, torch.zeros_like(latents(config.model, 3)), range(3))
+    assert losses[16].std() > 0.1
+    for length in (4, 16):
+        torch.testing.assert_close(losses[length].mean(dim=2), losses[1][:, :, 0])
+
+
+# ---- energy distance and explained variance
+
+
+def brute_force(x, y):
+    pairs = [(i, j) for i in range(len(x)) for j in range(len(x)) if i != j]
+    between, within_x, within_y = (
+        np.mean([np.linalg.norm(a[i] - b[j]) for i, j in pairs]) for a, b in ((x, y), (x, x), (y, y))
+    )
+    return (2 * between - within_x - within_y) / (2 * between)
+
+
+def test_energy_distance_against_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 7, 5, generator=generator, dtype=torch.float64)
+    y = 2 * y + 0.3
+    share, left_out = energy_shares(x, y)
+    assert share == pytest.approx(brute_force(x.numpy(), y.numpy()), rel=1e-12)
+    for row in range(7):
+        rest = [other for other in range(7) if other != row]
+        assert float(left_out[row]) == pytest.approx(energy_shares(x[rest], y[rest])[0], rel=1e-10)
+
+
+def test_energy_distance_of_shifted_normal_distributions():
+    x = torch.special.ndtri((torch.arange(2000).double()[:, None] + 0.5) / 2000)
+    shift, within = 1.5, 2 / math.sqrt(math.pi)
+    between = within * math.exp(-(shift**2) / 4) + shift * math.erf(shift / 2)
+    assert energy_shares(x + shift, x.flip(0))[0] == pytest.approx(1 - within / between, abs=1e-3)
+
+
+def test_energy_distance_of_equal_distributions_is_zero_on_average():
+    generator = torch.Generator().manual_seed(0)
+    shares = [energy_shares(*torch.randn(2, 10, 3, generator=generator))[0] for _ in range(400)]
+    assert abs(np.mean(shares)) < 3 * np.std(shares) / 20 < 0.02
+    x = torch.randn(9, 3, generator=generator)
+    assert energy_shares(x, x)[0] == 0
+    assert energy_shares(torch.ones(4, 2), torch.ones(4, 2))[0] == 0
+    assert energy_shares(torch.zeros(4, 2), torch.ones(4, 2))[0] == 1
+
+
+def test_explained_share():
+    real = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).double()
+    assert explained_share(real, real) == 1
+    assert explained_share(real.mean(dim=0).expand_as(real), real) == pytest.approx(0)
+    assert explained_share(torch.full_like(real, 0.5), real) < 0
+    residual = 0.5 * (real - real.mean(dim=0))
+    assert explained_share(real - residual, real) == pytest.approx(0.75)
+    assert explained_share(torch.ones(4, 2), torch.zeros(4, 2)) == 0
+
+
+# ---- the whole
+
+
+def test_diagnostics_of_a_network_that_gives_zero(checkpoint):
+    config = experiment()
+    found = diagnose(zero_model(config), config, checkpoint, STEPS, CPU, IMAGES)
+    real = to_blocks(read_held_out(config, checkpoint, IMAGES, CPU).latents_NChw, 4).double()
+    squares = real.square().mean(dim=(0, 2, 3, 4))
+    assert found["timesteps"] == probed_timesteps(1000)
+    for by_block in (*found["loss"], found["loss_by_block"]):
+        assert by_block == pytest.approx(squares.tolist())
+    assert found["loss_by_timestep"] == pytest.approx([float(squares.mean())] * 10)
+    variances = real.var(dim=0, correction=0).mean(dim=(1, 2, 3))
+    assert found["condition_explains"] == pytest.approx((1 - squares / variances).tolist())
+    assert max(found["condition_explains"]) <= 0
+    shares = [brute_force(np.zeros((IMAGES, 16)), real[:, block].flatten(1).numpy()) for block in range(4)]
+    assert found["exposure"]["teacher_forced"] == pytest.approx(shares)
+    assert found["exposure"]["gap"] == found["exposure"]["gap_error"] == [0, 0, 0, 0]
+
+
+def test_exposure_compares_samples_after_true_blocks_and_after_own_ones(checkpoint):
+    config = experiment(text=TEXT)
+    config = replace(config, evaluation=replace(config.evaluation, sampler="ddpm", seed=3))
+    model = random_model(config)
+    exposure = diagnose(model, config, checkpoint, STEPS, CPU, IMAGES)["exposure"]
+    held_out = read_held_out(config, checkpoint, IMAGES, CPU)
+    real = to_blocks(held_out.latents_NChw, 4)
+    sampler = build_sampler(config.diffusion, config.model.prediction_type, "ddpm")
+    asked = {
+        "seeds": [sample_seed(3, index) for index in range(IMAGES)],
+        "text": PromptTokenizer("builtin", TEXT)(held_out.captions),
+    }
+    sets = {
+        "teacher_forced": generate(model, sampler, STEPS, context_BLCYX=real, **asked),
+        "self_generated": generate(model, sampler, STEPS, **asked),
+    }
+    for name, samples in sets.items():
+        shares = [brute_force(*(each[:, block].flatten(1).double().numpy() for each in (samples, real))) for block in range(4)]
+        assert exposure[name] == pytest.approx(shares, rel=1e-5)
+    assert exposure["gap"][0] == exposure["gap_error"][0] == 0
+    assert all(gap != 0 and error > 0 for gap, error in zip(exposure["gap"][1:], exposure["gap_error"][1:], strict=True))
+
+
+def test_the_error_of_the_gap_is_its_spread_over_sets_of_images(checkpoint):
+    config = experiment()
+    model, gaps, errors = random_model(config), [], []
+    for seed in range(12):
+        seeded = replace(config, evaluation=replace(config.evaluation, seed=seed, batch_size=30))
+        exposure = diagnose(model, seeded, checkpoint, 1, CPU, 30)["exposure"]
+        gaps.append(exposure["gap"][1:])
+        errors.append(exposure["gap_error"][1:])
+    ratio = np.std(gaps, axis=0, ddof=1) / np.mean(errors, axis=0)
+    assert ratio.min() > 0.5 and ratio.max() < 2
+
+
+@pytest.mark.parametrize("batch_size", [1, IMAGES])
+def test_nothing_depends_on_the_batch_size(batch_size, checkpoint):
+    config = experiment(text=TEXT)
+    model, done = random_model(config).float(), []
+    other = replace(config, evaluation=replace(config.evaluation, batch_size=batch_size))
+    first = diagnose(model, config, checkpoint, STEPS, CPU, IMAGES, done.append)
+    second = diagnose(model, other, checkpoint, STEPS, CPU, IMAGES)
+    assert done == [5, 10, 12]
+    for name in ("loss", "loss_by_block", "loss_by_timestep", "exposure", "condition_explains"):
+        assert numbers(first[name]) == pytest.approx(numbers(second[name]), rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [{"ar_length": 1}, {"use_clean_blocks": False}, {"clean_timestep": "released"}, {"local_denoising": True}],
+    ids=str,
+)
+def test_all_kinds_of_models_give_finite_numbers(switches, checkpoint):
+    config = experiment(**switches)
+    found = diagnose(random_model(config), config, checkpoint, STEPS, CPU, 4)
+    assert json.loads(json.dumps(found)) == found
+    assert {name: found[name] for name in ("images", "held_out", "source", "seed", "steps", "sampler")} == {
+        "images": 4,
+        "held_out": True,
+        "source": "digits, train[90%:]",
+        "seed": 0,
+        "steps": STEPS,
+        "sampler": "ddim",
+    }
+    values = [found[name] for name in ("loss", "loss_by_timestep", "loss_by_block", "exposure", "condition_explains")]
+    assert all(math.isfinite(number) for number in numbers(values))
+    assert len(numbers(values)) == (10 + 1 + 4 + 1) * config.model.ar_length + 10
+
+
+def test_a_condition_that_was_never_trained_explains_nothing(checkpoint):
+    for switches in ({}, {"use_condition": False}):
+        config = experiment(loss=LossConfig(lambda_hidden=0.0), **switches)
+        assert diagnose(random_model(config), config, checkpoint, 1, CPU, 3)["condition_explains"] is None
+
+
+def test_a_run_that_has_diverged(checkpoint):
+    config = experiment()
+    model = random_model(config)
+    with torch.no_grad():
+        model.boi_SD.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match=r"step-00000001\.ckpt: diagnostics \(loss\) are NaN or infinite"):
+        diagnose(model, config, checkpoint, STEPS, CPU, 3)
+
+
+def test_more_steps_than_timesteps(checkpoint):
+    config = experiment()
+    with pytest.raises(InputError, match="steps = 1001"):
+        diagnose(random_model(config), config, checkpoint, 1001, CPU, 3)

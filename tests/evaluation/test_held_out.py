@@ -1,0 +1,175 @@
+"""Images for diagnostics: other ones than training's, from all over the data set, described as training describes them."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset
+
+from madformer.checkpoints import EMA
+from madformer.config import ConfigError, DataConfig, EvaluationConfig, ExperimentConfig, InputError, TextConfig
+from madformer.data.codec import build_codec
+from madformer.data.datamodule import CLASS_PROMPTS, LatentDataModule
+from madformer.data.digits import load_digits
+from madformer.data.images import load_square, to_unit
+from madformer.data.prompts import DIGIT_NAMES
+from madformer.evaluation.held_out import read_held_out
+from tests.conftest import tiny
+from tests.pictures import as_bytes, picture, write_codec, write_parquet, write_tars
+
+CPU = torch.device("cpu")
+TEXT = TextConfig(vocab_size=2048, length=4, pad_token_id=0)
+
+
+def checkpoint(folder: Path, names=None) -> Path:
+    """As far as images need one: what the classes are called."""
+    path = folder / "step-00000001.ckpt"
+    torch.save({"state_dict": {}, EMA: {}, "LatentDataModule": {CLASS_PROMPTS: names}}, path)
+    return path
+
+
+def digits(**evaluation) -> ExperimentConfig:
+    data = DataConfig(source="digits", codec="pixels", split="train[:90%]", batch_size=16, tokenizer="builtin")
+    model = tiny(latent_channels=1, text=TEXT)
+    return ExperimentConfig(model=model, data=data, evaluation=EvaluationConfig(nfe=(5,), **evaluation))
+
+
+def pictures(folder: Path, model=None, **data) -> ExperimentConfig:
+    """On 8 x 8 latents of 16 x 16 pixels; of 40 pictures the last 10 are held out."""
+    every = Dataset.from_parquet(str(write_parquet(folder / "every.parquet", 40)), cache_dir=str(folder / "cache"))
+    (folder / "parts").mkdir()
+    every.select(range(30)).to_parquet(folder / "parts/train.parquet")
+    every.select(range(30, 40)).to_parquet(folder / "parts/test.parquet")
+    fields = {"source": str(folder / "parts"), "codec": write_codec(folder), "workers": 0, "tokenizer": "builtin", **data}
+    evaluation = EvaluationConfig(nfe=(5,), held_out_split="test")
+    model = model or tiny(latent_channels=3)
+    return ExperimentConfig(output_dir=str(folder), model=model, data=DataConfig(**fields), evaluation=evaluation)
+
+
+def evaluating(config: ExperimentConfig, **fields) -> ExperimentConfig:
+    return replace(config, evaluation=replace(config.evaluation, **fields))
+
+
+def latents_of(config: ExperimentConfig, numbers) -> torch.Tensor:
+    squares = [load_square(as_bytes(picture(number)), 16) for number in numbers]
+    return build_codec(config.data.codec).encode(to_unit(torch.stack(squares)))[0]
+
+
+def as_rows(latents: torch.Tensor) -> set[tuple[float, ...]]:
+    return {tuple(row) for row in latents.flatten(1).tolist()}
+
+
+def test_a_tenth_of_the_digits_is_not_trained_on(tmp_path):
+    config = digits(held_out_split="train[90%:]")
+    samples = LatentDataModule(config)._samples
+    trained, _ = samples.read(np.arange(len(samples)), np.zeros(len(samples), dtype=bool))
+    held_out = read_held_out(config, checkpoint(tmp_path), 1000, CPU)
+    assert (len(samples), len(held_out.latents_NChw)) == (1617, 180)
+    assert not as_rows(held_out.latents_NChw) & as_rows(trained["latents"])
+    assert (held_out.source, held_out.is_held_out) == ("digits, train[90%:]", True)
+    images, labels = load_digits()
+    named = {tuple(row): DIGIT_NAMES[label] for row, label in zip(images.flatten(1).tolist(), labels, strict=True)}
+    assert held_out.captions == [named[tuple(row)] for row in held_out.latents_NChw.flatten(1).tolist()]
+
+
+def test_another_split_of_a_data_set(tmp_path):
+    config = pictures(tmp_path)
+    held_out = read_held_out(config, checkpoint(tmp_path), 100, CPU)
+    assert held_out.is_held_out and held_out.source == f"{tmp_path / 'parts'}, test"
+    assert held_out.latents_NChw.dtype == torch.float32
+    assert as_rows(held_out.latents_NChw) == as_rows(latents_of(config, range(30, 40)))
+
+
+def test_another_source(tmp_path):
+    config = evaluating(pictures(tmp_path), held_out_source=str(tmp_path / "every.parquet"), held_out_split=None)
+    held_out = read_held_out(config, checkpoint(tmp_path), 100, CPU)
+    assert held_out.is_held_out and len(held_out.latents_NChw) == 40
+
+
+def test_without_a_name_they_are_training_images_and_it_says_so(tmp_path, caplog):
+    config = evaluating(pictures(tmp_path), held_out_split=None)
+    for same in (config, evaluating(config, held_out_split="train")):
+        with caplog.at_level(logging.WARNING):
+            held_out = read_held_out(same, checkpoint(tmp_path), 100, CPU)
+        assert not held_out.is_held_out and len(held_out.latents_NChw) == 30
+        assert "evaluation.held_out_split=validation" in caplog.text
+        caplog.clear()
+
+
+def test_few_are_the_first_of_many_and_come_from_all_over(tmp_path):
+    config = evaluating(pictures(tmp_path), held_out_split="train")
+    many, few = (read_held_out(config, checkpoint(tmp_path), images, CPU).latents_NChw for images in (30, 12))
+    assert torch.equal(many[:12], few)
+    halves = [as_rows(latents_of(config, numbers)) for numbers in (range(15), range(15, 30))]
+    assert all(as_rows(few) & half for half in halves)
+    other = read_held_out(evaluating(config, seed=1), checkpoint(tmp_path), 12, CPU).latents_NChw
+    assert not torch.equal(other, few)
+
+
+def test_a_stream_gives_the_first_images_of_several_files(tmp_path):
+    config = pictures(tmp_path)
+    write_tars(tmp_path / "tars", tars=4, rows=5)
+    config = replace(config, data=replace(config.data, streaming=True, workers=2))
+    config = evaluating(config, held_out_source=str(tmp_path / "tars"), held_out_split="train")
+    read = {images: read_held_out(config, checkpoint(tmp_path), images, CPU).latents_NChw for images in (8, 100)}
+    assert as_rows(read[8]) == as_rows(latents_of(config, [tar * 5 + row for tar in range(4) for row in range(2)]))
+    assert as_rows(read[100]) == as_rows(latents_of(config, range(20))) and torch.equal(read[100][:8], read[8])
+
+
+def test_broken_images_are_left_out(tmp_path):
+    config = evaluating(pictures(tmp_path), held_out_source=str(tmp_path / "other.parquet"), held_out_split=None)
+    write_parquet(tmp_path / "other.parquet", 9, broken=(2, 4))
+    held_out = read_held_out(config, checkpoint(tmp_path), 7, CPU)
+    assert as_rows(held_out.latents_NChw) == as_rows(latents_of(config, (0, 1, 3, 5, 6, 7, 8)))
+    strict = replace(config, data=replace(config.data, max_skipped=1))
+    with pytest.raises(InputError, match="more than data.max_skipped = 1 broken images"):
+        read_held_out(strict, checkpoint(tmp_path), 9, CPU)
+
+
+def test_classes_are_called_as_in_training_whatever_their_numbers(tmp_path):
+    config = pictures(tmp_path, model=tiny(latent_channels=3, text=TEXT))
+    path = checkpoint(tmp_path, ["cat", "dog", "eel"])
+    by_number = read_held_out(config, path, 100, CPU).captions
+    assert sorted(by_number) == sorted(["cat", "dog", "eel"][number % 3] for number in range(30, 40))
+    # A data set that lacks a class numbers them otherwise.
+    data = Dataset.from_parquet(str(tmp_path / "every.parquet"), cache_dir=str(tmp_path / "cache")).select([1, 4, 7])
+    data = data.remove_columns("label").add_column("label", [0, 0, 0]).cast_column("label", ClassLabel(names=["dog"]))
+    data.to_parquet(tmp_path / "dogs.parquet")
+    dogs = evaluating(config, held_out_source=str(tmp_path / "dogs.parquet"), held_out_split="train")
+    assert read_held_out(dogs, path, 100, CPU).captions == ["dog"] * 3
+    # A list of names is the run's, by number.
+    listed = replace(config, data=replace(config.data, class_names=str(tmp_path / "gone.txt")))
+    assert set(read_held_out(listed, checkpoint(tmp_path, ["a", "b", "c"]), 100, CPU).captions) == {"a", "b", "c"}
+
+
+def test_texts_go_before_classes(tmp_path):
+    config = pictures(tmp_path, model=tiny(latent_channels=3, text=TEXT))
+    data = Dataset.from_parquet(str(tmp_path / "every.parquet"), cache_dir=str(tmp_path / "cache")).select(range(5))
+    data.add_column("text", [f"picture {number}" for number in range(5)]).to_parquet(tmp_path / "texts.parquet")
+    config = evaluating(config, held_out_source=str(tmp_path / "texts.parquet"), held_out_split="train")
+    assert sorted(read_held_out(config, checkpoint(tmp_path), 100, CPU).captions) == [f"picture {n}" for n in range(5)]
+
+
+def test_what_is_refused(tmp_path):
+    config, path = pictures(tmp_path), checkpoint(tmp_path)
+    refused = {
+        r"held_out_source = null, and data.source as well": replace(config, data=replace(config.data, source=None)),
+        r"held-out images \(.*\): data.split = 'dev': must be one of": evaluating(config, held_out_split="dev"),
+        r"held-out images \(.*\): data.source = 'nowhere'": evaluating(config, held_out_source="nowhere"),
+        r"held-out images \(.*\): .*its images are 1 x 8 x 8": evaluating(config, held_out_source="digits"),
+        r"held-out images \(.*\): data.split = 'test': must be train or a slice": digits(held_out_split="test"),
+        r"data.split = 'train\[5:5\]': empty": digits(held_out_split="train[5:5]"),
+        r"2 of digits, train\[:2\]; there must be at least 3": digits(held_out_split="train[:2]"),
+    }
+    for message, wrong in refused.items():
+        with pytest.raises(ConfigError, match=message) as caught:
+            read_held_out(wrong, path, 8, CPU)
+        assert "\n" not in str(caught.value)
+    write_tars(tmp_path / "tars", tars=1, rows=3)
+    nameless = replace(evaluating(config, held_out_source=str(tmp_path / "tars"), held_out_split="train"))
+    nameless = replace(nameless, model=tiny(latent_channels=3, text=TEXT))
+    with pytest.raises(ConfigError, match="neither texts nor named classes for a model with text"):
+        read_held_out(nameless, path, 8, CPU)

@@ -1,0 +1,122 @@
+"""The pictures of reports: what they show, how they are drawn."""
+
+import io
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from madformer.report import build_report
+from madformer.report.estimate import Estimate
+from madformer.report.figure import draw, draw_diagnostics
+from madformer.report.panels import fit, line, looks
+from tests.points import diagnostics, point
+from tests.report.curves import curve, seeds, small
+
+
+def texts(svg: bytes) -> list[str]:
+    """All that is written in a picture."""
+    found = ElementTree.fromstring(svg.decode()).iter("{http://www.w3.org/2000/svg}text")
+    return ["".join(element.itertext()).strip() for element in found]
+
+
+def size(png: bytes) -> tuple[int, ...]:
+    return matplotlib.image.imread(io.BytesIO(png)).shape[:2]
+
+
+def test_the_png_is_white_of_its_size_and_coloured(tmp_path):
+    pixels = matplotlib.image.imread(io.BytesIO(draw(small(tmp_path))["png"]))
+    assert pixels.shape == (760, 2000, 4) and np.all(pixels[:3, :3] == 1.0)
+    colors = np.unique(np.round(pixels[..., :3] * 255).astype(int).reshape(-1, 3), axis=0)
+    assert len(colors) > 200
+    lines = [[68, 1, 84], [122, 209, 81]]  # the two ends of the palette
+    assert all(any(np.abs(colors - line).max(axis=1) <= 2) for line in lines)
+
+
+def test_the_svg_names_labels_axes_and_budgets(tmp_path):
+    svg = draw(small(tmp_path))["svg"].decode()
+    written = texts(svg.encode())
+    for text in ("Digits", "d2", "d16", "16", "32", "128", "GFLOPs per image", "ms per image", "fd_digits (lower is better)"):
+        assert text in written
+    assert written.index("d2") < written.index("d16") and "dc:date" not in svg and "fill: #ffffff" in svg
+
+
+def test_long_labels_make_a_taller_legend(tmp_path):
+    curves = [curve(tmp_path, f"d{depth}", point(16, 72.0)) for depth in range(1, 9)]
+    long = [replace(entry, label=f"{entry.label}-with-a-rather-long-name") for entry in curves]
+    heights = [size(draw(build_report(each, ""))["png"])[0] for each in (curves, long)]
+    assert heights == [760, 848]
+
+
+def test_a_band_appears_with_seeds_alone(tmp_path):
+    assert "FillBetween" in draw(seeds(tmp_path))["svg"].decode()
+    assert "FillBetween" not in draw(small(tmp_path / "small"))["svg"].decode()
+
+
+def test_a_picture_without_seconds_says_so_and_zero_or_less_is_drawn(tmp_path):
+    points = [point(16, 0.0, seconds_per_image=None), point(32, -0.5, seconds_per_image=None)]
+    svg = draw(build_report([curve(tmp_path, "d2", *points)], "KID"))["svg"].decode()
+    assert "not measured" in svg and "not measured" not in draw(small(tmp_path / "small"))["svg"].decode()
+    assert "−0.5" in svg or "-0.5" in svg
+
+
+def test_every_cost_has_its_panel(tmp_path):
+    pictures = draw(small(tmp_path), ("nfe", "flops", "seconds", "seconds_per_block", "memory"))
+    written = texts(pictures["svg"])
+    for text in ("layer evaluations per block (NFE)", "GFLOPs per image", "ms per image", "ms per block", "MiB at the peak"):
+        assert text in written
+    assert written.count("not measured") == 1 and size(pictures["png"]) == (760, 3333)
+
+
+def test_a_single_panel_is_drawn_too(tmp_path):
+    assert size(draw(small(tmp_path), ("seconds",))["png"]) == (760, 666)
+
+
+def test_an_interval_far_wider_than_the_values_does_not_flatten_them():
+    panel = Figure().subplots()
+    estimates = [Estimate(20.0, (19.9, 20.1), "training seeds"), Estimate(10.0, (10.0, 10.1), "training seeds")]
+    wide = Estimate(20.0, (10.0, 30.0), "training seeds")
+    assert wide.interval is not None and wide.interval[0] < -100
+    fit(panel, [*estimates, wide], log=True)
+    least, most = panel.get_ylim()
+    assert panel.get_yscale() == "log" and 7 < least < 10 and 30 < most < 42
+    line(panel, "wide", looks({"wide": ("wide", "")})["wide"], [1, 2], [wide, wide])
+    [band] = panel.collections
+    lows_and_highs = band.get_paths()[0].vertices[:, 1]
+    assert lows_and_highs.min() == pytest.approx(least) and lows_and_highs.max() == pytest.approx(most)
+
+
+def test_a_narrow_interval_is_seen_whole():
+    panel = Figure().subplots()
+    narrow = Estimate(20.0, (19.9, 20.1, 20.0), "training seeds")
+    fit(panel, [narrow, Estimate(10.0, (10.0,))], log=False)
+    assert narrow.interval is not None
+    assert panel.get_yscale() == "linear" and panel.get_ylim()[1] > narrow.interval[1]
+
+
+def test_colour_tells_configurations_apart_and_dashes_how_they_were_sampled():
+    made = looks({"d2": ("d2", ""), "d2 · unipc": ("d2", "unipc"), "d4": ("d4", ""), "d4 · unipc": ("d4", "unipc")})
+    assert made["d2"].color == made["d2 · unipc"].color != made["d4"].color
+    assert made["d2"].line == made["d4"].line != made["d2 · unipc"].line
+    alone = looks({"d2": ("d2", ""), "d2 · unipc": ("d2", "unipc")})
+    assert alone["d2"].color != alone["d2 · unipc"].color
+
+
+def test_diagnostics_are_drawn_in_three_panels(tmp_path):
+    made = build_report(
+        [curve(tmp_path, "d2", point(16, 72.0), diagnostics()), curve(tmp_path, "d4", point(16, 72.0), diagnostics(2))], ""
+    )
+    assert made.diagnostics is not None
+    written = texts(draw_diagnostics(made.diagnostics, "Digits")["svg"])
+    for text in ("Digits: diagnostics", "denoising loss", "exposure gap", "variance that the condition explains", "d2", "d4"):
+        assert text in written
+    assert "no condition" not in written
+
+
+def test_models_without_a_condition_leave_a_panel_empty(tmp_path):
+    made = build_report([curve(tmp_path, "d2", point(16, 72.0), diagnostics(condition_explains=None))], "")
+    assert made.diagnostics is not None
+    assert "no condition" in texts(draw_diagnostics(made.diagnostics, "")["svg"])

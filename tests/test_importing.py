@@ -1,0 +1,73 @@
+"""Classes of one's own, by module and by file."""
+
+from dataclasses import is_dataclass
+
+import pytest
+from torch import nn
+
+from madformer.config import InputError
+from madformer.importing import build_own, describe, first_line, modules_of
+
+CODE = """
+from __future__ import annotations
+from dataclasses import dataclass
+from torch import nn
+
+@dataclass
+class Own:
+    number: int = 3
+
+class Needy:
+    def __init__(self, argument):
+        pass
+
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_package").mkdir()
+    for file in ("own_file.py", "own_package/module.py"):
+        (tmp_path / file).write_text(CODE)
+    (tmp_path / "broken.py").write_text("no code")
+
+
+@pytest.mark.parametrize("place", ["own_file.py", "own_file", "own_package/module.py", "own_package.module"])
+def test_built_without_arguments(place):
+    built = build_own(place, "Own")
+    assert is_dataclass(built) and built.number == 3
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "words"),
+    [
+        ("other.py", "Own", "no such file: other.py"),
+        ("own_package.other", "Own", "own_package.other cannot be imported: ModuleNotFoundError: "),
+        ("broken.py", "Own", "broken.py cannot be imported: SyntaxError: invalid syntax (broken.py, line 1)"),
+        ("own_file.py", "Missing", "own_file.py has no class Missing"),
+        ("own_file.py", "number", "own_file.py has no class number"),
+        ("own_file.py", "Needy", "Needy() fails: TypeError: "),
+    ],
+)
+def test_what_cannot_be_built(place, kind, words):
+    with pytest.raises(InputError) as error:
+        build_own(place, kind)
+    assert str(error.value).startswith(words) and "\n" not in str(error.value)
+
+
+def test_modules_within_an_object():
+    class Holder:
+        def __init__(self):
+            self.layer, self.other = nn.Linear(2, 3), "no module"
+
+    assert {name for name, _ in modules_of(Holder()).named_parameters()} == {"0.weight", "0.bias"}
+    layer = nn.Linear(2, 3)
+    assert modules_of(layer) is layer and not list(modules_of(3).parameters())
+
+
+def test_errors_in_a_line():
+    assert first_line(ValueError("one:\ntwo")) == "one" and first_line(KeyError()) == "KeyError"
+    assert describe(ValueError("one.")) == "ValueError: one"
