@@ -99,7 +99,7 @@ def _measure_if_complete(task: Task, judges: Judges, share: Share) -> None:
     parts = list(read_parts(task.folder))
     if find_point(read_points(run), task.described) or len({i for part in parts for i in part[INDICES].tolist()}) < count:
         return
-    before, metrics = time.perf_counter(), {}
+    before, metrics = time.perf_counter(), dict[str, float]()
     for number, (network, reference) in enumerate(zip(judges.networks, judges.references, strict=True)):
         features_ND = _in_order(parts, features_name(number), count)
         logits_NK = _in_order(parts, logits_name(number), count) if logits_name(number) in parts[0] else None

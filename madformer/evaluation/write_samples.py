@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from madformer import __version__
 from madformer.checkpoints import checkpoint_step, load_model
-from madformer.config import ExperimentConfig, InputError, config_hash
+from madformer.config import InputError, config_hash
 from madformer.data.codec import build_codec, require_fit
 from madformer.evaluation.prompting import choose_prompts, tokenize
 from madformer.evaluation.request import SamplingRequest
