@@ -63,6 +63,7 @@ def evaluate_run(request: EvaluationRequest) -> list[Point]:
         if not rank:
             warn_of_bias(judges, config.evaluation.num_samples)
         del judges, codec  # their memory is the processes' now
+        torch.cuda.empty_cache()
         missing = [task for task in tasks if not _report_recorded(task)]
         if missing:
             before = sum(len(read_indices(task.folder)) for task in missing)
@@ -96,9 +97,9 @@ def evaluate_share(share: Share, request: EvaluationRequest, tasks: Sequence[Tas
 
 def _measure_if_complete(task: Task, judges: Judges, share: Share) -> None:
     run, count = task.config.run_dir, task.described["num_samples"]
-    parts = list(read_parts(task.folder))
-    if find_point(read_points(run), task.described) or len({i for part in parts for i in part[INDICES].tolist()}) < count:
+    if find_point(read_points(run), task.described) or len(read_indices(task.folder)) < count:
         return
+    parts = list(read_parts(task.folder))
     before, metrics = time.perf_counter(), dict[str, float]()
     for number, (network, reference) in enumerate(zip(judges.networks, judges.references, strict=True)):
         features_ND = _in_order(parts, features_name(number), count)
@@ -154,6 +155,7 @@ def _report_recorded(task: Task) -> bool:
     """Whether the record has it already; if so, say what it is."""
     point = find_point(read_points(task.config.run_dir), task.described)
     if point is not None:
+        remove_parts(task.folder)  # if the process that recorded it did not live to do so
         _report(task, point, " (recorded before)")
     return point is not None
 

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from madformer.files import replacing
+
+Content = TypeVar("Content")
 
 INDICES = "indices"
 """Which samples the rows of a part are, [n] int64."""
@@ -36,20 +39,30 @@ def read_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
 
     A part that a crash of the machine tore is removed: its samples are missing then.
     """
-    for path in sorted(folder.glob("part-*.safetensors")):
-        try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError):
-            path.unlink(missing_ok=True)
-        else:
-            yield tensors
+    yield from _read(folder, load_file)
 
 
 def read_indices(folder: Path) -> set[int]:
     """Samples that are there, in whatever part."""
-    return {index for part in read_parts(folder) for index in part[INDICES].tolist()}
+    return {index for indices_N in _read(folder, _load_indices) for index in indices_N.tolist()}
 
 
 def remove_parts(folder: Path) -> None:
     """They have served."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read(folder: Path, load: Callable[[Path], Content]) -> Iterator[Content]:
+    for path in sorted(folder.glob("part-*.safetensors")):
+        try:
+            content = load(path)
+        except (SafetensorError, OSError):
+            path.unlink(missing_ok=True)
+        else:
+            yield content
+
+
+def _load_indices(path: Path) -> Tensor:
+    with safe_open(path, framework="pt") as part:
+        indices_N: Tensor = part.get_tensor(INDICES)
+    return indices_N
