@@ -1,4 +1,7 @@
-"""What sampling and a training step cost, ours beside the released formulation on the same weights.
+"""What things cost, as ratios of two of them in one run (--help tells the options).
 
-python -m benchmarks.sampling          python -m benchmarks.training_step          (--help tells the options)
+python -m benchmarks.sampling         ours beside the released formulation on the same weights
+python -m benchmarks.training_step    the same of training
+python -m benchmarks.data             latents beside raw reading, encoding beside the codec
+python -m benchmarks.evaluation       sampling beside all else that an evaluation does
 """

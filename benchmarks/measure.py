@@ -70,11 +70,11 @@ def measure(setup: Setup, runs: dict[str, Run], flops: dict[str, int], repeats: 
     peaks = {name: _peak_bytes(setup, run) for name, run in runs.items()}
     for _ in range(repeats):
         for name, run in runs.items():
-            seconds[name].append(_seconds(run, setup.device))
+            seconds[name].append(seconds_of(run, setup.device))
     return {name: Side(flops[name], seconds[name], peaks[name]) for name in runs}
 
 
-def _seconds(run: Run, device: torch.device) -> float:
+def seconds_of(run: Run, device: torch.device) -> float:
     _synchronise(device)
     start = time.perf_counter()
     run()
@@ -92,7 +92,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> f
     side = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
     out = torch.empty_like(a)
-    times = [_seconds(lambda: torch.mm(a, b, out=out), device) for _ in range(repeats)]
+    times = [seconds_of(lambda: torch.mm(a, b, out=out), device) for _ in range(repeats)]
     return 2 * side**3 / min(times)
 
 

@@ -11,7 +11,7 @@ from madformer.checkpoints import checkpoint_path, load_model
 from madformer.config import InputError, load_run
 from madformer.exchange import export_run, import_run
 from madformer.model.released import from_released
-from tests.data.test_codec import KL
+from tests.data.vaes import KL
 from tests.model.test_released import WEIGHTS
 from tests.runs import command, differences, execute
 
