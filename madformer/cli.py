@@ -249,6 +249,9 @@ def _fail_if_expected(error: RuntimeError) -> None:
         _fail(f"out of memory: {str(error).splitlines()[0]}; {remedy}, or set model.activation_checkpointing=true", 1)
     if isinstance(error, (NonFiniteError, ProcessKilledError)):
         _fail(str(error), 1)
+    if "torchvision::" in str(error):  # every import of Lightning or torchmetrics ends so, whatever was asked for
+        remedy = "install the one that was, or uninstall it"
+        _fail(f"the installed torchvision was not built for this torch ({error}): {remedy}", 1)
     raise error
 
 

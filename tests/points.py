@@ -27,6 +27,7 @@ def point(nfe: int, value: float, **changes: Any) -> dict[str, Any]:
         "num_samples": 1024,
         "seed": 0,
         "prompts": None,
+        "precision": "32-true",
         "codec": {"name": "pixels", "sha256": "0e", "dtype": "float32"},
         "feature_networks": [{"name": "digits", "label": "digits", "width": 64, "sha256": "0c"}],
         "references": [{"source": "digits", "images": 1797, "sha256": "0b"}],
@@ -56,10 +57,10 @@ def at(step: int, **changes: Any) -> dict[str, Any]:
 def mean(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The mean line of points of one budget, measured in one manner."""
     first = points[0]
-    names = ("nfe", "steps", "weights", "sampler", "guidance", "num_samples", "prompts", "codec", "references")
+    names = ("nfe", "steps", "weights", "sampler", "guidance", "num_samples", "prompts", "precision", "codec")
     return {
         "kind": "mean",
-        **{name: first[name] for name in (*names, "feature_networks", "config_hash", "time")},
+        **{name: first[name] for name in (*names, "references", "feature_networks", "config_hash", "time")},
         "checkpoints": list(dict.fromkeys(point["checkpoint"] for point in points)),
         "seeds": list(dict.fromkeys(point["seed"] for point in points)),
         "metrics": {name: fmean(point["metrics"][name] for point in points) for name in first["metrics"]},

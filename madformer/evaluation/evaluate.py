@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -18,13 +21,23 @@ from madformer.checkpoints import load_model
 from madformer.config import ExperimentConfig, trained_fields
 from madformer.evaluation.curves import write_curves
 from madformer.evaluation.diagnostics import diagnose
+from madformer.evaluation.features import build_feature_networks
+from madformer.evaluation.held_out import describe_held_out, require_held_out
 from madformer.evaluation.metrics import measure
 from madformer.evaluation.parts import INDICES, read_indices, read_parts, remove_parts
-from madformer.evaluation.record import IDENTITY, append_point, find_point, read_diagnostics, read_means, read_points
+from madformer.evaluation.record import (
+    MANNER,
+    append_point,
+    find_point,
+    manner,
+    read_diagnostics,
+    read_means,
+    read_points,
+)
 from madformer.evaluation.request import EvaluationRequest
-from madformer.evaluation.sampled import BLOCKS, MEMORY, PHASES, SIZES, features_name, logits_name, sample_features
+from madformer.evaluation.sampled import BLOCKS, MEMORY, PHASES, SIZES, WARM, features_name, logits_name, sample_features
 from madformer.evaluation.sampling import inference_devices
-from madformer.evaluation.tasks import Judges, Task, list_tasks, open_codec, warn_of_bias
+from madformer.evaluation.tasks import Judges, Task, complete_tasks, draft_tasks, open_codec, warn_of_bias
 from madformer.model import cost
 from madformer.parallel import Share, cluster_rank, own_device, share_out
 from madformer.progress import ProgressDisplay
@@ -37,8 +50,6 @@ Point = dict[str, Any]
 
 IMAGES_LOOKED_AT = 256
 """Held-out images of the diagnostics, no more than are sampled for a number."""
-
-_OF_A_MEAN = [*(key for key in IDENTITY if key not in ("nfe", "seed", "weights_sha256")), "config_hash"]
 
 
 def evaluate_run(request: EvaluationRequest) -> list[Point]:
@@ -57,27 +68,39 @@ def evaluate_run(request: EvaluationRequest) -> list[Point]:
     config, rank = request.config, cluster_rank()
     run, devices = config.run_dir, inference_devices(request.config, request.devices)
     with claim_folder(run, "evaluate", rank or 0):
-        codec = open_codec(config, own_device(devices))
-        judges = Judges.of(request, codec, own_device(devices))
-        tasks = list_tasks(request, judges, codec)
-        if not rank:
-            warn_of_bias(judges, config.evaluation.num_samples)
-        del judges, codec  # their memory is the processes' now
-        torch.cuda.empty_cache()
-        missing = [task for task in tasks if not _report_recorded(task)]
+        tasks = _prepare(request, own_device(devices), silent=bool(rank))
+        missing: dict[Path, Task] = {}
+        for task in tasks:
+            if not _report_recorded(task):
+                missing.setdefault(task.folder, task)  # budgets of as many steps have the same samples
         if missing:
-            before = sum(len(read_indices(task.folder)) for task in missing)
-            total = sum(task.described["num_samples"] for task in missing)
+            before = sum(len(_done(task)) for task in missing.values())
+            total = sum(task.described["num_samples"] for task in missing.values())
             with ProgressDisplay("sampled", "images", total, before, silent=bool(rank)) as display:
-                share_out(evaluate_share, (request, missing), devices, display, before)
+                share_out(evaluate_share, (request, list(missing.values())), devices, display, before)
         with FileLock(run / ".record.lock"):
             return _conclude(request, tasks, own_device(devices))
+
+
+def _prepare(request: EvaluationRequest, device: str, silent: bool) -> list[Task]:
+    """All points that are asked for; the cheap mistakes show before the costly references are computed."""
+    codec = open_codec(request.config, device)
+    networks = build_feature_networks(request.config.evaluation.feature_networks, device)
+    drafts = draft_tasks(request, codec, networks)
+    if request.diagnostics:
+        require_held_out(request.config)
+    tasks = complete_tasks(drafts, Judges.of(request, codec, networks))
+    if not silent:
+        warn_of_bias(networks, tasks[0])
+    del codec, networks
+    torch.cuda.empty_cache()  # it is the processes' now
+    return tasks
 
 
 def evaluate_share(share: Share, request: EvaluationRequest, tasks: Sequence[Task]) -> None:
     """Sample every `world_size`-th image of each task; whoever finds that all of a task are there measures and records it."""
     codec = open_codec(request.config, share.device)
-    judges = Judges.of(request, codec, share.device)
+    judges = Judges.of(request, codec, build_feature_networks(request.config.evaluation.feature_networks, share.device))
     done, path, model = 0, None, None
     for task in tasks:
         if task.checkpoint != path or model is None:
@@ -97,7 +120,7 @@ def evaluate_share(share: Share, request: EvaluationRequest, tasks: Sequence[Tas
 
 def _measure_if_complete(task: Task, judges: Judges, share: Share) -> None:
     run, count = task.config.run_dir, task.described["num_samples"]
-    if find_point(read_points(run), task.described) or len(read_indices(task.folder)) < count:
+    if find_point(read_points(run), task.described) or len(_done(task)) < count:
         return
     parts = list(read_parts(task.folder))
     before, metrics = time.perf_counter(), dict[str, float]()
@@ -116,9 +139,9 @@ def _measure_if_complete(task: Task, judges: Judges, share: Share) -> None:
         "seconds": seconds["sampling"],
         "seconds_spent": seconds,
         "processes": share.world_size,
-        "device": torch.cuda.get_device_name(share.device) if torch.device(share.device).type == "cuda" else "cpu",
+        "device": _device_name(torch.device(share.device)),
         "threads": torch.get_num_threads(),
-        "versions": {"madformer": __version__, "torch": torch.__version__},
+        "versions": _versions(),
         "time": _now(),
     }
     try:
@@ -129,39 +152,54 @@ def _measure_if_complete(task: Task, judges: Judges, share: Share) -> None:
     _report(task, point)
 
 
+def _done(task: Task) -> set[int]:
+    """Its samples that have features."""
+    return {index for index in read_indices(task.folder) if index < task.described["num_samples"]}
+
+
 def _in_order(parts: Sequence[dict[str, Tensor]], name: str, count: int) -> Tensor:
-    """Rows of all parts in the order of samples; one that two processes have made counts once."""
-    rows = torch.cat([part[name] for part in parts])
+    """Rows of the first samples of all parts, in their order; one that two processes have made counts once."""
+    rows, indices_N = (torch.cat([part[key] for part in parts]) for key in (name, INDICES))
     ordered = rows.new_empty(count, *rows.shape[1:])
-    ordered[torch.cat([part[INDICES] for part in parts])] = rows
+    ordered[indices_N[indices_N < count]] = rows[indices_N < count]
     return ordered
 
 
 def _costs(task: Task, parts: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-    """What an image costs: seconds are medians over batches, so that a first slow one does not count."""
-    sizes_K = torch.cat([part[SIZES] for part in parts])
-    sampling_K, blocks_KL = (torch.cat([part[name] for part in parts]) for name in ("sampling", BLOCKS))
+    """What an image costs: medians over batches of the largest size; a process's first one counts where there is no other."""
+    columns = ("sampling", BLOCKS, SIZES, WARM, MEMORY)
+    sampling_K, blocks_KL, sizes_K, warm_K, memory_K = (torch.cat([part[name] for part in parts]) for name in columns)
+    chosen_K = sizes_K == sizes_K.max()
+    if (chosen_K & warm_K).any():
+        chosen_K &= warm_K
+    size, memory = int(sizes_K.max()), float(memory_K[chosen_K].max())
     flops = cost.sampling_flops(task.config.model, guidance=task.config.evaluation.guidance != 1)
     return {
         "tflops_per_image": flops.total(task.budget.steps) / 1e12,
-        "seconds_per_image": float((sampling_K / sizes_K).median()),
-        "seconds_per_block": (blocks_KL / sizes_K[:, None]).median(dim=0).values.tolist(),
-        "peak_memory_gib": max(float(part[MEMORY]) for part in parts),
-        "batch_size": int(sizes_K.max()),
+        "seconds_per_image": float(sampling_K[chosen_K].median()) / size,
+        "seconds_per_block": (blocks_KL[chosen_K].median(dim=0).values / size).tolist(),
+        "peak_memory_gib": memory if math.isfinite(memory) else None,
+        "batch_size": size,
     }
 
 
 def _report_recorded(task: Task) -> bool:
-    """Whether the record has it already; if so, say what it is."""
-    point = find_point(read_points(task.config.run_dir), task.described)
+    """Whether the record has it already, perhaps under another budget of the same steps; if so, say what it is."""
+    point = _find(task)
     if point is not None:
         remove_parts(task.folder)  # if the process that recorded it did not live to do so
         _report(task, point, " (recorded before)")
     return point is not None
 
 
+def _find(task: Task) -> Point | None:
+    points = read_points(task.config.run_dir)
+    same_budget = [point for point in points if point["nfe"] == task.budget.nfe]
+    return find_point(same_budget, task.described) or find_point(points, task.described)
+
+
 def _report(task: Task, point: Point, note: str = "") -> None:
-    how = [f"{task.config.run_dir.name} {task.checkpoint.stem}", f"NFE {point['nfe']}", f"steps {point['steps']}"]
+    how = [f"{task.config.run_dir.name} {task.checkpoint.stem}", f"NFE {task.budget.nfe}", f"steps {point['steps']}"]
     if (point["sampler"], point["guidance"], point["seed"]) != ("ddim", 1.0, 0):
         how.append(f"{point['sampler']}, guidance {point['guidance']:g}, seed {point['seed']}")
     how += [f"{name} {value:.4g}" for name, value in point["metrics"].items()]
@@ -171,24 +209,29 @@ def _report(task: Task, point: Point, note: str = "") -> None:
 
 def _conclude(request: EvaluationRequest, tasks: Sequence[Task], device: str) -> list[Point]:
     """Means, diagnostics and curves, once all points are there."""
-    run = request.config.run_dir
-    found = [find_point(read_points(run), task.described) for task in tasks]
-    points = [point for point in found if point is not None]
-    if len(points) < len(found):
-        print(f"{run}: this process has done its share; the last one records the rest", flush=True)
-        return points
+    run, points = request.config.run_dir, list[Point]()
+    for task in tasks:
+        if (point := _find(task)) is None:
+            print(f"{run}: this process has done its share; the last one records the rest", flush=True)
+            return points
+        if point["nfe"] != task.budget.nfe:  # another budget of as many steps: the same samples
+            point = {**point, "nfe": task.budget.nfe, "command": task.described["command"]}
+            append_point(run, point)
+        points.append(point)
     _record_means(run, points)
-    if request.diagnostics:
-        _record_diagnostics(request, points[-1], torch.device(device))
-    write_curves(run, hparams=_hparams(request.config))
+    hparams = _hparams(request.config)
+    write_curves(run, hparams)
+    if request.diagnostics and _record_diagnostics(request, tasks[-1], torch.device(device)):
+        write_curves(run, hparams)
     return points
 
 
 def _record_means(run: Path, points: Iterable[Point]) -> None:
     """The mean over checkpoints and seeds of each way of sampling at each budget, with the spread."""
-    groups: dict[str, list[Point]] = {}
+    groups: dict[tuple[int, str], list[Point]] = {}
     for point in points:
-        groups.setdefault(repr([point["nfe"], *(point[key] for key in _OF_A_MEAN)]), []).append(point)
+        groups.setdefault((point["nfe"], manner(point)), []).append(point)
+    before = [{key: value for key, value in line.items() if key != "time"} for line in read_means(run)]
     for group in groups.values():
         if len(group) == 1:
             continue
@@ -196,31 +239,45 @@ def _record_means(run: Path, points: Iterable[Point]) -> None:
         values = {name: [point["metrics"][name] for point in group] for name in names}
         summary = {
             "kind": "mean",
-            "nfe": group[0]["nfe"],
-            **{key: group[0][key] for key in _OF_A_MEAN},
+            **{key: group[0][key] for key in ("nfe", "steps", *MANNER, "config_hash")},
             "checkpoints": list(dict.fromkeys(point["checkpoint"] for point in group)),
             "seeds": list(dict.fromkeys(point["seed"] for point in group)),
             "metrics": {name: mean(numbers) for name, numbers in values.items()},
             "standard_deviations": {name: stdev(numbers) for name, numbers in values.items()},
             "count": len(group),
         }
-        if summary not in [{key: value for key, value in line.items() if key != "time"} for line in read_means(run)]:
+        if summary not in before:
             append_point(run, {**summary, "time": _now()})
 
 
-def _record_diagnostics(request: EvaluationRequest, newest: Point, device: torch.device) -> None:
-    """Look into the newest checkpoint, at the first of the budgets, unless that has been recorded."""
+def _record_diagnostics(request: EvaluationRequest, task: Task, device: torch.device) -> bool:
+    """Look into the newest checkpoint, at the first of the budgets; whether there is something that was not recorded."""
     config, path = next(request.manners()), request.checkpoints[-1]
     budget, count = request.budgets[0], min(IMAGES_LOOKED_AT, config.evaluation.num_samples)
-    known = {key: newest[key] for key in ("checkpoint", "step", "weights", "weights_sha256", "config_hash")}
+    known = {key: task.described[key] for key in ("checkpoint", "step", "weights", "weights_sha256", "config_hash", "codec")}
     wanted = {**known, "nfe": budget.nfe, "steps": budget.steps, "sampler": config.evaluation.sampler}
-    wanted |= {"seed": config.evaluation.seed}
+    wanted |= {"seed": config.evaluation.seed, "most_images": count, **describe_held_out(config)}
     if any(wanted.items() <= line.items() for line in read_diagnostics(config.run_dir)):
-        return
+        return False
     model = load_model(path, config, request.weights).to(device)
     with ProgressDisplay("diagnosed", "images", count) as display:
         found = diagnose(model, config, path, budget.steps, device, count, display.show)
-    append_point(config.run_dir, {"kind": "diagnostics", **wanted, **found, "time": _now()})
+    where = {"device": _device_name(device), "versions": _versions(), "time": _now()}
+    append_point(config.run_dir, {"kind": "diagnostics", **wanted, **found, **where})
+    return True
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _versions() -> dict[str, str]:
+    """Of all that has a say in the numbers."""
+    found = {"madformer": __version__, "torch": torch.__version__}
+    for package in ("diffusers", "transformers", "torch-fidelity"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def _hparams(config: ExperimentConfig) -> dict[str, bool | int | float | str]:

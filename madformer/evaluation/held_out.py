@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,23 +66,68 @@ def read_held_out(config: ExperimentConfig, checkpoint: Path, images: int, devic
             with text.
         InputError: too many are broken.
     """
-    data = _held_out_data(config)
-    is_held_out = (data.source, data.split) != (config.data.source, config.data.split)
-    if not is_held_out:
+    data, described = _held_out_data(config), describe_held_out(config)
+    if not described["held_out"]:
         remedy = "name others as evaluation.held_out_split=validation, train[90%:] ..., or as evaluation.held_out_source"
         _log.warning("%s: the diagnostics are of images that the run was trained on; %s", config.run_dir, remedy)
-    try:
+    with _named():
         check_data(data, config.model)
         if data.source == DIGITS:
             latents_NChw, captions = _read_digits(config, data, images)
         else:
             latents_NChw, captions = _read_images(config, data, checkpoint, images, device)
-    except ConfigError as error:
-        raise ConfigError(f"held-out images (evaluation.held_out_source, evaluation.held_out_split): {error}") from error
-    source = f"{data.source}, {data.split}"
+    source = described["source"]
     if len(latents_NChw) < LEAST_IMAGES:
         raise ConfigError(f"held-out images: {len(latents_NChw)} of {source}; there must be at least {LEAST_IMAGES}")
-    return HeldOut(latents_NChw, captions, source, is_held_out)
+    return HeldOut(latents_NChw, captions, source, described["held_out"])
+
+
+def describe_held_out(config: ExperimentConfig) -> dict[str, Any]:
+    """What images these are: `source`, and whether they are `held_out`, that is no rows of those of training.
+
+    Raises:
+        ConfigError: none are named.
+    """
+    data = _held_out_data(config)
+    is_held_out = data.source != config.data.source or not _share_rows(data.split, config.data.split)
+    return {"source": f"{data.source}, {data.split}", "held_out": is_held_out}
+
+
+def require_held_out(config: ExperimentConfig) -> None:
+    """See that the images are there before anything costly is done.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    data = _held_out_data(config)
+    with _named():
+        check_data(data, config.model)
+        if data.source == DIGITS:
+            load_digits(data.split)
+        else:
+            open_source(data)
+
+
+def _share_rows(one: str, other: str) -> bool:
+    """Whether two splits, or slices of splits, have rows in common; sizes are not known here, so per cent are of a million."""
+    from datasets import ReadInstruction
+
+    try:
+        lengths = {part.split("[")[0]: 10**6 for part in f"{one}+{other}".split("+")}
+        rows = [ReadInstruction.from_spec(spec).to_absolute(lengths) for spec in (one, other)]
+    except ValueError:  # a name that only its data set understands
+        return one == other
+    pairs = [(a, b) for a in rows[0] for b in rows[1] if a.splitname == b.splitname]
+    return any(max(a.from_, b.from_) < min(a.to, b.to) for a, b in pairs)
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Say which images a complaint is about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"held-out images (evaluation.held_out_source, evaluation.held_out_split): {error}") from error
 
 
 def _held_out_data(config: ExperimentConfig) -> DataConfig:

@@ -56,7 +56,7 @@ def _read(folder: Path, load: Callable[[Path], Content]) -> Iterator[Content]:
     for path in sorted(folder.glob("part-*.safetensors")):
         try:
             content = load(path)
-        except (SafetensorError, OSError):
+        except SafetensorError:
             path.unlink(missing_ok=True)
         else:
             yield content

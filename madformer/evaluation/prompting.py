@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from madformer.config import ExperimentConfig, InputError
 from madformer.config.data import DIGITS
 from madformer.data.datamodule import CLASS_PROMPTS, LatentDataModule
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts, parse_classes
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ def choose_prompts(
     names = known_classes(config, checkpoint)
     if names is None:
         if classes is not None or config.evaluation.guidance != 1:
-            raise InputError(f"{config.run_dir}: it was trained without names of classes: give --prompt")
+            remedy = "sample takes a --prompt; without one leave --guidance out"
+            raise InputError(f"{config.run_dir}: it was trained without names of classes: {remedy}")
+        _log.warning("%s: it was trained without names of classes: sampled without prompts", config.run_dir)
         return [Prompt("")] * len(indices)
     chosen = range(len(names)) if classes is None else parse_classes(classes, names)
     labels = [chosen[index % len(chosen)] for index in indices]

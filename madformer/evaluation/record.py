@@ -21,7 +21,6 @@ Point = Mapping[str, Any]
 """A line of the record."""
 
 IDENTITY = (
-    "nfe",
     "steps",
     "weights_sha256",
     "weights",
@@ -30,17 +29,18 @@ IDENTITY = (
     "num_samples",
     "seed",
     "prompts",
+    "precision",
     "codec",
     "references",
     "feature_networks",
 )
-"""What makes two points the same measurement."""
+"""What makes two points the same measurement; of codec, networks and references not where they lay."""
 
-MANNER = tuple(key for key in IDENTITY if key not in ("nfe", "steps", "weights_sha256", "seed"))
+MANNER = tuple(key for key in IDENTITY if key not in ("steps", "weights_sha256", "seed"))
 """What the points of one curve have in common, over its budgets, checkpoints and seeds."""
 
 _REQUIRED = {
-    "point": frozenset(IDENTITY) | {"metrics", "nfe_actual", "checkpoint", "step", "time"},
+    "point": frozenset(IDENTITY) | {"metrics", "nfe", "nfe_actual", "checkpoint", "step", "time"},
     "mean": frozenset(MANNER) | {"metrics", "nfe", "checkpoints", "seeds"},
     "diagnostics": frozenset(
         ("step", "weights", "timesteps", "loss_by_timestep", "loss_by_block", "exposure", "condition_explains", "time")
@@ -75,6 +75,11 @@ class RunCurve:
     def variant(self) -> Variant:
         """How all points were sampled."""
         return _variant(self._any)
+
+    @property
+    def num_samples(self) -> int:
+        """Images behind each point."""
+        return int(self._any["num_samples"])
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -156,17 +161,17 @@ def find_point(points: Sequence[dict[str, Any]], wanted: Mapping[str, Any]) -> d
         points: of one run.
         wanted: the keys of `IDENTITY`.
     """
-    identity = _identity(wanted)
-    return next((point for point in reversed(points) if _identity(point) == identity), None)
+    sought = identity(wanted)
+    return next((point for point in reversed(points) if identity(point) == sought), None)
 
 
 def run_curves(run: Path) -> list[RunCurve]:
     """A run's curves at its newest evaluated step, one for each manner of measuring; the main one comes first.
 
     Points of different samplers, sample counts, weights, networks, ... make no curve together. The main curve is one of the
-    moving average, the one with the most budgets, the one sampled in the way that was measured first (a sampler that is tried
-    later does not take its place), the one measured last, in this order, and so on for the others. A manner that the newest
-    step was not measured in is left out: it would compare stages of training.
+    moving average, the one of the most samples, the one with the most budgets, the one sampled in the way that was measured
+    first (a sampler that is tried later does not take its place), the one measured last, in this order, and so on for the
+    others. A manner that the newest step was not measured in is left out: it would compare stages of training.
 
     Raises:
         InputError: as `read_points`.
@@ -175,12 +180,16 @@ def run_curves(run: Path) -> list[RunCurve]:
     newest = max((point["step"] for point in points), default=None)
     groups: dict[str, list[Point]] = {}
     for point in points:
-        key = _manner(point)
+        key = manner(point)
         groups[key] = [*groups.pop(key, []), point]
     lasting = {key: group for key, group in groups.items() if any(point["step"] == newest for point in group)}
-    curves = [_curve(group, [mean for mean in means if _manner(mean) == key]) for key, group in reversed(lasting.items())]
+    curves = [_curve(group, [mean for mean in means if manner(mean) == key]) for key, group in reversed(lasting.items())]
     first = list(dict.fromkeys(map(_variant, points)))
-    return sorted(curves, key=lambda curve: (curve.variant.weights != "ema", -len(curve.points), first.index(curve.variant)))
+
+    def rank(curve: RunCurve) -> tuple[Any, ...]:
+        return curve.variant.weights != "ema", -curve.num_samples, -len(curve.points), first.index(curve.variant)
+
+    return sorted(curves, key=rank)
 
 
 def variants(curves: Sequence[RunCurve], metric: str) -> list[RunCurve]:
@@ -226,13 +235,21 @@ def _variant(point: Point) -> Variant:
     return Variant(point["sampler"], point["guidance"], point["weights"])
 
 
-def _identity(point: Point) -> dict[str, Any]:
-    return {key: point[key] for key in IDENTITY}
+def identity(point: Point) -> dict[str, Any]:
+    """What tells a point from others, by `IDENTITY`."""
+    return {key: content(point[key]) for key in IDENTITY}
 
 
-def _manner(entry: Point) -> str:
+def manner(entry: Point) -> str:
     """The same text for points and means that were measured in the same manner."""
-    return json.dumps([entry[key] for key in MANNER], sort_keys=True)
+    return json.dumps([content(entry[key]) for key in MANNER], sort_keys=True)
+
+
+def content(value: Any) -> Any:
+    """A value of a point; of what has a hash, that and the type that it computes in."""
+    if isinstance(value, list):
+        return [content(entry) for entry in value]
+    return [value["sha256"], value.get("dtype")] if isinstance(value, dict) else value
 
 
 def _whole_length(content: bytes) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,22 @@ class Reference:
     moments: Moments
     """Of all images."""
     features_MD: Tensor
-    """Of the images that are kept, float32."""
-    within: Within
-    """What pairs of them tell."""
+    """Of the images that are kept, float32, in an order by chance: the first ones are a sample, too."""
     described: dict[str, Any]
     """Source, image size, network, number of images, ...; `sha256` over what makes it this reference."""
+
+    _within: dict[int, Within] = field(default_factory=dict, compare=False)
 
     @property
     def pedigree(self) -> dict[str, Any]:
         """For records of evaluations."""
         return {key: self.described[key] for key in ("source", "images", "sha256")}
+
+    def within(self, count: int, device: torch.device) -> Within:
+        """What the pairs of the first `count` of the images that are kept tell, computed once."""
+        if count not in self._within:
+            self._within[count] = pairs_within(self.features_MD[:count].to(device))
+        return self._within[count]
 
 
 def find_reference(
@@ -100,7 +106,7 @@ def find_reference(
         images = _open(config, image_size, None)
         source_sha256 = images.sha256
     described = _describe(config, image_size, network, source_sha256)
-    path = _path(Path(config.evaluation.references), described)
+    path = _find(Path(config.evaluation.references), described)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
@@ -120,11 +126,11 @@ def load_reference(path: Path) -> Reference:
     try:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {})[METADATA])
-            tensors = {name: file.get_tensor(name) for name in ("sum", "outer", FEATURES, "radii", "kernel")}
+            tensors = {name: file.get_tensor(name) for name in ("sum", "outer", FEATURES)}
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise InputError(f"{path}: torn, or no reference that madformer evaluate made: {error}") from error
     moments = Moments(described["images"], tensors["sum"], tensors["outer"])
-    return Reference(moments, tensors[FEATURES], Within(tensors["radii"], float(tensors["kernel"])), described)
+    return Reference(moments, tensors[FEATURES], described)
 
 
 @dataclass(frozen=True)
@@ -186,9 +192,7 @@ def _compute(network: FeatureNetwork, images: _Images, described: dict[str, Any]
                 features_ND = torch.cat(features)
                 write_part(folder, {INDICES: unit * _UNIT + torch.arange(len(features_ND)), FEATURES: features_ND})
     moments, features_MD = _gather(folder)
-    within = pairs_within(features_MD.to(network.device))
-    pairs = {"radii": within.radii_NK.cpu(), "kernel": torch.tensor(within.mean_kernel, dtype=torch.float64)}
-    tensors = {"sum": moments.sum_D, "outer": moments.outer_DD, FEATURES: features_MD, **pairs}
+    tensors = {"sum": moments.sum_D, "outer": moments.outer_DD, FEATURES: features_MD}
     with replacing(path) as temporary:
         metadata = {METADATA: json.dumps({**described, "images": moments.count})}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
@@ -197,25 +201,28 @@ def _compute(network: FeatureNetwork, images: _Images, described: dict[str, Any]
 
 def _gather(folder: Path) -> tuple[Moments, Tensor]:
     """Moments of all features, and the features that are kept."""
-    total, moments, kept = len(read_indices(folder)), None, []
+    total = len(read_indices(folder))
     if total < 2:
         raise InputError(f"{total} reference images that can be read: a distance needs at least 2")
-    is_kept_N = torch.zeros(total, dtype=torch.bool)
-    is_kept_N[torch.randperm(total, generator=keyed_generator("reference"))[:KEPT]] = True
-    done = 0
+    chosen_M = torch.randperm(total, generator=keyed_generator("reference"))[:KEPT]
+    place_N = torch.full((total,), -1)
+    place_N[chosen_M] = torch.arange(len(chosen_M))
+    moments, kept_MD, done = None, torch.empty(0), 0
     for part in read_parts(folder):
-        features_ND = part[FEATURES]
+        features_ND, place_P = part[FEATURES], place_N[done : done + len(part[FEATURES])]
+        if moments is None:
+            kept_MD = features_ND.new_empty(len(chosen_M), features_ND.shape[1])
         more = Moments.of(features_ND)
         moments = more if moments is None else moments + more
-        kept.append(features_ND[is_kept_N[done : done + len(features_ND)]])
+        kept_MD[place_P[place_P >= 0]] = features_ND[place_P >= 0]
         done += len(features_ND)
     assert moments is not None
-    return moments, torch.cat(kept)
+    return moments, kept_MD
 
 
 def _describe(config: ExperimentConfig, image_size: int, network: FeatureNetwork, source_sha256: str) -> dict[str, Any]:
     """All that makes a reference what it is, but the number of images."""
-    decides = [source_sha256, image_size, CROP, network.sha256]
+    decides = [source_sha256, config.data.image_column, image_size, CROP, network.sha256]
     return {
         "source": config.data.source,
         "subset": config.data.subset,
@@ -229,8 +236,11 @@ def _describe(config: ExperimentConfig, image_size: int, network: FeatureNetwork
     }
 
 
-def _path(folder: Path, described: dict[str, Any]) -> Path:
-    """A name that says what it is, and is another one for any other reference."""
+def _find(folder: Path, described: dict[str, Any]) -> Path:
+    """The file of a reference, or the one that it is to have: its name says what it is; another one has another hash there."""
+    there = sorted(folder.glob(f"*-{described['sha256'][:12]}.safetensors"))  # the data may have had another path
+    if there:
+        return there[0]
     source = re.sub(r"[^A-Za-z0-9]+", "-", Path(described["source"] or "images").stem).strip("-")
     name = f"{source}-{described['image_size']}-{described['network']['label']}-{described['sha256'][:12]}.safetensors"
     return folder / name

@@ -125,7 +125,7 @@ def parse_request(
         tuple(budgets),
         parse_weights(weights),
         tuple(map(_sampler, _list(sampler))) if sampler is not None else (evaluation.sampler,),
-        tuple(_number("--guidance", text) for text in _list(guidance)) if guidance is not None else (evaluation.guidance,),
+        tuple(dict.fromkeys(map(_guidance, _list(guidance)))) if guidance is not None else (evaluation.guidance,),
         tuple(_integers("--seeds", seeds)) if seeds is not None else (evaluation.seed,),
         **options,
     )
@@ -175,11 +175,11 @@ def _sampler(name: str) -> SamplerName:
     return cast(SamplerName, name)
 
 
-def _number(option: str, text: str) -> float:
+def _guidance(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise InputError(f"{option} {text}: must be numbers with commas between them, such as 1,1.5") from None
+        raise InputError(f"--guidance {text}: must be numbers with commas between them, such as 1,1.5") from None
 
 
 def _integers(option: str, text: str) -> Sequence[int]:

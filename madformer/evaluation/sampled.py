@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -27,8 +27,8 @@ SAMPLES_IN_PART = 64
 PHASES = ("sampling", "decoding", "features")
 """What takes time for each batch; a part has a tensor of seconds for each."""
 
-SIZES, BLOCKS, MEMORY = "batch_sizes", "blocks", "memory"
-"""Samples in each batch; seconds of each block of each batch; peak memory in GiB."""
+SIZES, BLOCKS, WARM, MEMORY = "batch_sizes", "blocks", "warm", "memory"
+"""Of each batch: its samples; seconds of each block; whether it was not its process's first; peak memory in GiB, or NaN."""
 
 
 def features_name(network: int) -> str:
@@ -72,6 +72,9 @@ def sample_features(
             diverged = "its samples are NaN or infinite, the run has diverged"
             raise NonFiniteError(f"{task.checkpoint} at NFE {task.budget.nfe}: {diverged}")
         images_BCYX = codec.decode(latents_BChw)
+        if not bool(images_BCYX.isfinite().all()):
+            overflow = f"codec {codec.name} decodes samples to NaN or infinity: set data.codec_dtype=float32"
+            raise NonFiniteError(f"{task.checkpoint} at NFE {task.budget.nfe}: {overflow}, or the run has diverged")
         part.lap("decoding")
         looked = [network(images_BCYX) for network in networks]
         rows = {features_name(number): features.features_BD for number, features in enumerate(looked)}
@@ -91,12 +94,13 @@ class _Part:
     def __init__(self, folder: Path, device: torch.device) -> None:
         self._folder, self._device = folder, device
         self._written = time.monotonic()
+        self._is_warm = False
         self._clear()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
 
     def start(self) -> None:
         """A batch begins."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         self._blocks.append([])
         self._lap = self._now()
 
@@ -109,6 +113,10 @@ class _Part:
         """What takes the time since the last lap is over."""
         now = self._now()
         self._seconds[phase].append(now - self._lap)
+        if phase == "sampling":
+            self._memory.append(self._peak_memory())
+            self._warm.append(self._is_warm)
+            self._is_warm = True
         self._lap = now
 
     def add(self, indices: Sequence[int], rows: dict[str, Tensor]) -> None:
@@ -129,7 +137,7 @@ class _Part:
             return
         costs = {phase: torch.tensor(self._seconds[phase], dtype=torch.float64) for phase in PHASES}
         costs[BLOCKS] = torch.tensor(self._blocks[: len(self._sizes)], dtype=torch.float64)
-        costs |= {SIZES: torch.tensor(self._sizes), MEMORY: torch.tensor([self._peak_memory()], dtype=torch.float64)}
+        costs |= {SIZES: torch.tensor(self._sizes), WARM: torch.tensor(self._warm), MEMORY: torch.tensor(self._memory)}
         rows = {name: torch.cat(parts) for name, parts in self._rows.items()}
         write_part(self._folder, {INDICES: torch.tensor(self._indices), **rows, **costs})
         self._written = time.monotonic()
@@ -139,6 +147,8 @@ class _Part:
         self._indices: list[int] = []
         self._sizes: list[int] = []
         self._blocks: list[list[float]] = []
+        self._memory: list[float] = []
+        self._warm: list[bool] = []
         self._rows: dict[str, list[Tensor]] = defaultdict(list)
         self._seconds: dict[str, list[float]] = defaultdict(list)
 
@@ -148,7 +158,5 @@ class _Part:
         return time.perf_counter()
 
     def _peak_memory(self) -> float:
-        """GiB on the GPU since the task began; without one, of the process since it began."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        """GiB allocated on the GPU at most while the batch was sampled. Nobody counts them on the CPU."""
+        return torch.cuda.max_memory_allocated(self._device) / 2**30 if self._device.type == "cuda" else math.nan

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from madformer.config import ExperimentConfig
@@ -25,6 +26,11 @@ def inference_devices(config: ExperimentConfig, count: int | None) -> list[str]:
     """
     accelerator: Literal["cpu", "auto"] = "cpu" if config.trainer.accelerator == "cpu" else "auto"
     return find_devices(replace(config.trainer, accelerator=accelerator, devices=count))
+
+
+def sampling_precision(config: ExperimentConfig, device: torch.device) -> str:
+    """What a run is sampled in: on a GPU `trainer.precision`, as it was trained; float32 on the CPU, where that is faster."""
+    return config.trainer.precision if device.type == "cuda" else "32-true"
 
 
 def default_prompts(class_prompts: Sequence[str] | None, indices: Sequence[int]) -> list[str]:
@@ -48,11 +54,14 @@ def sample_batches(
         text_BT: token ids, a row for each index; None: no text.
         on_block: called after each block, as by `generate`.
     """
-    evaluation = config.evaluation
+    evaluation, device = config.evaluation, model.boi_SD.device
     sampler = build_sampler(config.diffusion, config.model.prediction_type, evaluation.sampler)
     for start in range(0, len(indices), batch_size):
         part = slice(start, start + batch_size)
         seeds = [sample_seed(evaluation.seed, index) for index in indices[part]]
         text = None if text_BT is None else text_BT[part]
-        latents_BLCYX = generate(model, sampler, steps, seeds=seeds, text=text, guidance=evaluation.guidance, on_block=on_block)
+        with torch.autocast(device.type, torch.bfloat16, enabled=sampling_precision(config, device) == "bf16-mixed"):
+            latents_BLCYX = generate(
+                model, sampler, steps, seeds=seeds, text=text, guidance=evaluation.guidance, on_block=on_block
+            )
         yield to_image(latents_BLCYX)

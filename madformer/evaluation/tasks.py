@@ -7,7 +7,7 @@ import json
 import logging
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from madformer.checkpoints import checkpoint_step, load_checkpoint, load_model
 from madformer.config import ExperimentConfig, config_hash
 from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.data.datamodule import LatentDataModule
-from madformer.evaluation.features import FeatureNetwork, build_feature_network, metric_name
+from madformer.evaluation.features import FeatureNetwork, metric_name
 from madformer.evaluation.metrics import frechet_bias
 from madformer.evaluation.prompting import choose_prompts, tokenize
-from madformer.evaluation.record import IDENTITY
+from madformer.evaluation.record import identity
 from madformer.evaluation.reference import Reference, find_reference
 from madformer.evaluation.request import Budget, EvaluationRequest
+from madformer.evaluation.sampling import sampling_precision
 from madformer.fingerprint import weights_sha256
 
 FEW = 10
@@ -46,9 +47,10 @@ class Task:
 
     @property
     def folder(self) -> Path:
-        """Where features are kept until all are there."""
-        identity = json.dumps({key: self.described[key] for key in IDENTITY}, sort_keys=True)
-        return self.config.run_dir / "features" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        """Where features are kept until all are there; the first samples of many are those of few."""
+        made_by = {key: value for key, value in identity(self.described).items() if key != "num_samples"}
+        name = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+        return self.config.run_dir / "features" / name
 
 
 @dataclass(frozen=True)
@@ -59,42 +61,46 @@ class Judges:
     references: tuple[Reference, ...]
 
     @staticmethod
-    def of(request: EvaluationRequest, codec: Codec, device: str) -> Judges:
-        """Build the networks, find or compute the references.
+    def of(request: EvaluationRequest, codec: Codec, networks: Sequence[FeatureNetwork]) -> Judges:
+        """Find the networks' references, or compute them.
 
         Raises:
-            ConfigError: a network that cannot be had, or no reference images.
+            ConfigError: no reference images.
             InputError: references that are not of the run's images.
         """
         config = request.config
         size, trained_on = config.model.latent_size * codec.downsampling, source_sha256(request.checkpoints[-1])
-        networks = tuple(build_feature_network(name, device) for name in config.evaluation.feature_networks)
         references = (find_reference(network, config, size, trained_on, request.references) for network in networks)
-        return Judges(networks, tuple(references))
+        return Judges(tuple(networks), tuple(references))
 
     def bias(self, count: int) -> dict[str, float]:
         """What the Fréchet distances of so many perfect samples would be."""
         pairs = zip(self.networks, self.references, strict=True)
-        return {
-            metric_name("fd", network.label): frechet_bias(reference.moments.covariance_DD, count)
-            for network, reference in pairs
-        }
+        return {metric_name("fd", network.label): frechet_bias(reference.moments, count) for network, reference in pairs}
 
 
-def list_tasks(request: EvaluationRequest, judges: Judges, codec: Codec) -> list[Task]:
-    """All points that are asked for.
+def draft_tasks(request: EvaluationRequest, codec: Codec, networks: Sequence[FeatureNetwork]) -> list[Task]:
+    """All points that are asked for, as far as they are known without references: those are costly, mistakes are cheap.
 
     Raises:
+        ConfigError: a codec that is not the model's, or a tokenizer that cannot be had.
         InputError: a torn checkpoint or one of another model, or prompts that the run cannot have.
     """
     require_fit(codec, request.config.model)
-    bias = judges.bias(request.config.evaluation.num_samples)
-    return [task for path in request.checkpoints for task in _tasks_of(request, path, judges, codec, bias)]
+    return [task for path in request.checkpoints for task in _tasks_of(request, path, codec, networks)]
 
 
-def warn_of_bias(judges: Judges, count: int) -> None:
+def complete_tasks(tasks: Sequence[Task], judges: Judges) -> list[Task]:
+    """The same with the references."""
+    bias = judges.bias(tasks[0].described["num_samples"])
+    known = {"references": [reference.pedigree for reference in judges.references], "bias": bias}
+    return [replace(task, described={**task.described, **known}) for task in tasks]
+
+
+def warn_of_bias(networks: Sequence[FeatureNetwork], task: Task) -> None:
     """Say what to expect of few samples for wide features."""
-    for network, (name, bias) in zip(judges.networks, judges.bias(count).items(), strict=True):
+    count = task.described["num_samples"]
+    for network, (name, bias) in zip(networks, task.described["bias"].items(), strict=True):
         if count < FEW * network.width:
             few = f"{count:,} samples for features of width {network.width:,} are few"
             _log.warning("%s: %s of perfect samples would be %.3g, not 0: compare only numbers of as many", few, name, bias)
@@ -111,7 +117,7 @@ def open_codec(config: ExperimentConfig, device: str) -> Codec:
     return build_codec(config.data.codec, config.data.codec_dtype, device)
 
 
-def _tasks_of(request: EvaluationRequest, path: Path, judges: Judges, codec: Codec, bias: dict[str, float]) -> Iterator[Task]:
+def _tasks_of(request: EvaluationRequest, path: Path, codec: Codec, networks: Sequence[FeatureNetwork]) -> Iterator[Task]:
     data = request.config.data
     described = {
         "checkpoint": path.name,
@@ -123,10 +129,8 @@ def _tasks_of(request: EvaluationRequest, path: Path, judges: Judges, codec: Cod
         "codec": {"name": data.codec, "sha256": codec.sha256, "dtype": data.codec_dtype},
         "feature_networks": [
             {"name": network.name, "label": network.label, "width": network.width, "sha256": network.sha256}
-            for network in judges.networks
+            for network in networks
         ],
-        "references": [reference.pedigree for reference in judges.references],
-        "bias": bias,
     }
     for config in request.manners():
         evaluation = config.evaluation
@@ -137,6 +141,7 @@ def _tasks_of(request: EvaluationRequest, path: Path, judges: Judges, codec: Cod
             "guidance": evaluation.guidance,
             "seed": evaluation.seed,
             "prompts": _sha256_of_texts(prompts) if any(prompts) else None,
+            "precision": sampling_precision(config, codec.device),
         }
         for budget in request.budgets:
             point = {**described, **manner, "nfe": budget.nfe, "steps": budget.steps}
@@ -157,10 +162,11 @@ def _command(config: ExperimentConfig, point: dict[str, Any], references: Sequen
     }
     words = [word for option, value in options.items() for word in (option, str(value))]
     words += [word for path in references for word in ("--reference", str(path))]
-    networks = ",".join(config.evaluation.feature_networks)
-    overrides = [f"evaluation.feature_networks=[{networks}]", f"evaluation.batch_size={config.evaluation.batch_size}"]
+    networks = json.dumps(config.evaluation.feature_networks, ensure_ascii=False)
+    overrides = [f"evaluation.feature_networks={networks}", f"evaluation.batch_size={config.evaluation.batch_size}"]
     return shlex.join(["madformer", "evaluate", str(config.run_dir), *overrides, *words])
 
 
 def _sha256_of_texts(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    """Of prompts that come in turn: the same for more samples."""
+    return hashlib.sha256("\n".join(dict.fromkeys(texts)).encode()).hexdigest()

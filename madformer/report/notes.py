@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from madformer.evaluation.record import Point
+from madformer.evaluation.record import Point, content
 from madformer.report.estimate import Over
 from madformer.report.rows import Group, Row
 from madformer.report.text import counted, distinct, higher_is_better
 
-_SAME = ("num_samples", "prompts", "codec", "references", "feature_networks")
+_SAME = ("num_samples", "prompts", "precision", "codec", "references", "feature_networks")
 """Keys of a point that must agree for two curves to be compared; sampler, guidance and weights are in the labels."""
 
 _SPREADS: dict[Over, str] = {
@@ -40,7 +40,7 @@ def notes(groups: Sequence[Group], rows: Sequence[Row], metric: str) -> list[str
 
 def incomparable(entries: Sequence[Mapping[str, Any]], keys: Sequence[str], noun: str) -> list[str]:
     """A warning that lines of the record differ in keys that should agree, if they do."""
-    differing = [key for key in keys if len({repr(entry.get(key)) for entry in entries}) > 1]
+    differing = [key for key in keys if len({repr(content(entry.get(key))) for entry in entries}) > 1]
     return [f"**Not all {noun} are comparable**: they differ in {', '.join(differing)}."] if differing else []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from madformer.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints, save_checkpoint
 from madformer.config import ExperimentConfig
-from madformer.evaluation.features import FeatureNetwork, build_feature_network, metric_name
+from madformer.evaluation.features import FeatureNetwork, build_feature_networks, metric_name
 from madformer.evaluation.metrics import FrechetDistance
 from madformer.evaluation.reference import find_reference
 from madformer.evaluation.sampling import default_prompts, sample_batches
 from madformer.images import save_png, to_grid
 from madformer.model import cost
 from madformer.training.module import LitMADFormer
+
+_log = logging.getLogger(__name__)
 
 
 class WholeFileIO(TorchCheckpointIO):
@@ -103,8 +106,7 @@ class Preview(Callback):
     def _find_judges(self, trainer: pl.Trainer) -> Iterator[tuple[FeatureNetwork, FrechetDistance]]:
         data, device = trainer.datamodule, trainer.strategy.root_device  # type: ignore[attr-defined]
         size = self.config.model.latent_size * data.codec.downsampling
-        for name in self.config.evaluation.feature_networks:
-            network = build_feature_network(name, device)
+        for network in build_feature_networks(self.config.evaluation.feature_networks, device):
             reference = find_reference(network, self.config, size, data.source_sha256)
             yield network, FrechetDistance(reference.moments, device)
 
@@ -116,10 +118,11 @@ class Preview(Callback):
         if every and step % every == 0 and step != self._previewed_step:
             self._previewed_step = step
             assert isinstance(pl_module, LitMADFormer)
-            images_BCYX = self._sample(trainer, pl_module)
-            values = self._measure(images_BCYX)
-            if trainer.is_global_zero:
-                self._show(trainer, step, images_BCYX, values)
+            with pl_module.throughput.paused():
+                images_BCYX = self._sample(trainer, pl_module)
+                values = self._measure(trainer, step, images_BCYX)
+                if trainer.is_global_zero:
+                    self._show(trainer, step, images_BCYX, values)
 
     def _sample(self, trainer: pl.Trainer, module: LitMADFormer) -> Tensor:
         """This device's share of the samples, equally many on every device: sharded models gather weights together."""
@@ -132,9 +135,13 @@ class Preview(Callback):
         text_BT = data.tokenizer(prompts) if prompts else None
         with module.sampling_weights() as model:
             batches = sample_batches(model, self.config, steps, indices, evaluation.batch_size, text_BT)
-            return torch.cat([data.codec.to(batch.device).decode(batch) for batch in batches])
+            return torch.cat([data.codec.to(batch.device).decode(batch).cpu() for batch in batches])
 
-    def _measure(self, images_BCYX: Tensor) -> dict[str, float]:
+    def _measure(self, trainer: pl.Trainer, step: int, images_BCYX: Tensor) -> dict[str, float]:
+        # All devices decide alike, or those that measure would wait for the others.
+        if not trainer.strategy.reduce_boolean_decision(bool(images_BCYX.isfinite().all()), all=True):
+            _log.warning("preview at step %d: samples hold NaN or infinity, there is no distance", step)
+            return {}
         values = {}
         for network, distance in self._judges:
             distance.reset()

@@ -141,7 +141,7 @@ class LitMADFormer(pl.LightningModule):
     @contextmanager
     def sampling_weights(self) -> Iterator[MADFormer]:
         """The model with its averaged weights, to sample from in the middle of training."""
-        with self.throughput.paused(), self.ema.swapped_in(), unsharded(self.model):
+        with self.ema.swapped_in(), unsharded(self.model):
             yield self.model
 
     def _log_step(self, step: int) -> None:

@@ -13,19 +13,19 @@ import torch
 
 from madformer.checkpoints import EMA, checkpoint_path
 from madformer.cli import app
-from madformer.config import ConfigError, InputError, freeze
+from madformer.config import ConfigError, InputError, freeze, load_run
 from madformer.data.digits import load_digits
 from madformer.evaluation import evaluate
 from madformer.evaluation.evaluate import evaluate_run, evaluate_share
 from madformer.evaluation.features import build_feature_network
 from madformer.evaluation.metrics import FrechetDistance, Moments
-from madformer.evaluation.record import read_means, read_points, record_path
+from madformer.evaluation.record import read_diagnostics, read_means, read_points, record_path
 from madformer.evaluation.request import Budget, parse_request, parse_sampling
 from madformer.evaluation.sampling import sample_batches
-from madformer.evaluation.tasks import Judges, list_tasks, open_codec
 from madformer.model import MADFormer, cost
 from madformer.parallel import Share
 from madformer.training.errors import NonFiniteError
+from tests.pictures import CODEC, experiment, write_parquet
 from tests.runs import command, environment, execute, tiny_run
 
 METRICS = ["fd_digits", "kid_digits", "precision_digits", "recall_digits", "density_digits", "coverage_digits"]
@@ -36,14 +36,36 @@ def make_run(folder, *overrides, seed=0, scale=1.0, steps=(6,)):
     config = tiny_run(folder, *overrides)
     torch.manual_seed(seed)
     for step in steps:
-        raw, average = (
-            {name: scale * tensor for name, tensor in MADFormer(config.model).state_dict().items()} for _ in range(2)
-        )
-        path = checkpoint_path(config.run_dir, step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in raw.items()}, EMA: average}, path)
+        raw, average = save_random_checkpoint(config, step, scale)
     freeze(config, config.run_dir)
     return config, raw, average
+
+
+def save_random_checkpoint(config, step=6, scale=1.0):
+    raw, average = ({name: scale * tensor for name, tensor in MADFormer(config.model).state_dict().items()} for _ in range(2))
+    path = checkpoint_path(config.run_dir, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in raw.items()}, EMA: average}, path)
+    return raw, average
+
+
+SPREAD = """
+import torch
+
+
+class Spread(torch.nn.Module):
+    num_features = 2
+
+    def forward(self, images):
+        return torch.stack([37 * images.mean((1, 2, 3)), 53 * images.std((1, 2, 3))], 1).sin()
+"""
+"""A feature network that even random weights can please."""
+
+
+def pleased(folder):
+    """Overrides for it: metrics over pairs of a hopeless model are all 0 otherwise."""
+    (folder / "spread.py").write_text(SPREAD)
+    return f"evaluation.feature_networks=[{folder / 'spread.py'}:Spread]"
 
 
 def only_metrics(points):
@@ -51,8 +73,7 @@ def only_metrics(points):
 
 
 def tasks_of(request):
-    codec = open_codec(request.config, "cpu")
-    return list_tasks(request, Judges.of(request, codec, "cpu"), codec)
+    return evaluate._prepare(request, "cpu", silent=True)
 
 
 def test_the_number_is_the_distance_of_the_averaged_models_samples(tmp_path):
@@ -86,7 +107,7 @@ def test_everything_that_made_a_number_stands_beside_it(tmp_path):
     assert point["tflops_per_image"] == cost.sampling_flops(config.model).total(2) / 1e12
     assert 0 < sum(point["seconds_per_block"]) <= point["seconds_per_image"] and len(point["seconds_per_block"]) == 4
     assert point["seconds"] == point["seconds_spent"]["sampling"] > 0
-    assert point["bias"]["fd_digits"] > 0 and point["peak_memory_gib"] > 0
+    assert point["bias"]["fd_digits"] > 0 and point["peak_memory_gib"] is None
     assert not list((config.run_dir / "features").glob("*/part*")), "features have served"
 
 
@@ -94,14 +115,16 @@ def test_everything_that_made_a_number_stands_beside_it(tmp_path):
 def test_the_numbers_do_not_depend_on_the_batch_size(sampler, tmp_path):
     numbers = []
     for size in (1, 7, 64):
-        config, *_ = make_run(tmp_path / str(size), f"evaluation.batch_size={size}", "evaluation.num_samples=70")
+        sizes = (f"evaluation.batch_size={size}", "evaluation.num_samples=70", pleased(tmp_path))
+        config, *_ = make_run(tmp_path / str(size), *sizes)
         numbers.append(evaluate_run(parse_request(config, nfe="5", sampler=sampler))[0])
+    assert all(0 < value < 10 for value in numbers[0]["metrics"].values()) and len(numbers[0]["metrics"]) == 6
     assert [point["batch_size"] for point in numbers] == [1, 7, 64]
     assert [point["metrics"] for point in numbers] == only_metrics(numbers[:1] * 3)
 
 
 def test_the_numbers_do_not_depend_on_the_number_of_processes(tmp_path):
-    config, *_ = make_run(tmp_path / "one", "evaluation.num_samples=70")
+    config, *_ = make_run(tmp_path / "one", "evaluation.num_samples=70", pleased(tmp_path))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     shutil.copytree(tmp_path / "one", tmp_path / "torchrun")
     expected = evaluate_run(parse_request(config, nfe="3,5"))
@@ -116,7 +139,7 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(tmp_path):
 
 
 def test_killed_it_goes_on_with_the_samples_that_it_has(tmp_path):
-    asked = ("evaluation.num_samples=400", "evaluation.batch_size=16")
+    asked = ("evaluation.num_samples=400", "evaluation.batch_size=16", pleased(tmp_path))
     config, *_ = make_run(tmp_path / "killed", *asked)
     shutil.copytree(tmp_path / "killed", tmp_path / "whole")
     running = subprocess.Popen(command("evaluate", config.run_dir, "--steps", 20), env=environment(), stdout=subprocess.DEVNULL)
@@ -150,6 +173,84 @@ def test_shares_of_processes_that_change_in_number_fit_together(tmp_path):
     [point] = evaluate_run(request)
     whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
     assert [point["metrics"]] == only_metrics(evaluate_run(parse_request(whole, nfe="5")))
+
+
+def test_fewer_samples_are_the_first_of_many(tmp_path):
+    """One of two processes has done its share of many, and then fewer are wanted: nothing is sampled again."""
+    config, *_ = make_run(tmp_path / "some")
+    many, few = (parse_request(config, nfe="5", num_samples=count) for count in (60, 20))
+    evaluate_share(Share(0, 2, "cpu", lambda _: None), many, tasks_of(many))
+    sampled = []
+    evaluate_share(Share(0, 1, "cpu", sampled.append), few, tasks_of(few))
+    assert sampled[-1] == 10
+    whole, *_ = make_run(tmp_path / "whole")
+    expected = evaluate_run(parse_request(whole, nfe="5", num_samples=20))
+    assert [point["metrics"] for point in read_points(config.run_dir)] == only_metrics(expected)
+
+
+def test_budgets_of_as_many_steps_are_the_same_samples(tmp_path, capsys):
+    config, *_ = make_run(tmp_path)
+    points = evaluate_run(parse_request(config, nfe="5,6"))
+    assert [(point["nfe"], point["steps"]) for point in points] == [(5, 2), (6, 2)]
+    assert points[0]["metrics"] == points[1]["metrics"] and points[0]["seconds"] == points[1]["seconds"]
+    assert "--nfe 6" in points[1]["command"] and read_points(config.run_dir) == points
+    assert "sampled 16/16" in capsys.readouterr().out
+    assert evaluate_run(parse_request(config, nfe="6")) == points[1:] and len(read_points(config.run_dir)) == 2
+
+
+def test_networks_lie_where_they_lie(tmp_path):
+    """A network that has moved is the same; two whose metrics would have one name are refused before anything is paid for."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    names = [pleased(tmp_path / folder) for folder in ("here", "there")]
+    config, *_ = make_run(tmp_path, names[0])
+    [point] = evaluate_run(parse_request(config, nfe="5"))
+    moved = load_run(config.run_dir, [names[1]])
+    assert evaluate_run(parse_request(moved, nfe="5")) == [point]
+    (tmp_path / "a,b").mkdir()
+    command = evaluate_run(parse_request(load_run(config.run_dir, [pleased_in_quotes(tmp_path / "a,b")]), nfe="3"))[0][
+        "command"
+    ]
+    record_path(config.run_dir).unlink()
+    app(shlex.split(command)[1:], standalone_mode=False)
+    assert len(read_points(config.run_dir)) == 1
+    both = ",".join(name.partition("=[")[2].rstrip("]") for name in names)
+    with pytest.raises(ConfigError, match=r"its metrics would be named as those of .*here/spread\.py:Spread'"):
+        evaluate_run(parse_request(load_run(config.run_dir, [f"evaluation.feature_networks=[{both}]"]), nfe="3"))
+
+
+def pleased_in_quotes(folder):
+    pleased(folder)
+    return f'evaluation.feature_networks=["{folder / "spread.py"}:Spread"]'
+
+
+def test_diagnostics_are_of_the_images_asked_for(tmp_path, caplog):
+    config, *_ = make_run(tmp_path, "evaluation.num_samples=12")
+
+    def look(*overrides, **asked):
+        evaluate_run(parse_request(load_run(config.run_dir, overrides), nfe="5", diagnostics=True, **asked))
+        return [(line["source"], line["held_out"], line["images"]) for line in read_diagnostics(config.run_dir)]
+
+    assert look() == look() == [("digits, train", False, 12)]
+    assert "the run was trained on" in caplog.text
+    assert look("evaluation.held_out_split=train[90%:]")[1:] == [("digits, train[90%:]", False, 12)], "a part of training"
+    assert look(num_samples=8)[2:] == [("digits, train", False, 8)]
+    lines = len(read_points(config.run_dir))
+    with pytest.raises(ConfigError, match=r"held-out images .*data\.split = 'test': must be train or a slice"):
+        look("evaluation.held_out_split=test", num_samples=14)
+    assert len(read_points(config.run_dir)) == lines, "a mistake shows before anything is sampled"
+
+
+def test_a_codec_that_overflows_is_no_number(tmp_path):
+    config, *_ = make_run(tmp_path)
+    (tmp_path / "overflowing.py").write_text(
+        CODEC.replace("latents / self.gain", "latents * float('nan')").replace(".clamp(-1, 1)", "")
+    )
+    write_parquet(tmp_path / "pictures.parquet", 8)
+    config = experiment(tmp_path, pleased(tmp_path), codec=f"{tmp_path / 'overflowing.py'}:Halving")
+    save_random_checkpoint(config)
+    with pytest.raises(NonFiniteError, match=r"Halving decodes samples to NaN or infinity: set data\.codec_dtype=float32"):
+        evaluate_run(parse_request(config, nfe="5"))
 
 
 def test_a_number_comes_again_from_its_record_alone(tmp_path, monkeypatch):
@@ -236,6 +337,7 @@ def test_requests(tmp_path):
     assert parse_request(config, steps="4").budgets == (Budget(9, 4),)
     assert parse_sampling(config, 3, None, 8, sampler="unipc").config.evaluation.sampler == "unipc"
     assert parse_request(config, sampler="ddim, unipc", seeds="1,2").samplers == ("ddim", "unipc")
+    assert parse_request(config, guidance="1,1.0").guidances == (1.0,)
     mistakes = {
         r"steps = 1001: must be in 1\.\.1000": {"steps": "1001"},
         r"--sampler heun: must be one of ddim, ddpm, dpmsolver\+\+, unipc": {"sampler": "ddim,heun"},

@@ -150,12 +150,18 @@ def test_hash_follows_what_decides_features(vit, tmp_path):
     for folder in ("dinov2-large", "mean", "activation", "weights"):
         shutil.copytree(tmp_path / "vit", tmp_path / folder)
     assert sha256("dinov2-large") == first
-    assert build_feature_network(f"hf:{tmp_path / 'dinov2-large'}").label == "dinov2"
+    assert build_feature_network(f"hf:{tmp_path / 'dinov2-large'}").label == "dinov2_large", "the name alone does not make it"
     edit(tmp_path / "mean" / "preprocessor_config.json", image_mean=[0.4, 0.5, 0.5])
     edit(tmp_path / "activation" / "config.json", hidden_act="relu")
     file = tmp_path / "weights" / "model.safetensors"
     save_file({name: tensor + 1e-3 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     assert len({first, *map(sha256, ("mean", "activation", "weights"))}) == 4
+
+
+def test_only_the_network_of_fd_dinov2_is_called_so(tmp_path):
+    large = transformers.Dinov2Config(hidden_size=1024, num_hidden_layers=1, num_attention_heads=16, image_size=28, mlp_ratio=1)
+    save(tmp_path / "dinov2-large", large)
+    assert build_feature_network(f"hf:{tmp_path / 'dinov2-large'}").label == "dinov2"
 
 
 def test_broken_folders(vit, tmp_path):

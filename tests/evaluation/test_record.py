@@ -126,17 +126,18 @@ def test_the_curve_is_the_newest_checkpoint_s_by_nfe(tmp_path):
 @pytest.mark.parametrize(
     ("points", "main"),
     [
-        ([point(16, 1.0), point(32, 2.0), point(32, 3.0, num_samples=50_000)], {16: [1.0], 32: [2.0]}),
+        ([point(16, 1.0), point(32, 2.0), point(32, 3.0, prompts="ab")], {16: [1.0], 32: [2.0]}),
         (
             [point(16, 1.0), point(16, 2.0, num_samples=9), point(32, 3.0, num_samples=9), point(32, 4.0)],
             {16: [1.0], 32: [4.0]},
         ),
         ([point(16, 1.0), point(16, 2.0, sampler="unipc")], {16: [1.0]}),
         ([point(16, 1.0), point(16, 2.0, num_samples=9), point(16, 3.0)], {16: [3.0]}),
+        ([point(16, 1.0), point(16, 2.0, num_samples=9), point(32, 2.0, num_samples=9)], {16: [1.0]}),
         ([point(16, 1.0), point(16, 2.0, weights="model"), point(32, 3.0, weights="model")], {16: [1.0]}),
         ([point(16, 1.0), point(16, 2.0, weights_sha256="ff")], {16: [2.0]}),
     ],
-    ids=["most budgets", "last", "first sampler", "measured again", "moving average", "trained again"],
+    ids=["most budgets", "last", "first sampler", "measured again", "most samples", "moving average", "trained again"],
 )
 def test_points_measured_differently_are_never_one_curve(tmp_path, points, main):
     assert values(run_curves(recorded(tmp_path, *points))[0]) == main
@@ -173,7 +174,7 @@ def test_variants_are_one_for_each_way_to_sample_and_named_by_what_differs(tmp_p
     main = curves[0].variant
     assert [values(curve)[16] for curve in variants(curves, "fd_digits")] == [[1.0], [3.0], [4.0]]
     assert [values(curve)[16] for curve in variants(curves, "fid")] == [[2.0]]
-    assert [curve.variant.beside(main) for curve in curves] == ["", "", "unipc", "guidance 1.5, raw weights"]
+    assert [curve.variant.beside(main) for curve in curves] == ["", "unipc", "", "guidance 1.5, raw weights"]
     assert main.beside(curves[-1].variant) == "guidance 1, EMA weights"
 
 

@@ -272,7 +272,7 @@ def test_classes_that_nobody_named(latents_run, tmp_path):
     torch.save({name: value for name, value in checkpoint.items() if name != "LatentDataModule"}, path)
     config = load_run(tmp_path / "run")
     for asked in ({"classes": "cat"}, {"guidance": 2.0}):
-        with pytest.raises(InputError, match=r"it was trained without names of classes: give --prompt"):
+        with pytest.raises(InputError, match=r"it was trained without names of classes: sample takes a --prompt"):
             sample(config, tmp_path / "out", **asked)
     sample(config, tmp_path / "out", num=2)
     shown = [Image.open(path) for path in sorted((tmp_path / "out").glob("0*.png"))]

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from madformer.evaluation.features.build import build_feature_network
+from madformer.evaluation.features.build import build_feature_network, build_feature_networks
 from madformer.evaluation.features.digits import DigitsFeatures, digits_classifier
 from madformer.evaluation.features.network import FeatureNetwork, Features, metric_name
 
-__all__ = ["DigitsFeatures", "FeatureNetwork", "Features", "build_feature_network", "digits_classifier", "metric_name"]
+__all__ = [
+    "DigitsFeatures",
+    "FeatureNetwork",
+    "Features",
+    "build_feature_network",
+    "build_feature_networks",
+    "digits_classifier",
+    "metric_name",
+]

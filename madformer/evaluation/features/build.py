@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +33,22 @@ def build_feature_network(name: str, device: torch.device | str = "cpu") -> Feat
     except InputError as error:
         raise network_error(name, error) from error
     return network.to(device)
+
+
+def build_feature_networks(names: Sequence[str], device: torch.device | str = "cpu") -> tuple[FeatureNetwork, ...]:
+    """Build all of these networks.
+
+    Raises:
+        ConfigError: as `build_feature_network`; or metrics of two of them would have the same name.
+    """
+    networks: dict[str, FeatureNetwork] = {}
+    for name in names:
+        network = build_feature_network(name, device)
+        if other := networks.get(network.label):
+            reason = f"its metrics would be named as those of {other.name!r}, {network.label}: take one of them at a time"
+            raise network_error(name, InputError(reason))
+        networks[network.label] = network
+    return tuple(networks.values())
 
 
 def _build(name: str) -> FeatureNetwork:

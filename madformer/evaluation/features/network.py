@@ -165,7 +165,10 @@ def _require_features(found: object, batch: int, width: int | None = None) -> Fe
 def _full_precision(device: torch.device) -> Iterator[None]:
     """The trainer's precision is not the network's."""
     backends: Any = torch.backends  # whose types lack these switches
-    switches = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
+    switches = (
+        *(backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul),
+        *(backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul),
+    )
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:

@@ -105,7 +105,8 @@ def build_pretrained(name: str, location: str) -> FeatureNetwork:
     decides = (type(network).__name__, relevant, astuple(input), has_pooler, weights_sha256(network))
     sha256 = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     tail = Path(location).name
-    label = "dinov2" if tail == "dinov2-large" else make_label("hf", tail)  # the network of FD-DINOv2 (Stein et al. 2023)
+    is_fd_dinov2 = tail == "dinov2-large" and config.get("model_type") == "dinov2" and config.get("hidden_size") == 1024
+    label = "dinov2" if is_fd_dinov2 else make_label("hf", tail)  # the network of FD-DINOv2 (Stein et al. 2023)
     return FeatureNetwork(name, label, _Pretrained(network, input, has_pooler), sha256)
 
 
