@@ -36,6 +36,17 @@ def undisturbed(tmp_path_factory):
     return folder / "digits"
 
 
+def test_training_does_not_notice_previews(undisturbed, tmp_path):
+    """Also of a sampler that draws noise, and over a whole reference."""
+    execute(train_command(tmp_path, "evaluation.preview_every=null"))
+    noisy = ("evaluation.preview_every=4", "evaluation.sampler=ddpm", f"evaluation.references={tmp_path / 'references'}")
+    execute(train_command(tmp_path / "noisy", *noisy))
+    assert [path.suffix for path in (tmp_path / "references").glob("*.safetensors")] == [".safetensors"]
+    for run in (tmp_path / "digits", tmp_path / "noisy/digits"):
+        assert differences(loaded(undisturbed), loaded(run)) == []
+    assert "preview/fd_digits" in scalars(tmp_path / "noisy/digits") and "preview/fd_digits" not in scalars(tmp_path / "digits")
+
+
 @pytest.mark.parametrize("overrides", [(), ("data.batch_size_per_device=4",)], ids=["plain", "accumulated"])
 def test_killed_anywhere_and_resumed_is_uninterrupted(overrides, undisturbed, tmp_path):
     if overrides:
