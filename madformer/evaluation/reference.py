@@ -10,12 +10,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -109,10 +110,25 @@ def find_reference(
     path = _find(Path(config.evaluation.references), described)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
+        with _turn(path):
             if not path.is_file():
                 _compute(network, images or _open(config, image_size, source_sha256), described, path)
     return load_reference(path)
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """One process at a time computes a reference; the others say that they wait."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{path}: another process computes it, waiting", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def load_reference(path: Path) -> Reference:
