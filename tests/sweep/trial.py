@@ -50,7 +50,7 @@ def point(config, nfe, **changes):
         "guidance": config.evaluation.guidance,
     }
     networks = {"feature_networks": [{"name": name} for name in config.evaluation.feature_networks]}
-    unread = dict.fromkeys(("weights_sha256", "prompts", "codec", "references", "checkpoint", "time"))
+    unread = dict.fromkeys(("weights_sha256", "prompts", "precision", "codec", "references", "checkpoint", "time"))
     ignored = {**networks, **unread, "steps": 1, "nfe_actual": nfe}
     return {"kind": "point", "nfe": nfe, "metrics": {"fd_digits": 1000 / nfe}, **made_by, **manner, **ignored, **changes}
 
