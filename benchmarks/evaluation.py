@@ -361,12 +361,9 @@ def report_shares(bench: Bench, name: str, seconds: Mapping[str, float]) -> list
     """The table of an evaluation, and whether the goal is reached."""
     total = sum(seconds.values())
     rows = [(phase, [f"{each:,.1f}", f"{each / total:.2%}"]) for phase, each in seconds.items()]
-    (n, m), full = bench.points, f"{bench.count:,} x {bench.partners:,}"
-    pairs = (
-        f"all pairs, {full},"
-        if (n, m) == (bench.count, bench.partners)
-        else f"pairs of {n:,} x {m:,} features, scaled to {full},"
-    )
+    (n, m), full = bench.points, (bench.count, bench.partners)
+    all_pairs = f"{full[0]:,} x {full[1]:,}"
+    pairs = f"all pairs, {all_pairs}," if (n, m) == full else f"pairs of {n:,} x {m:,} features, scaled to {all_pairs},"
     return [
         *table([f"s for {bench.count:,} images", "share"], rows),
         f"statistics: {pairs} and the Fréchet distance at full size",
