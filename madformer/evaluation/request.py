@@ -184,7 +184,7 @@ def _guidance(text: str) -> float:
 
 def _integers(option: str, text: str) -> Sequence[int]:
     if not re.fullmatch(r"\d+(,\d+)*", text.replace(" ", "")):
-        raise InputError(f"{option} {text}: must be integers with commas between them, such as 280,700")
+        raise InputError(f"{option} {text}: must be integers with commas between them")
     return list(dict.fromkeys(int(number) for number in text.split(",")))
 
 
