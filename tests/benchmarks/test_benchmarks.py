@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,17 +80,15 @@ def test_the_baseline_refuses_what_it_does_not_know():
         Baseline(MADFormer(replace(TINY, use_condition=False)))
 
 
-@pytest.mark.parametrize(("diffusion_depth", "least"), [(14, 1.4), (28, 1.6)])
-def test_flops_of_a_denoising_step_of_the_full_model(diffusion_depth, least):
-    flops = sampling_flops(sized("ffhq1024", diffusion_depth))
-    assert flops["recomputed"][1] >= least * flops["ours"][1]
+def test_flops_of_a_denoising_step_of_the_full_model():
+    flops = sampling_flops(sized("ffhq1024", 14))
+    assert flops["recomputed"][1] >= 1.4 * flops["ours"][1]
 
 
-@pytest.mark.parametrize(("lambda_hidden", "dense", "sparse"), [(0.1, 1.45, 1.1), (0.0, 1.65, 1.25)])
-def test_flops_of_a_training_step_of_the_full_model(lambda_hidden, dense, sparse):
-    flops = training_flops(sized("ffhq1024"), LossConfig(lambda_hidden=lambda_hidden))
-    assert flops["dense"] >= dense * flops["ours"]
-    assert flops["sparse"] >= sparse * flops["ours"]
+def test_flops_of_a_training_step_of_the_full_model():
+    flops = training_flops(sized("ffhq1024"), LossConfig())
+    assert flops["dense"] >= 1.45 * flops["ours"]
+    assert flops["sparse"] >= 1.1 * flops["ours"]
 
 
 def test_peak_bytes_counts_what_lives_at_once():
@@ -113,13 +108,11 @@ def test_the_report_judges_seconds_by_flops():
     assert "theirs / ours: 2.000 in FLOPs, 1.700 in seconds = 85% of it (90% NOT reached)" in report(setup, sides, 64, "step")
 
 
-@pytest.mark.parametrize("benchmark", ["sampling", "training_step"])
-def test_the_command_line(benchmark):
-    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--size", "digits", "--repeats", "1", "--batch", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "torch" in done.stdout and "MFU" in done.stdout and "in FLOPs" in done.stdout
+@pytest.mark.parametrize("benchmark", [sampling, training_step])
+def test_the_command_line(benchmark, capsys):
+    benchmark.main(["--size", "digits", "--repeats", "1", "--batch", "1"])
+    printed = capsys.readouterr().out
+    assert "torch" in printed and "MFU" in printed and "in FLOPs" in printed
 
 
 @pytest.mark.parametrize(
