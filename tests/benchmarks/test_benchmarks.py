@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from benchmarks.training_step import Losses, training_flops
 from madformer.config import LossConfig, ModelConfig, UNetConfig
 from madformer.model.madformer import MADFormer
 
-ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(
     latent_channels=2,
     latent_size=8,
