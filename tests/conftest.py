@@ -80,3 +80,14 @@ def prompts(config: ModelConfig, batch: int = 2, seed: int = 3) -> torch.Tensor 
 def one_thread() -> None:
     """Tiny tensors: threads cost more than they bring, and the tests themselves run side by side."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of a hub that cannot be reached."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return tmp_path / "cache"

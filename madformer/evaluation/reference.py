@@ -244,6 +244,7 @@ def _describe(config: ExperimentConfig, image_size: int, network: FeatureNetwork
         "subset": config.data.subset,
         "split": config.data.split,
         "source_sha256": source_sha256,
+        "image_column": config.data.image_column,
         "image_size": image_size,
         "crop": CROP,
         "network": {"name": network.name, "label": network.label, "sha256": network.sha256, "width": network.width},

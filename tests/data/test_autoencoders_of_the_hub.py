@@ -17,17 +17,6 @@ def test_no_folder_and_no_hub_id(location):
     assert complaint(f"vae:{location}") == "no such folder, and no hub id, which is owner/name or owner/name/subfolder"
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache of a hub that cannot be reached."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    return tmp_path / "cache"
-
-
 def fill(cache, folder, subfolder):
     """What the hub's library leaves of the repository owner/name."""
     repository = cache / "models--owner--name"

@@ -11,6 +11,7 @@ from madformer.data.digits import load_digits
 from madformer.evaluation.features import DigitsFeatures, FeatureNetwork, build_feature_network, metric_name
 from madformer.evaluation.features.network import as_files, make_label
 from madformer.fingerprint import weights_sha256
+from tests.networks import complaint
 
 OWN = """
 import torch
@@ -87,14 +88,6 @@ def images_of(channels=3, size=16, batch=4, seed=0):
     ramp = torch.linspace(-1, 1, size)
     plain = torch.stack([ramp[:, None] * ramp, ramp.expand(size, size), ramp[:, None].expand(size, size)])[:channels]
     return plain + 0.2 * torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def complaint(name):
-    with pytest.raises(ConfigError) as error:
-        build_feature_network(name)
-    message = str(error.value)
-    assert message.startswith(f"evaluation.feature_networks: {name!r}: ") and "\n" not in message
-    return message.removeprefix(f"evaluation.feature_networks: {name!r}: ")
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from madformer.config import ConfigError
 from madformer.evaluation.features import build_feature_network, inception
 from madformer.evaluation.features.network import as_files
+from tests.networks import complaint
 
 needs_fidelity = pytest.mark.skipif(
     importlib.util.find_spec("torch_fidelity") is None, reason="torch-fidelity, of the extra fid, is not installed"
@@ -56,14 +56,6 @@ def script(module, path):
         built = module()
     torch.jit.script(built).save(str(path))
     return built.eval()
-
-
-def complaint(name):
-    with pytest.raises(ConfigError) as error:
-        build_feature_network(name)
-    message = str(error.value)
-    assert message.startswith(f"evaluation.feature_networks: {name!r}: ") and "\n" not in message
-    return message.removeprefix(f"evaluation.feature_networks: {name!r}: ")
 
 
 def test_torchscript_gives_features(tmp_path):

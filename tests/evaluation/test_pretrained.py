@@ -11,10 +11,10 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from madformer.config import ConfigError
 from madformer.evaluation.features import build_feature_network, pretrained
 from madformer.evaluation.features.network import as_files
 from madformer.images import to_pixels
+from tests.networks import complaint
 
 LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION = {**LAYERS, "image_size": 24, "patch_size": 8}
@@ -63,14 +63,6 @@ def prepared(images, resample):
     pictures = [Image.fromarray(pixels).resize((24, 24), resample) for pixels in to_pixels(images)]
     pixels = torch.stack([torch.tensor(np.asarray(picture)) for picture in pictures]).permute(0, 3, 1, 2) / 255
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(DEVIATION).view(3, 1, 1)
-
-
-def complaint(name):
-    with pytest.raises(ConfigError) as error:
-        build_feature_network(name)
-    message = str(error.value)
-    assert message.startswith(f"evaluation.feature_networks: {name!r}: ") and "\n" not in message
-    return message.removeprefix(f"evaluation.feature_networks: {name!r}: ")
 
 
 def test_an_untrained_pooler_is_not_used(vit, tmp_path, capfd):
@@ -191,17 +183,6 @@ def test_masked_autoencoders_draw_random_numbers(tmp_path):
     )
     save(tmp_path / "mae", config)
     assert complaint(f"hf:{tmp_path / 'mae'}") == "gives other features each time it sees the same images"
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache of a hub that cannot be reached."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    return tmp_path / "cache"
 
 
 def test_without_network_it_fails_at_once_unless_it_is_cached(vit, tmp_path, cache):
