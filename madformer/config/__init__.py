@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from madformer.config.data import DataConfig
 from madformer.config.evaluation import EvaluationConfig
-from madformer.config.experiment import DiffusionConfig, ExperimentConfig, LossConfig, check_losses, wanted_outputs
-from madformer.config.frozen import config_hash, freeze, load_run, require_same_weights, trained_fields
+from madformer.config.experiment import DiffusionConfig, ExperimentConfig, LossConfig, budget_flaw, check_losses, wanted_outputs
+from madformer.config.frozen import config_hash, freeze, frozen_hash, load_run, require_same_weights, trained_fields
 from madformer.config.loading import load_experiment
 from madformer.config.model import MIN_FLEX_HEAD_WIDTH, ModelConfig, TextConfig, UNetConfig
-from madformer.config.rules import ConfigError, InputError
+from madformer.config.rules import ConfigError, DataError, InputError
 from madformer.config.training import OptimizerConfig, TrainerConfig
 
 __all__ = [
     "MIN_FLEX_HEAD_WIDTH",
     "ConfigError",
     "DataConfig",
+    "DataError",
     "DiffusionConfig",
     "EvaluationConfig",
     "ExperimentConfig",
@@ -30,9 +31,11 @@ __all__ = [
     "TextConfig",
     "TrainerConfig",
     "UNetConfig",
+    "budget_flaw",
     "check_losses",
     "config_hash",
     "freeze",
+    "frozen_hash",
     "load_experiment",
     "load_run",
     "require_same_weights",

@@ -9,7 +9,7 @@ from pathlib import Path
 from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY, DIGITS, PIXELS, DataConfig
 from madformer.config.evaluation import EvaluationConfig
 from madformer.config.model import ModelConfig
-from madformer.config.rules import is_integer, require, require_at_least
+from madformer.config.rules import ConfigError, is_integer, require, require_at_least
 from madformer.config.training import OptimizerConfig, TrainerConfig
 
 
@@ -122,14 +122,22 @@ def check_budgets(evaluation: EvaluationConfig, model: ModelConfig, diffusion: D
     Raises:
         ConfigError: such a budget; the message says which ones are legal.
     """
-    most = model.ar_depth + model.diffusion_depth * (diffusion.train_timesteps + 1) - 1
-    shape = f"with model.depth = {model.depth} and model.diffusion_depth = {model.diffusion_depth}"
     budgets = {"evaluation.nfe": evaluation.nfe}
     if evaluation.preview_every is not None:
         budgets["evaluation.preview_nfe"] = (evaluation.preview_nfe,)
     for name, values in budgets.items():
         for budget in values:
-            require(model.depth <= budget <= most, name, budget, f"{shape} a budget must be in {model.depth}..{most}")
+            if reason := budget_flaw(budget, model, diffusion):
+                raise ConfigError(f"{name} = {budget}: {reason}")
+
+
+def budget_flaw(budget: int, model: ModelConfig, diffusion: DiffusionConfig) -> str | None:
+    """Why a model cannot have an NFE budget, and which ones it can have; None: it can."""
+    least, most = model.depth, model.ar_depth + model.diffusion_depth * (diffusion.train_timesteps + 1) - 1
+    if least <= budget <= most:
+        return None
+    shape = f"with model.depth = {model.depth} and model.diffusion_depth = {model.diffusion_depth}"
+    return f"{shape} a budget must be in {least}..{most}"
 
 
 def check_losses(model: ModelConfig, loss: LossConfig) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+import re
+from collections.abc import Hashable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -36,6 +38,10 @@ _SAME_WEIGHTS: dict[str, frozenset[str]] = {
 """Fields of a section that change how a run is computed or watched, not what it learns."""
 
 _NO_WEIGHTS = frozenset({"name", "output_dir", "evaluation"})
+
+_HASH = re.compile(r"^  config_hash: ['\"]?([0-9a-f]{16})['\"]?$", re.MULTILINE)
+_HEAD_CHARACTERS = 200
+"""The hash stands at the beginning of the file."""
 
 
 def trained_fields(config: ExperimentConfig) -> dict[str, Any]:
@@ -98,11 +104,32 @@ def require_same_weights(trained: ExperimentConfig, asked: ExperimentConfig, run
             raise InputError(f"{run} is a run of another experiment: {difference}; give another name, or delete it")
 
 
+def frozen_hash(run: Path) -> str | None:
+    """The hash that a run's configuration was frozen with, without reading the rest of it; None: there is none."""
+    try:
+        with config_path(run).open(encoding="utf-8") as file:
+            found = _HASH.search(file.read(_HEAD_CHARACTERS))
+    except FileNotFoundError:
+        return None
+    return found[1] if found else None
+
+
 def to_container(config: ExperimentConfig) -> dict[str, Any]:
     """All fields, nested by section, as plain values."""
-    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return {name: _plain(getattr(config, name)) for name in _names(ExperimentConfig)}
+
+
+def _plain(value: Any) -> Any:
+    """A section as a mapping, tuples as lists; unlike `dataclasses.asdict` it copies no number, a sweep has many."""
+    if names := _names(cast(Hashable, type(value))):
+        return {name: _plain(getattr(value, name)) for name in names}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    """Fields of a section; none of what is no section."""
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

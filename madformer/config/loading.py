@@ -84,12 +84,17 @@ def _check_keys(given: Any, schema: type, where: str, prefix: str = "") -> None:
         raise ConfigError(f"{where}: {prefix.rstrip('.')} = {given!r}: must be a mapping of its fields ({', '.join(hints)})")
     for key, value in given.items():
         if key not in hints:
-            near = difflib.get_close_matches(f"{prefix}{key}", list(all_keys(ExperimentConfig)), n=1, cutoff=0.0)
-            raise ConfigError(f"{where}: unknown key {prefix}{key}; the nearest is {near[0]}")
+            near = nearest(f"{prefix}{key}", list(all_keys(ExperimentConfig)))
+            raise ConfigError(f"{where}: unknown key {prefix}{key}; the nearest is {near}")
         choices = (hints[key], *get_args(hints[key]))
         for section in choices:
             if is_dataclass(section) and not (value is None and type(None) in choices):
                 _check_keys(value, cast(type, section), where, f"{prefix}{key}.")
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """What was probably meant."""
+    return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
 
 
 def all_keys(schema: type, prefix: str = "") -> Iterator[str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 
 class InputError(ValueError):
     """What was asked for cannot be done; the message says what is wrong, where, and what would be right."""
+
+
+class DataError(InputError):
+    """Data that cannot be learnt: broken images, files that are not what was written; the message says where and what to do."""
 
 
 class ConfigError(InputError):
@@ -30,7 +35,7 @@ def require_at_least(least: int, section: str, config: object, *names: str) -> N
 
 def require_types(section: str, config: Any) -> None:
     """Check what OmegaConf checks for YAML and nothing does for plain construction: choices, truths, sections, lists."""
-    for name, hint in get_type_hints(type(config)).items():
+    for name, hint in _hints(cast(Hashable, type(config))).items():
         value, arguments = getattr(config, name), get_args(hint)
         if get_origin(hint) is Literal:
             require(value in arguments, f"{section}.{name}", value, f"must be one of {', '.join(arguments)}")
@@ -40,6 +45,11 @@ def require_types(section: str, config: Any) -> None:
             object.__setattr__(config, name, tuple(value))
         elif hint is bool or any(is_dataclass(choice) for choice in (hint, *arguments)):
             require(isinstance(value, hint), f"{section}.{name}", value, f"must be of type {getattr(hint, '__name__', hint)}")
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def is_integer(value: object) -> bool:
