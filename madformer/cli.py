@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from madformer import __version__
-from madformer.config import InputError, load_experiment, load_run
+from madformer.config import DataError, InputError, load_experiment, load_run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -179,14 +179,18 @@ def report(
 
 
 @sweep_app.command("run")
-def sweep_run(sweep: SweepFile, overrides: Overrides = None) -> None:
+def sweep_run(
+    sweep: SweepFile,
+    overrides: Overrides = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what has failed.")] = False,
+) -> None:
     """Train and evaluate every cell; what is done is not done again."""
-    from madformer.sweep.spec import load_sweep
+    from madformer.sweep.loading import load_sweep
 
     spec = load_sweep(sweep, overrides or [])
-    from madformer.sweep.launch import run_sweep
+    from madformer.sweep.driver import run_sweep
 
-    status = run_sweep(spec)
+    status = run_sweep(spec, retry_failed)
     if status == 0:
         print(f"table and curves: madformer report {shlex.join([str(sweep), *(overrides or [])])}")
         print(f"in TensorBoard:   tensorboard --logdir {spec.folder}")
@@ -194,18 +198,23 @@ def sweep_run(sweep: SweepFile, overrides: Overrides = None) -> None:
 
 
 @sweep_app.command("plan")
-def sweep_plan(sweep: SweepFile, overrides: Overrides = None) -> None:
-    """Show what would run, and what it costs."""
-    from madformer.sweep.spec import load_sweep
-    from madformer.sweep.status import print_plan
+def sweep_plan(
+    sweep: SweepFile,
+    overrides: Overrides = None,
+    tflops: Annotated[float | None, typer.Option(min=1e-3, help="Peak of a device in TFLOP/s; default: an A100's.")] = None,
+    mfu: Annotated[float | None, typer.Option(min=1e-3, max=1, help="Part of the peak that is reached.")] = None,
+) -> None:
+    """Show what would run, and what it costs: by measured rates where there are some, else by FLOPs."""
+    from madformer.sweep.loading import load_sweep
+    from madformer.sweep.plan import print_plan
 
-    print_plan(load_sweep(sweep, overrides or []))
+    print_plan(load_sweep(sweep, overrides or []), tflops, mfu)
 
 
 @sweep_app.command("status")
 def sweep_status(sweep: SweepFile, overrides: Overrides = None) -> None:
     """Show how far every cell is; live on a terminal."""
-    from madformer.sweep.spec import load_sweep
+    from madformer.sweep.loading import load_sweep
     from madformer.sweep.status import print_status
 
     print_status(load_sweep(sweep, overrides or []))
@@ -216,6 +225,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         app()
+    except DataError as error:
+        _fail(f"bad data: {error}", 2)
     except (InputError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         _fail(_describe(error), 2)
     except OSError as error:

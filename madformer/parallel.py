@@ -64,6 +64,11 @@ def find_devices(settings: TrainerConfig) -> list[str]:
     return [f"cuda:{index}" for index in range(settings.devices or there)]
 
 
+def device_name(device: torch.device) -> str:
+    """What kind of device it is."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def share_out(work: Work, arguments: tuple[Any, ...], devices: list[str], display: ProgressDisplay, before: int = 0) -> None:
     """Do the work on all devices and wait for it; on a single one in this process.
 

@@ -1,16 +1,21 @@
-"""A run's folder: `config.yaml`, `checkpoints/`, `samples/`, `evaluations.jsonl`, TensorBoard event files."""
+"""A run's folder: `config.yaml`, `checkpoints/`, `samples/`, `evaluations.jsonl`, TensorBoard event files.
+
+`previews.jsonl` has the quick distances of training, `progress.json` says how far its commands are.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
 from madformer.config import ExperimentConfig, InputError, load_run, require_same_weights
 from madformer.config.frozen import config_path
+from madformer.files import append_line, write_text
 
 Purpose = Literal["train", "evaluate", "encode", "sample"]
 """What a folder is held for."""
@@ -19,6 +24,36 @@ Purpose = Literal["train", "evaluate", "encode", "sample"]
 def is_run(folder: Path) -> bool:
     """Whether a run has begun there."""
     return config_path(folder).is_file()
+
+
+def progress_path(run: Path) -> Path:
+    """Where it says how far its commands are."""
+    return run / "progress.json"
+
+
+def append_preview(run: Path, step: int, metrics: Mapping[str, float]) -> None:
+    """Add what a preview has measured, the main metric first."""
+    append_line(_previews_path(run), json.dumps({"step": step, "metrics": dict(metrics)}))
+
+
+def read_previews(run: Path) -> list[dict[str, Any]]:
+    """`step` and `metrics` of all previews so far; the end of a line that a crash cut short is left out."""
+    try:
+        lines = _previews_path(run).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def drop_previews(run: Path, step: int) -> None:
+    """Remove what was measured behind the checkpoint that a run resumes from."""
+    if previews := read_previews(run):
+        kept = (json.dumps(preview) + "\n" for preview in previews if preview["step"] <= step)
+        write_text(_previews_path(run), "".join(kept))
 
 
 def require_own_run(config: ExperimentConfig) -> None:
@@ -56,3 +91,7 @@ def claim_folder(folder: Path, purpose: Purpose, rank: int = 0) -> Iterator[None
         if not existed and {path.name for path in folder.iterdir()} <= {f".{purpose}.lock"}:
             (folder / f".{purpose}.lock").unlink(missing_ok=True)  # it ended before it began: leave nothing
             folder.rmdir()
+
+
+def _previews_path(run: Path) -> Path:
+    return run / "previews.jsonl"

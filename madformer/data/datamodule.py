@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from madformer.config import ConfigError, ExperimentConfig, InputError
+from madformer.config import ConfigError, DataError, ExperimentConfig, InputError
 from madformer.config.data import DIGITS
 from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.data.digits import digits_sha256
@@ -181,7 +181,7 @@ class LatentDataModule(pl.LightningDataModule):
         if len(named) > self.config.data.max_skipped:
             first = "; ".join(line.replace("\t", ": ") for line in named[:3])
             limit = f"more than data.max_skipped = {self.config.data.max_skipped} broken images"
-            raise InputError(f"{self.config.data.source}: {limit}: {first}; ... mend them, or raise the limit")
+            raise DataError(f"{self.config.data.source}: {limit}: {first}; ... mend them, or raise the limit")
 
     def _open_images(self, name: str) -> None:
         self._source = open_source(self.config.data)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from madformer.config import ConfigError, DataConfig, ExperimentConfig, InputError
+from madformer.config import ConfigError, DataConfig, DataError, ExperimentConfig, InputError
 from madformer.config.data import DIGITS
 from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.data.images import load_square, to_unit
@@ -196,7 +196,7 @@ def _finish(folder: Path, encoding: Encoding, source: ImageSource, codec: Codec)
         )
         return
     if not any(shard.rows for shard in shards):
-        raise InputError(f"{encoding.source}: no image in it that can be read")
+        raise DataError(f"{encoding.source}: no image in it that can be read")
     _remove_left_overs(folder)
     skipped = _skipped(shards)
     write_text(folder / "skipped.txt", "".join(f"{key}\t{flaw}\n" for key, flaw in skipped))

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from madformer.config import InputError
+from madformer.config import DataError
 from madformer.data.images import BadImage, load_square
 from madformer.data.prefetch import prefetch
 from madformer.data.sources import Row
@@ -38,12 +38,12 @@ def require_few(source: str | None, skipped: list[tuple[str, str]], most: int) -
     """Refuse more than `data.max_skipped` broken images, given as (key, flaw).
 
     Raises:
-        InputError: with the first three.
+        DataError: with the first three.
     """
     if len(skipped) > most:
         first = "; ".join(f"{key}: {flaw}" for key, flaw in skipped[:3])
         limit = f"more than data.max_skipped = {most} broken images"
-        raise InputError(f"{source}: {limit}: {first}; ... Mend them or raise the limit; what is done is kept")
+        raise DataError(f"{source}: {limit}: {first}; ... Mend them or raise the limit; what is done is kept")
 
 
 def _decode(row: Row, size: int) -> Picture:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from madformer.config import InputError
+from madformer.config import DataError, InputError
 from madformer.data.digits import load_digits
 from madformer.data.images import BadImage, load_square
 from madformer.data.order import Places
@@ -133,7 +133,7 @@ def first_good(rows: Iterator[Row], image_size: int, max_skipped: int) -> ReadIm
     """The first row whose image can be read.
 
     Raises:
-        InputError: there is none, or none among the first `max_skipped` and one.
+        DataError: there is none, or none among the first `max_skipped` and one.
     """
     skipped: list[tuple[str, str]] = []
     for row in rows:
@@ -144,7 +144,7 @@ def first_good(rows: Iterator[Row], image_size: int, max_skipped: int) -> ReadIm
             if len(skipped) > max_skipped:
                 break
     first = "; ".join(f"{key}: {flaw}" for key, flaw in skipped[:3])
-    raise InputError(
+    raise DataError(
         f"data.source: {len(skipped)} broken images, one after the other (data.max_skipped = {max_skipped}): {first}"
     )
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from madformer.config import InputError
+from madformer.config import DataError
 from madformer.data.manifest import Encoding, Manifest, Shard, write_shard
 from madformer.files import replacing
 
@@ -86,7 +86,8 @@ class ShardReader:
     """All rows of a folder of latents, mapped from the disk; the number of a row is its place in the order of the shards.
 
     Raises:
-        InputError: no latents there, or a shard that is missing or has other rows than the manifest says.
+        InputError: no latents there.
+        DataError: a shard that is missing or has other rows than the manifest says.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -129,14 +130,14 @@ class ShardReader:
 
         path = self.folder / f"{name}.arrow"
         if not path.is_file():
-            raise InputError(f"{path}: missing, the manifest has it with {rows} rows; madformer encode makes what is missing")
+            raise DataError(f"{path}: missing, the manifest has it with {rows} rows; madformer encode makes what is missing")
         try:
             table = Dataset.from_file(str(path)).data.table
         except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(
+            raise DataError(
                 f"{path}: not a shard: {' '.join(str(error).split())}; delete it and its .json, and encode again"
             ) from error
         if len(table) != rows:
-            raise InputError(f"{path}: {len(table)} rows, the manifest says {rows}; delete it and its .json, and encode again")
+            raise DataError(f"{path}: {len(table)} rows, the manifest says {rows}; delete it and its .json, and encode again")
         for batch in table.to_batches():
             yield pa.Table.from_batches([batch])

@@ -39,9 +39,9 @@ from madformer.evaluation.sampled import BLOCKS, MEMORY, PHASES, SIZES, WARM, fe
 from madformer.evaluation.sampling import inference_devices
 from madformer.evaluation.tasks import Judges, Task, complete_tasks, draft_tasks, open_codec, warn_of_bias
 from madformer.model import cost
-from madformer.parallel import Share, cluster_rank, own_device, share_out
-from madformer.progress import ProgressDisplay
-from madformer.run import claim_folder
+from madformer.parallel import Share, cluster_rank, device_name, own_device, share_out
+from madformer.progress import ProgressDisplay, ProgressFile
+from madformer.run import claim_folder, progress_path
 from madformer.training.errors import NonFiniteError
 
 __all__ = ["evaluate_run"]
@@ -76,7 +76,8 @@ def evaluate_run(request: EvaluationRequest) -> list[Point]:
         if missing:
             before = sum(len(_done(task)) for task in missing.values())
             total = sum(task.described["num_samples"] for task in missing.values())
-            with ProgressDisplay("sampled", "images", total, before, silent=bool(rank)) as display:
+            file = ProgressFile(progress_path(run), {"device": device_name(torch.device(devices[0]))})
+            with ProgressDisplay("sampled", "images", total, before, silent=bool(rank), file=file) as display:
                 share_out(evaluate_share, (request, list(missing.values())), devices, display, before)
         with FileLock(run / ".record.lock"):
             return _conclude(request, tasks, own_device(devices))
@@ -139,7 +140,7 @@ def _measure_if_complete(task: Task, judges: Judges, share: Share) -> None:
         "seconds": seconds["sampling"],
         "seconds_spent": seconds,
         "processes": share.world_size,
-        "device": _device_name(torch.device(share.device)),
+        "device": device_name(torch.device(share.device)),
         "threads": torch.get_num_threads(),
         "versions": _versions(),
         "time": _now(),
@@ -262,13 +263,9 @@ def _record_diagnostics(request: EvaluationRequest, task: Task, device: torch.de
     model = load_model(path, config, request.weights).to(device)
     with ProgressDisplay("diagnosed", "images", count) as display:
         found = diagnose(model, config, path, budget.steps, device, count, display.show)
-    where = {"device": _device_name(device), "versions": _versions(), "time": _now()}
+    where = {"device": device_name(device), "versions": _versions(), "time": _now()}
     append_point(config.run_dir, {"kind": "diagnostics", **wanted, **found, **where})
     return True
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _versions() -> dict[str, str]:

@@ -22,6 +22,7 @@ from madformer.evaluation.reference import find_reference
 from madformer.evaluation.sampling import default_prompts, sample_batches
 from madformer.images import save_png, to_grid
 from madformer.model import cost
+from madformer.run import append_preview
 from madformer.training.module import LitMADFormer
 
 _log = logging.getLogger(__name__)
@@ -151,6 +152,8 @@ class Preview(Callback):
         return values
 
     def _show(self, trainer: pl.Trainer, step: int, images_BCYX: Tensor, values: dict[str, float]) -> None:
+        if values:
+            append_preview(self.config.run_dir, step, {name.removeprefix("preview/"): value for name, value in values.items()})
         grid = to_grid(images_BCYX[:64])
         save_png(grid, self.config.run_dir / "samples" / f"preview-{step:08d}.png")
         for logger in trainer.loggers:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -21,12 +22,14 @@ from madformer.data.datamodule import LatentDataModule
 from madformer.data.order import Portion
 from madformer.evaluation.curves import drop_orphans
 from madformer.parallel import find_devices
-from madformer.run import claim_folder, is_run
+from madformer.run import claim_folder, drop_previews, is_run
 from madformer.training.callbacks import Preview, RunCheckpoints, WholeFileIO
 from madformer.training.errors import Interrupted
 from madformer.training.module import LitMADFormer
 from madformer.training.progress import RunProgress
 from madformer.training.strategy import build_strategy
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def train(config: ExperimentConfig) -> Path:
@@ -55,6 +58,7 @@ def train(config: ExperimentConfig) -> Path:
             if not is_run(run):
                 freeze(config, run)
             drop_orphans(run, step)
+            drop_previews(run, step)
         goal = f"{config.trainer.max_steps} steps (config hash {config_hash(config)})"
         _say(f"{run}: {f'resuming after step {step} of' if step else 'training'} {goal}")
         _fit(trainer, checkpoints, data, checkpoint)
@@ -95,8 +99,8 @@ def build_trainer(config: ExperimentConfig) -> tuple[pl.Trainer, RunCheckpoints]
         precision=settings.precision,
         max_steps=settings.max_steps,
         deterministic=settings.deterministic,
-        callbacks=[Preview(config), RunProgress(settings.max_steps), checkpoints],
-        plugins=[WholeFileIO()],
+        callbacks=[Preview(config), RunProgress(config), checkpoints],
+        plugins=[WholeFileIO(), *_slurm()],
         logger=RunLogger(save_dir=config.run_dir, name="", version=""),
         default_root_dir=config.run_dir,
         enable_progress_bar=False,
@@ -104,6 +108,11 @@ def build_trainer(config: ExperimentConfig) -> tuple[pl.Trainer, RunCheckpoints]
         use_distributed_sampler=False,
     )
     return trainer, checkpoints
+
+
+def _slurm() -> list[SLURMEnvironment]:
+    """Under srun its tasks are the processes. What Lightning saves before a time limit would win over later checkpoints."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 class RunLogger(TensorBoardLogger):
@@ -121,6 +130,7 @@ def _quieten() -> None:
     for noise in (
         ".*LeafSpec.*deprecated",
         ".*does not have many workers.*",
+        ".*`srun` command is available.*",
         ".*overridden `on_before_batch_transfer`.*",
         ".*FSDP2-wrapped module.*returned a view.*",
     ):
@@ -148,7 +158,10 @@ def _newest(config: ExperimentConfig) -> Path | None:
 
 @contextmanager
 def _stopping_on_signal(checkpoints: RunCheckpoints) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM stop the run after the step that it is in, a second one at once; yields what was received."""
+    """Stop the run after the step that it is in on Ctrl-C, SIGTERM, and what Slurm sends before a time limit.
+
+    A second Ctrl-C stops it at once. Yields what was received.
+    """
     received: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -157,7 +170,7 @@ def _stopping_on_signal(checkpoints: RunCheckpoints) -> Iterator[list[int]]:
         _say("stopping after this step; once more to stop at once, without saving")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in _STOPPING}
     try:
         yield received
     finally:

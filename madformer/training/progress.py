@@ -7,20 +7,30 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from madformer.progress import ProgressDisplay
+from madformer.config import ExperimentConfig
+from madformer.parallel import device_name
+from madformer.progress import ProgressDisplay, ProgressFile
+from madformer.run import progress_path
 
 
 class RunProgress(Callback):
     """Shows how far a run is, and its loss."""
 
-    def __init__(self, max_steps: int) -> None:
-        self.max_steps = max_steps
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config = config
         self._display: ProgressDisplay | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
-        silent = not trainer.is_global_zero
-        self._display = ProgressDisplay("step", "steps", self.max_steps, done=trainer.global_step, silent=silent)
+        facts = {"devices": trainer.world_size, "device": device_name(trainer.strategy.root_device)}
+        self._display = ProgressDisplay(
+            "step",
+            "steps",
+            self.config.trainer.max_steps,
+            done=trainer.global_step,
+            silent=not trainer.is_global_zero,
+            file=ProgressFile(progress_path(self.config.run_dir), facts),
+        )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
