@@ -24,10 +24,10 @@ SWEEP := sweeps/quickstart.yaml
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint env lock clean
+.PHONY: help quickstart test test-cluster lint env lock clean
 
 help: ## say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 quickstart: $(CORE) ## train three models on digits, compare them: a table, curves, TensorBoard
 	$(BIN)/madformer sweep run $(SWEEP)
@@ -36,6 +36,11 @@ quickstart: $(CORE) ## train three models on digits, compare them: a table, curv
 
 test: $(DEV) ## run the tests
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal $(ARGS)
+
+test-cluster: $(DEV) ## run the tests that start a PostgreSQL and a Slurm of their own; installs Debian's packages, as root
+	@command -v sbatch munged slurmctld >/dev/null || bash tests/sweep/servers/slurm.sh install
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || bash tests/sweep/servers/postgresql.sh install
+	SERVERS=1 REPETITIONS=20 $(BIN)/python -m pytest -s tests/sweep/test_queue.py tests/sweep/test_servers.py $(ARGS)
 
 lint: $(DEV) ## check style, format and types
 	$(BIN)/ruff check .

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from madformer.config import InputError
+from madformer.evaluation.record import read_points
 from madformer.report.costs import parse_against
 from madformer.report.rows import Curve, curves_of_runs
 from madformer.report.table import build_report
 from madformer.report.write import write_report
-from madformer.sweep.spec import Sweep, load_sweep
+from madformer.sweep.loading import load_sweep
+from madformer.sweep.spec import Sweep
+
+_log = logging.getLogger(__name__)
 
 
 def report_on(sources: Sequence[str], out: Path | None, metric: str | None = None, against: str | None = None) -> None:
@@ -35,12 +40,20 @@ def report_on(sources: Sequence[str], out: Path | None, metric: str | None = Non
 
 
 def _curves_of_sweep(sweep: Sweep) -> list[Curve]:
-    """All cells; cells that were not evaluated are an error that says how to do that."""
-    cells = sweep.cells()
-    if missing := [cell.name for cell in cells if not (cell.run / "evaluations.jsonl").exists()]:
-        remedy = "madformer sweep run does that, and goes on where it stopped"
-        raise InputError(f"{sweep.name}: {len(missing)} of {len(cells)} cells are not evaluated ({missing[0]}, ...): {remedy}")
-    return [Curve(cell.name.removesuffix(f"-s{cell.seed}"), cell.run, cell.axes, cell.seed) for cell in cells]
+    """All cells that were evaluated, with a word on the others; none at all is an error that says how to do that."""
+    if sweep.search is None:
+        cells = sweep.cells()
+    else:
+        from madformer.sweep.search import tried_cells
+
+        cells = list({cell.run: cell for cell in tried_cells(sweep)}.values())
+    measured = [cell for cell in cells if read_points(cell.run)]
+    remedy = "madformer sweep run does that, and goes on where it stopped"
+    if not measured:
+        raise InputError(f"{sweep.name}: none of {len(cells)} cells is evaluated: {remedy}")
+    if missing := [cell.name for cell in cells if cell not in measured]:
+        _log.warning("%d of %d cells are not evaluated (%s, ...): %s", len(missing), len(cells), missing[0], remedy)
+    return [Curve(cell.name.removesuffix(f"-s{cell.seed}"), cell.run, cell.axes, cell.seed) for cell in measured]
 
 
 def _write(curves: Sequence[Curve], title: str, folder: Path, metric: str | None, against: Sequence[str]) -> None:

@@ -1,49 +1,156 @@
-"""What a sweep is: a YAML file of a dozen lines, and the cells that it stands for. Needs no torch: mistakes show at once."""
+"""What a sweep is: the fields of its YAML file, and their rules. Needs neither torch nor Optuna: mistakes show at once."""
 
 from __future__ import annotations
 
-import difflib
-import itertools
-import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from madformer.config import ConfigError, ExperimentConfig, config_hash, load_experiment
-from madformer.config.loading import all_keys, read_mapping
+from madformer.config import ConfigError, ExperimentConfig, load_experiment
+from madformer.config.evaluation import SamplerName
+from madformer.config.loading import all_keys, nearest
 from madformer.config.rules import is_integer, require
+from madformer.sweep.names import as_text, is_folder_name, is_plain_name
 
-ALIASES = {"model.diffusion_depth": "d", "model.ar_length": "l", "loss.lambda_hidden": "h"}
-"""Short names of axes in the names of cells; another axis is called by the last part of its key."""
+if TYPE_CHECKING:
+    from madformer.sweep.cells import Cell
 
-_OWN = {
+OWN = {
     "seed": "set seeds",
     "name": "cells are named by their axes",
     "output_dir": "set output_dir of the sweep",
     "evaluation.nfe": "set evaluate.nfe",
+    "trainer.devices": "set devices_per_trial",
+    "trainer.num_nodes": "set slurm.nodes_per_trial",
 }
 """Fields of an experiment that a sweep sets itself -> what to do instead."""
+
+VARIANT = "variant"
+"""What the axis of named variants is called, where other axes are called by their field."""
+
+DISTANCE = "distance"
+"""The objective of a search that is the first feature network's distance."""
+
+COSTS = ("nfe", "tflops")
+"""Objectives of a search that are no metrics."""
+
+_FIELDS = tuple(all_keys(ExperimentConfig))
 
 
 @dataclass(frozen=True)
 class InferenceAxes:
-    """What every trained cell is evaluated at; it never makes a new cell."""
+    """What every trained cell is evaluated at; it never makes a new cell. Empty: as the experiment's `evaluation` says."""
 
-    nfe: tuple[int, ...] | None = None
-    """Budgets in layer evaluations per block; null: the experiment's evaluation.nfe."""
+    nfe: tuple[int, ...] = ()
+    """Budgets in layer evaluations per block. One that a cell's model cannot have is skipped for that cell, with the reason."""
+    samplers: tuple[str, ...] = ()
+    """Samplers by name."""
+    guidance: tuple[float, ...] = ()
+    """Scales of classifier-free guidance."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of sampling."""
+    checkpoints: str = "newest"
+    """`newest`, or `last5`: the last five, and their mean."""
+
+    def __post_init__(self) -> None:
+        for name in ("nfe", "samplers", "guidance", "seeds"):
+            require_distinct(f"evaluate.{name}", getattr(self, name))
+        for sampler in self.samplers:
+            legal = get_args(SamplerName)
+            require(sampler in legal, "evaluate.samplers", sampler, f"must be of {', '.join(legal)}")
+        legal_name = re.fullmatch(r"newest|last[1-9]\d*", self.checkpoints) is not None
+        require(legal_name, "evaluate.checkpoints", self.checkpoints, "must be newest, or last5 and the like")
+
+    @property
+    def last(self) -> int:
+        """How many checkpoints."""
+        return 1 if self.checkpoints == "newest" else int(self.checkpoints.removeprefix("last"))
+
+
+@dataclass(frozen=True)
+class Search:
+    """Trials that Optuna chooses, in place of a grid."""
+
+    space: dict[str, Any] = field(default_factory=dict)
+    """Field -> list of choices, or a range: {low: 1e-4, high: 1e-2, log: true}, {low: 16, high: 64, step: 16}."""
+    nfe: tuple[int, ...] = ()
+    """The budget that trials are judged at; of several, each trial is given one (a run is trained once for all of them)."""
+    trials: int = 20
+    """How many are tried."""
+    objectives: tuple[str, ...] = (DISTANCE,)
+    """One or two, to be as small as can be: `distance` (of the first feature network), or a distance by its name, such as
+    `fid`; `nfe`, or `tflops` per image."""
+    sampler: Literal["tpe", "random", "nsga2", "qmc"] = "tpe"
+    """Optuna's algorithm."""
+    pruner: Literal["none", "median", "halving", "hyperband"] = "none"
+    """Optuna's rule that ends hopeless trials early, by the distances of previews (`evaluation.preview_every`)."""
+    seed: int = 0
+    """Of the algorithm."""
+
+    def __post_init__(self) -> None:
+        require(len(self.space) > 0, "search.space", {}, "must name at least one field, as in loss.lambda_hidden: [0, 0.1, 1]")
+        require(self.trials >= 1, "search.trials", self.trials, "must be at least 1")
+        require(len(self.nfe) > 0, "search.nfe", [], "must name the budget that trials are judged at")
+        require_distinct("search.nfe", self.nfe)
+        objectives = list(self.objectives)
+        require(1 <= len(objectives) <= 2, "search.objectives", objectives, "must be one or two, such as [distance, nfe]")
+        require_distinct("search.objectives", self.objectives)
+        for name in objectives:
+            legal = name in COSTS or re.fullmatch(rf"{DISTANCE}|fid|(fd|kid)(_.+)?", name) is not None
+            remedy = f"must be {DISTANCE}, {', '.join(COSTS)}, or a distance such as fid or fd_digits"
+            require(legal, "search.objectives", name, remedy)
+        legal = any(name not in COSTS for name in objectives)
+        require(legal, "search.objectives", objectives, f"one must be {DISTANCE}: costs alone need no training")
+        legal = "nfe" not in objectives or len(self.nfe) > 1
+        require(legal, "search.nfe", list(self.nfe), "an objective is the NFE: name several budgets")
+        legal = self.pruner == "none" or len(objectives) == 1
+        require(legal, "search.pruner", self.pruner, "trials of two objectives cannot be ended early: set it to none")
+        for key, choices in self.space.items():
+            _check_choices(f"search.space.{key}", choices)
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """How a trial is asked for from Slurm."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    minutes: int = 1440
+    """Time limit of a job. A trial that takes longer is saved, queued again, and goes on."""
+    signal_seconds: int = 180
+    """Time before the limit at which a trial is told to save its state; Slurm may tell it up to a minute earlier."""
+    nodes_per_trial: int = 1
+    """Machines of a trial, each with `devices_per_trial` devices."""
+    cpus_per_task: int | None = None
+    """Cores for each device; null: the cluster's default."""
+    mem_gb: float | None = None
+    """Memory on each machine; null: the cluster's default."""
+    parallel: int | None = None
+    """The most trials that run at once; null: as many as Slurm lets."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the trial, such as `module load cuda`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Any other option of sbatch -> value, such as `constraint: a100` or `gres: gpu:a100:4`."""
+
+    def __post_init__(self) -> None:
+        for name in ("minutes", "nodes_per_trial"):
+            require(getattr(self, name) >= 1, f"slurm.{name}", getattr(self, name), "must be at least 1")
+        for name in ("cpus_per_task", "mem_gb", "parallel"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"slurm.{name}", value, "must be above 0")
+        legal = 1 <= self.signal_seconds < 60 * self.minutes
+        require(legal, "slurm.signal_seconds", self.signal_seconds, f"must be in 1..{60 * self.minutes - 1} (slurm.minutes)")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A grid of runs of one experiment."""
+    """Runs of one experiment: a grid, or a search."""
 
     name: str = ""
     """Its runs live in output_dir/name; default: the file's name."""
@@ -53,45 +160,107 @@ class Sweep:
     """Field -> value, for every cell."""
     grid: dict[str, Any] = field(default_factory=dict)
     """Training axes, field -> list of values; a cell is trained for each combination and seed."""
+    zip: dict[str, Any] = field(default_factory=dict)
+    """Tied axes, field -> list of values, all of one length: the first values go together, the second ones, ..."""
+    variants: dict[str, Any] = field(default_factory=dict)
+    """Name -> fields and values that set the variant apart, for switches that are no number; {} for the plain one."""
+    exclude: tuple[Any, ...] = ()
+    """Combinations to leave out: axis -> value or list of values; what matches all of an entry is left out."""
     seeds: tuple[int, ...] = (0,)
     """Seeds that every combination is trained with."""
+    search: Search | None = None
+    """Trials that Optuna chooses, in place of grid, zip and variants."""
     evaluate: InferenceAxes = field(default_factory=InferenceAxes)
     """Inference axes."""
+    devices_per_trial: int = 1
+    """Devices of a trial, on each of its machines; on the CPU, processes."""
+    launcher: Literal["local", "slurm"] = "local"
+    """Where trials run: on this machine, or as jobs of Slurm."""
+    slurm: Slurm = field(default_factory=Slurm)
+    """How a trial is asked for from Slurm."""
+    storage: str | None = None
+    """Database of the study, such as postgresql://user@host/name, for drivers on several machines; ${oc.env:NAME} is a variable
+    of the environment. null: SQLite, in the sweep's folder."""
+    retries: int = 3
+    """How often a trial that died (killed, lost machine) is tried again without having got any further."""
     workers: int | None = None
-    """Trials side by side; null: as many as there are cores for `threads` each."""
+    """Trials side by side on this machine; null: a group of GPUs for each, or as many as there are cores for them."""
     threads: int = 1
-    """CPU threads of a trial: a fixed number, so that results do not depend on the machine's."""
+    """CPU threads of a process on the CPU: a fixed number, so that results do not depend on the machine's."""
     output_dir: str | None = None
     """Folder of sweeps; null: the experiment's."""
 
     def __post_init__(self) -> None:
-        legal = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\n\0")
-        require(legal, "name", self.name, "must be the name of a folder")
+        require(is_folder_name(self.name), "name", self.name, "must be the name of a folder")
         require(self.experiment != "", "experiment", self.experiment, "must be the path of an experiment's YAML file")
-        require(self.threads >= 1, "threads", self.threads, "must be at least 1")
+        for name in ("threads", "devices_per_trial"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1")
+        require(self.retries >= 0, "retries", self.retries, "must be at least 0")
+        legal = self.storage is None or re.match(r"[a-z0-9+]+://", self.storage) is not None
+        require(legal, "storage", self.storage, "must be a database's URL, such as postgresql://user@host/name")
         legal = len(self.seeds) > 0 and all(is_integer(seed) and seed >= 0 for seed in self.seeds)
         require(legal, "seeds", list(self.seeds), "must be a list of integers of at least 0")
-        _require_distinct("seeds", self.seeds)
-        if self.evaluate.nfe is not None:
-            require(len(self.evaluate.nfe) > 0, "evaluate.nfe", [], "must name at least one budget")
-            _require_distinct("evaluate.nfe", self.evaluate.nfe)
+        require_distinct("seeds", self.seeds)
         self._check_fields()
+        self._check_axes()
+        self._check_search()
 
     def _check_fields(self) -> None:
-        for where, values in (("overrides", self.overrides), ("grid", self.grid)):
+        places: dict[str, Mapping[str, Any]] = {"overrides": self.overrides, "grid": self.grid, "zip": self.zip}
+        for name, changes in self.variants.items():
+            require(is_plain_name(name), "variants", name, "a variant's name must be of letters, digits, '.', '_', '+' and '-'")
+            require(isinstance(changes, Mapping), f"variants.{name}", changes, "must be a mapping of fields to values")
+            places[f"variants.{name}"] = changes
+        if self.search is not None:
+            places["search.space"] = self.search.space
+        for where, values in places.items():
             for key, value in values.items():
-                _require_known(key, where)
-                if key in _OWN and not (key == "evaluation.nfe" and where == "overrides" and self.evaluate.nfe is None):
-                    raise ConfigError(f"{where}.{key} = {value!r}: {_OWN[key]}")
+                require_known(key, where)
+                if key in OWN:
+                    raise ConfigError(f"{where}.{key} = {value!r}: {OWN[key]}")
+                remedy = "inference never makes a new cell: set it in overrides, or under evaluate"
+                legal = where == "overrides" or not key.startswith("evaluation")
+                require(legal, f"{where}.{key}", value, remedy)
+
+    def _check_axes(self) -> None:
+        for where, axes in (("grid", self.grid), ("zip", self.zip)):
+            for key, values in axes.items():
+                legal = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+                require(legal, f"{where}.{key}", values, "must be a list of values, as in model.diffusion_depth: [2, 4, 8]")
         for key, values in self.grid.items():
-            remedy = "inference never makes a new cell: set it in overrides, or set evaluate.nfe"
-            require(not key.startswith("evaluation"), f"grid.{key}", values, remedy)
-            legal = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
-            require(legal, f"grid.{key}", values, "must be a list of values, as in model.diffusion_depth: [2, 4, 8]")
-            _require_distinct(f"grid.{key}", values)
+            require_distinct(f"grid.{key}", values)
+        lengths = {key: len(values) for key, values in self.zip.items()}
+        require(len(set(lengths.values())) <= 1, "zip", lengths, "tied axes must be of one length")
+        self._check_once()
+        for entry in self.exclude:
+            require(isinstance(entry, Mapping) and len(entry) > 0, "exclude", entry, "must be a mapping of axes to values")
+            for key in entry:
+                remedy = f"must be an axis of the sweep: {', '.join(self.axes) or 'it has none'}"
+                require(key in self.axes, "exclude", key, remedy)
+
+    def _check_once(self) -> None:
+        """No field is set in two places."""
+        varied = dict.fromkeys(self.zip, "zip") | dict.fromkeys(self.grid, "grid")
+        if both := self.zip.keys() & self.grid.keys():
+            raise ConfigError(f"zip.{min(both)}: the grid varies it too; name it once")
+        changed = {key: f"variants.{name}" for name, changes in self.variants.items() for key in changes}
+        if both := changed.keys() & varied.keys():
+            raise ConfigError(f"{changed[min(both)]}.{min(both)}: the {varied[min(both)]} varies it too; name it once")
+        for key, where in varied.items():
             if key in self.overrides:
-                raise ConfigError(f"overrides.{key} = {self.overrides[key]!r}: the grid varies it; set grid.{key}")
+                raise ConfigError(f"overrides.{key} = {self.overrides[key]!r}: the {where} varies it; set {where}.{key}")
+
+    def _check_search(self) -> None:
+        if self.search is None:
+            return
+        for name in ("grid", "zip", "variants", "exclude"):
+            require(not getattr(self, name), name, getattr(self, name), "a sweep is a grid or a search: leave one of them out")
+        require(len(self.seeds) == 1, "seeds", list(self.seeds), "trials of a search have one seed")
+        require(not self.evaluate.nfe, "evaluate.nfe", list(self.evaluate.nfe), "trials of a search have search.nfe")
+        for key in self.search.space:
+            if key in self.overrides:
+                raise ConfigError(f"overrides.{key} = {self.overrides[key]!r}: the search varies it; leave one of them out")
 
     @property
     def folder(self) -> Path:
@@ -100,13 +269,26 @@ class Sweep:
         return Path(self.output_dir) / self.name
 
     @property
-    def worker_count(self) -> int:
-        """Trials side by side, `workers` resolved."""
+    def cpu_workers(self) -> int:
+        """Trials side by side where there are no GPUs, `workers` resolved."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.workers if self.workers is not None else max(1, cores // self.threads)
+        return self.workers or max(1, cores // (self.threads * self.devices_per_trial))
+
+    @cached_property
+    def accelerator(self) -> str:
+        """Kind of device that trials run on, as `trainer.accelerator` says it."""
+        own = load_experiment(self.experiment).trainer.accelerator
+        return str(self.overrides.get("trainer.accelerator", own))
+
+    @property
+    def axes(self) -> list[str]:
+        """Names of what cells differ in, but for the seed."""
+        return [*([VARIANT] if self.variants else []), *self.grid, *self.zip]
 
     def cells(self) -> list[Cell]:
-        """All cells, the first axis and the seed varying slowest and fastest.
+        """All cells of the grid: variants vary slowest, then the grid's axes in order, the tied ones, the seed fastest.
+
+        None for a search: its trials are in the study.
 
         Raises:
             FileNotFoundError: no such experiment file.
@@ -116,186 +298,37 @@ class Sweep:
 
     @cached_property
     def _cells(self) -> tuple[Cell, ...]:
-        axes = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
-        cells = tuple(self._cell(point, seed) for point in axes for seed in self.seeds)
-        require_one_run_each(cells)
-        return cells
+        from madformer.sweep.cells import make_cells
 
-    def _cell(self, axes: dict[str, Any], seed: int) -> Cell:
-        name = "-".join([*(_label(key, value) for key, value in axes.items()), f"s{seed}"])
-        given = {**self.overrides, **axes, "seed": seed, "name": name}
-        if self.output_dir is not None:
-            given["output_dir"] = str(self.folder)
-        if self.evaluate.nfe is not None:
-            given["evaluation.nfe"] = list(self.evaluate.nfe)
-        overrides = tuple(f"{key}={_as_text(value)}" for key, value in given.items())
-        try:
-            config = load_experiment(self.experiment, overrides)
-        except ConfigError as error:
-            raise ConfigError(f"cell {name}: {error}") from error
-        return Cell(name, self.experiment, overrides, axes, seed, config, config_hash(config))
+        return make_cells(self)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One combination of the training axes with one seed: one run, and its evaluations."""
-
-    name: str
-    """Readable, such as d7-l16-s0."""
-    experiment: str
-    """The experiment's YAML file."""
-    overrides: tuple[str, ...]
-    """What makes it of the experiment, as on the command line."""
-    axes: dict[str, Any]
-    """Field -> value, of the training axes."""
-    seed: int
-    config: ExperimentConfig
-    config_hash: str
-
-    @property
-    def run(self) -> Path:
-        """Where it lives."""
-        return self.config.run_dir
-
-    @property
-    def budgets(self) -> tuple[int, ...]:
-        """NFE budgets that it is evaluated at."""
-        return self.config.evaluation.nfe
-
-    @property
-    def max_steps(self) -> int:
-        """Training steps of the whole run."""
-        return self.config.trainer.max_steps
+def require_known(key: str, where: str, also: Sequence[str] = ()) -> None:
+    """Refuse what is no field of an experiment; the message names the nearest one, or one of `also`."""
+    if key not in _FIELDS:
+        raise ConfigError(f"{where}: unknown key {key}; the nearest is {nearest(key, [*also, *_FIELDS])}")
 
 
-def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
-    """Read a sweep from YAML.
-
-    Args:
-        path: the YAML file.
-        overrides: `key=value` strings: the sweep's own keys (`workers=2`, `grid.model.diffusion_depth=[2,4]`), or fields of
-            the experiment for every cell (`trainer.max_steps=50`).
-
-    Raises:
-        FileNotFoundError: there is no such file, or not the experiment's.
-        ConfigError: broken YAML, an unknown key (the message names the nearest real one), a value that is not legal, or a cell
-            that is not (the message names it).
-    """
-    path = Path(path)
-    loaded = read_mapping(path, "sweep", ", ".join(_sweep_keys()))
-    given = cast(dict[str, Any], OmegaConf.to_container(loaded))
-    try:
-        _check_keys(given)
-        for override in overrides:
-            _apply(given, override)
-        sweep = _build({"name": path.stem, **given})
-        if sweep.output_dir is None:
-            first = sweep._cell({key: values[0] for key, values in sweep.grid.items()}, sweep.seeds[0])
-            sweep = replace(sweep, output_dir=first.config.output_dir)
-        sweep.cells()
-        return sweep
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def _build(given: dict[str, Any]) -> Sweep:
-    try:
-        return cast(Sweep, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Sweep), given)))
-    except OmegaConfBaseException as error:
-        what = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "the value")
-        raise ConfigError(f"{getattr(error, 'full_key', None) or 'a list entry'}: {what}") from error
-
-
-def _sweep_keys() -> list[str]:
-    return [item.name for item in fields(Sweep)]
-
-
-def _check_keys(given: Mapping[str, Any]) -> None:
-    """Refuse unknown keys of the file, and plain values where a mapping belongs."""
-    for key, value in given.items():
-        require(key not in all_keys(ExperimentConfig) or key in _sweep_keys(), key, value, "belongs under overrides")
-        if key not in _sweep_keys():
-            raise ConfigError(f"unknown key {key}; the nearest is {_nearest(key, _sweep_keys())}")
-        if key in ("overrides", "grid", "evaluate"):
-            require(isinstance(value, Mapping), key, value, "must be a mapping of fields to values")
-    for key in given.get("evaluate", {}):
-        if key not in (known := [item.name for item in fields(InferenceAxes)]):
-            raise ConfigError(f"unknown key evaluate.{key}; the nearest is evaluate.{_nearest(key, known)}")
-    for key, value in (("seeds", given.get("seeds", [])), ("evaluate.nfe", given.get("evaluate", {}).get("nfe") or [])):
-        require(isinstance(value, list), key, value, "must be a list of integers")
-
-
-def _apply(given: dict[str, Any], override: str) -> None:
-    """Set one key from the command line: the sweep's own, or else a field of the experiment for every cell."""
-    require("=" in override, "override", override, "must have the form key=value")
-    key, text = override.split("=", 1)
-    head, _, rest = key.partition(".")
-    try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload, index]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"override {override!r}: {' '.join(str(error).split())}") from error
-    if head not in _sweep_keys():
-        _require_known(key, "override", also=_sweep_keys())
-        given["overrides"] = {**given.get("overrides", {}), key: value}
-    elif rest:
-        require(head in ("overrides", "grid", "evaluate"), "override", override, f"{head} has no fields")
-        given[head] = {**given.get(head, {}), rest: value}
-    else:
-        given[head] = value
-    _check_keys(given)
-
-
-def _require_known(key: str, where: str, also: Sequence[str] = ()) -> None:
-    known = list(all_keys(ExperimentConfig))
-    if key not in known:
-        raise ConfigError(f"{where}: unknown key {key}; the nearest is {_nearest(key, [*also, *known])}")
-
-
-def _nearest(key: str, known: Sequence[str]) -> str:
-    return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-
-
-def _require_distinct(name: str, values: Sequence[Any]) -> None:
-    texts = [_as_text(value) for value in values]
+def require_distinct(name: str, values: Sequence[Any]) -> None:
+    """Refuse a list with equal values."""
+    texts = [as_text(value) for value in values]
     require(len(set(texts)) == len(texts), name, list(values), "a value occurs twice")
 
 
-def require_one_run_each(cells: Sequence[Cell]) -> None:
-    """Refuse two cells that would be the same run, or live in the same folder.
-
-    Raises:
-        ConfigError: such cells, both named.
-    """
-    for one, other in itertools.combinations(cells, 2):
-        if one.config_hash == other.config_hash:
-            raise ConfigError(f"cells {one.name} and {other.name} train the same weights: vary a field that is trained with")
-        if one.name == other.name:
-            raise ConfigError(f"cells {one.axes} and {other.axes} would both be named {one.name}")
-
-
-def _label(key: str, value: Any) -> str:
-    """An axis in a cell's name: d7, width64, channels16x32."""
-    words = "x".join(_words(value))
-    return ALIASES.get(key, key.rpartition(".")[2]) + re.sub(r"[^A-Za-z0-9._+-]+", "_", words)
-
-
-def _words(value: Any) -> Iterator[str]:
-    if isinstance(value, list):
-        for entry in value:
-            yield from _words(entry)
-    else:
-        yield value if isinstance(value, str) else _as_text(value)
-
-
-def _as_text(value: Any) -> str:
-    """A value as it is written on the command line, so that it is read back as the same."""
-    if isinstance(value, str) and _reads_back(value):
-        return value
-    return repr(value) if isinstance(value, float) else json.dumps(value, separators=(",", ": "))
-
-
-def _reads_back(text: str) -> bool:
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"])) == {"value": text}
-    except (yaml.YAMLError, OmegaConfBaseException):
-        return False
+def _check_choices(name: str, choices: Any) -> None:
+    """A list of choices, or a range."""
+    if isinstance(choices, Sequence) and not isinstance(choices, str):
+        require(len(choices) > 0, name, choices, "must name at least one value")
+        require_distinct(name, choices)
+        return
+    legal = isinstance(choices, Mapping) and {"low", "high"} <= choices.keys() <= {"low", "high", "log", "step"}
+    require(legal, name, choices, "must be a list of values, or a range such as {low: 0.01, high: 1, log: true}")
+    numbers = [choices[key] for key in ("low", "high", "step") if key in choices]
+    legal = all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+    require(legal, name, choices, "low, high and step must be numbers")
+    require(choices["low"] < choices["high"], name, choices, "low must be below high")
+    require(choices.get("step", 1) > 0, name, choices, "step must be above 0")
+    require(isinstance(choices.get("log", False), bool), name, choices, "log must be true or false")
+    if choices.get("log"):
+        require("step" not in choices, name, choices, "a logarithmic range has no step")
+        require(choices["low"] > 0, name, choices, "a logarithmic range must begin above 0")

@@ -1,147 +1,226 @@
-"""What a sweep would cost, and how far it is: tables for the terminal."""
+"""`madformer sweep status`: how far every cell is, what it does, and why it failed."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from madformer.checkpoints import checkpoint_step, list_checkpoints
-from madformer.config import wanted_outputs
-from madformer.model.cost import parameters, sampling_flops, steps_for_nfe, training_flops
-from madformer.sweep.needs import Needs, cell_needs, cell_points, largest_budget_metric
-from madformer.sweep.spec import Cell, Sweep
+from madformer.progress import read_progress
+from madformer.run import progress_path, read_previews
+from madformer.sweep.cells import Cell
+from madformer.sweep.estimate import A100, Estimates, cell_ways, device_count
+from madformer.sweep.needs import Needs, cell_needs, main_metrics
+from madformer.sweep.spec import Search, Sweep
+from madformer.sweep.tables import Grid, duration, show
+from madformer.sweep.trial import last_lines, log_path
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from madformer.sweep.queue import Standing
+    from madformer.sweep.storage import Storage
 
 _REFRESH_SECONDS = 2.0
-_LOG_WIDTH = 1000
-"""Columns where there is no terminal: a log is not to be cut."""
+_SILENT_SECONDS = 120.0
+_LOG_LINES = 5
+_ROOM = 12
+"""Lines of a terminal that are not the table's."""
 
 
-def print_plan(sweep: Sweep) -> None:
-    """Print every cell with its cost and its state.
+@dataclass(frozen=True)
+class Row:
+    """A cell, and all that is known of how it is."""
 
-    Raises:
-        InputError: a cell's folder holds a run of another experiment.
-    """
-    _console().print(plan_table(sweep))
+    cell: Cell
+    needs: Needs
+    state: str
+    kind: str = ""
+    """Of a failure."""
+    reason: str = ""
+    """Of a failure."""
+
+    @property
+    def step(self) -> int:
+        """Training steps that it has made."""
+        found = read_progress(progress_path(self.cell.run)).get("step") if self.state == "running" else None
+        checkpoints = list_checkpoints(self.cell.run)
+        return int(found["done"]) if found else checkpoint_step(checkpoints[-1]) if checkpoints else 0
+
+
+@dataclass(frozen=True)
+class Overview:
+    """All cells of a sweep at one moment."""
+
+    sweep: Sweep
+    rows: Sequence[Row]
+    notes: Sequence[str] = ()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do."""
+        return bool(self.rows) and not any(row.state in ("running", "waiting") for row in self.rows)
 
 
 def print_status(sweep: Sweep) -> None:
     """Print how far every cell is: live on a terminal, until all is done or Ctrl-C; once elsewhere.
 
     Raises:
-        InputError: a cell's folder holds a run of another experiment.
+        InputError: a cell's folder holds a run of another experiment, or the storage does not answer.
     """
-    if sys.stdout.isatty():
-        watch(sweep)
-    else:
-        _console().print(status_table(sweep))
+    with Watch(sweep) as watch:
+        overview = watch.look()
+        if not sys.stdout.isatty():
+            show(status_grid(overview, overview.rows), below(overview))
+            return
+        try:
+            with Live(_fit(overview), console=Console(), auto_refresh=False, vertical_overflow="visible") as live:
+                while not overview.is_over:
+                    time.sleep(_REFRESH_SECONDS)
+                    overview = watch.look()
+                    live.update(_fit(overview), refresh=True)
+        except KeyboardInterrupt:
+            return
 
 
-def watch(sweep: Sweep) -> None:
-    """Show `status_table` live until all cells are done, or Ctrl-C."""
-    try:
-        with Live(status_table(sweep), console=_console(), auto_refresh=False) as live:
-            while any(cell_needs(cell) for cell in sweep.cells()):
-                time.sleep(_REFRESH_SECONDS)
-                live.update(status_table(sweep), refresh=True)
-    except KeyboardInterrupt:
-        return
+class Watch:
+    """A look at a sweep, again and again; a context manager."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+        self._storage: Storage | None = None
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._storage is not None:
+            self._storage.close()
+
+    def look(self) -> Overview:
+        """How it is now."""
+        if self._sweep.search is not None:
+            return self._look_at_search(self._sweep.search)
+        cells = self._sweep.cells()
+        return Overview(self._sweep, self._rows(cells, [cell_needs(cell) for cell in cells]))
+
+    def _look_at_search(self, search: Search) -> Overview:
+        from madformer.sweep.search import describe_best, search_cells
+
+        trials = self._trials()
+        cells = search_cells(self._sweep, trials)
+        notes = [f"a search: {len(cells)} of {search.trials} trials begun"]
+        if self._storage is not None and any(trial.values for trial in trials):
+            notes += describe_best(self._storage.study.best_trials, search)
+        return Overview(self._sweep, self._rows(cells, [cell_needs(cell) for cell in cells]), notes)
+
+    def _rows(self, cells: Sequence[Cell], needs: Sequence[Needs]) -> list[Row]:
+        open_cells = {cell.key: cell for cell, left in zip(cells, needs, strict=True) if left}
+        known: dict[str, Standing] = {}
+        if open_cells and (trials := self._trials()):
+            from madformer.sweep.queue import standings
+
+            known = standings(trials, self._sweep.retries, open_cells)
+        rows = []
+        for cell, left in zip(cells, needs, strict=True):
+            standing = known.get(cell.key)
+            if not left or standing is None:
+                rows.append(Row(cell, left, "waiting" if left else "done"))
+            else:
+                state = "waiting" if standing.state == "complete" else standing.state
+                rows.append(Row(cell, left, state, standing.kind, standing.reason))
+        return rows
+
+    def _trials(self) -> list[FrozenTrial]:
+        """All trials of the study; the database is opened when it is needed, that takes a while."""
+        if self._storage is None:
+            from madformer.sweep.storage import Storage, exists
+
+            if not exists(self._sweep):
+                return []
+            self._storage = Storage(self._sweep, only_look=True)
+        return self._storage.study.get_trials(deepcopy=False)
 
 
-def plan_table(sweep: Sweep) -> Table:
-    """Every cell with its size, its FLOPs in training and per sampled image, and what is left of it to do."""
-    cells = sweep.cells()
-    needs = [cell_needs(cell) for cell in cells]
-    table = _table(f"{sweep.name}: {sweep.experiment}")
-    for heading in ("cell", "parameters", "training FLOPs", *(f"NFE {nfe}" for nfe in cells[0].budgets), "state"):
-        table.add_column(heading, justify="left" if heading in ("cell", "state") else "right")
-    for cell, left in zip(cells, needs, strict=True):
-        count = with_unit(sum(parameters(cell.config.model).values()))
-        sampling = (f"{with_unit(flops)} ({steps} steps)" for flops, steps in _sampling(cell).values())
-        table.add_row(cell.name, count, with_unit(_training(cell)), *sampling, _plan_state(left))
-    table.caption = _totals(cells, needs)
-    return table
+def below(overview: Overview) -> list[str]:
+    """What is to be said of the whole, and the ends of the logs of cells that failed."""
+    lines = [*overview.notes, *_whole(overview)]
+    for row in (row for row in overview.rows if row.state == "failed"):
+        end = row.reason.splitlines()[1:] or last_lines(row.cell, _LOG_LINES)
+        lines += [f"{row.cell.name} failed ({row.kind}), {log_path(row.cell)}:", *(f"    {line}" for line in end)]
+    return lines
 
 
-def status_table(sweep: Sweep) -> Table:
+def status_grid(overview: Overview, rows: Sequence[Row]) -> Grid:
     """Every cell with its state, how far its training and its evaluations are, and why it failed."""
-    from madformer.sweep.study import LastTrial, last_trials
-
-    table, last = _table(sweep.name), last_trials(sweep.folder)
-    for heading in ("cell", "state", "step", "budgets", "metric", "reason"):
-        table.add_column(heading, justify="right" if heading in ("step", "budgets") else "left")
-    for cell in sweep.cells():
-        trial = last.get(cell.config_hash, LastTrial("waiting", ""))
-        state = "done" if not cell_needs(cell) else "waiting" if trial.state == "complete" else trial.state
-        reason = trial.reason.splitlines()[-1] if state == "failed" and trial.reason else ""
-        table.add_row(
-            cell.name, state, _step(cell), f"{len(cell_points(cell))}/{len(cell.budgets)}", _metric(cell), Text(reason)
-        )
-    return table
+    headings = ("cell", "state", "step", "rate", "points", "metric", "reason")
+    grid = Grid(overview.sweep.name, headings, frozenset(("cell", "state", "metric", "reason")))
+    for row in rows:
+        cell, total = row.cell, len(row.cell.budgets) * cell_ways(row.cell)
+        reason = f"{row.kind}: {row.reason.splitlines()[0]}" if row.reason and row.state == "failed" else ""
+        points = f"{total - row.needs.points}/{total}"
+        grid.rows.append([cell.name, row.state, f"{row.step}/{cell.max_steps}", _rate(row), points, _metric(row), reason])
+    return grid
 
 
-def with_unit(number: float) -> str:
-    """Three digits and a unit: 1.23 T."""
-    for unit in ("", " k", " M", " G", " T", " P", " E", " Z"):
-        if abs(number) < 999.5:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g} Y"
+def _whole(overview: Overview) -> list[str]:
+    """Cells by state, and when all will be done."""
+    rows = overview.rows
+    states = [row.state for row in rows]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states)))
+    running = [row for row in rows if row.state == "running"]
+    if not running:
+        return [f"{len(rows)} cells: {counts}"]
+    estimates = Estimates([row.cell for row in rows], A100)
+    open_rows = [row for row in rows if row.state in ("running", "waiting")]
+    times = [estimates.left(row.cell, row.needs, row.step) for row in open_rows]
+    seconds = [time.total / device_count(row.cell) for time, row in zip(times, open_rows, strict=True)]
+    if not all(time.measured for time in times):
+        return [f"{len(rows)} cells: {counts}"]
+    left = max(sum(seconds) / len(running), max(seconds))
+    return [f"{len(rows)} cells: {counts}; about {duration(left)} left with {len(running)} at a time"]
 
 
-def _training(cell: Cell) -> int:
-    """FLOPs of the whole training."""
-    config = cell.config
-    per_image = training_flops(config.model, wanted_outputs(config.loss), config.diffusion.draws_per_image).total
-    return per_image * config.data.batch_size * cell.max_steps
+def _rate(row: Row) -> str:
+    """What a running cell does, and how fast."""
+    found = read_progress(progress_path(row.cell.run)) if row.state == "running" else {}
+    if not found:
+        return ""
+    label = max(found, key=lambda name: float(found[name]["time"]))
+    entry: Mapping[str, float] = found[label]
+    silent = time.time() - entry["time"]
+    if silent > _SILENT_SECONDS:
+        return f"silent for {duration(silent)}"
+    return f"{entry['per_second']:.3g} {'steps' if label == 'step' else 'images'}/s"
 
 
-def _sampling(cell: Cell) -> dict[int, tuple[int, int]]:
-    """Budget -> FLOPs per image, denoising steps."""
-    flops, model = sampling_flops(cell.config.model), cell.config.model
-    steps = {budget: steps_for_nfe(model, budget) for budget in cell.budgets}
-    return {budget: (flops.total(count), count) for budget, count in steps.items()}
+def _metric(row: Row) -> str:
+    """The main metric at the largest budget that was measured, or of the newest preview."""
+    measured = {} if row.needs.training else main_metrics(row.cell)
+    if measured:
+        name, value = next(iter(measured[max(measured)].items()))
+        return f"{name} {value:.4g} at NFE {max(measured)}"
+    previews = read_previews(row.cell.run)
+    if not previews:
+        return ""
+    name, value = next(iter(previews[-1]["metrics"].items()))
+    return f"{name} {value:.4g} at step {previews[-1]['step']}"
 
 
-def _totals(cells: Sequence[Cell], needs: Sequence[Needs]) -> str:
-    """All FLOPs, those that are left, and the cells by state."""
-    training = evaluating = left = 0
-    for cell, need in zip(cells, needs, strict=True):
-        samples = cell.config.evaluation.num_samples
-        sampling = {budget: samples * flops for budget, (flops, _) in _sampling(cell).items()}
-        training += _training(cell)
-        evaluating += sum(sampling.values())
-        left += need.training * _training(cell) + sum(sampling[budget] for budget in need.budgets)
-    states = [_plan_state(need) for need in needs]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in ("to train", "to evaluate", "done"))
-    samples = cells[0].config.evaluation.num_samples
-    flops = f"training {with_unit(training)}FLOPs, evaluation {with_unit(evaluating)}FLOPs ({samples} images at each budget)"
-    return f"{len(cells)} cells: {counts}. {flops}, left {with_unit(left)}FLOPs. Under NFE: FLOPs per image."
-
-
-def _plan_state(needs: Needs) -> str:
-    return "to train" if needs.training else "to evaluate" if needs.budgets else "done"
-
-
-def _step(cell: Cell) -> str:
-    checkpoints = list_checkpoints(cell.run)
-    return f"{checkpoint_step(checkpoints[-1]) if checkpoints else 0}/{cell.max_steps}"
-
-
-def _metric(cell: Cell) -> str:
-    metric = largest_budget_metric(cell)
-    return f"{metric[0]} {metric[1]:.4g} at NFE {max(cell.budgets)}" if metric is not None else ""
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", caption_justify="left")
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH)
+def _fit(overview: Overview) -> RenderableType:
+    """As much as a terminal has lines for: first what fails and what runs."""
+    rows, lines = overview.rows, max(5, Console().height - _ROOM)
+    notes = list(below(overview))
+    if len(rows) > lines:
+        order = {"failed": 0, "running": 1, "waiting": 2, "pruned": 3, "done": 4}
+        chosen = sorted(range(len(rows)), key=lambda number: (order[rows[number].state], number))[:lines]
+        notes.insert(0, f"{len(rows) - lines} more cells are not shown here; madformer sweep status ... | cat shows all")
+        rows = [rows[number] for number in sorted(chosen)]
+    return Group(status_grid(overview, rows).rich(), *map(Text, notes[: _ROOM + lines - len(rows)]))

@@ -1,0 +1,276 @@
+"""From a sweep to its cells: the points of its axes, each with a configuration that has been checked."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from madformer.config import ConfigError, ExperimentConfig, budget_flaw, config_hash, frozen_hash, load_experiment
+from madformer.config.frozen import config_path
+from madformer.config.rules import require
+from madformer.sweep.names import as_text, label
+from madformer.sweep.spec import VARIANT, InferenceAxes, Search, Sweep
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of the training axes with one seed: one run, and its evaluations."""
+
+    name: str
+    """Readable, such as d7-l16-s0."""
+    experiment: str
+    """The experiment's YAML file."""
+    overrides: tuple[str, ...]
+    """What makes it of the experiment, as on the command line."""
+    axes: dict[str, Any]
+    """Axis -> value: fields, and `variant`."""
+    seed: int
+    config: ExperimentConfig
+    config_hash: str
+    inference: InferenceAxes = field(default_factory=InferenceAxes)
+    """How it is evaluated; empty axes are as `config.evaluation` says."""
+    skipped: Mapping[int, str] = field(default_factory=dict)
+    """Budgets that its model cannot have -> why."""
+    searched: bool = False
+    """Whether it is a trial of a search."""
+
+    @property
+    def key(self) -> str:
+        """What its trials are known by: cells of a search that share a run differ in their budgets."""
+        return self.config_hash if not self.searched else f"{self.config_hash}@{self.budgets[0]}"
+
+    @property
+    def run(self) -> Path:
+        """Where it lives."""
+        return self.config.run_dir
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """NFE budgets that it is evaluated at."""
+        return self.config.evaluation.nfe
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """Samplers that it is evaluated with, the main one first."""
+        return self.inference.samplers or (self.config.evaluation.sampler,)
+
+    @property
+    def guidances(self) -> tuple[float, ...]:
+        """Scales of guidance that it is evaluated with, the main one first."""
+        return self.inference.guidance or (self.config.evaluation.guidance,)
+
+    @property
+    def sampling_seeds(self) -> tuple[int, ...]:
+        """Seeds of sampling."""
+        return self.inference.seeds or (self.config.evaluation.seed,)
+
+    @property
+    def max_steps(self) -> int:
+        """Training steps of the whole run."""
+        return self.config.trainer.max_steps
+
+
+class CellMaker:
+    """Makes cells of one sweep. What is the same for many, such as the experiment's file, is read once."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+        self._base = load_experiment(sweep.experiment)
+        self._sections: dict[str, Any] = {}
+        self._runs = KnownRuns(Path(sweep.output_dir)) if sweep.output_dir is not None else None
+
+    def make(self, axes: Mapping[str, Any], seed: int, changes: Mapping[str, Any], budgets: Sequence[int]) -> Cell:
+        """The cell of a point.
+
+        Args:
+            axes: what it is named by, axis -> value.
+            seed: of training.
+            changes: field -> value, beside the sweep's overrides.
+            budgets: NFE budgets; none: the experiment's.
+
+        Raises:
+            ConfigError: its configuration is not legal; the message names the cell.
+        """
+        sweep = self._sweep
+        words = (str(value) if key == VARIANT else label(key, value) for key, value in axes.items())
+        name = "-".join([*words, f"s{seed}"])
+        given = {**sweep.overrides, **changes, "seed": seed, "name": name, "output_dir": str(sweep.folder)}
+        given |= {"trainer.devices": sweep.devices_per_trial}
+        if sweep.launcher == "slurm":
+            given |= {"trainer.num_nodes": sweep.slurm.nodes_per_trial}
+        try:
+            config, skipped = self._configure(given, budgets or self._base.evaluation.nfe)
+            self._check_inference(config)
+        except ConfigError as error:
+            raise ConfigError(f"cell {name}: {error}") from error
+        given["evaluation.nfe"] = list(config.evaluation.nfe)
+        key = config_hash(config)
+        if self._runs is not None and not config_path(config.run_dir).is_file() and (run := self._runs.find(key)):
+            given |= {"name": run.name, "output_dir": str(run.parent)}
+            config = replace(config, name=run.name, output_dir=str(run.parent))
+        overrides = tuple(f"{key}={as_text(value)}" for key, value in given.items())
+        return Cell(
+            name, sweep.experiment, overrides, dict(axes), seed, config, key, sweep.evaluate, skipped, sweep.search is not None
+        )
+
+    def check_search(self, search: Search) -> None:
+        """Refuse a search that cannot judge its trials.
+
+        Raises:
+            ConfigError: there are no previews for the pruner.
+        """
+        remedy = "it judges by previews: set evaluation.preview_every"
+        require(search.pruner == "none" or self.preview_every is not None, "search.pruner", search.pruner, remedy)
+
+    @property
+    def preview_every(self) -> int | None:
+        """Training steps from one preview of a cell to the next; None: there are none."""
+        own = self._base.evaluation.preview_every
+        return cast("int | None", self._sweep.overrides.get("evaluation.preview_every", own))
+
+    def _configure(self, given: Mapping[str, Any], budgets: Sequence[int]) -> tuple[ExperimentConfig, dict[int, str]]:
+        """The configuration, with those of the budgets that its model can have, and why it cannot have the others."""
+        try:
+            # Those of the sweep's own are of their types already, and differ from cell to cell.
+            own = {key: given[key] for key in ("seed", "name", "output_dir")}
+            changes = _nested({key: _typed(key, as_text(value)) for key, value in given.items() if key not in own})
+            model = self._section("model", changes.pop("model", {}))
+            diffusion = self._section("diffusion", changes.pop("diffusion", {}))
+            flaws = {budget: budget_flaw(budget, model, diffusion) for budget in budgets}
+            legal = [budget for budget, flaw in flaws.items() if flaw is None]
+            evaluation = self._section("evaluation", {**changes.pop("evaluation", {}), "nfe": legal or list(budgets)})
+            parts = {"model": model, "diffusion": diffusion, "evaluation": evaluation}
+            rest = {name: self._section(name, value) for name, value in changes.items()}
+            return replace(self._base, **own, **parts, **rest), {budget: flaw for budget, flaw in flaws.items() if flaw}
+        except (ConfigError, OmegaConfBaseException, _Overlap):
+            # What is wrong is said in the words of the command line; what is unusual, but right, is read by it.
+            overrides = [f"{key}={as_text(value)}" for key, value in given.items()]
+            return load_experiment(self._sweep.experiment, [*overrides, f"evaluation.nfe={list(budgets)}"]), {}
+
+    def _section(self, name: str, changes: Any) -> Any:
+        """A section of the experiment with changes, checked once for all cells that have the same."""
+        key = f"{name} {changes!r}"
+        if key not in self._sections:
+            self._sections[key] = _changed(getattr(self._base, name), changes)
+        return self._sections[key]
+
+    def _check_inference(self, config: ExperimentConfig) -> None:
+        """Refuse samples that the run will not be able to give."""
+        axes, trainer = self._sweep.evaluate, config.trainer
+        for scale in axes.guidance:
+            replace(config, evaluation=replace(config.evaluation, guidance=scale))
+        kept = min(trainer.keep_checkpoints, -(-trainer.max_steps // trainer.checkpoint_every))
+        remedy = f"there will be {kept} (trainer.keep_checkpoints, trainer.checkpoint_every)"
+        require(axes.last <= kept, "evaluate.checkpoints", axes.checkpoints, remedy)
+
+
+class KnownRuns:
+    """Runs below a folder by their hash: one that was made by hand, or by another sweep, need not be made again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find(self, config_hash: str) -> Path | None:
+        """The run of a configuration; None: there is none."""
+        return self._all.get(config_hash)
+
+    @cached_property
+    def _all(self) -> dict[str, Path]:
+        paths = itertools.chain(self._folder.glob("*/config.yaml"), self._folder.glob("*/*/config.yaml"))
+        return {key: run for run in sorted((path.parent for path in paths), reverse=True) if (key := frozen_hash(run))}
+
+
+def make_cells(sweep: Sweep) -> tuple[Cell, ...]:
+    """All cells of a grid.
+
+    Raises:
+        ConfigError: a cell is not legal, two would be the same run, or what is excluded is not there.
+    """
+    if sweep.search is not None:
+        CellMaker(sweep).check_search(sweep.search)
+        return ()
+    maker = CellMaker(sweep)
+    cells = tuple(
+        maker.make(axes, seed, changes, sweep.evaluate.nfe) for axes, changes in _points(sweep) for seed in sweep.seeds
+    )
+    require(len(cells) > 0, "exclude", list(sweep.exclude), "leaves nothing of the sweep")
+    _require_one_run_each(cells)
+    return cells
+
+
+def _points(sweep: Sweep) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The axes' values of each point, and the fields that they set."""
+    variants = [({VARIANT: name}, changes) for name, changes in sweep.variants.items()] or [({}, {})]
+    products = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
+    ties = [dict(zip(sweep.zip, values, strict=True)) for values in zip(*sweep.zip.values(), strict=True)] or [{}]
+    used = set[int]()
+    for (variant, changes), product, tied in itertools.product(variants, products, ties):
+        axes = {**variant, **product, **tied}
+        excluded = {number for number, entry in enumerate(sweep.exclude) if _matches(axes, entry)}
+        used |= excluded
+        if not excluded:
+            yield axes, {**changes, **product, **tied}
+    for number, entry in enumerate(sweep.exclude):
+        require(number in used, "exclude", dict(entry), "there is no such combination")
+
+
+def _matches(axes: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    return all(axes[key] == value or (isinstance(value, list) and axes[key] in value) for key, value in entry.items())
+
+
+def _require_one_run_each(cells: Sequence[Cell]) -> None:
+    by_hash, by_name = dict[str, Cell](), dict[str, Cell]()
+    for cell in cells:
+        if (other := by_hash.setdefault(cell.config_hash, cell)) is not cell:
+            raise ConfigError(f"cells {other.name} and {cell.name} train the same weights: vary a field that is trained with")
+        if (other := by_name.setdefault(cell.name, cell)) is not cell:
+            raise ConfigError(f"cells {other.axes} and {cell.axes} would both be named {cell.name}")
+
+
+class _Overlap(Exception):  # noqa: N818 - never leaves this module
+    """A section is set as a whole and in part."""
+
+
+@cache
+def _schema() -> Any:
+    return OmegaConf.structured(ExperimentConfig)
+
+
+@cache
+def _typed(key: str, text: str) -> Any:
+    """A field's value as a configuration holds it."""
+    merged = OmegaConf.merge(_schema(), OmegaConf.from_dotlist([f"{key}={text}"]))
+    value = OmegaConf.select(merged, key)
+    return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`section.field` -> value as mappings of sections."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise _Overlap
+        if isinstance(place.get(name), dict):
+            raise _Overlap
+        place[name] = value
+    return nested
+
+
+def _changed(value: Any, changes: Any) -> Any:
+    """A section with some of its fields changed, or the new value of a field."""
+    if not isinstance(changes, dict):
+        return changes
+    if not is_dataclass(value) or isinstance(value, type):
+        raise _Overlap  # a part of a section that is not there
+    return replace(value, **{name: _changed(getattr(value, name), part) for name, part in changes.items()})

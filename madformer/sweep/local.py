@@ -1,0 +1,108 @@
+"""Trials on this machine: side by side, each in processes of its own, on GPUs of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from madformer.config import ConfigError
+from madformer.sweep.devices import Group, find_gpus, group, hold, let_go
+from madformer.sweep.outcome import Outcome
+from madformer.sweep.queue import Trial
+from madformer.sweep.spec import Sweep
+from madformer.sweep.trial import Commands, TrialProcesses
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass
+class _Running:
+    trial: Trial
+    processes: TrialProcesses
+    future: Future[Outcome]
+    gpus: Group
+    held: list[int]
+
+
+class LocalLauncher:
+    """Runs trials on this machine.
+
+    Raises:
+        ConfigError: the experiment asks for CUDA, and there are fewer GPUs than a trial has.
+    """
+
+    outlives_driver = False
+    """Whether trials go on when a driver is told to stop."""
+
+    def __init__(self, sweep: Sweep, accelerator: str, commands: Commands, say: Callable[[str], None]) -> None:
+        self._sweep, self._commands, self._say = sweep, commands, say
+        self._groups = [] if accelerator == "cpu" else group(find_gpus(), sweep.devices_per_trial)
+        if accelerator == "cuda" and not self._groups:
+            raise ConfigError(f"devices_per_trial = {sweep.devices_per_trial}: there are {len(find_gpus())} GPUs here")
+        self._slots = min(sweep.workers or len(self._groups), len(self._groups)) if self._groups else sweep.cpu_workers
+        self._pool = ThreadPoolExecutor(self._slots)
+        self._reserved: dict[Group, list[int]] = {}
+        self._running: list[_Running] = []
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Those that run."""
+        return [running.trial for running in self._running]
+
+    def room(self) -> int:
+        """How many trials can be started now; GPUs for them are held until `start`."""
+        free = self._slots - len(self._running)
+        if self._groups:
+            busy = {running.gpus for running in self._running} | self._reserved.keys()
+            for gpus in self._groups:
+                if len(self._reserved) < free and gpus not in busy and (held := hold(gpus)) is not None:
+                    self._reserved[gpus] = held
+            return len(self._reserved)
+        return free
+
+    def start(self, trials: Sequence[Trial]) -> None:
+        """Start trials, no more than there is room for."""
+        for trial in trials:
+            gpus, held = self._reserved.popitem() if self._reserved else ((), [])
+            say = self._say
+            processes = TrialProcesses(trial.cell, self._commands, say, self._environment(gpus), inherited=held)
+            self._running.append(_Running(trial, processes, self._pool.submit(processes.run), gpus, held))
+        for held in self._reserved.values():
+            let_go(held)
+        self._reserved.clear()
+
+    def ended(self, seconds: float) -> Iterator[tuple[Trial, Outcome]]:
+        """Trials that have ended; waits for one so long."""
+        if not self._running:
+            time.sleep(seconds)
+        wait([running.future for running in self._running], timeout=seconds, return_when=FIRST_COMPLETED)
+        for running in [running for running in self._running if running.future.done()]:
+            self._running.remove(running)
+            let_go(running.held)
+            yield running.trial, running.future.result()
+
+    def end(self, trial: Trial) -> None:
+        """Have a trial save its state and end."""
+        for running in self._running:
+            if running.trial == trial:
+                running.processes.stop(signal.SIGINT)
+
+    def stop(self, how: signal.Signals) -> None:
+        """Send all trials a signal, and wait for them."""
+        for running in self._running:
+            running.processes.stop(how)
+        wait([running.future for running in self._running])
+
+    def close(self) -> None:
+        """Let go of everything; no trial runs any more."""
+        self._pool.shutdown()
+
+    def _environment(self, gpus: Group) -> dict[str, str]:
+        # Within a job of Slurm's, a trial is no part of it: Lightning would take the job's tasks for its processes.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        environment |= dict.fromkeys(_THREADS, str(self._sweep.threads)) if not gpus else {}
+        return environment | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})

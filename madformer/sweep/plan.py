@@ -1,0 +1,129 @@
+"""`madformer sweep plan`: what a sweep would cost, before anything is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from madformer.config import ConfigError
+from madformer.sweep.cells import Cell
+from madformer.sweep.estimate import (
+    A100,
+    CPU_CORE,
+    Device,
+    Estimates,
+    cell_ways,
+    device_count,
+    parameter_count,
+    sampling,
+    training_flops,
+)
+from madformer.sweep.needs import Needs, cell_needs
+from madformer.sweep.spec import Search, Sweep
+from madformer.sweep.tables import Grid, duration, show, with_unit
+
+_DRAWN = 64
+"""Trials of a search that are drawn to see what one costs."""
+
+
+def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = None) -> None:
+    """Print every cell with its cost and its state, and what all of them cost.
+
+    Args:
+        tflops: peak of a device, in TFLOP/s; None: an A100's, or a CPU core's.
+        mfu: part of it that is reached; None: what is usual.
+
+    Raises:
+        InputError: a cell's folder holds a run of another experiment.
+    """
+    device = CPU_CORE if sweep.accelerator == "cpu" else A100
+    if tflops is not None or mfu is not None:
+        device = Device(tflops or device.peak_tflops, mfu or device.mfu, device.name if tflops is None else "the device named")
+    if sweep.search is None:
+        cells = sweep.cells()
+        needs, estimates = [cell_needs(cell) for cell in cells], Estimates(cells, device)
+        totals = _totals(sweep, cells, needs, estimates, device)
+        show(plan_grid(sweep, cells, needs, estimates), [*totals, *skipped_budgets(cells)])
+    else:
+        print("\n".join(search_lines(sweep, sweep.search, device)))
+
+
+def plan_grid(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates) -> Grid:
+    """Every cell with its size, its FLOPs in training and per sampled image, its time, and what is left of it to do."""
+    budgets = sorted({nfe for cell in cells for nfe in cell.budgets})
+    headings = ["cell", "parameters", "training FLOPs", *(f"NFE {nfe}" for nfe in budgets), _unit(sweep), "state"]
+    grid = Grid(f"{sweep.name}: {sweep.experiment}", headings, frozenset(("cell", "state")))
+    for cell, left in zip(cells, needs, strict=True):
+        costs = {nfe: f"{with_unit(flops)} ({steps} steps)" for nfe, (flops, steps) in sampling(cell).items()}
+        row = [cell.name, with_unit(parameter_count(cell.config.model)), with_unit(training_flops(cell.config))]
+        row += [costs.get(nfe, "skipped") for nfe in budgets]
+        row += [f"{estimates.whole(cell).total / 3600:.3g}"]
+        grid.rows.append([*row, "to train" if left.training else "to evaluate" if left.budgets else "done"])
+    return grid
+
+
+def skipped_budgets(cells: Sequence[Cell]) -> list[str]:
+    """What is not evaluated, and why: a line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for cell in cells:
+        for budget, why in cell.skipped.items():
+            reasons.setdefault(f"NFE {budget}: {why}", []).append(cell.name)
+    return [f"skipped, {reason}: {_few(names)}" for reason, names in reasons.items()]
+
+
+def search_lines(sweep: Sweep, search: Search, device: Device) -> list[str]:
+    """What a search chooses from, and what its trials cost, of some drawn at random."""
+    from madformer.sweep.search import sample_cells
+
+    cells = sample_cells(sweep, _DRAWN)
+    if not cells:
+        raise ConfigError(f"search.space: of {_DRAWN} trials drawn at random none is legal")
+    estimates = Estimates(cells, device)
+    times = [estimates.whole(cell) for cell in cells]
+    hours = [time.total / 3600 for time in times]
+    longest = max(time.total / device_count(cell) for time, cell in zip(times, cells, strict=True))
+    lines = [f"{sweep.name}: {sweep.experiment}, a search of {search.trials} trials by {search.sampler}"]
+    lines += [f"  {key}: {choices}" for key, choices in search.space.items()]
+    lines.append(
+        f"  objectives {', '.join(search.objectives)} at NFE {', '.join(map(str, search.nfe))}, pruner {search.pruner}"
+    )
+    lines.append(f"  of {_DRAWN} trials drawn at random {len(cells)} are legal; one takes {fmean(hours):.3g} {_unit(sweep)}")
+    lines.append(
+        f"  all {search.trials}: {fmean(hours) * search.trials:.3g} {_unit(sweep)}, the longest trial {duration(longest)}"
+    )
+    return [*lines, f"  {_basis(times[0].measured, device)}"]
+
+
+def _totals(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates, device: Device) -> list[str]:
+    """All FLOPs and hours, those that are left, and the cells by state."""
+    training = sum(training_flops(cell.config) for cell in cells)
+    images = [(cell, cell_ways(cell) * cell.config.evaluation.num_samples) for cell in cells]
+    evaluation = sum(count * flops for cell, count in images for flops, _ in sampling(cell).values())
+    whole = [estimates.whole(cell) for cell in cells]
+    left = sum(estimates.left(cell, need).total for cell, need in zip(cells, needs, strict=True))
+    longest = max(time.total / device_count(cell) for time, cell in zip(whole, cells, strict=True))
+    counts = {"to train": 0, "to evaluate": 0, "done": 0}
+    for need in needs:
+        counts["to train" if need.training else "to evaluate" if need.budgets else "done"] += 1
+    hours, unit = sum(time.total for time in whole) / 3600, _unit(sweep)
+    return [
+        f"{len(cells)} cells: {', '.join(f'{count} {state}' for state, count in counts.items())}. "
+        f"Training {with_unit(training)}FLOPs, evaluation {with_unit(evaluation)}FLOPs. Under NFE: FLOPs per image.",
+        f"{hours:.3g} {unit}, of which {left / 3600:.3g} are left; the longest trial takes {duration(longest)} "
+        f"on {device_count(cells[0])} {'process' if sweep.accelerator == 'cpu' else 'GPU'}(s).",
+        _basis(all(time.measured for time in whole), device),
+    ]
+
+
+def _basis(measured: bool, device: Device) -> str:
+    if measured:
+        return "Times by measured rates: each run's own, or those of the others."
+    return f"Times assume {device.peak_tflops:g} TFLOP/s ({device.name}) at an MFU of {device.mfu:.0%}: --tflops, --mfu."
+
+
+def _unit(sweep: Sweep) -> str:
+    return "CPU-hours" if sweep.accelerator == "cpu" else "GPU-hours"
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
