@@ -56,7 +56,7 @@ def environment() -> dict[str, str]:
 def execute(argv: Sequence[str], status: int = 0, **options: Any) -> str:
     """Run a command, require its exit status, give what it printed."""
     result = subprocess.run(
-        argv, capture_output=True, text=True, timeout=300, check=False, env=environment(), **{"cwd": ROOT, **options}
+        argv, capture_output=True, text=True, check=False, env=environment(), **{"cwd": ROOT, "timeout": 300, **options}
     )
     printed = result.stdout + result.stderr
     assert result.returncode == status, printed

@@ -6,8 +6,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from madformer.config import load_experiment
-from madformer.sweep.spec import load_sweep
-from madformer.sweep.status import print_plan
+from madformer.sweep.loading import load_sweep
+from madformer.sweep.plan import print_plan
 from madformer.training.module import LitMADFormer
 from tests.conftest import ROOT
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from madformer.sweep.spec import load_sweep
+from madformer.sweep.loading import load_sweep
 from tests.conftest import ROOT
 
 GRID = re.compile(r"```yaml\n(.*?)```", re.DOTALL)

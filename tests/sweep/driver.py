@@ -2,8 +2,9 @@
 
 import sys
 
-from madformer.sweep.launch import run_sweep, trial_commands
-from madformer.sweep.spec import load_sweep
+from madformer.sweep.driver import run_sweep
+from madformer.sweep.loading import load_sweep
+from madformer.sweep.trial import trial_commands
 
 
 def stand_ins(cell):
@@ -12,6 +13,7 @@ def stand_ins(cell):
 
 
 if __name__ == "__main__":
-    status = run_sweep(load_sweep(sys.argv[1], sys.argv[2:]), stand_ins)
+    arguments = [argument for argument in sys.argv[1:] if argument != "--retry-failed"]
+    status = run_sweep(load_sweep(arguments[0], arguments[1:]), "--retry-failed" in sys.argv, stand_ins)
     print("heavy:", *sorted({"optuna", "torch"} & sys.modules.keys()))
     sys.exit(status)

@@ -1,19 +1,21 @@
 """Stands in for `madformer train` and `madformer evaluate`: the same arguments, locks and files, and no training.
 
-Every step is a line in `journal`, in the working directory. A file `fail-CELL` there makes the training of a cell fail.
+Every step is a line in `journal`, in the working directory. A file `fail-CELL` there makes the training of a cell fail, one
+`die-CELL` has it killed.
 """
 
+import itertools
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
-from madformer.checkpoints import checkpoint_path
+from madformer.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
 from madformer.config import InputError, config_hash, freeze, load_experiment, load_run
 from madformer.evaluation.record import append_point
 from madformer.files import append_line
-from madformer.run import claim_folder
+from madformer.run import append_preview, claim_folder
 
 
 def train(experiment, *overrides):
@@ -23,22 +25,44 @@ def train(experiment, *overrides):
         if checkpoint.exists():
             return
         freeze(config, config.run_dir)
-        work(config.name, f"train {config.name}")
+        if config.evaluation.preview_every:
+            append_preview(config.run_dir, 5, {"fd_digits": config.optimizer.lr})
+        work(config.name, f"train {config.name}", 60.0 if config.optimizer.lr > 0.5 else 0.0)
         if Path(f"fail-{config.name}").exists():
             print("Traceback: [1/2]\nRuntimeError: out of luck")
             sys.exit(1)
+        die = Path(f"die-{config.name}")  # as often as it has lines, having got further if they say so
         checkpoint.parent.mkdir(exist_ok=True)
+        if die.exists() and (lines := die.read_text().splitlines()):
+            die.write_text("\n".join(lines[1:]))
+            if lines[0] == "further":
+                checkpoint_path(config.run_dir, config.trainer.max_steps - len(lines)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         checkpoint.touch()
-        journal(f"trained {config.name} {os.environ['OMP_NUM_THREADS']}")
+        journal(f"trained {config.name} {os.environ.get('OMP_NUM_THREADS')}")
+        if "CUDA_VISIBLE_DEVICES" in os.environ:
+            journal(f"gpus {config.name} {os.environ['CUDA_VISIBLE_DEVICES']}")
 
 
-def evaluate(run, nfe_flag, budgets, *overrides):
-    assert nfe_flag == "--nfe"
-    config = load_run(run, overrides)
-    with claim_folder(Path(run), "evaluate"):
-        work(config.name, f"evaluate {config.name} {budgets}")
-        for nfe in map(int, budgets.split(",")):
-            append_point(Path(run), point(config, nfe))
+def evaluate(run, *words):
+    overrides = [word for word in words if "=" in word]
+    plain = [word for word in words if "=" not in word]
+    options = dict(zip(plain[::2], plain[1::2], strict=True))
+    config, run = load_run(run, overrides), Path(run)
+    with claim_folder(run, "evaluate"):
+        work(config.name, f"evaluate {config.name} {options['--nfe']}")
+        steps = [config.trainer.max_steps]
+        if "--checkpoints" in options:
+            steps = map(checkpoint_step, list_checkpoints(run)[-int(options["--checkpoints"].removeprefix("last")) :])
+        ways = itertools.product(
+            map(int, options["--nfe"].split(",")),
+            options.get("--sampler", config.evaluation.sampler).split(","),
+            map(float, options.get("--guidance", str(config.evaluation.guidance)).split(",")),
+            map(int, options.get("--seeds", str(config.evaluation.seed)).split(",")),
+            steps,
+        )
+        for nfe, sampler, guidance, seed, step in ways:
+            append_point(run, point(config, nfe, sampler=sampler, guidance=guidance, seed=seed, step=step))
 
 
 def point(config, nfe, **changes):
@@ -52,13 +76,23 @@ def point(config, nfe, **changes):
     networks = {"feature_networks": [{"name": name} for name in config.evaluation.feature_networks]}
     unread = dict.fromkeys(("weights_sha256", "prompts", "precision", "codec", "references", "checkpoint", "time"))
     ignored = {**networks, **unread, "steps": 1, "nfe_actual": nfe}
-    return {"kind": "point", "nfe": nfe, "metrics": {"fd_digits": 1000 / nfe}, **made_by, **manner, **ignored, **changes}
+    distance = 1000 / nfe + 100 * abs(config.optimizer.lr - 0.003)  # 0.003: the experiment's
+    return {
+        "kind": "point",
+        "nfe": nfe,
+        "metrics": {"fd_digits": distance},
+        "tflops_per_image": nfe / 1e6,
+        **made_by,
+        **manner,
+        **ignored,
+        **changes,
+    }
 
 
-def work(cell, line):
+def work(cell, line, seconds=0.0):
     try:
         journal(line)
-        time.sleep(float(os.environ.get("TRIAL_SECONDS", 0)))
+        time.sleep(seconds + float(os.environ.get("TRIAL_SECONDS", 0)))
     except KeyboardInterrupt:
         journal(f"interrupted {cell}")
         sys.exit(130)

@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from madformer.config import ConfigError, InputError
+from madformer.checkpoints import checkpoint_path
+from madformer.config import ConfigError, InputError, load_experiment
+from madformer.evaluation.record import read_points
 from madformer.run import claim_folder
-from madformer.sweep.launch import log_path, run_sweep, trial_commands
+from madformer.sweep.driver import run_sweep
+from madformer.sweep.loading import load_sweep
 from madformer.sweep.needs import cell_needs
-from madformer.sweep.spec import load_sweep
+from madformer.sweep.trial import log_path, trial_commands
 from tests.conftest import ROOT
 from tests.sweep.driver import stand_ins
+from tests.sweep.trial import train as train_stand_in
 
 SECONDS = 60
 FOUR = "grid.model.diffusion_depth=[1,2,4,8]"
@@ -58,9 +62,9 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
-def run(sweep_file, *overrides):
+def run(sweep_file, *overrides, retry_failed=False, commands=stand_ins):
     lines = []
-    status = run_sweep(load_sweep(sweep_file, overrides), stand_ins, lines.append)
+    status = run_sweep(load_sweep(sweep_file, overrides), retry_failed, commands, lines.append)
     return status, lines
 
 
@@ -119,39 +123,101 @@ def test_a_value_more_in_the_grid_is_a_training_more(sweep_file):
     assert journal()[before:] == ["train d8-s0", "trained d8-s0 1", "evaluate d8-s0 16,24"]
 
 
-def test_a_failing_trial_says_why_and_is_tried_again_by_the_next_run(sweep_file):
+def test_a_failing_trial_says_why_and_is_tried_again_when_asked(sweep_file):
     Path("fail-d2-s0").touch()
     status, lines = run(sweep_file)
     assert status == 1
-    failed = r"d2-s0: failed, exit status 1, log runs/small/d2-s0/log.txt, after \d+ s, [01]/2 cells done"
+    failed = r"d2-s0: failed \(error\), exit status 1, log runs/small/d2-s0/log.txt, after \d+ s, [01]/2 cells done"
     assert any(re.fullmatch(failed, line) for line in lines)
-    assert lines[-2:] == [
+    left = [
         "small: 1 of 2 cells are done",
-        "  d2-s0: exit status 1 ... RuntimeError: out of luck, log runs/small/d2-s0/log.txt",
+        "  d2-s0: error, exit status 1 ... RuntimeError: out of luck, log runs/small/d2-s0/log.txt",
+        "small: what has failed is tried again with --retry-failed",
     ]
+    assert lines[-3:] == left
     Path("fail-d2-s0").unlink()
-    assert run(sweep_file)[0] == 0
+    assert run(sweep_file) == (1, left), "it would fail again, for all one knows"
+    assert run(sweep_file, retry_failed=True)[0] == 0
     assert Counter(journal())["train d2-s0"] == 2 and Counter(journal())["train d4-s0"] == 1
 
 
+def test_a_trial_that_died_is_tried_again_up_to_a_limit(sweep_file):
+    Path("die-d2-s0").write_text("here\n" * 9)
+    status, lines = run(sweep_file, "retries=2")
+    assert status == 1 and Counter(journal())["train d2-s0"] == 3
+    died = r"d2-s0: died, killed by SIGKILL, as the system does when memory runs out, log runs/small/d2-s0/log.txt, after .*"
+    assert sum(re.fullmatch(died, line) is not None for line in lines) == 3
+    assert any("it died 3 times in a row without having got any further" in line for line in lines)
+    assert run(sweep_file, "retries=2", retry_failed=True)[0] == 1 and Counter(journal())["train d2-s0"] == 6
+
+
+def test_a_trial_that_gets_further_may_die_more_often(sweep_file):
+    Path("die-d2-s0").write_text("further\n" * 5)
+    assert run(sweep_file, "retries=0")[0] == 0
+    assert Counter(journal())["train d2-s0"] == 6
+
+
 def test_commands_that_do_not_do_their_work_are_a_failure(sweep_file):
-    lines = []
-    idle = [[sys.executable, "-c", ""]]
-    assert run_sweep(load_sweep(sweep_file), lambda cell: idle, lines.append) == 1
-    assert "  d2-s0: its commands exited with 0, yet it is still to train, log runs/small/d2-s0/log.txt" in lines
+    status, lines = run(sweep_file, commands=lambda cell: [[sys.executable, "-c", ""]])
+    assert status == 1
+    assert "  d2-s0: error, its commands exited with 0, yet it is still to train, log runs/small/d2-s0/log.txt" in lines
 
 
 def test_a_trial_that_cannot_start_is_a_failure(sweep_file):
-    lines = []
-    assert run_sweep(load_sweep(sweep_file), lambda cell: [["./nowhere"]], lines.append) == 1
-    assert "  d2-s0: [Errno 2] No such file or directory: './nowhere', log runs/small/d2-s0/log.txt" in lines
+    status, lines = run(sweep_file, commands=lambda cell: [["./nowhere"]])
+    assert status == 1
+    assert "  d2-s0: error, [Errno 2] No such file or directory: './nowhere', log runs/small/d2-s0/log.txt" in lines
 
 
-def test_a_trial_killed_by_a_signal_says_so(sweep_file):
-    lines = []
-    suicide = [[sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]]
-    assert run_sweep(load_sweep(sweep_file), lambda cell: suicide, lines.append) == 1
-    assert "  d4-s0: killed by SIGKILL, log runs/small/d4-s0/log.txt" in lines
+def test_gpus_are_shared_out_in_groups(sweep_file, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,8")
+    four = [FOUR, "trainer.accelerator=auto", "workers=null", "devices_per_trial=2"]
+    monkeypatch.setenv("TRIAL_SECONDS", "0.3")
+    assert run(sweep_file, *four)[0] == 0
+    given = Counter(line.split()[2] for line in journal() if line.startswith("gpus"))
+    assert given == {"4,5": 2, "6,7": 2}
+    assert {line.split()[2] for line in journal() if line.startswith("trained")} == {"None"}
+
+
+def test_two_drivers_do_not_share_a_gpu(sweep_file):
+    """Nor does one whose predecessor was killed, and left a trial behind."""
+    one = ["trainer.accelerator=auto", "workers=null"]
+    first = start("grid.model.diffusion_depth=[2]", *one, TRIAL_SECONDS="2", CUDA_VISIBLE_DEVICES="uuid-1,uuid-2")
+    wait_for(lambda: "train d2-s0" in journal())
+    first.kill()
+    first.wait()
+    second = start("grid.model.diffusion_depth=[4]", *one, CUDA_VISIBLE_DEVICES="uuid-1,uuid-2")
+    assert second.wait(SECONDS) == 0
+    wait_for(lambda: sum(line.startswith("gpus") for line in journal()) == 2)
+    assert sorted(line for line in journal() if line.startswith("gpus")) in (
+        ["gpus d2-s0 uuid-1", "gpus d4-s0 uuid-2"], ["gpus d2-s0 uuid-2", "gpus d4-s0 uuid-1"]
+    )  # fmt: skip
+
+
+def test_too_few_gpus_are_said_at_once(sweep_file, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(ConfigError, match="devices_per_trial = 2: there are 1 GPUs here"):
+        run(sweep_file, "trainer.accelerator=cuda", "devices_per_trial=2")
+
+
+def test_every_way_of_sampling_is_evaluated(sweep_file):
+    ways = [
+        "evaluate.samplers=[ddim,unipc]",
+        "evaluate.seeds=[0,1]",
+        "evaluate.checkpoints=last2",
+        "trainer.checkpoint_every=5",
+    ]
+    cell = load_sweep(sweep_file, [*ways, "grid.model.diffusion_depth=[2]"]).cells()[0]
+    checkpoint = checkpoint_path(cell.run, 5)
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    assert cell_needs(cell).points == 2 * 2 * 2 * 2
+    assert run(sweep_file, *ways)[0] == 0
+    assert len(read_points(cell.run)) == 16 and not cell_needs(cell)
+    [*_, command] = trial_commands(load_sweep(sweep_file, [*ways, "evaluate.seeds=[0,1,2]"]).cells()[0])
+    assert command[4:] == [
+        "runs/small/d2-s0", "--nfe", "16,24", "--sampler", "ddim,unipc", "--seeds", "0,1,2", "--checkpoints", "last2"
+    ]  # fmt: skip
 
 
 def test_an_edited_experiment_is_refused_before_anything_starts(sweep_file):
@@ -161,6 +227,17 @@ def test_an_edited_experiment_is_refused_before_anything_starts(sweep_file):
     with pytest.raises(InputError, match=re.escape(message)):
         run(sweep_file, "optimizer.lr=0.5")
     assert journal() == before
+
+
+def test_a_run_finished_by_hand_is_recognised(sweep_file):
+    by_hand = load_experiment(
+        ROOT / "experiments/digits.yaml", ["name=mine", "trainer.max_steps=10", "model.diffusion_depth=2"]
+    )
+    train_stand_in(str(ROOT / "experiments/digits.yaml"), "name=mine", "trainer.max_steps=10", "model.diffusion_depth=2")
+    before = len(journal())
+    assert run(sweep_file)[0] == 0
+    assert sorted(journal()[before:]) == ["evaluate d4-s0 16,24", "evaluate mine 16,24", "train d4-s0", "trained d4-s0 1"]
+    assert not Path("runs/small/d2-s0").exists() and len(read_points(by_hand.run_dir)) == 2
 
 
 def test_a_sweep_without_data_is_planned_only(sweep_file):
@@ -216,7 +293,7 @@ def test_a_run_in_use_is_waited_for(sweep_file):
         if line == "d2-s0: waits, the run is in use by another process":
             held.close()
 
-    assert run_sweep(sweep, stand_ins, say) == 0
+    assert run_sweep(sweep, False, stand_ins, say) == 0
     assert sum("waits" in line for line in lines) == 1
     assert "is in use by another process (train)" in log_path(cell).read_text()
 

@@ -1,0 +1,47 @@
+"""A worker that claims cells and does nothing for them. Imports no torch: tests start many."""
+
+import os
+import sys
+
+from madformer.checkpoints import checkpoint_path
+from madformer.config import freeze
+from madformer.evaluation.record import append_point
+from madformer.sweep.loading import load_sweep
+from madformer.sweep.queue import Queue
+from madformer.sweep.storage import Storage
+from tests.sweep.trial import point
+
+
+def open_queue(sweep):
+    return Queue(sweep, Storage(sweep), sweep.cells())
+
+
+def train(cell):
+    freeze(cell.config, cell.run)
+    checkpoint_path(cell.run, cell.max_steps).parent.mkdir(exist_ok=True)
+    checkpoint_path(cell.run, cell.max_steps).touch()
+
+
+def finish(cell):
+    train(cell)
+    for nfe in cell.budgets:
+        append_point(cell.run, point(cell.config, nfe))
+
+
+def work(overrides, repetitions, barrier, results):
+    """In each repetition, claim until nothing is left of a new sweep."""
+    for repetition in range(repetitions):
+        sweep, claimed = load_sweep("small.yaml", [*overrides, f"name=r{repetition}", f"output_dir=runs{repetition}"]), []
+        barrier.wait()
+        with open_queue(sweep) as queue:
+            while (claim := queue.claim()).trials or claim.others:
+                for trial in claim.trials:
+                    claimed.append(trial.cell.name)
+                    finish(trial.cell)
+                    queue.complete(trial)
+        results.put((repetition, claimed))
+
+
+if __name__ == "__main__":
+    open_queue(load_sweep(sys.argv[1])).__enter__().claim()
+    os._exit(1)  # as if it were killed

@@ -1,0 +1,86 @@
+"""What became of a trial, from real processes that end in each of the ways."""
+
+import signal
+import sys
+
+import pytest
+
+from madformer.sweep.cells import Cell
+from madformer.sweep.loading import load_sweep
+from madformer.sweep.outcome import DONE, failure
+from madformer.sweep.trial import TrialProcesses, last_lines, log_path, read_outcome, trial_commands
+from tests.runs import DIGITS, TINY, environment
+from tests.sweep.claimer import finish, freeze
+
+
+def run(cell, command):
+    return TrialProcesses(cell, lambda cell: [command], print, environment()).run()
+
+
+def python(text):
+    return [sys.executable, "-c", text]
+
+
+@pytest.fixture
+def cell(sweep_file) -> Cell:
+    return load_sweep(sweep_file).cells()[0]
+
+
+@pytest.mark.parametrize(
+    ("program", "kind", "reason"),
+    [
+        ("import torch; torch.empty(10**16)", "out of memory", "exit status 1"),
+        ("[0] * 10**18", "out of memory", "exit status 1"),
+        ("raise ZeroDivisionError", "error", "exit status 1"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "killed", "killed by SIGSEGV"),
+        (
+            "import sys; sys.exit('madformer: [Errno 28] No space left on device; what was complete is kept, the same command goes on')",
+            "hindered",
+            "exit status 1",
+        ),
+        ("import sys; print('madformer: bad data: a.arrow: not a shard'); sys.exit(2)", "bad data", "exit status 2"),
+        ("import sys; print('madformer: unknown key'); sys.exit(2)", "mistake", "exit status 2"),
+    ],
+)
+def test_how_a_process_ended(cell, program, kind, reason):
+    outcome = run(cell, python(program))
+    assert (outcome.state, outcome.kind) == ("failed", kind) and outcome.reason.splitlines()[0] == reason
+    assert read_outcome(cell) == outcome, "another driver reads the same of the log"
+
+
+def test_a_diverged_training_says_so(tmp_path, sweep_file):
+    tiny = [
+        f"overrides.{override}" for override in TINY if not override.startswith(("model.diffusion_depth", "evaluation.nfe"))
+    ]
+    changes = ["optimizer.lr=1e30", "grid.model.diffusion_depth=[2]", "evaluate.nfe=[3]", f"experiment={DIGITS}"]
+    [cell] = load_sweep(sweep_file, [*tiny, *changes]).cells()
+    outcome = TrialProcesses(cell, trial_commands, print, environment()).run()
+    assert (outcome.state, outcome.kind) == ("failed", "diverged"), outcome
+    assert "is not finite; " in outcome.reason
+    assert read_outcome(cell) == outcome
+
+
+def test_the_reason_is_the_end_of_what_was_printed(cell):
+    run(cell, python("print('of an earlier command')"))
+    outcome = run(cell, python("import sys; print(*range(20), sep='\\n'); sys.exit(1)"))
+    assert outcome.reason == "exit status 1\n15\n16\n17\n18\n19"
+    assert last_lines(cell, 2)[0] == "19" and last_lines(cell, 2)[1].startswith("[exit status 1 after ")
+
+
+def test_a_run_that_is_done_has_not_failed_whatever_its_log_says(cell):
+    assert read_outcome(cell).kind == "lost" and read_outcome(cell).reason == "it left no log"
+    run(cell, python("raise SystemExit(1)"))
+    finish(cell)
+    assert read_outcome(cell) == DONE
+
+
+def test_a_log_without_an_end_is_that_of_a_lost_machine(cell):
+    freeze(cell.config, cell.run)
+    log_path(cell).write_text("$ madformer train\nstep 1\n[exit status 0 after 1 s]\n$ madformer evaluate\nsampled 1")
+    outcome = read_outcome(cell)
+    assert outcome.kind == "lost" and "sampled 1" in outcome.reason
+
+
+def test_the_name_of_a_signal_that_has_none():
+    assert failure(-64, "").reason.startswith(f"killed by {signal.Signals(64).name}")
+    assert failure(-63, "").reason == "killed by signal 63"

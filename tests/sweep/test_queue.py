@@ -1,0 +1,339 @@
+"""Who does what, and what is done: the queue of trials, over a real study and real run folders."""
+
+import json
+import multiprocessing
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from madformer.checkpoints import checkpoint_path
+from madformer.config import InputError, freeze
+from madformer.evaluation.record import append_point
+from madformer.sweep import storage as storage_module
+from madformer.sweep.loading import load_sweep
+from madformer.sweep.needs import Needs, cell_needs, main_metrics, progress
+from madformer.sweep.outcome import Outcome
+from madformer.sweep.queue import OWNER, Queue, Standing
+from madformer.sweep.storage import Storage
+from tests.conftest import ROOT
+from tests.sweep.claimer import finish, open_queue, train, work
+from tests.sweep.servers import needs_servers, postgresql
+from tests.sweep.trial import point
+
+MISFORTUNE = Outcome("failed", "error", "out of luck")
+
+
+def trials(sweep):
+    storage = Storage(sweep)
+    found = storage.study.trials
+    storage.close()
+    return found
+
+
+def claim(queue):
+    [trial] = queue.claim().trials
+    return trial
+
+
+def claim_all(queue):
+    return [trial.cell.name for trial in queue.claim(99).trials]
+
+
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=needs_servers)])
+def storage_url(request):
+    """Where studies are kept: all tests here hold for all of them."""
+    if request.param == "sqlite":
+        yield None
+    else:
+        with postgresql() as url:
+            yield url
+
+
+@pytest.fixture
+def sweep(sweep_file, storage_url):
+    if storage_url is not None:
+        sweep_file.write_text(f"storage: {storage_url}\n{sweep_file.read_text()}")
+    sweep = load_sweep(sweep_file)
+    yield sweep
+    if storage_url is not None:
+        optuna.delete_study(study_name="small", storage=Storage(sweep).rdb)
+
+
+def test_needs_follow_the_run_s_folder(sweep):
+    cell = sweep.cells()[0]
+    assert cell_needs(cell) == Needs(training=True, budgets=(16, 24), points=2) and str(cell_needs(cell)) == "to train"
+    freeze(cell.config, cell.run)
+    assert cell_needs(cell).training
+    train(cell)
+    assert (
+        cell_needs(cell) == Needs(training=False, budgets=(16, 24), points=2)
+        and str(cell_needs(cell)) == "to evaluate at 16, 24"
+    )
+    append_point(cell.run, point(cell.config, 16))
+    assert cell_needs(cell).budgets == (24,) and list(main_metrics(cell)) == [16]
+    append_point(cell.run, point(cell.config, 24))
+    assert not cell_needs(cell) and main_metrics(cell)[24] == {"fd_digits": 1000 / 24}
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": 9}, {"weights": "model"}, {"num_samples": 9}, {"seed": 1}, {"config_hash": "0" * 16}, {"nfe": 17}]
+)
+def test_another_measurement_does_not_count(sweep, change):
+    cell = sweep.cells()[0]
+    train(cell)
+    append_point(cell.run, point(cell.config, 16))
+    assert cell_needs(cell).budgets == (24,)
+    append_point(cell.run, {**point(cell.config, 24), **change})
+    assert cell_needs(cell).budgets == (24,)
+
+
+def test_a_checkpoint_before_the_last_step_is_no_training(sweep):
+    cell = sweep.cells()[0]
+    train(cell)
+    checkpoint_path(cell.run, cell.max_steps).rename(checkpoint_path(cell.run, cell.max_steps - 1))
+    assert cell_needs(cell).training
+
+
+def test_a_run_of_another_experiment_is_refused_by_field(sweep, sweep_file):
+    finish(sweep.cells()[0])
+    other = load_sweep(sweep_file, ["optimizer.lr=0.5"]).cells()[0]
+    with pytest.raises(InputError, match=r"runs/small/d2-s0 .* optimizer.lr = 0.003 there, 0.5 asked for"):
+        cell_needs(other)
+
+
+def test_each_cell_that_needs_work_is_claimed_once(sweep):
+    finish(sweep.cells()[0])
+    with open_queue(sweep) as queue:
+        assert claim_all(queue) == ["d4-s0"]
+        [trial] = trials(sweep)
+        assert trial.user_attrs.items() >= {"model.diffusion_depth": 4, "seed": 0, "cell": "d4-s0"}.items()
+
+
+def test_of_many_no_more_are_claimed_than_asked_for(sweep):
+    with open_queue(sweep) as queue:
+        assert len(queue.claim(1).trials) == 1
+        claim = queue.claim(5)
+        assert len(claim.trials) == 1 and not claim.others
+        assert queue.claim(5).trials == []
+
+
+def test_what_a_killed_driver_of_this_machine_had_is_another_s_at_once(sweep, sweep_file):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert (
+        subprocess.run([sys.executable, "-m", "tests.sweep.claimer", sweep_file], env=environment, check=False).returncode == 1
+    )
+    [first, _] = trials(sweep)
+    assert (first.user_attrs["cell"], first.state) == ("d2-s0", TrialState.RUNNING)
+    with open_queue(sweep) as queue:
+        assert queue.standings()[first.user_attrs["config_hash"]].state == "waiting"
+        assert sorted(claim_all(queue)) == ["d2-s0", "d4-s0"]
+
+
+def test_what_a_lost_machine_had_is_another_s_when_its_heart_is_silent(sweep, monkeypatch):
+    monkeypatch.setattr(storage_module, "GRACE_SECONDS", 1)
+    monkeypatch.setattr("madformer.sweep.queue.GRACE_SECONDS", 1)
+    with open_queue(sweep) as lost, open_queue(sweep) as queue:
+        trial = claim(lost)
+        lost._claimed.clear()  # no heartbeat any more
+        lost.storage.rdb.set_trial_user_attr(trial.id, OWNER, json.dumps(["another machine", 1, 0.0]))
+        assert claim_all(queue) == ["d4-s0"]
+        claimed = queue.claim()
+        assert claimed.trials == [] and claimed.others
+        time.sleep(3)
+        assert claim(queue).cell == trial.cell
+        lost.complete(trial)  # it lived after all: what it says comes too late, and does no harm
+        assert queue.standings()[trial.cell.key].state == "running"
+
+
+def test_a_heart_is_not_listened_to_soon_after_trouble_with_the_database(sweep, monkeypatch):
+    monkeypatch.setattr(storage_module, "GRACE_SECONDS", 1)
+    with open_queue(sweep) as lost, open_queue(sweep) as queue:
+        trial = claim(lost)
+        lost._claimed.clear()
+        lost.storage.rdb.set_trial_user_attr(trial.id, OWNER, json.dumps(["another machine", 1, 0.0]))
+        time.sleep(3)
+        queue.storage.troubled = time.monotonic()
+        assert claim_all(queue) == ["d4-s0"]
+
+
+def test_hearts_beat(sweep, monkeypatch):
+    monkeypatch.setattr("madformer.sweep.queue.HEARTBEAT_SECONDS", 0.05)
+    beats = []
+    with open_queue(sweep) as queue:
+        monkeypatch.setattr(queue.storage.rdb, "record_heartbeat", beats.append)
+        trial = claim(queue)
+        time.sleep(0.5)
+        queue.put_back(trial)
+        time.sleep(0.1)
+        count = len(beats)
+        time.sleep(0.3)
+        assert count > 3 and set(beats) == {trial.id} and len(beats) == count
+
+
+def test_a_driver_that_died_between_claim_and_signature_loses_no_cell(sweep):
+    with open_queue(sweep) as queue:
+        queue.put_back(claim(queue))
+        assert queue.storage.study.ask().user_attrs["cell"] == "d4-s0"  # RUNNING now, of nobody
+    with open_queue(sweep) as queue:
+        assert sorted(claim_all(queue)) == ["d2-s0", "d4-s0"]
+
+
+def test_a_failed_cell_is_tried_again_when_asked(sweep):
+    with open_queue(sweep) as queue:
+        trial, other = queue.claim(2).trials
+        queue.fail(trial, MISFORTUNE)
+        queue.put_back(other)
+        assert queue.standings()[trial.cell.key] == Standing("failed", "error", "out of luck")
+    with open_queue(sweep) as queue:
+        assert claim_all(queue) == ["d4-s0"]
+        queue.retry_failed()
+        assert claim_all(queue) == ["d2-s0"]
+
+
+@pytest.mark.parametrize("kind", ["killed", "lost"])
+def test_strikes_are_counted_until_a_cell_gets_further(sweep, kind):
+    died = Outcome("failed", kind, "a reason")
+    with Queue(sweep, Storage(sweep), sweep.cells()[:1]) as queue:
+        for strikes in (1, 2, 3):
+            trial = claim(queue)
+            queue.fail(trial, died)
+            assert queue.standings()[trial.cell.key] == Standing("waiting", strikes=strikes)
+        trial = claim(queue)
+        train(trial.cell)
+        queue.fail(trial, died)
+        assert queue.standings()[trial.cell.key] == Standing("waiting", strikes=0)
+        for _ in range(4):
+            trial = claim(queue)
+            queue.fail(trial, died)
+        standing = queue.standings()[trial.cell.key]
+        assert (standing.state, standing.kind, standing.strikes) == ("failed", kind, 4)
+        assert standing.reason == "a reason\nit died 4 times in a row without having got any further"
+        assert claim_all(queue) == []
+
+
+def test_progress_rises_with_what_is_not_done_again(sweep):
+    cell = sweep.cells()[0]
+    seen = [progress(cell)]
+    freeze(cell.config, cell.run)
+    checkpoint_path(cell.run, 5).parent.mkdir()
+    checkpoint_path(cell.run, 5).touch()
+    seen.append(progress(cell))
+    train(cell)
+    seen.append(progress(cell))
+    part = cell.run / "features/hash/part-0.safetensors"
+    part.parent.mkdir(parents=True)
+    part.touch()
+    seen.append(progress(cell))
+    append_point(cell.run, point(cell.config, 16))
+    part.unlink()
+    seen.append(progress(cell))
+    assert seen == sorted(seen) and len({tuple(entry) for entry in seen}) == len(seen)
+
+
+def test_what_an_interrupted_driver_puts_back_falls_to_another(sweep):
+    with open_queue(sweep) as first, open_queue(sweep) as second:
+        trial = claim(first)
+        assert claim(second).cell.name == "d4-s0"
+        first.put_back(trial)
+        assert claim(second).cell.name == "d2-s0"
+        assert {standing.state for standing in second.standings().values()} == {"running"}
+
+
+def test_the_study_tells_the_story(sweep):
+    with open_queue(sweep) as queue:
+        trial = claim(queue)
+        finish(trial.cell)
+        queue.complete(trial)
+        done, waiting = trials(sweep)
+        assert done.state == TrialState.COMPLETE and done.value == 1000 / 24
+        assert done.user_attrs["fd_digits@16"] == 1000 / 16 and done.user_attrs["fd_digits@24"] == 1000 / 24
+        assert waiting.state == TrialState.WAITING
+
+
+def test_a_driver_leaves_the_trials_of_other_cells_alone(sweep, sweep_file):
+    with open_queue(sweep) as queue:
+        queue.put_back(claim(queue))  # the other one stays waiting
+    other = load_sweep(sweep_file, ["grid.model.diffusion_depth=[8]"])
+    with open_queue(other) as queue:
+        assert claim_all(queue) == ["d8-s0"]
+    assert [trial.state for trial in trials(sweep)] == [TrialState.FAIL, TrialState.WAITING, TrialState.RUNNING]
+
+
+def test_a_job_is_carried_over_to_the_driver_that_takes_up_a_trial(sweep, monkeypatch):
+    with open_queue(sweep) as queue:
+        queue.remember_job(claim(queue), "array/0")
+        queue._claimed.clear()
+        monkeypatch.setattr("madformer.sweep.queue.is_gone", lambda owner: True)
+        first, second = queue.claim(2).trials
+        assert {first.job, second.job} == {"array/0", None}
+        queue.fail(first if first.job else second, Outcome("failed", "lost", "gone"))
+        assert claim(queue).job is None
+
+
+def test_with_sqlite_a_transaction_locks_the_database_when_it_begins(sweep, storage_url):
+    if storage_url is not None:
+        pytest.skip("SQLite alone")
+    storage = Storage(sweep)
+    outsider = sqlite3.connect(sweep.folder / "study.db", timeout=0, isolation_level=None)
+    with storage.rdb.engine.connect() as connection:
+        connection.exec_driver_sql("SELECT 1")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            outsider.execute("BEGIN IMMEDIATE")
+    outsider.execute("BEGIN IMMEDIATE")
+    assert outsider.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    outsider.close()
+
+
+def test_a_broken_study_says_what_to_do(sweep_file):
+    sweep = load_sweep(sweep_file)
+    sweep.folder.mkdir(parents=True)
+    (sweep.folder / "study.db").write_text("no database" * 1000)
+    message = "runs/small/study.db: no study of a sweep (file is not a database); delete it: what is done is read from the runs"
+    with pytest.raises(InputError, match=re.escape(message)):
+        Storage(sweep)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("oracle://a", "storage = oracle://a: must be a database of sqlite, postgresql, mysql"),
+        ("postgresql+nothing://a", r"storage = postgresql\+nothing://a: .*: pip install 'madformer\[postgresql\]'"),
+        (
+            "postgresql://me:secret@127.0.0.1:9/a",
+            r"storage = postgresql\+psycopg://me:\*\*\*@127.0.0.1:9/a: cannot be used \(.*refused",
+        ),
+    ],
+)
+def test_a_storage_that_cannot_be_had_is_one_line_without_the_password(sweep_file, url, message):
+    with pytest.raises(InputError, match=message) as caught:
+        Storage(load_sweep(sweep_file, [f"storage={url}"]))
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+REPETITIONS = int(os.environ.get("REPETITIONS", "4"))
+
+
+def test_four_workers_claim_every_cell_exactly_once_each_time(sweep, storage_url, sweep_file):
+    """4 depths x 5 budgets x 3 seeds are 12 cells."""
+    axes = ["grid.model.diffusion_depth=[1,2,4,8]", "evaluate.nfe=[16,24,32,64,128]", "seeds=[0,1,2]"]
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=work, args=(axes, REPETITIONS, barrier, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    claimed: dict[int, Counter[str]] = {}
+    for _ in range(4 * REPETITIONS):
+        repetition, names = results.get(timeout=120)
+        claimed.setdefault(repetition, Counter()).update(names)
+    for process in processes:
+        process.join()
+    cells = {f"d{depth}-s{seed}": 1 for depth in (1, 2, 4, 8) for seed in range(3)}
+    assert claimed == dict.fromkeys(range(REPETITIONS), cells)
