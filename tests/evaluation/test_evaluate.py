@@ -16,9 +16,10 @@ from madformer.cli import app
 from madformer.config import ConfigError, InputError, freeze, load_run
 from madformer.data.digits import load_digits
 from madformer.evaluation import evaluate
+from madformer.evaluation.distance import FrechetDistance
 from madformer.evaluation.evaluate import evaluate_run, evaluate_share
 from madformer.evaluation.features import build_feature_network
-from madformer.evaluation.metrics import FrechetDistance, Moments
+from madformer.evaluation.metrics import Moments
 from madformer.evaluation.record import read_diagnostics, read_means, read_points, record_path
 from madformer.evaluation.request import Budget, parse_request, parse_sampling
 from madformer.evaluation.sampling import sample_batches

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from madformer.checkpoints import list_checkpoints, load_model
+from madformer.checkpoints import DATA, list_checkpoints, load_model
 from madformer.config import ConfigError, InputError, config_hash, load_run
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.encode import encode
@@ -250,7 +250,7 @@ def latents_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
         encode(config)
-        remembered = {"LatentDataModule": LatentDataModule(config).state_dict()}
+        remembered = {DATA: LatentDataModule(config).state_dict()}
     [path] = list_checkpoints(config.run_dir)
     torch.save({**torch.load(path, weights_only=True), **remembered}, path)
     return config
@@ -269,7 +269,7 @@ def test_classes_that_nobody_named(latents_run, tmp_path):
     shutil.copytree(latents_run.run_dir, tmp_path / "run")
     [path] = list_checkpoints(tmp_path / "run")
     checkpoint = torch.load(path, weights_only=True)
-    torch.save({name: value for name, value in checkpoint.items() if name != "LatentDataModule"}, path)
+    torch.save({name: value for name, value in checkpoint.items() if name != DATA}, path)
     config = load_run(tmp_path / "run")
     for asked in ({"classes": "cat"}, {"guidance": 2.0}):
         with pytest.raises(InputError, match=r"it was trained without names of classes: sample takes a --prompt"):
