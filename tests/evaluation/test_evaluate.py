@@ -27,7 +27,7 @@ from madformer.model import MADFormer, cost
 from madformer.parallel import Share
 from madformer.training.errors import NonFiniteError
 from tests.pictures import CODEC, experiment, write_parquet
-from tests.runs import command, environment, execute, tiny_run
+from tests.runs import command, environment, execute, perform, tiny_run
 
 METRICS = ["fd_digits", "kid_digits", "precision_digits", "recall_digits", "density_digits", "coverage_digits"]
 
@@ -130,7 +130,7 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(tmp_path):
     shutil.copytree(tmp_path / "one", tmp_path / "torchrun")
     expected = evaluate_run(parse_request(config, nfe="3,5"))
     asked = ["evaluate", "--nfe", "3,5"]
-    execute(command(*asked, tmp_path / "two/digits", "--devices", 2))
+    perform(command(*asked, tmp_path / "two/digits", "--devices", 2))
     torchrun = [*command()[:1], "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "madformer"]
     execute([*torchrun, *asked, str(tmp_path / "torchrun/digits")])
     for name in ("two", "torchrun"):

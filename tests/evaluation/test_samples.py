@@ -31,7 +31,7 @@ from tests.conftest import ROOT
 from tests.data.test_datamodule import TEXT
 from tests.evaluation.test_evaluate import make_run
 from tests.pictures import overrides, write_parquet
-from tests.runs import command, environment, execute
+from tests.runs import command, environment, perform
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_an_image_depends_on_its_seed_and_index_alone(plain, tmp_path):
 
 def test_processes_share_the_work(plain, tmp_path):
     sample(plain, tmp_path / "alone", num=5)
-    printed = execute(command("sample", plain.run_dir, "--num", 5, "--steps", 2, "--devices", 2, "--out", tmp_path / "shared"))
+    printed = perform(command("sample", plain.run_dir, "--num", 5, "--steps", 2, "--devices", 2, "--out", tmp_path / "shared"))
     assert "sampled 5/5" in printed
     assert close(pixels(tmp_path / "shared"), pixels(tmp_path / "alone"))
     made_by = [[read_settings(path) for path in sorted((tmp_path / name).glob("0*.png"))] for name in ("alone", "shared")]
