@@ -140,7 +140,7 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(tmp_path):
 
 
 def test_killed_it_goes_on_with_the_samples_that_it_has(tmp_path):
-    asked = ("evaluation.num_samples=400", "evaluation.batch_size=16", pleased(tmp_path))
+    asked = ("evaluation.num_samples=192", "evaluation.batch_size=16", pleased(tmp_path))
     config, *_ = make_run(tmp_path / "killed", *asked)
     shutil.copytree(tmp_path / "killed", tmp_path / "whole")
     running = subprocess.Popen(command("evaluate", config.run_dir, "--steps", 20), env=environment(), stdout=subprocess.DEVNULL)
@@ -152,12 +152,12 @@ def test_killed_it_goes_on_with_the_samples_that_it_has(tmp_path):
     running.wait()
     [folder] = kept.iterdir()
     had = len(evaluate.read_indices(folder))
-    assert 0 < had < 400 and not record_path(config.run_dir).exists()
+    assert 0 < had < 192 and not record_path(config.run_dir).exists()
     request = parse_request(config, steps="20")
     sampled = []
     share = Share(0, 1, "cpu", sampled.append)
     evaluate_share(share, request, tasks_of(request))
-    assert sampled[-1] == 400 - had, "no sample is made twice"
+    assert sampled[-1] == 192 - had, "no sample is made twice"
     whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
     [expected] = evaluate_run(parse_request(whole, steps="20"))
     assert [point["metrics"] for point in read_points(config.run_dir)] == only_metrics([expected])
