@@ -26,6 +26,12 @@ Weights = Literal["ema", "model"]
 EMA = "ema"
 """Key of the moving average in a checkpoint."""
 
+DATA = "LatentDataModule"
+"""Key of what a checkpoint remembers of its data: Lightning takes the name of the class."""
+
+CLASS_PROMPTS = "class_prompts"
+"""Key of the names of the classes among it."""
+
 MODEL_PREFIX = "model."
 """What the model's parameter names begin with in a checkpoint's `state_dict`."""
 

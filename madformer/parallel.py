@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from madformer.config import ConfigError, TrainerConfig
 from madformer.progress import ProgressDisplay
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -105,8 +105,16 @@ def own_device(devices: list[str]) -> str:
 
 def _cluster() -> ClusterEnvironment | None:
     """What started this process together with others; a lone one may use all devices."""
+    by_torchrun = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+    by_srun = os.environ.get("SLURM_STEP_ID", "").isdigit()  # a batch script is told of tasks that it has not started
+    if not by_torchrun and not by_srun:
+        return None
+    # Seconds, which a process without others does not spend.
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
     kinds: list[type[ClusterEnvironment]] = [TorchElasticEnvironment]
-    if os.environ.get("SLURM_STEP_ID", "").isdigit():  # by srun: a batch script is told of tasks that it has not started
+    if by_srun:
         kinds.append(SLURMEnvironment)
     found = (kind() for kind in kinds if kind.detect())
     return next((cluster for cluster in found if cluster.world_size() > 1), None)

@@ -1,15 +1,20 @@
-"""Runs of a tiny model on digits, as a user starts them: in processes of their own."""
+"""Runs of a tiny model on digits, as a user starts them: in processes of their own, or without the seconds that these take."""
 
+import contextlib
+import io
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from madformer.cli import main
 from madformer.config import ExperimentConfig, load_experiment
 from tests.conftest import HUB, ROOT
 
@@ -61,6 +66,29 @@ def execute(argv: Sequence[str], status: int = 0, **options: Any) -> str:
     printed = result.stdout + result.stderr
     assert result.returncode == status, printed
     return printed
+
+
+def perform(argv: Sequence[str], status: int = 0, cwd: Path = ROOT) -> str:
+    """`execute` in this process, whose imports are paid for: where a process is neither killed nor what is tested."""
+    torch.set_num_threads(1)  # as `environment` has it; a fixture of a module may be here before `one_thread`
+    printed, code = io.StringIO(), 0
+    log, here = logging.getLogger(), logging.StreamHandler(printed)
+    here.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))  # `main` sets up none beside pytest's
+    log.addHandler(here)
+    try:
+        with (
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+            contextlib.chdir(cwd),
+            patch.object(sys, "argv", ["madformer", *argv[3:]]),
+        ):
+            main()
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        log.removeHandler(here)
+    assert code == status, printed.getvalue()
+    return printed.getvalue()
 
 
 def differences(first: Any, second: Any, where: str = "") -> list[str]:

@@ -15,7 +15,7 @@ from madformer.config import load_run
 from madformer.evaluation.evaluate import evaluate_run
 from madformer.evaluation.request import parse_request
 from tests.conftest import ROOT
-from tests.runs import DIGITS, command, execute, scalars, train_command
+from tests.runs import DIGITS, command, execute, perform, scalars, train_command
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,23 @@ MISTAKES = {
 }
 
 
+LIKE_OTHERS = {
+    "train {digits} data.batch_size=9 trainer.devices=2",
+    "train {digits} output_dir={tmp}/broken.yaml",
+    "train {digits} output_dir=/proc/1",
+    "import {tmp}/broken.yaml --out {tmp}/new",
+    "import {tmp}/broken.yaml --out {run}",
+}
+"""Mistakes that show behind slow imports, as another of their command does; that one has a process of its own."""
+
+
 @pytest.mark.parametrize("arguments", MISTAKES)
 def test_mistakes_are_one_clear_line_and_leave_nothing_behind(arguments, run, tmp_path):
     (tmp_path / "broken.yaml").write_text("model: [1\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
     before = sorted(tmp_path.rglob("*")), sorted(run.rglob("*"))
     words = arguments.format(digits=DIGITS, run=run, tmp=tmp_path).split()
-    printed = execute(command(*words), status=2, cwd=tmp_path)
+    printed = (perform if arguments in LIKE_OTHERS else execute)(command(*words), status=2, cwd=tmp_path)
     assert MISTAKES[arguments] in printed and "Traceback" not in printed
     assert len(printed.strip().splitlines()) == 1 and printed.startswith("madformer: "), printed
     assert (sorted(tmp_path.rglob("*")), sorted(run.rglob("*"))) == before
@@ -94,9 +104,9 @@ def test_evaluate_records_and_draws_each_point_once(run, tmp_path):
     shutil.copytree(run, mine)
     first = execute(command("evaluate", mine))
     assert first.count("  fd_digits ") == 2 and "recorded before" not in first
-    again = execute(command("evaluate", mine, "--steps", "1,2"))
+    again = perform(command("evaluate", mine, "--steps", "1,2"))
     assert again.count("recorded before") == 2, "NFE 3 and 5 are 1 and 2 steps of D = 2 of 3 layers"
-    execute(command("evaluate", mine, "--checkpoints", "last2", "--nfe", "5"))
+    perform(command("evaluate", mine, "--checkpoints", "last2", "--nfe", "5"))
     lines = [json.loads(line) for line in (mine / "evaluations.jsonl").read_text().splitlines()]
     assert [(line["kind"], line.get("step"), line["nfe"]) for line in lines] == [
         ("point", 6, 3),
@@ -117,12 +127,12 @@ def test_an_exported_run_comes_back_as_one_that_is_measured_the_same(run, tmp_pa
     execute(command("import", tmp_path / "weights.safetensors", "--out", again))
     points = [evaluate_run(parse_request(load_run(folder), steps="2"))[0] for folder in (mine, again)]
     assert points[0]["metrics"] == points[1]["metrics"] and points[0]["weights_sha256"] == points[1]["weights_sha256"]
-    assert "its weights are imported" in execute(command("train", "--resume", again), status=2)
+    assert "its weights are imported" in perform(command("train", "--resume", again), status=2)
 
 
 def test_sample_writes_images_that_do_not_depend_on_their_number(run, tmp_path):
     execute(command("sample", run, "--num", 5, "--steps", 2, "--out", tmp_path / "five"))
-    execute(command("sample", run, "--num", 2, "--nfe", 5, "--out", tmp_path / "two"))
+    perform(command("sample", run, "--num", 2, "--nfe", 5, "--out", tmp_path / "two"))
     names = {path.name for path in (tmp_path / "five").iterdir()}
     assert names == {".sample.lock", "grid.png", *(f"{i:06d}.png" for i in range(5))}
     for name in ("000000.png", "000001.png"):
@@ -134,9 +144,9 @@ def test_corrupt_checkpoints(run, tmp_path):
     mine = tmp_path / "run"
     shutil.copytree(run, mine)
     checkpoint_path(mine, 6).write_bytes(b"torn")
-    printed = execute(command("evaluate", mine, "--nfe", "5"))
+    printed = perform(command("evaluate", mine, "--nfe", "5"))
     assert f"{checkpoint_path(mine, 6)} is torn" in printed and "step-00000003  NFE 5" in printed
-    assert "is torn" in execute(command("evaluate", mine, "--nfe", "5", "--checkpoints", "6"), status=2)
+    assert "is torn" in perform(command("evaluate", mine, "--nfe", "5", "--checkpoints", "6"), status=2)
     checkpoint_path(mine, 3).write_bytes(b"torn")
     assert "no intact checkpoint" in execute(command("evaluate", mine, "--nfe", "5"), status=2)
 

@@ -13,7 +13,7 @@ from madformer.exchange import export_run, import_run
 from madformer.model.released import from_released
 from tests.data.vaes import KL
 from tests.model.test_released import WEIGHTS
-from tests.runs import command, differences, execute
+from tests.runs import command, differences, perform
 
 SWITCHES = {"clear_clean": False, "clear_cond": False, "denoising_mlp": False, "diff_depth": 2, "ar_len": 4}
 
@@ -50,13 +50,13 @@ def test_the_way_there_and_back(tmp_path):
     torch.manual_seed(0)
     diffusers.AutoencoderKL(**KL).save_pretrained(tmp_path / "vae")
     codec = f"data.codec=vae:{tmp_path / 'vae'}"
-    execute(command("import", released(tmp_path / "released.pt"), "--out", tmp_path / "run", codec))
-    execute(command("export", tmp_path / "run", "--out", tmp_path / "weights.safetensors"))
+    perform(command("import", released(tmp_path / "released.pt"), "--out", tmp_path / "run", codec))
+    perform(command("export", tmp_path / "run", "--out", tmp_path / "weights.safetensors"))
     import_run(tmp_path / "weights.safetensors", tmp_path / "again", "ema", [])
     one, other = (torch.load(checkpoint_path(tmp_path / name, 0), weights_only=True) for name in ("run", "again"))
     assert differences(one["ema"], other["ema"]) == []
     assert load_run(tmp_path / "run").model == load_run(tmp_path / "again").model
-    printed = execute(command("sample", tmp_path / "run", "--num", 2, "--steps", 2, "--out", tmp_path / "samples"))
+    printed = perform(command("sample", tmp_path / "run", "--num", 2, "--steps", 2, "--out", tmp_path / "samples"))
     side = 8 * load_run(tmp_path / "run").model.latent_size
     images = [Image.open(tmp_path / f"samples/{index:06d}.png") for index in (0, 1)]
     assert "samples of" in printed and [image.size for image in images] == [(side, side)] * 2
@@ -65,7 +65,7 @@ def test_the_way_there_and_back(tmp_path):
 
 def test_a_codec_that_cannot_be_had_is_one_line_before_anything_is_sampled(tmp_path):
     import_run(released(tmp_path / "released.pt"), tmp_path / "run", "ema", [])
-    printed = execute(command("sample", tmp_path / "run", "--steps", 2, "--out", tmp_path / "samples"), status=2)
+    printed = perform(command("sample", tmp_path / "run", "--steps", 2, "--out", tmp_path / "samples"), status=2)
     assert printed.startswith("madformer: data.codec = 'vae:stabilityai/sd-vae-ft-mse': cannot be had: ")
     assert len(printed.splitlines()) == 1 and not (tmp_path / "samples").exists()
 

@@ -15,14 +15,7 @@ from madformer.parallel import ProcessKilledError, cluster_rank, find_devices, s
 from madformer.progress import ProgressDisplay
 from tests.conftest import ROOT
 from tests.runs import environment
-
-HELD = []
-
-
-def hold(folder, share):
-    """A lock that the system lets go when the process ends."""
-    HELD.append(FileLock(folder / f"{share.rank}.lock", timeout=0))
-    HELD[-1].acquire()
+from tests.shares import die_in_one, fail_in_one, write_share
 
 
 def wait_until(condition, seconds=60):
@@ -30,41 +23,6 @@ def wait_until(condition, seconds=60):
     while not condition():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.05)
-
-
-def write_share(share, folder):
-    told = f"{share.rank} of {share.world_size} on {share.device}, {torch.get_num_threads()} threads"
-    (folder / str(share.rank)).write_text(told)
-    for done in range(1, 4):
-        share.count(done)
-
-
-def fail_in_one(share, folder, error):
-    """The others go on until they are told to stop."""
-    (folder / str(share.rank)).touch()
-    while not (folder / "0").exists() or not (folder / "1").exists():
-        time.sleep(0.01)
-    if share.rank == 1:
-        raise error
-    while True:
-        share.count(1)
-        time.sleep(0.01)
-
-
-def die_in_one(share):
-    if share.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    while True:
-        share.count(1)
-        time.sleep(0.01)
-
-
-def linger(share, folder):
-    """The first one works on, the second one is done at once."""
-    hold(folder, share)
-    while share.rank == 0:
-        share.count(1)
-        time.sleep(0.01)
 
 
 class Counts(ProgressDisplay):
@@ -105,7 +63,7 @@ import sys
 from pathlib import Path
 from madformer.parallel import share_out
 from madformer.progress import ProgressDisplay
-from tests.test_parallel import linger
+from tests.shares import linger
 try:
     print("started", flush=True)
     share_out(linger, (Path(sys.argv[1]),), ["cpu"] * 2, ProgressDisplay("done", "units", None, silent=True))

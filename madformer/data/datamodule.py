@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from madformer.checkpoints import CLASS_PROMPTS
 from madformer.config import ConfigError, DataError, ExperimentConfig, InputError
 from madformer.config.data import DIGITS
 from madformer.data.codec import Codec, build_codec, require_fit
@@ -32,9 +33,6 @@ from madformer.data.shards import ShardReader
 from madformer.data.sources import open_source
 from madformer.data.stream import ImageStream
 from madformer.files import append_line
-
-CLASS_PROMPTS = "class_prompts"
-"""Key of the names of the classes in what a checkpoint remembers of its data."""
 
 
 class LatentDataModule(pl.LightningDataModule):

@@ -12,14 +12,11 @@ from typing import Protocol
 
 import scipy.linalg  # type: ignore[import-untyped]
 import torch
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch import Tensor
 
 from madformer.config.rules import InputError
 from madformer.evaluation.features import metric_name
 from madformer.evaluation.pairs import Within, compare_pairs
-
-__all__ = ["FrechetDistance", "Moments", "Reference", "frechet_bias", "frechet_distance", "inception_score", "measure"]
 
 SPLITS = 10
 """Parts that the inception score is a mean over, as in the paper."""
@@ -49,7 +46,7 @@ class Moments:
         Raises:
             InputError: NaN or infinity among them, or no matrix.
         """
-        _require_features(features_ND)
+        require_features(features_ND)
         width = features_ND.shape[1]
         sum_D = features_ND.new_zeros(width, dtype=torch.float64)
         outer_DD = features_ND.new_zeros(width, width, dtype=torch.float64)
@@ -149,57 +146,6 @@ def frechet_distance(generated: Moments, reference: Moments) -> float:
     return float(distance.clamp(min=0))
 
 
-class FrechetDistance:
-    """`frechet_distance` to a reference of features that come in batches, in one process or several.
-
-    Features are summed in float64 as they come, so neither the split into batches nor the number of processes matters: under
-    torch.distributed each process updates with its own features, and `compute` gives all of them the distance of the whole.
-
-    Args:
-        reference: moments of the reference features, the same in all processes.
-        device: where the features are summed.
-    """
-
-    def __init__(self, reference: Moments, device: torch.device | str = "cpu") -> None:
-        self._metric = _SummedFeatures(reference).to(device)
-
-    def update(self, features_BD: Tensor) -> None:
-        """Add features of generated images.
-
-        Raises:
-            InputError: NaN or infinity among them, or no matrix [B, D].
-        """
-        _require_features(features_BD)
-        self._metric.update(features_BD.to(self._metric.device), real=False)
-
-    def compute(self) -> float:
-        """The distance of all features added since the start or the last `reset`.
-
-        Raises:
-            InputError: fewer than two features in all, or fewer in the reference.
-        """
-        return float(self._metric.compute())
-
-    def reset(self) -> None:
-        """Forget the generated features and keep the reference."""
-        self._metric.reset()
-
-
-class _SummedFeatures(FrechetInceptionDistance):
-    """torchmetrics' sums, which it adds up over the processes, of features in place of images."""
-
-    def __init__(self, reference: Moments) -> None:
-        network = nn.Identity()
-        network.num_features = torch.tensor(len(reference.sum_D))
-        super().__init__(network)
-        self.reference = reference
-
-    def compute(self) -> Tensor:
-        count = int(self.fake_features_num_samples)
-        generated = Moments(count, self.fake_features_sum, self.fake_features_cov_sum)
-        return torch.tensor(frechet_distance(generated, self.reference), dtype=torch.float64)
-
-
 def frechet_bias(reference: Moments, count: int) -> float:
     """The Fréchet distance to be expected of as many perfect samples, drawn from the reference's own Gaussian.
 
@@ -264,7 +210,7 @@ def inception_score(logits_NK: Tensor, splits: int = SPLITS) -> float:
     Raises:
         InputError: fewer images than parts, or logits that are not finite.
     """
-    _require_features(logits_NK)
+    require_features(logits_NK)
     if len(logits_NK) < splits:
         raise InputError(f"{len(logits_NK)} generated images: an inception score over {splits} parts needs at least {splits}")
     order_N = torch.randperm(len(logits_NK), generator=torch.Generator().manual_seed(0))
@@ -276,7 +222,12 @@ def inception_score(logits_NK: Tensor, splits: int = SPLITS) -> float:
     return float(torch.stack(scores).mean())
 
 
-def _require_features(features_ND: Tensor) -> None:
+def require_features(features_ND: Tensor) -> None:
+    """Refuse what is no matrix of finite numbers.
+
+    Raises:
+        InputError: NaN or infinity among them, or no matrix.
+    """
     if features_ND.ndim != 2:
         raise InputError(f"features of shape {list(features_ND.shape)}: must be [images, features]")
     if not features_ND.isfinite().all():

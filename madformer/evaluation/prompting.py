@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from madformer.checkpoints import load_checkpoint
+from madformer.checkpoints import CLASS_PROMPTS, DATA, load_checkpoint
 from madformer.config import ExperimentConfig, InputError
 from madformer.config.data import DIGITS
-from madformer.data.datamodule import CLASS_PROMPTS, LatentDataModule
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts, parse_classes
 
 _log = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ def tokenize(config: ExperimentConfig, prompts: Sequence[str]) -> Tensor | None:
 
 def known_classes(config: ExperimentConfig, checkpoint: Path) -> tuple[str, ...] | None:
     """The class names that a run was trained with: the checkpoint remembers them; None: nobody named them."""
-    remembered = load_checkpoint(checkpoint).get(LatentDataModule.__name__, {}).get(CLASS_PROMPTS)
+    remembered = load_checkpoint(checkpoint).get(DATA, {}).get(CLASS_PROMPTS)
     if remembered is not None:
         return tuple(remembered)
     return DIGIT_NAMES if config.data.source == DIGITS else class_prompts(config.data.class_names, None)

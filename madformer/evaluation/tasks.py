@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from madformer.checkpoints import checkpoint_step, load_checkpoint, load_model
+from madformer.checkpoints import DATA, checkpoint_step, load_checkpoint, load_model
 from madformer.config import ExperimentConfig, config_hash
 from madformer.data.codec import Codec, build_codec, require_fit
-from madformer.data.datamodule import LatentDataModule
 from madformer.evaluation.features import FeatureNetwork, metric_name
 from madformer.evaluation.metrics import frechet_bias
 from madformer.evaluation.prompting import choose_prompts, tokenize
@@ -108,7 +107,7 @@ def warn_of_bias(networks: Sequence[FeatureNetwork], task: Task) -> None:
 
 def source_sha256(checkpoint: Path) -> str | None:
     """Fingerprint of the images that a run was trained on; None: its checkpoint does not say."""
-    found: str | None = load_checkpoint(checkpoint).get(LatentDataModule.__name__, {}).get("fingerprint", {}).get("source")
+    found: str | None = load_checkpoint(checkpoint).get(DATA, {}).get("fingerprint", {}).get("source")
     return found
 
 

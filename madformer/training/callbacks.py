@@ -16,8 +16,8 @@ from torch import Tensor
 
 from madformer.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints, save_checkpoint
 from madformer.config import ExperimentConfig
+from madformer.evaluation.distance import FrechetDistance
 from madformer.evaluation.features import FeatureNetwork, build_feature_networks, metric_name
-from madformer.evaluation.metrics import FrechetDistance
 from madformer.evaluation.reference import find_reference
 from madformer.evaluation.sampling import default_prompts, sample_batches
 from madformer.images import save_png, to_grid

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from madformer.checkpoints import DATA
 from madformer.config import ConfigError, InputError
 from madformer.data import stream
 from madformer.data.datamodule import LatentDataModule
@@ -202,6 +203,7 @@ def test_a_codec_of_other_latents_is_refused(folder):
 def test_other_data_is_not_gone_on_with(folder, tmp_path):
     config = experiment(folder, latents=folder / "latents")
     state = LatentDataModule(config).state_dict()
+    assert LatentDataModule.__qualname__ == DATA, "under which Lightning keeps it, and evaluation looks for it"
     encode(experiment(folder, latents=tmp_path / "other", split="train"))
     other = LatentDataModule(experiment(folder, latents=tmp_path / "other"))
     with pytest.raises(InputError, match="the latents that this run was trained on"):

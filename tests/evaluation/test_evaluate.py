@@ -16,9 +16,10 @@ from madformer.cli import app
 from madformer.config import ConfigError, InputError, freeze, load_run
 from madformer.data.digits import load_digits
 from madformer.evaluation import evaluate
+from madformer.evaluation.distance import FrechetDistance
 from madformer.evaluation.evaluate import evaluate_run, evaluate_share
 from madformer.evaluation.features import build_feature_network
-from madformer.evaluation.metrics import FrechetDistance, Moments
+from madformer.evaluation.metrics import Moments
 from madformer.evaluation.record import read_diagnostics, read_means, read_points, record_path
 from madformer.evaluation.request import Budget, parse_request, parse_sampling
 from madformer.evaluation.sampling import sample_batches
@@ -26,7 +27,7 @@ from madformer.model import MADFormer, cost
 from madformer.parallel import Share
 from madformer.training.errors import NonFiniteError
 from tests.pictures import CODEC, experiment, write_parquet
-from tests.runs import command, environment, execute, tiny_run
+from tests.runs import command, environment, execute, perform, tiny_run
 
 METRICS = ["fd_digits", "kid_digits", "precision_digits", "recall_digits", "density_digits", "coverage_digits"]
 
@@ -129,7 +130,7 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(tmp_path):
     shutil.copytree(tmp_path / "one", tmp_path / "torchrun")
     expected = evaluate_run(parse_request(config, nfe="3,5"))
     asked = ["evaluate", "--nfe", "3,5"]
-    execute(command(*asked, tmp_path / "two/digits", "--devices", 2))
+    perform(command(*asked, tmp_path / "two/digits", "--devices", 2))
     torchrun = [*command()[:1], "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "madformer"]
     execute([*torchrun, *asked, str(tmp_path / "torchrun/digits")])
     for name in ("two", "torchrun"):
@@ -139,7 +140,7 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(tmp_path):
 
 
 def test_killed_it_goes_on_with_the_samples_that_it_has(tmp_path):
-    asked = ("evaluation.num_samples=400", "evaluation.batch_size=16", pleased(tmp_path))
+    asked = ("evaluation.num_samples=192", "evaluation.batch_size=16", pleased(tmp_path))
     config, *_ = make_run(tmp_path / "killed", *asked)
     shutil.copytree(tmp_path / "killed", tmp_path / "whole")
     running = subprocess.Popen(command("evaluate", config.run_dir, "--steps", 20), env=environment(), stdout=subprocess.DEVNULL)
@@ -151,12 +152,12 @@ def test_killed_it_goes_on_with_the_samples_that_it_has(tmp_path):
     running.wait()
     [folder] = kept.iterdir()
     had = len(evaluate.read_indices(folder))
-    assert 0 < had < 400 and not record_path(config.run_dir).exists()
+    assert 0 < had < 192 and not record_path(config.run_dir).exists()
     request = parse_request(config, steps="20")
     sampled = []
     share = Share(0, 1, "cpu", sampled.append)
     evaluate_share(share, request, tasks_of(request))
-    assert sampled[-1] == 400 - had, "no sample is made twice"
+    assert sampled[-1] == 192 - had, "no sample is made twice"
     whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
     [expected] = evaluate_run(parse_request(whole, steps="20"))
     assert [point["metrics"] for point in read_points(config.run_dir)] == only_metrics([expected])

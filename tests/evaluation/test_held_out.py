@@ -9,10 +9,10 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset
 
-from madformer.checkpoints import EMA
+from madformer.checkpoints import CLASS_PROMPTS, DATA, EMA
 from madformer.config import ConfigError, DataConfig, EvaluationConfig, ExperimentConfig, InputError, TextConfig
 from madformer.data.codec import build_codec
-from madformer.data.datamodule import CLASS_PROMPTS, LatentDataModule
+from madformer.data.datamodule import LatentDataModule
 from madformer.data.digits import load_digits
 from madformer.data.images import load_square, to_unit
 from madformer.data.prompts import DIGIT_NAMES
@@ -27,7 +27,7 @@ TEXT = TextConfig(vocab_size=2048, length=4, pad_token_id=0)
 def checkpoint(folder: Path, names=None) -> Path:
     """As far as images need one: what the classes are called."""
     path = folder / "step-00000001.ckpt"
-    torch.save({"state_dict": {}, EMA: {}, "LatentDataModule": {CLASS_PROMPTS: names}}, path)
+    torch.save({"state_dict": {}, EMA: {}, DATA: {CLASS_PROMPTS: names}}, path)
     return path
 
 

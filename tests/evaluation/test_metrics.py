@@ -14,8 +14,9 @@ from torchmetrics.image.inception import InceptionScore
 
 from madformer.config import InputError
 from madformer.data.digits import load_digits
+from madformer.evaluation.distance import FrechetDistance
 from madformer.evaluation.features import DigitsFeatures
-from madformer.evaluation.metrics import FrechetDistance, Moments, frechet_bias, frechet_distance, inception_score, measure
+from madformer.evaluation.metrics import Moments, frechet_bias, frechet_distance, inception_score, measure
 from madformer.evaluation.pairs import compare_pairs, pairs_within
 
 

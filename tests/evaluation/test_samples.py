@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from madformer.checkpoints import list_checkpoints, load_model
+from madformer.checkpoints import DATA, list_checkpoints, load_model
 from madformer.config import ConfigError, InputError, config_hash, load_run
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.encode import encode
@@ -31,7 +31,7 @@ from tests.conftest import ROOT
 from tests.data.test_datamodule import TEXT
 from tests.evaluation.test_evaluate import make_run
 from tests.pictures import overrides, write_parquet
-from tests.runs import command, environment, execute
+from tests.runs import command, environment, perform
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_an_image_depends_on_its_seed_and_index_alone(plain, tmp_path):
 
 def test_processes_share_the_work(plain, tmp_path):
     sample(plain, tmp_path / "alone", num=5)
-    printed = execute(command("sample", plain.run_dir, "--num", 5, "--steps", 2, "--devices", 2, "--out", tmp_path / "shared"))
+    printed = perform(command("sample", plain.run_dir, "--num", 5, "--steps", 2, "--devices", 2, "--out", tmp_path / "shared"))
     assert "sampled 5/5" in printed
     assert close(pixels(tmp_path / "shared"), pixels(tmp_path / "alone"))
     made_by = [[read_settings(path) for path in sorted((tmp_path / name).glob("0*.png"))] for name in ("alone", "shared")]
@@ -250,7 +250,7 @@ def latents_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
         encode(config)
-        remembered = {"LatentDataModule": LatentDataModule(config).state_dict()}
+        remembered = {DATA: LatentDataModule(config).state_dict()}
     [path] = list_checkpoints(config.run_dir)
     torch.save({**torch.load(path, weights_only=True), **remembered}, path)
     return config
@@ -269,7 +269,7 @@ def test_classes_that_nobody_named(latents_run, tmp_path):
     shutil.copytree(latents_run.run_dir, tmp_path / "run")
     [path] = list_checkpoints(tmp_path / "run")
     checkpoint = torch.load(path, weights_only=True)
-    torch.save({name: value for name, value in checkpoint.items() if name != "LatentDataModule"}, path)
+    torch.save({name: value for name, value in checkpoint.items() if name != DATA}, path)
     config = load_run(tmp_path / "run")
     for asked in ({"classes": "cat"}, {"guidance": 2.0}):
         with pytest.raises(InputError, match=r"it was trained without names of classes: sample takes a --prompt"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from madformer.checkpoints import checkpoint_path
-from tests.runs import differences, execute, scalars, train_command
+from tests.runs import differences, execute, perform, scalars, train_command
 
 SETTINGS = ("trainer.max_steps=8", "trainer.checkpoint_every=4", "optimizer.lr=1e-4", "loss.lambda_clean_tower=0.1")
 
@@ -12,7 +12,7 @@ SETTINGS = ("trainer.max_steps=8", "trainer.checkpoint_every=4", "optimizer.lr=1
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    execute(train_command(folder, *SETTINGS))
+    perform(train_command(folder, *SETTINGS))
     return folder / "digits"
 
 
@@ -27,7 +27,7 @@ def test_two_devices_are_one(strategy, alone, tmp_path):
         assert [step for step, _ in scalars(run)[tag]] == [step for step, _ in series]
         assert scalars(run)[tag][-1][1] == pytest.approx(series[-1][1], rel=2e-3), tag
     checkpoint_path(run, 8).unlink()
-    assert "resuming after step 4 of 8" in execute(train_command(tmp_path, *SETTINGS))
+    assert "resuming after step 4 of 8" in perform(train_command(tmp_path, *SETTINGS))
     require_close(alone, run)
 
     checkpoint_path(run, 8).unlink()

@@ -8,7 +8,7 @@ import torch
 from madformer.checkpoints import checkpoint_path
 from madformer.data.encode import encode
 from tests.pictures import experiment, overrides, write_parquet
-from tests.runs import DIGITS, command, differences, execute, scalars
+from tests.runs import DIGITS, command, differences, perform, scalars
 from tests.training.test_resume import LAST, loaded, run_until
 
 TEXT = ("model.text.vocab_size=2048", "model.text.pad_token_id=0", "model.text.length=6", "data.tokenizer=builtin")
@@ -33,17 +33,17 @@ KINDS = {"shards": {"flip": True}, "stream": {"streaming": True}}
 @pytest.mark.parametrize(("kind", "workers"), [("shards", 0), ("shards", 2), ("stream", 1)], ids=lambda value: str(value))
 def test_killed_in_an_epoch_and_resumed_is_uninterrupted(kind, workers, folder, tmp_path):
     data = {**KINDS[kind], "workers": workers, **({"latents": folder / "latents"} if kind == "shards" else {})}
-    execute(train(folder, tmp_path / "whole", **data))
+    perform(train(folder, tmp_path / "whole", **data))
     whole, run = tmp_path / "whole/digits", tmp_path / "killed/digits"
     status, printed = run_until(train(folder, tmp_path / "killed", **data), checkpoint_path(run, 6).exists)
     assert status == -signal.SIGKILL and not checkpoint_path(run, LAST).exists(), printed
-    assert "resuming after step" in execute(command("train", "--resume", run, "data.workers=0"))
+    assert "resuming after step" in perform(command("train", "--resume", run, "data.workers=0"))
     assert differences(loaded(whole), loaded(run)) == []
     assert scalars(run) == scalars(whole)
 
 
 def test_the_codec_is_neither_in_checkpoints_nor_in_the_average(folder, tmp_path):
-    execute(train(folder, tmp_path, "trainer.max_steps=6", "evaluation.preview_every=6"))
+    perform(train(folder, tmp_path, "trainer.max_steps=6", "evaluation.preview_every=6"))
     run = tmp_path / "digits"
     checkpoint = torch.load(checkpoint_path(run, 6), weights_only=True)
     names = {*checkpoint["state_dict"], *checkpoint["ema"]}
@@ -54,13 +54,13 @@ def test_the_codec_is_neither_in_checkpoints_nor_in_the_average(folder, tmp_path
 
 def test_moved_latents_are_gone_on_with(folder, tmp_path):
     settings = ("trainer.max_steps=12", "trainer.checkpoint_every=6")
-    execute(train(folder, tmp_path, *settings, latents=folder / "latents"))
+    perform(train(folder, tmp_path, *settings, latents=folder / "latents"))
     run = tmp_path / "digits"
     checkpoint_path(run, 12).unlink()
     moved = tmp_path / "moved"
     (folder / "latents").rename(moved)
     try:
-        assert "no latents there" in execute(command("train", "--resume", run), status=2)
-        execute(command("train", "--resume", run, f"data.latents={moved}"))
+        assert "no latents there" in perform(command("train", "--resume", run), status=2)
+        perform(command("train", "--resume", run, f"data.latents={moved}"))
     finally:
         moved.rename(folder / "latents")

@@ -9,7 +9,7 @@ import torch
 
 from madformer.checkpoints import checkpoint_path, list_checkpoints
 from tests.conftest import ROOT
-from tests.runs import command, differences, environment, execute, scalars, tiny_run, train_command
+from tests.runs import command, differences, environment, perform, scalars, tiny_run, train_command
 
 LAST = 24
 
@@ -32,15 +32,15 @@ def run_until(argv, reached, sign=signal.SIGKILL):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    execute(train_command(folder))
+    perform(train_command(folder))
     return folder / "digits"
 
 
 def test_training_does_not_notice_previews(undisturbed, tmp_path):
     """Also of a sampler that draws noise, and over a whole reference."""
-    execute(train_command(tmp_path, "evaluation.preview_every=null"))
+    perform(train_command(tmp_path, "evaluation.preview_every=null"))
     noisy = ("evaluation.preview_every=4", "evaluation.sampler=ddpm", f"evaluation.references={tmp_path / 'references'}")
-    execute(train_command(tmp_path / "noisy", *noisy))
+    perform(train_command(tmp_path / "noisy", *noisy))
     assert [path.suffix for path in (tmp_path / "references").glob("*.safetensors")] == [".safetensors"]
     for run in (tmp_path / "digits", tmp_path / "noisy/digits"):
         assert differences(loaded(undisturbed), loaded(run)) == []
@@ -50,7 +50,7 @@ def test_training_does_not_notice_previews(undisturbed, tmp_path):
 @pytest.mark.parametrize("overrides", [(), ("data.batch_size_per_device=4",)], ids=["plain", "accumulated"])
 def test_killed_anywhere_and_resumed_is_uninterrupted(overrides, undisturbed, tmp_path):
     if overrides:
-        execute(train_command(tmp_path / "whole", *overrides))
+        perform(train_command(tmp_path / "whole", *overrides))
         undisturbed = tmp_path / "whole/digits"
     run = tmp_path / "digits"
     again = train_command(tmp_path, *overrides)
@@ -65,10 +65,10 @@ def test_killed_anywhere_and_resumed_is_uninterrupted(overrides, undisturbed, tm
         assert status == -signal.SIGKILL, printed
         assert not checkpoint_path(run, LAST).exists()
         again = command("train", "--resume", run)
-    assert "resuming after step" in execute(again)
+    assert "resuming after step" in perform(again)
     assert differences(loaded(undisturbed), loaded(run)) == []
     assert scalars(run) == scalars(undisturbed)
-    assert f"trained already, {LAST} steps" in execute(again)
+    assert f"trained already, {LAST} steps" in perform(again)
 
 
 def test_interrupted_run_saves_the_step_it_is_in(undisturbed, tmp_path):
@@ -77,42 +77,42 @@ def test_interrupted_run_saves_the_step_it_is_in(undisturbed, tmp_path):
     assert status == 130 and f"madformer train --resume {run}" in printed, printed
     newest = list_checkpoints(run)[-1]
     assert f"stopped after step {int(newest.stem[5:])}," in printed
-    execute(train_command(tmp_path, "trainer.keep_checkpoints=3"))
+    perform(train_command(tmp_path, "trainer.keep_checkpoints=3"))
     assert differences(loaded(undisturbed), loaded(run)) == []
     assert [int(path.stem[5:]) for path in list_checkpoints(run)] == [12, 18, 24], "regular ones alone, once there is a newer"
 
 
 def test_torn_checkpoint_is_skipped_with_a_warning(undisturbed, tmp_path):
-    execute(train_command(tmp_path))
+    perform(train_command(tmp_path))
     run = tmp_path / "digits"
     checkpoint_path(run, 24).write_bytes(checkpoint_path(run, 24).read_bytes()[:5000])
     whole = bytearray(checkpoint_path(run, 18).read_bytes())
     whole[len(whole) // 2] ^= 1
     checkpoint_path(run, 18).write_bytes(whole)
-    printed = execute(command("train", "--resume", run))
+    printed = perform(command("train", "--resume", run))
     assert f"{checkpoint_path(run, 24)} is torn" in printed and f"{checkpoint_path(run, 18)} is torn" in printed
     assert "resuming after step 12 of 24" in printed
     assert differences(loaded(undisturbed), loaded(run)) == []
     for path in list_checkpoints(run):
         path.write_bytes(b"torn")
-    assert "none of its 4 checkpoints is intact" in execute(command("train", "--resume", run), status=2)
+    assert "none of its 4 checkpoints is intact" in perform(command("train", "--resume", run), status=2)
 
 
 def test_a_run_is_not_trained_by_two_processes(tmp_path):
     from madformer.run import claim_folder
 
     config = tiny_run(tmp_path)
-    execute(train_command(tmp_path, "trainer.max_steps=24"))
+    perform(train_command(tmp_path, "trainer.max_steps=24"))
     checkpoint_path(config.run_dir, 24).unlink()
     with claim_folder(config.run_dir, "train"):
-        assert f"{config.run_dir} is in use by another process" in execute(train_command(tmp_path), status=2)
+        assert f"{config.run_dir} is in use by another process" in perform(train_command(tmp_path), status=2)
 
 
 def test_resume_with_other_settings_but_the_same_weights(undisturbed, tmp_path):
     run = tmp_path / "digits"
     run_until(train_command(tmp_path), checkpoint_path(run, 6).exists)
-    printed = execute(command("train", "--resume", run, "optimizer.lr=1"), status=2)
+    printed = perform(command("train", "--resume", run, "optimizer.lr=1"), status=2)
     assert "optimizer.lr = 0.003 there, 1.0 asked for" in printed
-    execute(command("train", "--resume", run, "trainer.checkpoint_every=5", "trainer.keep_checkpoints=2"))
+    perform(command("train", "--resume", run, "trainer.checkpoint_every=5", "trainer.keep_checkpoints=2"))
     assert [path.name for path in list_checkpoints(run)] == ["step-00000020.ckpt", "step-00000024.ckpt"]
     assert differences(loaded(undisturbed)["state_dict"], loaded(run)["state_dict"]) == []
