@@ -37,9 +37,10 @@ quickstart: $(CORE) ## train three models on digits, compare them: a table, curv
 test: $(DEV) ## run the tests
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal $(ARGS)
 
-test-cluster: $(DEV) ## run the tests that start a PostgreSQL and a Slurm of their own; installs Debian's packages, as root
+test-cluster: $(DEV) ## run the tests that start databases and a Slurm of their own; installs Debian's packages, as root
 	@command -v sbatch munged slurmctld >/dev/null || bash tests/sweep/servers/slurm.sh install
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || bash tests/sweep/servers/postgresql.sh install
+	@command -v mariadbd mariadb-install-db >/dev/null || bash tests/sweep/servers/mariadb.sh install
 	SERVERS=1 REPETITIONS=20 $(BIN)/python -m pytest -s tests/sweep/test_queue.py tests/sweep/test_servers.py $(ARGS)
 
 lint: $(DEV) ## check style, format and types

@@ -103,6 +103,8 @@ class Driver:
         self._may_be_more = True
         """What the queue said when it was last asked for a trial."""
         self._asked = self._looked = float("-inf")
+        self._waits = False
+        """Whether there is no room although no trial runs."""
 
     def run(self) -> int:
         """Work until nothing is left.
@@ -118,7 +120,7 @@ class Driver:
                 for trial, outcome in self._launcher.ended(_POLL_SECONDS):
                     self._conclude(trial, outcome)
                 self._end_hopeless()
-        except KeyboardInterrupt:
+        except BaseException:  # Ctrl-C, or an error of whatever kind: no trial is to be left without its driver
             self._stop()
             raise
         return self._summarise()
@@ -129,6 +131,9 @@ class Driver:
             return self._may_be_more
         room = self._launcher.room()
         if not room:
+            if not self._launcher.trials and not self._waits:
+                self._say(f"{self._sweep.name}: waits for GPUs, other trials have them")
+            self._waits = not self._launcher.trials
             return True
         claim = self._queue.claim(room)
         if len(claim.trials) < room:

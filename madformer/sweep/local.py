@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -68,9 +70,9 @@ class LocalLauncher:
         """Start trials, no more than there is room for."""
         for trial in trials:
             gpus, held = self._reserved.popitem() if self._reserved else ((), [])
-            say = self._say
-            processes = TrialProcesses(trial.cell, self._commands, say, self._environment(gpus), inherited=held)
-            self._running.append(_Running(trial, processes, self._pool.submit(processes.run), gpus, held))
+            processes = TrialProcesses(trial.cell, self._commands, self._say, self._environment(gpus), inherited=held)
+            with _interrupts_later():  # what runs and is not known to run would not be stopped
+                self._running.append(_Running(trial, processes, self._pool.submit(processes.run), gpus, held))
         for held in self._reserved.values():
             let_go(held)
         self._reserved.clear()
@@ -106,3 +108,22 @@ class LocalLauncher:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         environment |= dict.fromkeys(_THREADS, str(self._sweep.threads)) if not gpus else {}
         return environment | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """A Ctrl-C or SIGTERM inside the block takes effect behind it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt

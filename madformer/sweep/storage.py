@@ -34,7 +34,8 @@ _DRIVERS = {"postgresql": ("postgresql+psycopg", "postgresql"), "mysql": ("mysql
 
 _LOCKS = {
     "postgresql": ("SELECT pg_advisory_lock(hashtext(:name))", "SELECT pg_advisory_unlock(hashtext(:name))"),
-    "mysql": ("SELECT GET_LOCK(LEFT(:name, 64), -1)", "SELECT RELEASE_LOCK(LEFT(:name, 64))"),
+    # MySQL waits for ever with -1, MariaDB not at all: a year will do.
+    "mysql": ("SELECT GET_LOCK(LEFT(:name, 64), 31536000)", "SELECT RELEASE_LOCK(LEFT(:name, 64))"),
 }
 _LOCAL_DISKS = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "apfs", "hfs"))
 """File systems where SQLite's write-ahead log works; on those of a network it does not."""
@@ -100,7 +101,8 @@ class Storage:
         take, release = _LOCKS[self._url.get_backend_name()]
         name = {"name": f"madformer {self.name}"}
         with self._locks.connect() as connection:
-            connection.execute(text(take), name)
+            got = connection.execute(text(take), name).scalar()
+            assert got in (1, ""), f"{take} gave {got!r}"  # PostgreSQL's has no value
             yield
             with contextlib.suppress(DatabaseError, InterfaceError):  # it is gone with the connection
                 connection.execute(text(release), name)

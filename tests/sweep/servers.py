@@ -23,16 +23,17 @@ def script(name: str, *arguments: object) -> str:
 
 
 @contextmanager
-def postgresql(port: int = 15437) -> Iterator[str]:
-    """A PostgreSQL; its URL."""
+def database(name: str, port: int = 15437) -> Iterator[tuple[str, Path]]:
+    """A `postgresql` or `mariadb`; its URL and folder."""
     # Not in pytest's own folder: its user may not look there.
-    with tempfile.TemporaryDirectory(prefix="madformer-postgresql-") as folder:
-        Path(folder).chmod(0o755)
-        url = script("postgresql.sh", "start", f"{folder}/server", port).split()[-1]
+    with tempfile.TemporaryDirectory(prefix=f"madformer-{name}-", ignore_cleanup_errors=True) as temporary:
+        Path(temporary).chmod(0o755)
+        folder = Path(temporary) / "server"
+        url = script(f"{name}.sh", "start", folder, port).split()[-1]
         try:
-            yield url
+            yield url, folder
         finally:
-            script("postgresql.sh", "stop", f"{folder}/server")
+            script(f"{name}.sh", "stop", folder)
 
 
 @contextmanager

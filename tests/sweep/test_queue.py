@@ -25,7 +25,7 @@ from madformer.sweep.queue import OWNER, Queue, Standing
 from madformer.sweep.storage import Storage
 from tests.conftest import ROOT
 from tests.sweep.claimer import finish, open_queue, train, work
-from tests.sweep.servers import needs_servers, postgresql
+from tests.sweep.servers import database, needs_servers
 from tests.sweep.trial import point
 
 MISFORTUNE = Outcome("failed", "error", "out of luck")
@@ -47,13 +47,16 @@ def claim_all(queue):
     return [trial.cell.name for trial in queue.claim(99).trials]
 
 
-@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=needs_servers)])
+SERVERS = [pytest.param(name, marks=needs_servers) for name in ("postgresql", "mariadb")]
+
+
+@pytest.fixture(scope="module", params=["sqlite", *SERVERS])
 def storage_url(request):
     """Where studies are kept: all tests here hold for all of them."""
     if request.param == "sqlite":
         yield None
     else:
-        with postgresql() as url:
+        with database(request.param) as (url, _):
             yield url
 
 

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from tests.conftest import ROOT
 from tests.runs import DIGITS, TINY, command, execute
-from tests.sweep.servers import needs_servers, postgresql, script, slurm
+from tests.sweep.servers import database, needs_servers, script, slurm
 from tests.sweep.test_queue import trials
 
 pytestmark = needs_servers
@@ -103,6 +103,22 @@ def test_slurm_preempts_and_ends_trials_that_go_on_from_their_checkpoint(tmp_pat
     assert quality(there) == quality(here)
 
 
+def test_the_tasks_of_a_job_are_the_processes_of_one_run(tmp_path):
+    """Two of DDP; and what they train and measure is what two processes of this machine do."""
+    both = {"grid": {"model.diffusion_depth": [2]}, "evaluate": {"nfe": [3, 9]}, "devices_per_trial": 2}
+    (tmp_path / "here").mkdir()
+    here, there = write_sweep(tmp_path / "here", **both), write_sweep(tmp_path, **both, launcher="slurm", slurm={"minutes": 10})
+    with slurm() as environment:
+        done = subprocess.run(
+            command("sweep", "run", there), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+    log = tmp_path / "cells/d2-s0/log.txt"
+    assert done.returncode == 0, done.stdout + done.stderr + (log.read_text() if log.exists() else "")
+    assert log.read_text().count(": trained, 24 steps") == 1 and (log.parent / "log.rank1.txt").is_file()
+    execute(command("sweep", "run", here))
+    assert quality(there) == quality(here)
+
+
 def test_a_job_that_slurm_does_not_take_is_one_line(tmp_path):
     sweep = write_sweep(tmp_path, grid={"model.diffusion_depth": [1]}, launcher="slurm", slurm={"partition": "nowhere"})
     with slurm() as environment:
@@ -119,12 +135,11 @@ def test_a_postgresql_that_is_away_for_half_a_minute_costs_no_trial(sweep_file, 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("TRIAL_SECONDS", "4")
     journal = Path("journal")
-    with postgresql() as url:
+    with database("postgresql") as (url, folder):
         options = [f"storage={url}", "grid.model.diffusion_depth=[1,2,3,4,5,6]"]
         argv = [sys.executable, "-m", "tests.sweep.driver", sweep_file, *options]
         drivers = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
         wait_for(lambda: journal.exists() and "trained" in journal.read_text())
-        folder = next(iter(Path("/tmp").glob("madformer-postgresql-*/server")))
         script("postgresql.sh", "stop", folder)
         time.sleep(30)
         script("postgresql.sh", "start", folder, 15437)
@@ -144,7 +159,7 @@ def test_two_drivers_really_train_each_of_twelve_cells_once(tmp_path, storage):
     """4 depths x 5 budgets x 3 seeds."""
     grid = {"grid": {"model.diffusion_depth": [1, 2, 3, 4]}, "seeds": [0, 1, 2], "evaluate": {"nfe": [4, 8, 12, 16, 20]}}
     grid |= {"overrides": {"model.depth": 4, "trainer.max_steps": 6, "evaluation.num_samples": 4}}
-    with postgresql() as url:
+    with database("postgresql") as (url, _):
         sweep = write_sweep(tmp_path, **grid, **({"storage": url} if storage == "postgresql" else {}))
         argv = command("sweep", "run", sweep)
         drivers = [subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]

@@ -1,0 +1,53 @@
+"""What is reported on: sweeps that are not done, and searches."""
+
+import re
+
+import pytest
+
+from madformer.config import InputError, freeze
+from madformer.report.sources import report_on
+from madformer.sweep.loading import load_sweep
+from madformer.sweep.search import SearchQueue
+from madformer.sweep.storage import Storage
+from tests.conftest import ROOT
+from tests.points import point, recorded
+
+GRID = f"experiment: {ROOT}/experiments/digits.yaml\ngrid: {{model.diffusion_depth: [2, 4]}}\n"
+SEARCH = (
+    f"experiment: {ROOT}/experiments/digits.yaml\nsearch: {{space: {{optimizer.lr: [0.1, 0.2]}}, nfe: [16, 32], trials: 6}}\n"
+)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def measure(cell, value):
+    freeze(cell.config, cell.run)
+    recorded(cell.run, *(point(nfe, value) for nfe in (16, 32)))
+
+
+def test_a_sweep_that_is_not_done_is_reported_on_as_far_as_it_is(here, capsys, caplog):
+    (here / "grid.yaml").write_text(GRID)
+    with pytest.raises(InputError, match=re.escape("grid: none of 2 cells is evaluated: madformer sweep run does that")):
+        report_on(["grid.yaml"], None)
+    measure(load_sweep("grid.yaml").cells()[1], 30.0)
+    report_on(["grid.yaml"], None)
+    printed = capsys.readouterr().out
+    assert "| d4 |" in printed and "| d2 |" not in printed and (here / "runs/grid/report.csv").is_file()
+    assert "1 of 2 cells are not evaluated (d2-s0, ...): madformer sweep run does that" in caplog.text
+
+
+def test_a_search_is_reported_on_run_by_run(here, capsys):
+    (here / "search.yaml").write_text(SEARCH)
+    sweep = load_sweep("search.yaml")
+    with SearchQueue(sweep, Storage(sweep)) as queue:
+        cells = {trial.cell.run: trial.cell for trial in queue.claim(6).trials}
+    assert len(cells) == 2, "trials of several budgets share a run"
+    for cell in cells.values():
+        measure(cell, 40.0)
+    report_on(["search.yaml"], None)
+    printed = capsys.readouterr().out
+    assert "| lr0.1 |" in printed and "| lr0.2 |" in printed
