@@ -12,6 +12,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from madformer.checkpoints import checkpoint_step, list_checkpoints
 from madformer.config import ConfigError, ExperimentConfig, budget_flaw, config_hash, frozen_hash, load_experiment
 from madformer.config.frozen import config_path
 from madformer.config.rules import require
@@ -172,7 +173,10 @@ class CellMaker:
 
 
 class KnownRuns:
-    """Runs below a folder by their hash: one that was made by hand, or by another sweep, need not be made again."""
+    """Runs below a folder by their hash: one that was made by hand, or by another sweep, need not be made again.
+
+    Of several the one that has got furthest.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -183,8 +187,17 @@ class KnownRuns:
 
     @cached_property
     def _all(self) -> dict[str, Path]:
-        paths = itertools.chain(self._folder.glob("*/config.yaml"), self._folder.glob("*/*/config.yaml"))
-        return {key: run for run in sorted((path.parent for path in paths), reverse=True) if (key := frozen_hash(run))}
+        found: dict[str, Path] = {}
+        for path in sorted(itertools.chain(self._folder.glob("*/config.yaml"), self._folder.glob("*/*/config.yaml"))):
+            if key := frozen_hash(path.parent):
+                other = found.setdefault(key, path.parent)
+                if other != path.parent and _newest_step(path.parent) > _newest_step(other):
+                    found[key] = path.parent
+        return found
+
+
+def _newest_step(run: Path) -> int:
+    return max(map(checkpoint_step, list_checkpoints(run)), default=-1)
 
 
 def make_cells(sweep: Sweep) -> tuple[Cell, ...]:

@@ -10,12 +10,18 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from madformer.config import ConfigError
+
 Group = tuple[str, ...]
 """GPUs of one trial, as `CUDA_VISIBLE_DEVICES` names them."""
 
 
 def find_gpus() -> list[str]:
-    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them.
+
+    Raises:
+        ConfigError: there are some, and their number is not to be had.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
@@ -24,6 +30,8 @@ def find_gpus() -> list[str]:
             ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=True, timeout=60
         )
     except (OSError, subprocess.SubprocessError):
+        if any(Path("/dev").glob("nvidia[0-9]*")):
+            raise ConfigError("there are GPUs here, but nvidia-smi does not list them: set CUDA_VISIBLE_DEVICES") from None
         return []
     return listed.stdout.split()
 

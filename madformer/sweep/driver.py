@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from madformer.config import ConfigError
+from madformer.config import ConfigError, InputError
 from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_needs
 from madformer.sweep.outcome import DONE, INTERRUPTED, TRANSIENT, Outcome
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from madformer.sweep.queue import Queue, Trial
 
 _POLL_SECONDS = 0.5
+_QUICK_SECONDS = 60.0
+_QUICK_FAILURES = 3
 _SECONDS_BETWEEN_LOOKS = 5.0
 """For waiting trials of other drivers, and at previews."""
 
@@ -43,8 +45,8 @@ class Launcher(Protocol):
     def ended(self, seconds: float) -> Iterable[tuple[Trial, Outcome]]:
         """Trials that have ended; waits for one so long."""
 
-    def end(self, trial: Trial) -> None:
-        """Have a trial save its state and end."""
+    def end(self, trial: Trial) -> bool:
+        """Have a trial save its state and end; whether it was told."""
 
     def stop(self, how: signal.Signals) -> None:
         """Send all trials a signal, and wait for them."""
@@ -105,6 +107,10 @@ class Driver:
         self._asked = self._looked = float("-inf")
         self._waits = False
         """Whether there is no room although no trial runs."""
+        self._claimed: list[Trial] = []
+        """Trials that are this driver's, and not the launcher's yet."""
+        self._at_once, self._quick = 1, set[str]()
+        """The most trials that ran at once, and cells that failed in a row, soon after their start."""
 
     def run(self) -> int:
         """Work until nothing is left.
@@ -127,6 +133,8 @@ class Driver:
 
     def _start_what_fits(self) -> bool:
         """Claim and start trials; whether there is, or may be, something left to start."""
+        if self._is_braked:
+            return False
         if time.monotonic() - self._asked < _SECONDS_BETWEEN_LOOKS:
             return self._may_be_more
         room = self._launcher.room()
@@ -138,16 +146,20 @@ class Driver:
         claim = self._queue.claim(room)
         if len(claim.trials) < room:
             self._asked, self._may_be_more = time.monotonic(), claim.others
+        self._claimed = claim.trials
         for trial in claim.trials:
             self._started[trial.number] = time.monotonic()
             begins = f"runs already, {trial.job}" if trial.job else f"starts, {cell_needs(trial.cell)}"
             self._say(f"{trial.cell.name}: {begins}, log {log_path(trial.cell)}")
         self._launcher.start(claim.trials)
+        self._claimed, self._at_once = [], max(self._at_once, len(self._launcher.trials))
         return self._may_be_more or bool(claim.trials)
 
     def _conclude(self, trial: Trial, outcome: Outcome) -> None:
         self._asked, self._may_be_more = float("-inf"), True  # it may be there to be tried again
+        seconds = time.monotonic() - self._started.pop(trial.number)
         if outcome == DONE:
+            self._quick.clear()
             self._queue.complete(trial)
             event = "finished"
         elif outcome == INTERRUPTED and trial.number in self._ended_early:
@@ -161,20 +173,31 @@ class Driver:
             self._queue.fail(trial, outcome)
             verb = "died" if outcome.kind in TRANSIENT else f"failed ({outcome.kind})"
             event = f"{verb}, {outcome.reason.splitlines()[0]}, log {log_path(trial.cell)},"
-        seconds = time.monotonic() - self._started.pop(trial.number)
+            if seconds < _QUICK_SECONDS and outcome.kind not in ("diverged", "out of memory"):
+                self._quick.add(trial.cell.key)
         self._say(f"{trial.cell.name}: {event} after {seconds:.0f} s, {self._progress()}")
+
+    @property
+    def _is_braked(self) -> bool:
+        """Whether trial after trial fails at once: then it is the machine, or what all of them have in common."""
+        return len(self._quick) >= max(_QUICK_FAILURES, 2 * self._at_once)
 
     def _end_hopeless(self) -> None:
         if time.monotonic() - self._looked < _SECONDS_BETWEEN_LOOKS:
             return
         self._looked = time.monotonic()
         for trial in self._launcher.trials:
-            if trial.number not in self._ended_early and self._queue.is_hopeless(trial):
+            hopeless = trial.number not in self._ended_early and self._queue.is_hopeless(trial)
+            if hopeless and self._launcher.end(trial):
                 self._ended_early.add(trial.number)
-                self._launcher.end(trial)
 
     def _stop(self) -> None:
         """Have all trials save their state and wait for them; another Ctrl-C kills them."""
+        self._queue.storage.patient = False  # what is not told is seen by its owner's end
+        with contextlib.suppress(InputError):
+            for trial in self._claimed:
+                if trial not in self._launcher.trials:
+                    self._queue.put_back(trial)
         if self._launcher.outlives_driver:
             self._say(f"{self._sweep.name}: {len(self._launcher.trials)} trials go on; the same command watches them again")
             return
@@ -184,32 +207,46 @@ class Driver:
                 self._say(f"{self._sweep.name}: stopping ({how.name}), waiting for the trials")
                 self._launcher.stop(how)
                 for trial, outcome in self._launcher.ended(0):
-                    self._conclude(trial, outcome)
+                    with contextlib.suppress(InputError):
+                        self._conclude(trial, outcome)
             except KeyboardInterrupt:
                 how = signal.SIGKILL
 
     def _progress(self) -> str:
         cells, search = self._queue.cells, self._sweep.search
         # What is done stays done: the folders of a thousand cells are not read after each trial.
-        self._done |= {cell.key for cell in cells if cell.key not in self._done and not cell_needs(cell)}
+        self._done |= {cell.key for cell in cells if cell.key not in self._done and _flaw(cell) is None}
         return f"{len(self._done)}/{search.trials if search else len(cells)} cells done"
 
     def _summarise(self) -> int:
         cells, standings = self._queue.cells, self._queue.standings()
-        left = [cell for cell in cells if cell_needs(cell)]
+        left = [(cell, flaw) for cell in cells if (flaw := _flaw(cell)) is not None]
         self._say(f"{self._sweep.name}: {len(cells) - len(left)} of {len(cells)} cells are done")
-        for cell in left:
+        for cell, flaw in left:
             standing = standings.get(cell.key)
             if standing is None or standing.state != "pruned":
-                lines = standing.reason.splitlines() if standing and standing.reason else ["not done"]
+                lines = standing.reason.splitlines() if standing and standing.reason else [flaw]
                 kind = f"{standing.kind}, " if standing and standing.kind else ""
                 self._say(f"  {cell.name}: {kind}{' ... '.join(dict.fromkeys((lines[0], lines[-1])))}, log {log_path(cell)}")
         for line in self._queue.findings():
             self._say(f"  {line}")
         failed = any(standing.state == "failed" for standing in standings.values())
+        if self._is_braked:
+            what = f"{len(self._quick)} cells in a row failed within {_QUICK_SECONDS:.0f} s, no more were started"
+            self._say(f"{self._sweep.name}: {what}: look for what they have in common")
         if failed:
             self._say(f"{self._sweep.name}: what has failed is tried again with --retry-failed")
-        return 1 if failed or (left and self._sweep.search is None) else 0
+        enough = len(left) < len(cells) if self._sweep.search is not None else not left
+        return 0 if enough and not failed and not self._is_braked else 1
+
+
+def _flaw(cell: Cell) -> str | None:
+    """What a cell lacks, or why that cannot be read; None: nothing."""
+    try:
+        needs = cell_needs(cell)
+    except (InputError, OSError) as error:
+        return str(error)
+    return f"still {needs}" if needs else None
 
 
 def _open_queue(sweep: Sweep, cells: Sequence[Cell], say: Callable[[str], None]) -> Queue:

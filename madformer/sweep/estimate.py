@@ -65,13 +65,13 @@ class Estimates:
 
     def whole(self, cell: Cell) -> Time:
         """The whole of a cell."""
-        return self._time(cell, 1.0, sum(flops * cell_ways(cell) for flops, _ in sampling(cell).values()))
+        return self._time(cell, 1.0, sum(evaluation_flops(cell).values()))
 
     def left(self, cell: Cell, needs: Needs, step: int = 0) -> Time:
         """What is left of a cell that has made so many training steps."""
         fraction = (1 - step / cell.max_steps) if needs.training else 0.0
-        costs = [sampling(cell)[budget][0] for budget in needs.budgets]
-        mean = sum(costs) / len(costs) if costs else 0.0
+        costs = evaluation_flops(cell)
+        mean = sum(costs[budget] for budget in needs.budgets) / max(1, len(needs.budgets)) / cell_ways(cell)
         return self._time(cell, fraction, mean * needs.points)
 
     def _time(self, cell: Cell, trained: float, sampled_flops: float) -> Time:
@@ -79,7 +79,7 @@ class Estimates:
         sampling_rate = self._sampling_rate or training
         return Time(
             trained * training_flops(cell.config) / (training or self._assumed.flops_per_second),
-            sampled_flops * cell.config.evaluation.num_samples / (sampling_rate or self._assumed.flops_per_second),
+            sampled_flops / (sampling_rate or self._assumed.flops_per_second),
             training is not None,
         )
 
@@ -100,12 +100,18 @@ def training_flops(config: ExperimentConfig) -> float:
     return float(per_image) * config.data.batch_size * config.trainer.max_steps
 
 
-def sampling(cell: Cell) -> dict[int, tuple[float, int]]:
-    """Budget -> FLOPs of an image, denoising steps."""
-    model = cell.config.model
+def sampling(cell: Cell, guidance: float | None = None) -> dict[int, tuple[float, int]]:
+    """Budget -> FLOPs of an image, denoising steps; with the first scale of guidance, or another one."""
+    model, guided = cell.config.model, (cell.guidances[0] if guidance is None else guidance) != 1
     steps = {budget: cost.steps_for_nfe(model, budget) for budget in cell.budgets}
-    guided = any(scale != 1 for scale in cell.guidances)
     return {budget: (_sampling_flops(model, guided).total(count), count) for budget, count in steps.items()}
+
+
+def evaluation_flops(cell: Cell) -> dict[int, float]:
+    """Budget -> FLOPs of all its points."""
+    each = cell_ways(cell) // len(cell.guidances) * cell.config.evaluation.num_samples
+    costs = [sampling(cell, guidance) for guidance in cell.guidances]
+    return {budget: each * sum(cost[budget][0] for cost in costs) for budget in cell.budgets}
 
 
 @cache

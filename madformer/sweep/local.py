@@ -34,7 +34,7 @@ class LocalLauncher:
     """Runs trials on this machine.
 
     Raises:
-        ConfigError: the experiment asks for CUDA, and there are fewer GPUs than a trial has.
+        ConfigError: there are fewer GPUs than a trial has.
     """
 
     outlives_driver = False
@@ -42,9 +42,10 @@ class LocalLauncher:
 
     def __init__(self, sweep: Sweep, accelerator: str, commands: Commands, say: Callable[[str], None]) -> None:
         self._sweep, self._commands, self._say = sweep, commands, say
-        self._groups = [] if accelerator == "cpu" else group(find_gpus(), sweep.devices_per_trial)
-        if accelerator == "cuda" and not self._groups:
-            raise ConfigError(f"devices_per_trial = {sweep.devices_per_trial}: there are {len(find_gpus())} GPUs here")
+        gpus = [] if accelerator == "cpu" else find_gpus()
+        self._groups = group(gpus, sweep.devices_per_trial)
+        if (gpus or accelerator == "cuda") and not self._groups:
+            raise ConfigError(f"devices_per_trial = {sweep.devices_per_trial}: there are {len(gpus)} GPUs here")
         self._slots = min(sweep.workers or len(self._groups), len(self._groups)) if self._groups else sweep.cpu_workers
         self._pool = ThreadPoolExecutor(self._slots)
         self._reserved: dict[Group, list[int]] = {}
@@ -87,11 +88,12 @@ class LocalLauncher:
             let_go(running.held)
             yield running.trial, running.future.result()
 
-    def end(self, trial: Trial) -> None:
-        """Have a trial save its state and end."""
+    def end(self, trial: Trial) -> bool:
+        """Have a trial save its state and end; whether it was told."""
         for running in self._running:
             if running.trial == trial:
                 running.processes.stop(signal.SIGINT)
+        return True
 
     def stop(self, how: signal.Signals) -> None:
         """Send all trials a signal, and wait for them."""

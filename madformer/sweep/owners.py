@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 from functools import cache
 from pathlib import Path
 
@@ -14,15 +15,14 @@ _CLOCK_SECONDS = 2.0
 """The time a process started at is told a little differently when the machine's clock is set."""
 
 
-@cache
-def this_process() -> str:
-    """This process, in a form that `is_gone` reads."""
-    return json.dumps([_machine(), os.getpid(), round(psutil.Process().create_time(), 2)])
+def new_owner() -> str:
+    """An owner that lives as long as this process, in a form that `is_gone` reads; another one each time."""
+    return json.dumps([_machine(), os.getpid(), round(psutil.Process().create_time(), 2), secrets.token_hex(4)])
 
 
 def is_gone(owner: str) -> bool:
     """Whether a process of this machine has ended; of other machines nothing is known, and the answer is no."""
-    machine, number, started = json.loads(owner)
+    machine, number, started, _ = json.loads(owner)
     if machine != _machine():
         return False
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+from madformer.checkpoints import checkpoint_step, list_checkpoints
 from madformer.config import ConfigError
 from madformer.sweep.cells import Cell
 from madformer.sweep.estimate import (
@@ -12,8 +13,8 @@ from madformer.sweep.estimate import (
     CPU_CORE,
     Device,
     Estimates,
-    cell_ways,
     device_count,
+    evaluation_flops,
     parameter_count,
     sampling,
     training_flops,
@@ -73,12 +74,12 @@ def skipped_budgets(cells: Sequence[Cell]) -> list[str]:
 
 def search_lines(sweep: Sweep, search: Search, device: Device) -> list[str]:
     """What a search chooses from, and what its trials cost, of some drawn at random."""
-    from madformer.sweep.search import sample_cells
+    from madformer.sweep.search import sample_cells, tried_cells
 
     cells = sample_cells(sweep, _DRAWN)
     if not cells:
         raise ConfigError(f"search.space: of {_DRAWN} trials drawn at random none is legal")
-    estimates = Estimates(cells, device)
+    estimates = Estimates([*tried_cells(sweep), *cells], device)
     times = [estimates.whole(cell) for cell in cells]
     hours = [time.total / 3600 for time in times]
     longest = max(time.total / device_count(cell) for time, cell in zip(times, cells, strict=True))
@@ -97,10 +98,9 @@ def search_lines(sweep: Sweep, search: Search, device: Device) -> list[str]:
 def _totals(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates, device: Device) -> list[str]:
     """All FLOPs and hours, those that are left, and the cells by state."""
     training = sum(training_flops(cell.config) for cell in cells)
-    images = [(cell, cell_ways(cell) * cell.config.evaluation.num_samples) for cell in cells]
-    evaluation = sum(count * flops for cell, count in images for flops, _ in sampling(cell).values())
+    evaluation = sum(sum(evaluation_flops(cell).values()) for cell in cells)
     whole = [estimates.whole(cell) for cell in cells]
-    left = sum(estimates.left(cell, need).total for cell, need in zip(cells, needs, strict=True))
+    left = sum(estimates.left(cell, need, _newest_step(cell)).total for cell, need in zip(cells, needs, strict=True))
     longest = max(time.total / device_count(cell) for time, cell in zip(whole, cells, strict=True))
     counts = {"to train": 0, "to evaluate": 0, "done": 0}
     for need in needs:
@@ -113,6 +113,10 @@ def _totals(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimat
         f"on {device_count(cells[0])} {'process' if sweep.accelerator == 'cpu' else 'GPU'}(s).",
         _basis(all(time.measured for time in whole), device),
     ]
+
+
+def _newest_step(cell: Cell) -> int:
+    return max(map(checkpoint_step, list_checkpoints(cell.run)), default=0)
 
 
 def _basis(measured: bool, device: Device) -> str:

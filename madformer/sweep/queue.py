@@ -18,10 +18,11 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
+from madformer.config import InputError
 from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_needs, main_metrics, progress
 from madformer.sweep.outcome import TRANSIENT, Outcome
-from madformer.sweep.owners import is_gone, this_process
+from madformer.sweep.owners import is_gone, new_owner
 from madformer.sweep.spec import Sweep
 from madformer.sweep.storage import GRACE_SECONDS, HEARTBEAT_SECONDS, Storage, quiet
 
@@ -77,7 +78,9 @@ class Queue:
     def __init__(self, sweep: Sweep, storage: Storage, cells: Sequence[Cell]) -> None:
         self._sweep, self.storage = sweep, storage
         self._cells, self._done = {cell.key: cell for cell in cells}, set[str]()
-        self._claimed, self._closing = set[int](), threading.Event()
+        self._owner, self._claimed, self._closing = new_owner(), set[int](), threading.Event()
+        self._unreadable = dict[str, str]()
+        """Cells whose runs cannot be read -> why; they are said once, and left alone."""
         self._heart = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Queue:
@@ -140,10 +143,14 @@ class Queue:
     def _claim(self, most: int) -> Claim:
         with self.storage.lock():
             trials = self._free_trials_of_the_dead(self._trials())
-            claimed = []
-            for trial in self._next(trials, most):
-                self._sign(trial)
-                claimed.append(trial)
+            claimed: list[Trial] = []
+            try:
+                for trial in self._next(trials, most):
+                    self._sign(trial)
+                    claimed.append(trial)
+            except BaseException:  # nobody will run them: they are nobody's, and found to be so
+                self._claimed -= {trial.id for trial in claimed}
+                raise
             running = (trial._trial_id for trial in trials if trial.state == TrialState.RUNNING)
             return Claim(claimed, len(claimed) == most or any(trial_id not in self._claimed for trial_id in running))
 
@@ -159,7 +166,7 @@ class Queue:
     def _sign(self, trial: Trial) -> None:
         self.storage.rdb.set_trial_user_attr(trial.id, PROGRESS, progress(trial.cell))
         self.storage.rdb.record_heartbeat(trial.id)
-        self.storage.rdb.set_trial_user_attr(trial.id, OWNER, this_process())
+        self.storage.rdb.set_trial_user_attr(trial.id, OWNER, self._owner)
         self._claimed.add(trial.id)
 
     def _enqueue(self, trials: Sequence[FrozenTrial]) -> bool:
@@ -169,14 +176,25 @@ class Queue:
             last = newest.get(key)
             if key in self._done or (last is not None and last.state in _OPEN):
                 continue
-            if not cell_needs(cell):
-                self._done.add(key)
+            if not self._needs_work(cell):
                 continue
             standing = standing_of(last, self._sweep.retries, cell) if last is not None else Standing("waiting")
             if standing.state not in ("failed", "pruned"):
                 self._add(cell, {STRIKES: standing.strikes, **job_of(last)})
                 added = True
         return added
+
+    def _needs_work(self, cell: Cell) -> bool:
+        """Whether there is something to do, as far as the cell's run can be read."""
+        try:
+            if cell_needs(cell):
+                return True
+            self._done.add(cell.key)
+        except (InputError, OSError) as error:
+            if self._unreadable.get(cell.key) != str(error):
+                self.storage.say(f"{cell.name}: {error}")
+            self._unreadable[cell.key] = str(error)
+        return False
 
     def _add(self, cell: Cell, facts: Mapping[str, Any]) -> None:
         """A trial more of a cell."""
@@ -188,7 +206,7 @@ class Queue:
             for key, last in newest_trials(self._trials()).items():
                 cell = self._cells[key]
                 if standing_of(last, self._sweep.retries, cell).state == "failed" and cell_needs(cell):
-                    self._add(cell, {STRIKES: 0})
+                    self._add(cell, {STRIKES: 0, **job_of(last)})
 
     def _free_trials_of_the_dead(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
         """End the trials of drivers that are no more; all trials as they are then."""
@@ -201,7 +219,7 @@ class Queue:
                 fail_stale_trials(self.storage.study)
         for trial in others:
             owner = trial.user_attrs.get(OWNER)
-            if owner is None or is_gone(owner):
+            if owner in (None, self._owner) or is_gone(owner):
                 with contextlib.suppress(UpdateFinishedTrialError):  # its heart was silent too
                     self.storage.rdb.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         return self._trials()
@@ -251,7 +269,7 @@ def standing_of(trial: FrozenTrial, retries: int, cell: Cell) -> Standing:
     if trial.state != TrialState.FAIL:
         return Standing(_STATES[trial.state], strikes=strikes)
     kind, reason = facts.get(KIND, "driver died"), facts.get(REASON, "")
-    if kind == "interrupted":
+    if kind == "interrupted" or (KIND not in facts and JOB in facts):  # its job goes on without a driver
         return Standing("waiting", strikes=strikes)
     if kind in TRANSIENT:
         strikes = 0 if progress(cell) > facts.get(PROGRESS, []) else strikes + 1
@@ -263,5 +281,6 @@ def standing_of(trial: FrozenTrial, retries: int, cell: Cell) -> Standing:
 
 def job_of(trial: FrozenTrial | None) -> dict[str, str]:
     """Of a trial whose driver died or was stopped, its `JOB`: it may run there still."""
-    facts = trial.user_attrs if trial is not None else {}
-    return {JOB: facts[JOB]} if JOB in facts and KIND not in facts else {}
+    if trial is None or trial.state != TrialState.FAIL or KIND in trial.user_attrs:
+        return {}
+    return {JOB: trial.user_attrs[JOB]} if JOB in trial.user_attrs else {}

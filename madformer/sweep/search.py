@@ -12,7 +12,7 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner,
 from optuna.samplers import BaseSampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from madformer.config import ConfigError, InputError
+from madformer.config import ConfigError, InputError, load_experiment, trained_fields
 from madformer.run import read_previews
 from madformer.sweep.cells import Cell, CellMaker
 from madformer.sweep.names import as_text
@@ -28,6 +28,9 @@ NFE = "nfe"
 _RETRY = "retry"
 """Attribute of a trial that takes up what another one of the search began."""
 
+_COMMON = "common"
+"""Attribute of the study: what all its trials have in common."""
+
 
 class SearchQueue(Queue):
     """The trials of a search. One that died is taken up with the values that it had."""
@@ -38,7 +41,22 @@ class SearchQueue(Queue):
         self._search, self._space = sweep.search, Space(sweep)
         self._asked: dict[int, optuna.Trial] = {}
         self._reported: dict[int, int] = {}
+        self._require_same_search()
         storage.study.pruner = make_pruner(self._search, self._space.preview_every)
+
+    def _require_same_search(self) -> None:
+        """Refuse trials that are not to be compared with those that are there.
+
+        Raises:
+            InputError: another experiment, overrides, budgets or objectives than the study was begun with.
+        """
+        now = self._space.common()
+        before = self.storage.study.user_attrs.get(_COMMON)
+        if before is None:
+            self.storage.study.set_user_attr(_COMMON, now)
+        elif different := [name for name in sorted(now.keys() | before.keys()) if now.get(name) != before.get(name)]:
+            what = f"the study was begun with {different[0]} = {before.get(different[0])}, not {now.get(different[0])}"
+            raise InputError(f"{self._sweep.name}: {what}; give the sweep another name")
 
     def complete(self, trial: Trial) -> None:
         """Tell the objectives of a claimed trial that is done."""
@@ -76,11 +94,12 @@ class SearchQueue(Queue):
         return describe_best(self.storage.patiently(lambda: self.storage.study.best_trials), self._search)
 
     def _next(self, trials: Sequence[FrozenTrial], most: int) -> Iterator[Trial]:
+        self._end_unnamed()
         self._take_up_the_dead(trials)
         while most and self._may_ask():
-            begun = len(self.storage.study.get_trials(deepcopy=False))
             # A seed of its own for each trial: those of several drivers must not be alike.
-            self.storage.study.sampler = make_sampler(self._search, self._search.seed + begun)
+            there = len(self.storage.study.get_trials(deepcopy=False))
+            self.storage.study.sampler = make_sampler(self._search, self._search.seed + there)
             with quiet():
                 asked = self.storage.study.ask()
             try:
@@ -88,6 +107,7 @@ class SearchQueue(Queue):
             except ConfigError as error:
                 for name, value in {KEY: f"not legal {asked.number}", KIND: "mistake", REASON: str(error)}.items():
                     asked.set_user_attr(name, value)
+                self.storage.say(f"trial {asked.number} is not legal: {error}")
                 self.storage.study.tell(asked, state=TrialState.FAIL)
                 continue
             for name, value in {KEY: cell.key, "cell": cell.name}.items():
@@ -97,11 +117,16 @@ class SearchQueue(Queue):
             most -= 1
             yield Trial(asked.number, asked._trial_id, cell, asked.user_attrs.get(JOB))
 
+    def _end_unnamed(self) -> None:
+        """End trials that a driver had asked for when it died; under the lock nobody is about to name them."""
+        for trial in self.storage.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if KEY not in trial.user_attrs:
+                self.storage.rdb.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
     def _may_ask(self) -> bool:
         """Whether a trial waits, or the search may have one more."""
         trials = self.storage.study.get_trials(deepcopy=False)
-        begun = sum(KEY in trial.user_attrs and _RETRY not in trial.user_attrs for trial in trials)
-        return begun < self._search.trials or any(trial.state == TrialState.WAITING for trial in trials)
+        return begun(trials) < self._search.trials or any(trial.state == TrialState.WAITING for trial in trials)
 
     def _take_up_the_dead(self, trials: Sequence[FrozenTrial]) -> None:
         for key, last in newest_trials(trials).items():
@@ -112,7 +137,8 @@ class SearchQueue(Queue):
 
     def _add(self, cell: Cell, facts: Mapping[str, Any]) -> None:
         last = newest_trials(self._trials())[cell.key]
-        self.storage.study.enqueue_trial(last.params, user_attrs={_RETRY: last.number, **facts, **job_of(last)})
+        known = {KEY: cell.key, "cell": cell.name, _RETRY: last.number}
+        self.storage.study.enqueue_trial(last.params, user_attrs={**known, **facts, **job_of(last)})
 
     def _trials(self) -> list[FrozenTrial]:
         """Trials of all drivers: their cells are made of their parameters."""
@@ -129,12 +155,19 @@ class Space:
 
     def __init__(self, sweep: Sweep) -> None:
         assert sweep.search is not None
-        self._search, self._seed, self._maker = sweep.search, sweep.seeds[0], CellMaker(sweep)
+        self._sweep, self._search, self._seed, self._maker = sweep, sweep.search, sweep.seeds[0], CellMaker(sweep)
         self._choices = {
             key: {_as_choice(value): value for value in choices}
             for key, choices in self._search.space.items()
             if not isinstance(choices, Mapping)
         }
+
+    def common(self) -> dict[str, str]:
+        """What trials must have in common to be compared, as text."""
+        search, sweep = self._search, self._sweep
+        fields = {**trained_fields(load_experiment(sweep.experiment)), **sweep.overrides, "seed": self._seed}
+        judged = {"search.nfe": list(search.nfe), "search.objectives": list(search.objectives)}
+        return {name: as_text(value) for name, value in {**fields, **judged}.items() if name not in search.space}
 
     @property
     def preview_every(self) -> int:
@@ -177,6 +210,11 @@ class Space:
         }
         budget = params[NFE] if len(self._search.nfe) > 1 else self._search.nfe[0]
         return self._maker.make(axes, self._seed, axes, [budget])
+
+
+def begun(trials: Sequence[FrozenTrial]) -> int:
+    """How many trials of a search there were, without those that took up others."""
+    return sum(KEY in trial.user_attrs and _RETRY not in trial.user_attrs for trial in trials)
 
 
 def search_cells(sweep: Sweep, trials: Sequence[FrozenTrial]) -> list[Cell]:

@@ -15,7 +15,7 @@ from typing import Any
 from madformer.config import ConfigError, InputError
 from madformer.sweep.cells import Cell
 from madformer.sweep.needs import progress
-from madformer.sweep.outcome import INTERRUPTED, Outcome
+from madformer.sweep.outcome import DONE, INTERRUPTED, Outcome
 from madformer.sweep.queue import Queue, Trial
 from madformer.sweep.spec import Sweep
 from madformer.sweep.trial import Commands, TrialProcesses, note, read_outcome
@@ -27,6 +27,10 @@ except ImportError as missing:
 
 _AT_ONCE = 500
 """Jobs of one array; clusters allow 1,000."""
+_SEARCHED_AT_ONCE = 10
+"""Trials of a search at once, unless `slurm.parallel` says otherwise."""
+_SECONDS_AFTER_REFUSAL = 60.0
+_SECONDS_TO_PUT_OFF = 300.0
 _SECONDS_BETWEEN_LOOKS = 5.0
 _LOOKS_BEFORE_GONE = 2
 """A job that is queued again may be out of sight for a moment."""
@@ -49,7 +53,9 @@ class SlurmLauncher:
         self._jobs: dict[str, Trial] = {}
         self._absences: dict[str, int] = {}
         self._cancelled: set[str] = set()
-        self._looked = float("-inf")
+        self._looked = self._refused = float("-inf")
+        self._accepted = False
+        """Whether Slurm has ever taken jobs of this driver."""
 
     @property
     def trials(self) -> list[Trial]:
@@ -57,14 +63,17 @@ class SlurmLauncher:
         return list(self._jobs.values())
 
     def room(self) -> int:
-        """How many trials can be submitted now: Slurm decides when they run."""
-        return _AT_ONCE
+        """How many trials can be submitted now: Slurm decides when they run. A search is to learn from the first ones."""
+        if time.monotonic() - self._refused < _SECONDS_AFTER_REFUSAL:
+            return 0
+        most = self._sweep.slurm.parallel or (_SEARCHED_AT_ONCE if self._sweep.search else _MANY)
+        return min(_AT_ONCE, max(0, most - len(self._jobs)))
 
     def start(self, trials: Sequence[Trial]) -> None:
         """Submit trials; those that have a job are only watched.
 
         Raises:
-            InputError: Slurm does not take them; they are put back.
+            InputError: Slurm does not take the first ones; they are put back. Later ones are tried again.
         """
         self._jobs |= {trial.job: trial for trial in trials if trial.job is not None}
         new = [trial for trial in trials if trial.job is None]
@@ -76,13 +85,18 @@ class SlurmLauncher:
             self._queue.remember_job(trial, job)  # first: a driver that dies in between leaves jobs that are found
         try:
             submitted = self._executor(name).map_array(
-                _call, [SlurmTrial(trial.cell, self._commands, self._threads) for trial in new]
+                _call, [SlurmTrial(trial.cell, job, self._commands, self._threads) for job, trial in jobs.items()]
             )
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             for trial in new:
                 self._queue.put_back(trial)
-            what = " ".join(str(error).split())[-500:]
-            raise InputError(f"slurm: the jobs were not taken: {what}") from error
+            what = f"slurm: the jobs were not taken: {' '.join(str(error).split())[-500:]}"
+            if not self._accepted:
+                raise InputError(what) from error
+            self._say(f"{self._sweep.name}: {what}; tried again later")
+            self._refused = time.monotonic()
+            return
+        self._accepted = True
         self._say(f"{self._sweep.name}: {len(new)} trials submitted as job {submitted[0].job_id.split('_')[0]} ({name})")
         self._jobs |= jobs
 
@@ -99,15 +113,17 @@ class SlurmLauncher:
             self._absences[job] = 0 if job in alive else self._absences.get(job, 0) + 1
             if self._absences[job] >= _LOOKS_BEFORE_GONE:
                 del self._jobs[job], self._absences[job]
-                yield trial, INTERRUPTED if job in self._cancelled else read_outcome(trial.cell)
+                outcome = read_outcome(trial.cell, _begin(job), f"; what Slurm has of it is in {self._sweep.folder}/.slurm")
+                yield trial, INTERRUPTED if job in self._cancelled and outcome != DONE else outcome
 
-    def end(self, trial: Trial) -> None:
-        """Have a trial save its state and end."""
+    def end(self, trial: Trial) -> bool:
+        """Have a trial save its state and end; whether it was told."""
         alive = _jobs_in_queue() or {}
         for job, other in self._jobs.items():
             if other == trial and job in alive:
                 self._cancelled.add(job)
-                subprocess.run(["scancel", alive[job]], check=False)
+                return subprocess.run(["scancel", alive[job]], check=False).returncode == 0
+        return False
 
     def stop(self, how: signal.Signals) -> None:
         """Leave them alone: they outlive the driver."""
@@ -152,6 +168,8 @@ class SlurmTrial:
     """What a job does: on each of its tasks, the trial's commands, which find the other tasks by Slurm's variables."""
 
     cell: Cell
+    job: str
+    """`ARRAY'S NAME/INDEX`."""
     commands: Commands
     threads: int | None
     """CPU threads; None: as many as the libraries like."""
@@ -168,13 +186,18 @@ class SlurmTrial:
         if self.threads is not None:
             names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
             environment |= dict.fromkeys(names, str(self.threads))
-        rank = int(os.environ.get("SLURM_PROCID", "0"))
+        rank, alone = int(os.environ.get("SLURM_PROCID", "0")), os.environ.get("SLURM_NTASKS", "1") == "1"
         self._before = progress(self.cell)
-        self._processes = TrialProcesses(self.cell, self.commands, print, environment, rank)
+        note(self.cell, _begin(self.job), rank)
+        self._processes = TrialProcesses(self.cell, self.commands, print, environment, None if alone else rank)
         signal.signal(signal.SIGTERM, self._end)
+        if rank:  # submitit answers on the first task alone
+            signal.signal(signal.SIGUSR2, self._end)
         outcome = self._processes.run()
         while outcome == INTERRUPTED:
-            time.sleep(1)  # preempted or cancelled: Slurm kills the job, and knows whether it is to be queued again
+            time.sleep(1)  # preempted, cancelled or put off: Slurm ends the job, and knows whether it is to be queued again
+        if outcome.kind == "hindered" and rank:
+            time.sleep(_SECONDS_TO_PUT_OFF)  # stopped by the first task's child, which is being put off
         if outcome.state == "failed":
             raise SystemExit(1)
 
@@ -191,7 +214,7 @@ class SlurmTrial:
             note(self.cell, "the job's time was over before anything was done; slurm.minutes is too short")
             return None
         note(self.cell, "the job's time is over, it is queued again")
-        return submitit.helpers.DelayedSubmission(_call, SlurmTrial(self.cell, self.commands, self.threads))
+        return submitit.helpers.DelayedSubmission(_call, SlurmTrial(self.cell, self.job, self.commands, self.threads))
 
     def _end(self, *_: object) -> None:
         if self._processes is not None:
@@ -213,10 +236,15 @@ _call = _Call()
 
 def _jobs_in_queue() -> dict[str, str] | None:
     """`ARRAY'S NAME/INDEX` of jobs that wait or run -> Slurm's number of each; None: Slurm does not say."""
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%j|%K|%i"]
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%K|%j"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     except (OSError, subprocess.SubprocessError):
         return None
-    rows = (line.split("|") for line in listed.stdout.split())
-    return {f"{name}/{index if index.isdigit() else 0}": number for name, index, number in rows}
+    rows = (line.strip().split("|", 2) for line in listed.stdout.splitlines())
+    return {f"{name}/{index if index.isdigit() else 0}": number for number, index, name in rows}
+
+
+def _begin(job: str) -> str:
+    """What the log says where a job begins; queued again, it says so again."""
+    return f"job {job}"

@@ -112,11 +112,11 @@ class Watch:
         return Overview(self._sweep, self._rows(cells, [cell_needs(cell) for cell in cells]))
 
     def _look_at_search(self, search: Search) -> Overview:
-        from madformer.sweep.search import describe_best, search_cells
+        from madformer.sweep.search import begun, describe_best, search_cells
 
         trials = self._trials()
         cells = search_cells(self._sweep, trials)
-        notes = [f"a search: {len(cells)} of {search.trials} trials begun"]
+        notes = [f"a search: {begun(trials)} of {search.trials} trials begun"]
         if self._storage is not None and any(trial.values for trial in trials):
             notes += describe_best(self._storage.study.best_trials, search)
         return Overview(self._sweep, self._rows(cells, [cell_needs(cell) for cell in cells]), notes)
@@ -146,7 +146,9 @@ class Watch:
             if not exists(self._sweep):
                 return []
             self._storage = Storage(self._sweep, only_look=True)
-        return self._storage.study.get_trials(deepcopy=False)
+            self._storage.patient = False
+        study = self._storage.study
+        return self._storage.patiently(lambda: study.get_trials(deepcopy=False))
 
 
 def below(overview: Overview) -> list[str]:
@@ -184,6 +186,8 @@ def _whole(overview: Overview) -> list[str]:
     seconds = [time.total / device_count(row.cell) for time, row in zip(times, open_rows, strict=True)]
     if not all(time.measured for time in times):
         return [f"{len(rows)} cells: {counts}"]
+    if overview.sweep.search is not None:  # those to come are as those that are known
+        seconds += [sum(seconds) / len(seconds)] * max(0, overview.sweep.search.trials - len(rows))
     left = max(sum(seconds) / len(running), max(seconds))
     return [f"{len(rows)} cells: {counts}; about {duration(left)} left with {len(running)} at a time"]
 

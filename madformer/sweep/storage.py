@@ -34,8 +34,20 @@ _DRIVERS = {"postgresql": ("postgresql+psycopg", "postgresql"), "mysql": ("mysql
 
 _LOCKS = {
     "postgresql": ("SELECT pg_advisory_lock(hashtext(:name))", "SELECT pg_advisory_unlock(hashtext(:name))"),
-    # MySQL waits for ever with -1, MariaDB not at all: a year will do.
-    "mysql": ("SELECT GET_LOCK(LEFT(:name, 64), 31536000)", "SELECT RELEASE_LOCK(LEFT(:name, 64))"),
+    # Shorter than the timeout of reading: whoever waits asks again.
+    "mysql": ("SELECT GET_LOCK(LEFT(:name, 64), 20)", "SELECT RELEASE_LOCK(LEFT(:name, 64))"),
+}
+_TIMEOUTS = {
+    # A machine that is switched off says no good-bye: minutes, not hours, until it is noticed, on both sides.
+    "postgresql": {
+        "connect_timeout": 10,
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 60_000,
+        "options": "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3",
+    },
+    "mysql": {"connect_timeout": 10, "read_timeout": 60, "write_timeout": 60},
 }
 _LOCAL_DISKS = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "apfs", "hfs"))
 """File systems where SQLite's write-ahead log works; on those of a network it does not."""
@@ -61,7 +73,9 @@ class Storage:
     """
 
     def __init__(self, sweep: Sweep, say: Callable[[str], None] = lambda line: None, only_look: bool = False) -> None:
-        self.name, self._say, self._path = sweep.name, say, None
+        self.name, self.say, self._path = sweep.name, say, None
+        self.patient = True
+        """Whether `patiently` waits for a database that does not answer."""
         self._is_made = False
         self._url = make_url(sweep.storage) if sweep.storage else make_url(f"sqlite:///{study_path(sweep).resolve()}")
         backend = self._url.get_backend_name()
@@ -76,7 +90,8 @@ class Storage:
         self.troubled = float("-inf")
         """When the database was last found gone, by the monotonic clock."""
         try:
-            self._locks = create_engine(self._url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+            timeouts = _TIMEOUTS.get(backend, {})
+            self._locks = create_engine(self._url, isolation_level="AUTOCOMMIT", poolclass=NullPool, connect_args=timeouts)
             with self.lock():  # two that make the tables at once meet half of them
                 self.rdb = self._open()
                 self.study = self._open_study(sweep)
@@ -101,14 +116,19 @@ class Storage:
         take, release = _LOCKS[self._url.get_backend_name()]
         name = {"name": f"madformer {self.name}"}
         with self._locks.connect() as connection:
-            got = connection.execute(text(take), name).scalar()
+            while (got := connection.execute(text(take), name).scalar()) == 0:
+                pass  # another one holds it
             assert got in (1, ""), f"{take} gave {got!r}"  # PostgreSQL's has no value
             yield
             with contextlib.suppress(DatabaseError, InterfaceError):  # it is gone with the connection
                 connection.execute(text(release), name)
 
     def patiently(self, operation: Callable[[], Result]) -> Result:
-        """Do something that may be done again, for as long as the database does not answer."""
+        """Do something that may be done again, for as long as the database does not answer.
+
+        Raises:
+            InputError: it does not, and nobody is to wait for it.
+        """
         pause, said = 1.0, float("-inf")
         while True:
             try:
@@ -116,21 +136,23 @@ class Storage:
             except (OperationalError, InterfaceError, StorageInternalError) as error:
                 if not _is_gone(error):
                     raise
+                if not self.patient:
+                    raise self._unusable(error) from error
                 self.troubled = time.monotonic()
                 if self.troubled - said >= _SECONDS_BETWEEN_WORDS:
-                    self._say(f"{self.name}: the storage does not answer, trials go on, waiting ({first_line(error)})")
+                    self.say(f"{self.name}: the storage does not answer, trials go on, waiting ({first_line(error)})")
                     said = self.troubled
                 self.rdb.remove_session()
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_WAIT_SECONDS)
             else:
                 if said > 0:
-                    self._say(f"{self.name}: the storage answers again")
+                    self.say(f"{self.name}: the storage answers again")
                 return result
 
     def _open(self) -> RDBStorage:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        options: dict[str, Any] = {"pool_pre_ping": True}
+        options: dict[str, Any] = {"pool_pre_ping": True, "connect_args": _TIMEOUTS.get(self._url.get_backend_name(), {})}
         if self._path is not None:
             options = {"connect_args": {"timeout": _BUSY_TIMEOUT_SECONDS}}
         with quiet():

@@ -20,7 +20,7 @@ from madformer.config import InputError, load_run
 from madformer.run import is_run
 from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_needs
-from madformer.sweep.outcome import DONE, IN_USE, INTERRUPTED, Outcome, failure
+from madformer.sweep.outcome import DONE, IN_USE, INTERRUPTED, TRANSIENT, Outcome, failure
 
 Commands = Callable[[Cell], list[list[str]]]
 """What is left to run of a cell, in order; asked again whenever the run turns out to be in use by another process."""
@@ -73,11 +73,22 @@ class TrialProcesses:
         commands: Commands,
         say: Callable[[str], None],
         environment: Mapping[str, str],
-        rank: int = 0,
+        rank: int | None = None,
         inherited: Sequence[int] = (),
     ) -> None:
+        """Nothing runs yet.
+
+        Args:
+            cell: what is to be done.
+            commands: what does it.
+            say: takes one line for each event.
+            environment: of the processes.
+            rank: of this one among several that do the same commands together; None: it is alone.
+            inherited: open files that the processes keep open.
+        """
         self._cell, self._commands, self._say = cell, commands, say
-        self._environment, self._log, self._inherited = dict(environment), log_path(cell, rank), tuple(inherited)
+        self._environment, self._log, self._inherited = dict(environment), log_path(cell, rank or 0), tuple(inherited)
+        self._shared = rank is not None
         # A signal's handler may come upon the very thread that holds it.
         self._lock = threading.RLock()
         self._child: subprocess.Popen[bytes] | None = None
@@ -116,6 +127,8 @@ class TrialProcesses:
                 status, output = self._execute(command)
                 if status != 0:
                     break
+            if status == 0 and self._shared:
+                return DONE  # of this process; the others may still be at work
             if status == 0:
                 left = cell_needs(self._cell)
                 what = f"its commands exited with 0, yet it is still {left}"
@@ -150,6 +163,9 @@ class TrialProcesses:
                     start_new_session=True,
                     pass_fds=self._inherited,
                 )
+            self.wait()
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._child.pid, signal.SIGKILL)  # what it has started itself, and left behind, as when it was killed
             status = self._child.wait()
             with self._lock:
                 self._child = None
@@ -166,26 +182,50 @@ class _Stopped(Exception):  # noqa: N818 - no error: it was asked for
     """The trial is not wanted any more."""
 
 
-def note(cell: Cell, line: str) -> None:
+def note(cell: Cell, line: str, rank: int = 0) -> None:
     """Add a line to a cell's log."""
-    with log_path(cell).open("ab") as file:
+    path = log_path(cell, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
         file.write(f"[{line}]\n".encode())
 
 
-def read_outcome(cell: Cell) -> Outcome:
-    """How a trial ended that ran elsewhere, by the cell's run and its log."""
+def read_outcome(cell: Cell, begin: str = "", hint: str = "") -> Outcome:
+    """How a trial ended that ran elsewhere, by the cell's run and the logs of its processes.
+
+    Args:
+        cell: what was to be done.
+        begin: what was noted when the trial began; what stands before it is of earlier ones.
+        hint: where else to look, where there is no log.
+    """
     left = cell_needs(cell)
     if not left:
         return DONE
-    try:
-        content = log_path(cell).read_bytes()[-_OUTPUT_BYTES:]
-    except FileNotFoundError:
-        return Outcome("failed", "lost", "it left no log")
+    contents = (_behind(path, begin) for path in sorted(cell.run.glob("log*.txt")))
+    outcomes = [_outcome(content, f"still {left}") for content in contents if content is not None]
+    # Of several processes, one that failed by itself has made the others fail.
+    outcomes.sort(key=lambda outcome: outcome.kind in TRANSIENT)
+    return outcomes[0] if outcomes else Outcome("failed", "lost", f"it left no log{hint}")
+
+
+def _behind(path: Path, begin: str) -> bytes | None:
+    """The end of a log, no further back than a note; None: the note is not there."""
+    content = path.read_bytes()
+    if begin:
+        mark = f"[{begin}]\n".encode()
+        if mark not in content:
+            return None
+        content = content[content.rindex(mark) + len(mark) :]
+    return content[-_OUTPUT_BYTES:]
+
+
+def _outcome(content: bytes, left: str) -> Outcome:
+    """What the end of a log says."""
     last = content[max((match.end() for match in _BEGIN.finditer(content)), default=0) :]
     if end := _END.search(last):
         status, output = int(end[1]), last[last.find(b"\n") : end.start()].decode(errors="replace")
-        return failure(status, output) if status else Outcome("failed", "error", f"it ended, yet it is still {left}")
-    return Outcome("failed", "lost", f"it ended without a word, still {left}\n" + last.decode(errors="replace")[-500:])
+        return failure(status, output) if status else Outcome("failed", "lost", f"it ended, yet it is {left}")
+    return Outcome("failed", "lost", f"it ended without a word, {left}\n" + last.decode(errors="replace")[-500:])
 
 
 def last_lines(cell: Cell, count: int) -> list[str]:

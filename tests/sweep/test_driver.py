@@ -194,10 +194,21 @@ def test_two_drivers_do_not_share_a_gpu(sweep_file):
     )  # fmt: skip
 
 
-def test_too_few_gpus_are_said_at_once(sweep_file, monkeypatch):
+@pytest.mark.parametrize("accelerator", ["cuda", "auto"])
+def test_too_few_gpus_are_said_at_once(sweep_file, monkeypatch, accelerator):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(ConfigError, match="devices_per_trial = 2: there are 1 GPUs here"):
-        run(sweep_file, "trainer.accelerator=cuda", "devices_per_trial=2")
+        run(sweep_file, f"trainer.accelerator={accelerator}", "devices_per_trial=2")
+
+
+def test_cells_that_fail_one_after_the_other_stop_the_driver(sweep_file):
+    depths = range(1, 9)
+    for depth in depths:
+        Path(f"fail-d{depth}-s0").touch()
+    status, lines = run(sweep_file, f"grid.model.diffusion_depth={list(depths)}")
+    assert status == 1 and 4 <= sum(line.startswith("train ") for line in journal()) <= 6
+    assert lines[-2].startswith("small: ") and "cells in a row failed within 60 s, no more were started" in lines[-2]
+    assert "  d8-s0: still to train, log runs/small/d8-s0/log.txt" in lines
 
 
 def test_every_way_of_sampling_is_evaluated(sweep_file):

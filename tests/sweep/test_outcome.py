@@ -3,11 +3,12 @@
 import signal
 import sys
 
+import psutil
 import pytest
 
 from madformer.sweep.cells import Cell
 from madformer.sweep.loading import load_sweep
-from madformer.sweep.outcome import DONE, failure
+from madformer.sweep.outcome import DONE, Outcome, failure
 from madformer.sweep.trial import TrialProcesses, last_lines, log_path, read_outcome, trial_commands
 from tests.runs import DIGITS, TINY, environment
 from tests.sweep.claimer import finish, freeze
@@ -79,6 +80,35 @@ def test_a_log_without_an_end_is_that_of_a_lost_machine(cell):
     log_path(cell).write_text("$ madformer train\nstep 1\n[exit status 0 after 1 s]\n$ madformer evaluate\nsampled 1")
     outcome = read_outcome(cell)
     assert outcome.kind == "lost" and "sampled 1" in outcome.reason
+
+
+def test_of_several_processes_the_one_that_failed_by_itself_says_why(cell):
+    freeze(cell.config, cell.run)
+    log_path(cell).write_text("[job a/0]\n$ madformer train\n[exit status -9 after 5 s]\n")
+    log_path(cell, 1).write_text("[job a/0]\n$ madformer train\nmadformer: out of memory: 1 GiB\n[exit status 1 after 4 s]\n")
+    assert read_outcome(cell, "job a/0").kind == "out of memory"
+
+
+def test_what_an_earlier_job_left_in_the_log_does_not_count(cell):
+    freeze(cell.config, cell.run)
+    log_path(cell).write_text("[job a/0]\n$ madformer train\nmadformer: out of memory: 1 GiB\n[exit status 1 after 4 s]\n")
+    assert read_outcome(cell, "job a/1", "; see there") == Outcome("failed", "lost", "it left no log; see there")
+
+
+def test_a_process_alone_among_several_is_done_when_its_share_is(cell):
+    processes = TrialProcesses(cell, lambda cell: [python("")], print, environment(), rank=1)
+    assert processes.run() == DONE and log_path(cell, 1).is_file()
+
+
+def test_what_a_killed_process_has_started_ends_with_it(cell, tmp_path):
+    """As the other ranks of a local trial of several GPUs."""
+    program = (
+        "import os, signal, subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+    )
+    program += f"open('{tmp_path}/child', 'w').write(str(child.pid)); os.kill(os.getpid(), signal.SIGKILL)"
+    assert run(cell, python(program)).kind == "killed"
+    child = int((tmp_path / "child").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
 def test_the_name_of_a_signal_that_has_none():

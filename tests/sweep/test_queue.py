@@ -13,6 +13,7 @@ from collections import Counter
 import optuna
 import pytest
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from madformer.checkpoints import checkpoint_path
 from madformer.config import InputError, freeze
@@ -146,7 +147,7 @@ def test_what_a_lost_machine_had_is_another_s_when_its_heart_is_silent(sweep, mo
     with open_queue(sweep) as lost, open_queue(sweep) as queue:
         trial = claim(lost)
         lost._claimed.clear()  # no heartbeat any more
-        lost.storage.rdb.set_trial_user_attr(trial.id, OWNER, json.dumps(["another machine", 1, 0.0]))
+        lost.storage.rdb.set_trial_user_attr(trial.id, OWNER, json.dumps(["another machine", 1, 0.0, ""]))
         assert claim_all(queue) == ["d4-s0"]
         claimed = queue.claim()
         assert claimed.trials == [] and claimed.others
@@ -161,7 +162,7 @@ def test_a_heart_is_not_listened_to_soon_after_trouble_with_the_database(sweep, 
     with open_queue(sweep) as lost, open_queue(sweep) as queue:
         trial = claim(lost)
         lost._claimed.clear()
-        lost.storage.rdb.set_trial_user_attr(trial.id, OWNER, json.dumps(["another machine", 1, 0.0]))
+        lost.storage.rdb.set_trial_user_attr(trial.id, OWNER, json.dumps(["another machine", 1, 0.0, ""]))
         time.sleep(3)
         queue.storage.troubled = time.monotonic()
         assert claim_all(queue) == ["d4-s0"]
@@ -268,6 +269,50 @@ def test_a_driver_leaves_the_trials_of_other_cells_alone(sweep, sweep_file):
     with open_queue(other) as queue:
         assert claim_all(queue) == ["d8-s0"]
     assert [trial.state for trial in trials(sweep)] == [TrialState.FAIL, TrialState.WAITING, TrialState.RUNNING]
+
+
+def test_a_claim_that_breaks_in_the_middle_strands_nothing(sweep, monkeypatch):
+    with open_queue(sweep) as queue:
+        record, calls = queue.storage.rdb.record_heartbeat, []
+
+        def fail_once(trial_id):
+            calls.append(trial_id)
+            if len(calls) == 2:
+                raise OperationalError("gone", None, Exception("gone"))
+            record(trial_id)
+
+        monkeypatch.setattr(queue.storage.rdb, "record_heartbeat", fail_once)
+        assert sorted(claim_all(queue)) == ["d2-s0", "d4-s0"]
+        running = [trial._trial_id for trial in trials(sweep) if trial.state == TrialState.RUNNING]
+        assert sorted(running) == sorted(queue._claimed) and len(running) == 2
+
+
+def test_a_run_that_cannot_be_read_does_not_hold_up_the_others(sweep, sweep_file):
+    bad = sweep.cells()[0]
+    train(bad)
+    (bad.run / "evaluations.jsonl").write_text("{}\ngarbage\n{}\n")
+    said = []
+    with Queue(sweep, Storage(sweep, said.append), sweep.cells()) as queue:
+        assert claim_all(queue) == ["d4-s0"] and claim_all(queue) == []
+    assert said == ["d2-s0: runs/small/d2-s0/evaluations.jsonl, line 2: not a JSON object; delete the line or restore the file"]
+
+
+def test_a_job_without_a_driver_is_no_strike_and_one_that_is_done_is_no_job(sweep, monkeypatch):
+    monkeypatch.setattr("madformer.sweep.queue.is_gone", lambda owner: True)
+    with Queue(sweep, Storage(sweep), sweep.cells()[:1]) as queue:
+        for _ in range(6):  # drivers that are stopped while it waits in Slurm's queue
+            trial = claim(queue)
+            queue.remember_job(trial, "array/0")
+            queue._claimed.clear()
+        assert queue.standings()[trial.cell.key].state == "running"
+        trial = claim(queue)
+        assert trial.job == "array/0"
+        finish(trial.cell)
+        queue.complete(trial)
+    with open_queue(
+        load_sweep("small.yaml", ["evaluate.nfe=[16,24,32]", *([f"storage={sweep.storage}"] if sweep.storage else [])])
+    ) as queue:
+        assert [trial.job for trial in queue.claim(2).trials] == [None, None]
 
 
 def test_a_job_is_carried_over_to_the_driver_that_takes_up_a_trial(sweep, monkeypatch):

@@ -116,11 +116,46 @@ def test_a_trial_that_died_is_taken_up_with_the_values_that_it_had(search_file):
 
 def test_a_combination_that_is_not_legal_counts_and_says_why(search_file):
     illegal = "search={space: {model.diffusion_depth: [9]}, nfe: [16], trials: 2}"
-    with open_queue(search_file, illegal) as queue:
-        assert queue.claim(2).trials == []
+    status, lines = run(search_file, illegal)
+    reason = "cell d9-s0: model.diffusion_depth = 9: must be in 1..8 (model.depth)"
+    assert status == 1 and lines[:2] == [f"trial {number} is not legal: {reason}" for number in (0, 1)]
     for trial in trials(search_file, illegal):
         assert trial.state == TrialState.FAIL
         assert trial.user_attrs["reason"] == "cell d9-s0: model.diffusion_depth = 9: must be in 1..8 (model.depth)"
+
+
+def test_an_interrupted_trial_is_taken_up_once(search_file):
+    four = "search.trials=4"
+    with open_queue(search_file, four) as queue:
+        claimed = queue.claim(4).trials
+        for trial in claimed:
+            queue.put_back(trial)
+    with open_queue(search_file, four) as queue:
+        again = [trial for _ in range(6) for trial in queue.claim().trials]
+        assert sorted(trial.cell.key for trial in again) == sorted(trial.cell.key for trial in claimed)
+
+
+def test_a_trial_that_was_asked_for_by_a_dead_driver_is_ended(search_file):
+    with open_queue(search_file, "search.trials=1") as queue:
+        queue.storage.study.ask()
+        assert len(queue.claim(2).trials) == 1
+        assert trials(search_file)[0].state == TrialState.FAIL
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("trainer.max_steps=20", "the study was begun with trainer.max_steps = 10, not 20"),
+        ("search.nfe=[32]", "the study was begun with search.nfe = [16], not [32]"),
+        ("search.objectives=[fd_digits]", 'the study was begun with search.objectives = ["distance"], not ["fd_digits"]'),
+    ],
+)
+def test_trials_that_cannot_be_compared_are_not_mixed(search_file, change, message):
+    with open_queue(search_file):
+        pass
+    with pytest.raises(InputError, match=re.escape(f"small: {message}; give the sweep another name")):
+        open_queue(search_file, change)
+    open_queue(search_file, "search.trials=99", "search.sampler=random")
 
 
 def test_two_objectives_and_a_budget_that_is_searched(search_file, capsys):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
+from madformer.checkpoints import checkpoint_path
 from madformer.config import ConfigError, config_hash, freeze, load_experiment
 from madformer.sweep.loading import load_sweep
 from madformer.sweep.names import as_text, read_value
@@ -233,6 +234,15 @@ def test_a_run_of_the_same_weights_is_a_cell_s_run(sweep_file):
     assert other.run == Path("runs/small/d4-s0")
     freeze(cell.config, cell.run)
     assert load_sweep(sweep_file).cells()[0].run == cell.run, "its own folder comes first"
+
+
+def test_of_several_runs_the_one_that_got_furthest_is_it(sweep_file):
+    for name, step in (("aborted", 5), ("mine", 10), ("other", 7)):
+        by_hand = load_experiment(DIGITS, [f"name={name}", "trainer.max_steps=10", "model.diffusion_depth=2"])
+        freeze(by_hand, by_hand.run_dir)
+        checkpoint_path(by_hand.run_dir, step).parent.mkdir()
+        checkpoint_path(by_hand.run_dir, step).touch()
+    assert load_sweep(sweep_file).cells()[0].run == Path("runs/mine")
 
 
 def test_cells_of_another_sweep_are_not_trained_again(sweep_file):
