@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from madformer.config import load_experiment
+from madformer.config import freeze, load_experiment
 from madformer.sweep.loading import load_sweep
 from madformer.sweep.plan import print_plan
 from madformer.training.module import LitMADFormer
@@ -57,8 +57,25 @@ def test_sweep_is_planned(path, monkeypatch, tmp_path, capsys):
     sweep = load_sweep(path, [f"output_dir={tmp_path}"])
     print_plan(sweep)
     printed = capsys.readouterr().out
+    assert sweep.name in printed and "-hours" in printed
     for cell in sweep.cells():
         assert cell.name in printed and cell.run == tmp_path / sweep.name / cell.name
+
+
+def test_the_paper_s_tables_share_their_models(monkeypatch, tmp_path):
+    """The default is in every table, and Figure 4's models are Table 1's."""
+    monkeypatch.chdir(ROOT)
+    cells = {path.stem: load_sweep(path, [f"output_dir={tmp_path}"]).cells() for path in (ROOT / "sweeps/paper").glob("*.yaml")}
+    for data, distinct in (("ffhq1024", 15), ("imagenet256", 16)):
+        tables = [{cell.config_hash for cell in cells[name]} for name in cells if name.startswith(data)]
+        assert len(tables) == 8 and len(set.intersection(*tables)) == 1 and len(set.union(*tables)) == distinct
+    first, figure = cells["ffhq1024_table1_depth"], cells["ffhq1024_figure4_nfe"]
+    assert [cell.config_hash for cell in first] == [cell.config_hash for cell in figure]
+    assert [cell.budgets for cell in first] == [(21 + 7 * 250,), (14 + 14 * 250,), (7 + 21 * 250,), (28 * 250,)]
+    # what is trained for one table is there for the next
+    freeze(first[1].config, first[1].run)
+    again = load_sweep(ROOT / "sweeps/paper/ffhq1024_table2_length.yaml", [f"output_dir={tmp_path}"]).cells()
+    assert [cell.run == first[1].run for cell in again] == [False, True, False]
 
 
 def test_dropped_prompts_are_keyed_too():

@@ -13,9 +13,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from madformer.checkpoints import checkpoint_step, list_checkpoints
-from madformer.config import ConfigError, ExperimentConfig, budget_flaw, config_hash, frozen_hash, load_experiment
+from madformer.config import ConfigError, ExperimentConfig, ModelConfig, budget_flaw, config_hash, frozen_hash, load_experiment
 from madformer.config.frozen import config_path
 from madformer.config.rules import require
+from madformer.model import cost
 from madformer.sweep.names import as_text, label
 from madformer.sweep.spec import VARIANT, InferenceAxes, Search, Sweep
 
@@ -107,7 +108,7 @@ class CellMaker:
         if sweep.launcher == "slurm":
             given |= {"trainer.num_nodes": sweep.slurm.nodes_per_trial}
         try:
-            config, skipped = self._configure(given, budgets or self._base.evaluation.nfe)
+            config, skipped = self._configure(given, budgets)
             self._check_inference(config)
         except ConfigError as error:
             raise ConfigError(f"cell {name}: {error}") from error
@@ -144,16 +145,23 @@ class CellMaker:
             changes = _nested({key: _typed(key, as_text(value)) for key, value in given.items() if key not in own})
             model = self._section("model", changes.pop("model", {}))
             diffusion = self._section("diffusion", changes.pop("diffusion", {}))
-            flaws = {budget: budget_flaw(budget, model, diffusion) for budget in budgets}
+            asked = self._budgets(budgets, model)
+            flaws = {budget: budget_flaw(budget, model, diffusion) for budget in asked}
             legal = [budget for budget, flaw in flaws.items() if flaw is None]
-            evaluation = self._section("evaluation", {**changes.pop("evaluation", {}), "nfe": legal or list(budgets)})
+            evaluation = self._section("evaluation", {**changes.pop("evaluation", {}), "nfe": legal or asked})
             parts = {"model": model, "diffusion": diffusion, "evaluation": evaluation}
             rest = {name: self._section(name, value) for name, value in changes.items()}
             return replace(self._base, **own, **parts, **rest), {budget: flaw for budget, flaw in flaws.items() if flaw}
         except (ConfigError, OmegaConfBaseException, _Overlap):
             # What is wrong is said in the words of the command line; what is unusual, but right, is read by it.
             overrides = [f"{key}={as_text(value)}" for key, value in given.items()]
-            return load_experiment(self._sweep.experiment, [*overrides, f"evaluation.nfe={list(budgets)}"]), {}
+            config = load_experiment(self._sweep.experiment, [*overrides, f"evaluation.nfe={self._budgets(budgets)}"])
+            return replace(config, evaluation=replace(config.evaluation, nfe=tuple(self._budgets(budgets, config.model)))), {}
+
+    def _budgets(self, nfe: Sequence[int], model: ModelConfig | None = None) -> list[int]:
+        """Budgets that are asked for, those of a model's steps among them; none: the experiment's."""
+        of_steps = [cost.nfe(model, count) for count in self._sweep.evaluate.steps] if model is not None else []
+        return list(dict.fromkeys([*nfe, *of_steps])) or list(self._base.evaluation.nfe)
 
     def _section(self, name: str, changes: Any) -> Any:
         """A section of the experiment with changes, checked once for all cells that have the same."""

@@ -140,7 +140,7 @@ class Driver:
         room = self._launcher.room()
         if not room:
             if not self._launcher.trials and not self._waits:
-                self._say(f"{self._sweep.name}: waits for GPUs, other trials have them")
+                self._say(f"{self._sweep.name}: waits, there is no room for a trial now")
             self._waits = not self._launcher.trials
             return True
         claim = self._queue.claim(room)
@@ -149,7 +149,8 @@ class Driver:
         self._claimed = claim.trials
         for trial in claim.trials:
             self._started[trial.number] = time.monotonic()
-            begins = f"runs already, {trial.job}" if trial.job else f"starts, {cell_needs(trial.cell)}"
+            what = (_flaw(trial.cell) or "done").removeprefix("still ")
+            begins = f"runs already, {trial.job}" if trial.job else f"starts, {what}"
             self._say(f"{trial.cell.name}: {begins}, log {log_path(trial.cell)}")
         self._launcher.start(claim.trials)
         self._claimed, self._at_once = [], max(self._at_once, len(self._launcher.trials))
@@ -193,14 +194,14 @@ class Driver:
 
     def _stop(self) -> None:
         """Have all trials save their state and wait for them; another Ctrl-C kills them."""
+        if self._launcher.outlives_driver:
+            self._say(f"{self._sweep.name}: {len(self._launcher.trials)} trials go on; the same command watches them again")
+            return
         self._queue.storage.patient = False  # what is not told is seen by its owner's end
         with contextlib.suppress(InputError):
             for trial in self._claimed:
                 if trial not in self._launcher.trials:
                     self._queue.put_back(trial)
-        if self._launcher.outlives_driver:
-            self._say(f"{self._sweep.name}: {len(self._launcher.trials)} trials go on; the same command watches them again")
-            return
         how = signal.SIGINT
         while self._launcher.trials:
             try:

@@ -23,6 +23,7 @@ _LISTS = {
     "seeds": "integers",
     "exclude": "mappings",
     "evaluate.nfe": "integers",
+    "evaluate.steps": "integers",
     "evaluate.samplers": "names",
     "evaluate.guidance": "numbers",
     "evaluate.seeds": "integers",

@@ -57,7 +57,7 @@ def plan_grid(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estim
     for cell, left in zip(cells, needs, strict=True):
         costs = {nfe: f"{with_unit(flops)} ({steps} steps)" for nfe, (flops, steps) in sampling(cell).items()}
         row = [cell.name, with_unit(parameter_count(cell.config.model)), with_unit(training_flops(cell.config))]
-        row += [costs.get(nfe, "skipped") for nfe in budgets]
+        row += [costs.get(nfe, "skipped" if nfe in cell.skipped else "") for nfe in budgets]
         row += [f"{estimates.whole(cell).total / 3600:.3g}"]
         grid.rows.append([*row, "to train" if left.training else "to evaluate" if left.budgets else "done"])
     return grid

@@ -48,6 +48,8 @@ class InferenceAxes:
 
     nfe: tuple[int, ...] = ()
     """Budgets in layer evaluations per block. One that a cell's model cannot have is skipped for that cell, with the reason."""
+    steps: tuple[int, ...] = ()
+    """Denoising steps per block: the same for cells of any depth, and then other budgets for each of them."""
     samplers: tuple[str, ...] = ()
     """Samplers by name."""
     guidance: tuple[float, ...] = ()
@@ -58,7 +60,7 @@ class InferenceAxes:
     """`newest`, or `last5`: the last five, and their mean."""
 
     def __post_init__(self) -> None:
-        for name in ("nfe", "samplers", "guidance", "seeds"):
+        for name in ("nfe", "steps", "samplers", "guidance", "seeds"):
             require_distinct(f"evaluate.{name}", getattr(self, name))
         for sampler in self.samplers:
             legal = get_args(SamplerName)
@@ -257,7 +259,9 @@ class Sweep:
         for name in ("grid", "zip", "variants", "exclude"):
             require(not getattr(self, name), name, getattr(self, name), "a sweep is a grid or a search: leave one of them out")
         require(len(self.seeds) == 1, "seeds", list(self.seeds), "trials of a search have one seed")
-        require(not self.evaluate.nfe, "evaluate.nfe", list(self.evaluate.nfe), "trials of a search have search.nfe")
+        for name in ("nfe", "steps"):
+            asked = list(getattr(self.evaluate, name))
+            require(not asked, f"evaluate.{name}", asked, "trials of a search have search.nfe")
         for key in self.search.space:
             if key in self.overrides:
                 raise ConfigError(f"overrides.{key} = {self.overrides[key]!r}: the search varies it; leave one of them out")

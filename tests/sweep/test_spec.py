@@ -224,6 +224,12 @@ def test_a_budget_that_a_model_cannot_have_is_skipped_with_the_reason(sweep_file
     assert "evaluation.nfe=[16,24]" in cells[1].overrides
 
 
+def test_steps_are_budgets_of_each_cell_s_own(sweep_file):
+    cells = load_sweep(sweep_file, ["evaluate={steps: [5, 3]}"]).cells()
+    assert [cell.budgets for cell in cells] == [(16, 12), (24, 16)], "(N - D) + D * steps"
+    assert [cell.budgets for cell in load_sweep(sweep_file, ["evaluate={steps: [5], nfe: [16]}"]).cells()] == [(16,), (16, 24)]
+
+
 def test_a_run_of_the_same_weights_is_a_cell_s_run(sweep_file):
     cell = load_sweep(sweep_file).cells()[0]
     by_hand = load_experiment(DIGITS, ["name=mine", "trainer.max_steps=10", "model.diffusion_depth=2", "trainer.log_every=3"])
