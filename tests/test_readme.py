@@ -36,6 +36,18 @@ def test_the_grid_of_your_own_is_twelve_runs(monkeypatch, tmp_path):
     assert len(cells) == 12 and cells[0].name == "d2-l1-s0" and len(grid.splitlines()) <= 10
 
 
+def test_the_sweeps_of_the_documentation_are_legal(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    blocks = GRID.findall((ROOT / "docs/sweeps.md").read_text())
+    whole = [block for block in blocks if "experiment:" in block]
+    assert len(whole) == 2 and len(blocks) == 4
+    for block in blocks:
+        path = tmp_path / "sweep.yaml"
+        path.write_text(block if block in whole else block + whole[0])
+        sweep = load_sweep(path)
+        assert sweep.search is not None or len(sweep.cells()) == 54
+
+
 def test_the_picture_is_there():
     [picture] = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text())
     assert "<svg" in (ROOT / picture).read_text()

@@ -167,7 +167,8 @@ def _stopping_on_signal(checkpoints: RunCheckpoints) -> Iterator[list[int]]:
     def stop(number: int, _: FrameType | None) -> None:
         received.append(number)
         checkpoints.stop_requested = True
-        _say("stopping after this step; once more to stop at once, without saving")
+        if len(received) == 1:  # Slurm may say so twice
+            _say("stopping after this step; Ctrl-C stops at once, without saving")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     before = {number: signal.signal(number, stop) for number in _STOPPING}

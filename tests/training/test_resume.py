@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from madformer.checkpoints import checkpoint_path, list_checkpoints
+from madformer.progress import read_progress
+from madformer.run import progress_path, read_previews
 from tests.conftest import ROOT
 from tests.runs import command, differences, environment, perform, scalars, tiny_run, train_command
 
@@ -67,14 +69,17 @@ def test_killed_anywhere_and_resumed_is_uninterrupted(overrides, undisturbed, tm
         again = command("train", "--resume", run)
     assert "resuming after step" in perform(again)
     assert differences(loaded(undisturbed), loaded(run)) == []
-    assert scalars(run) == scalars(undisturbed)
+    assert scalars(run) == scalars(undisturbed) and read_previews(run) == read_previews(undisturbed) != []
+    assert read_progress(progress_path(run))["step"].items() >= {"done": LAST, "total": LAST, "devices": 1}.items()
     assert f"trained already, {LAST} steps" in perform(again)
 
 
-def test_interrupted_run_saves_the_step_it_is_in(undisturbed, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGUSR2])
+def test_interrupted_run_saves_the_step_it_is_in(undisturbed, tmp_path, how):
+    """By Ctrl-C, or by Slurm before a time limit."""
     run = tmp_path / "digits"
-    status, printed = run_until(train_command(tmp_path), checkpoint_path(run, 6).exists, signal.SIGINT)
-    assert status == 130 and f"madformer train --resume {run}" in printed, printed
+    status, printed = run_until(train_command(tmp_path), checkpoint_path(run, 6).exists, how)
+    assert status == 128 + how and f"madformer train --resume {run}" in printed, printed
     newest = list_checkpoints(run)[-1]
     assert f"stopped after step {int(newest.stem[5:])}," in printed
     perform(train_command(tmp_path, "trainer.keep_checkpoints=3"))
