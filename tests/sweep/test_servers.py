@@ -98,7 +98,7 @@ def test_slurm_preempts_and_ends_trials_that_go_on_from_their_checkpoint(tmp_pat
         put_off += text.count("[the job's time is over, it is queued again]")
         assert text.count(": trained, 900 steps") == 1
     print(f"{put_off} jobs met their time limit, trials went on {resumed} times")
-    assert put_off >= 1 and resumed >= put_off + 4, "all four were preempted"
+    assert put_off >= 1 and resumed > 4, "all four were preempted, and some met their time limit in training"
     execute(command("sweep", "run", here), timeout=SECONDS)
     assert quality(there) == quality(here)
 
