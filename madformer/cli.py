@@ -193,7 +193,8 @@ def sweep_run(
     status = run_sweep(spec, retry_failed)
     if status == 0:
         print(f"table and curves: madformer report {shlex.join([str(sweep), *(overrides or [])])}")
-        print(f"in TensorBoard:   tensorboard --logdir {spec.folder}")
+        own = all(cell.run.parent == spec.folder for cell in spec.cells())
+        print(f"in TensorBoard:   tensorboard --logdir {spec.folder if own else spec.folder.parent}")
     raise typer.Exit(status)
 
 
