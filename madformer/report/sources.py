@@ -52,7 +52,8 @@ def _curves_of_sweep(sweep: Sweep) -> list[Curve]:
     if not measured:
         raise InputError(f"{sweep.name}: none of {len(cells)} cells is evaluated: {remedy}")
     if missing := [cell.name for cell in cells if cell not in measured]:
-        _log.warning("%d of %d cells are not evaluated (%s, ...): %s", len(missing), len(cells), missing[0], remedy)
+        why = remedy if sweep.search is None else "they were ended early, have failed, or are not done yet"
+        _log.warning("%d of %d cells are not evaluated (%s, ...): %s", len(missing), len(cells), missing[0], why)
     return [Curve(cell.name.removesuffix(f"-s{cell.seed}"), cell.run, cell.axes, cell.seed) for cell in measured]
 
 
