@@ -24,7 +24,7 @@ from madformer.config import (
 )
 from tests.conftest import ROOT
 
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))
 DIGITS = ROOT / "experiments/digits.yaml"
 
 BAD = {
@@ -277,3 +277,34 @@ def test_checking_a_configuration_imports_nothing_heavy():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout == "False\n"
     )
+
+
+def test_an_experiment_changes_its_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "one.yaml").write_text(f"base: {DIGITS}\nname: one\nmodel: {{diffusion_depth: 2}}\n")
+    (tmp_path / "sub/two.yaml").write_text("base: ../one.yaml\nmodel: {width: 64, unet: {channels: [32]}}\n")
+    made, digits = load_experiment(tmp_path / "sub/two.yaml", ["seed=3"]), load_experiment(DIGITS)
+    assert (made.name, made.model.diffusion_depth, made.model.width, made.seed) == ("one", 2, 64, 3)
+    assert made.model.unet.channels == (32,) and made.model.unet.layers == digits.model.unet.layers
+    assert made.data == digits.data
+    freeze(made, made.run_dir)
+    assert load_run(made.run_dir) == made
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: other.yaml", "other.yaml: no such experiment file"),
+        ("base: [one.yaml]", "one.yaml: base = ['one.yaml']: must be the path of another experiment's file"),
+        ("base: two.yaml", "two.yaml: base = 'one.yaml': must not be based on this file itself"),
+        ("base: wrong.yaml", "wrong.yaml: unknown key model.dept; the nearest is model.depth"),
+        (f"base: {DIGITS}\nmodel: {{dept: 1}}", "one.yaml: unknown key model.dept; the nearest is model.depth"),
+    ],
+)
+def test_a_mistake_in_a_base_is_one_line(tmp_path, text, message):
+    (tmp_path / "one.yaml").write_text(text)
+    (tmp_path / "two.yaml").write_text("base: one.yaml")
+    (tmp_path / "wrong.yaml").write_text("model: {dept: 1}")
+    with pytest.raises((ConfigError, FileNotFoundError), match=re.escape(message)):
+        load_experiment(tmp_path / "one.yaml")

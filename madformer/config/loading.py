@@ -18,12 +18,15 @@ from madformer.config.rules import ConfigError, require
 FROZEN = "frozen"
 """Key of a run's configuration that says what froze it; no part of the experiment."""
 
+BASE = "base"
+"""Key of an experiment's file that names another one, by a path from its own folder, which it only changes."""
+
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read an experiment from YAML.
 
     Args:
-        path: the YAML file; it holds only what differs from the defaults.
+        path: the YAML file; it holds only what differs from the defaults, or from the experiment that it names as its `base`.
         overrides: `section.field=value` strings, applied on top.
 
     Raises:
@@ -31,8 +34,21 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         ConfigError: broken YAML, an unknown key (the message names the nearest real one), a value of the wrong type or
             out of its legal range, or fields that contradict each other.
     """
-    loaded = read_mapping(Path(path), "experiment", "sections (model, data, trainer, ...) to fields")
-    return build_experiment(loaded, overrides, str(path))
+    return build_experiment(_read_experiment(Path(path)), overrides, str(path))
+
+
+def _read_experiment(path: Path, above: Sequence[Path] = ()) -> DictConfig:
+    """The fields of a file on top of those of its base; `above` are the files that are based on it."""
+    loaded = read_mapping(path, "experiment", "sections (model, data, trainer, ...) to fields")
+    base = loaded.pop(BASE, None)
+    if above or base is not None:  # a mistake is this file's, not that of the one at the end
+        _check_keys(OmegaConf.to_container(loaded), ExperimentConfig, str(path))
+    if base is None:
+        return loaded
+    require(isinstance(base, str), f"{path}: {BASE}", base, "must be the path of another experiment's file")
+    chain = [*above, path.resolve()]
+    require((path.parent / base).resolve() not in chain, f"{path}: {BASE}", base, "must not be based on this file itself")
+    return cast(DictConfig, OmegaConf.merge(_read_experiment(path.parent / base, chain), loaded))
 
 
 def read_mapping(path: Path, kind: str, holds: str) -> DictConfig:
