@@ -171,11 +171,13 @@ def report(
         str | None,
         typer.Option(help="The figure's panels, of nfe, flops, seconds, seconds_per_block, memory; default: the first three."),
     ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Images of each to show, sampled now from the same noise.")] = 0,
 ) -> None:
-    """Tables and curves: of a sweep, or of runs side by side."""
+    """Tables and curves, beside the paper's numbers: of a sweep, or of runs side by side."""
     from madformer.report.sources import report_on
 
-    report_on(sources, out, metric, against)
+    with _going_on_later():
+        report_on(sources, out, metric, against, samples)
 
 
 @sweep_app.command("run")

@@ -38,12 +38,16 @@ def to_grid(images_BCYX: Tensor) -> np.ndarray:
     return to_tiles(to_pixels(images_BCYX))
 
 
-def to_tiles(pixels_BYX3: np.ndarray) -> np.ndarray:
-    """Images side by side in a nearly square grid, row by row, with a thin frame: [Y, X, 3] bytes.
+def to_tiles(pixels_BYX3: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Images side by side, row by row, with a thin frame: [Y, X, 3] bytes.
 
     Small ones are magnified, and large ones reduced where there are many of them, both by an integer.
+
+    Args:
+        pixels_BYX3: the images, bytes.
+        columns: images in a row; None: a nearly square grid.
     """
-    columns = math.ceil(math.sqrt(len(pixels_BYX3)))
+    columns = columns or math.ceil(math.sqrt(len(pixels_BYX3)))
     reduction = math.ceil(columns * max(pixels_BYX3.shape[1:3]) / MAX_GRID)
     if reduction > 1:
         pixels_BYX3 = np.stack([np.asarray(Image.fromarray(pixels_YX3).reduce(reduction)) for pixels_YX3 in pixels_BYX3])

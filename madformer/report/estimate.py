@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 from typing import Literal
+
+from scipy.special import stdtr, stdtrit  # type: ignore[import-untyped]  # scipy.stats takes a second to import
 
 from madformer.evaluation.record import Point
 
@@ -71,6 +73,28 @@ def over_training(values: Sequence[float]) -> Estimate:
     return Estimate(fmean(values), tuple(values), "training seeds" if len(values) > 1 else None)
 
 
+SIGNIFICANCE = 0.05
+"""Below this probability of a difference at least as great, two means are told apart."""
+
+
+def differ(one: Estimate, other: Estimate) -> bool | None:
+    """Whether two means over training seeds are told apart by Welch's t-test, two-sided.
+
+    Returns:
+        None: one of them is of a single seed.
+    """
+    if one.over != "training seeds" or other.over != "training seeds":
+        return None
+    errors = [variance(each.values) / len(each.values) for each in (one, other)]
+    if not sum(errors):
+        return one.mean != other.mean
+    statistic = abs(one.mean - other.mean) / math.sqrt(sum(errors))
+    freedom = sum(errors) ** 2 / sum(
+        error**2 / (len(each.values) - 1) for error, each in zip(errors, (one, other), strict=True)
+    )
+    return bool(2 * stdtr(freedom, -statistic) < SIGNIFICANCE)
+
+
 _REPEATED: dict[str, Over] = {"seed": "evaluation seeds", "checkpoint": "checkpoints"}
 
 
@@ -82,6 +106,4 @@ def _means(points: Sequence[Point], key: str, value: Callable[[Point], float]) -
 
 def _student(count: int) -> float:
     """Standard errors from the mean of `count` values to an end of its confidence interval."""
-    from scipy.special import stdtrit  # type: ignore[import-untyped]  # scipy.stats takes a second to import
-
     return float(stdtrit(count - 1, 0.5 + CONFIDENCE / 2))

@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 from madformer.report.costs import AGAINST, NFE
 from madformer.report.diagnostics import Diagnosis, Diagnostics
 from madformer.report.estimate import Estimate
-from madformer.report.panels import Look, fit, line, log_ticks, looks, pictures
+from madformer.report.panels import Look, fit, highlight, line, log_ticks, looks, pictures
 from madformer.report.table import Report
 
 
@@ -29,7 +29,8 @@ def draw(report: Report, against: Sequence[str] = AGAINST) -> dict[str, bytes]:
             _against(panel, report, cost, chosen)
         panels[0].set_ylabel(f"{report.metric} ({report.better} is better)")
 
-    return pictures(len(against), list(chosen), report.title, fill, sharey=True)
+    labels = [*chosen, *(["Pareto front"] if len(chosen) > 1 else [])]
+    return pictures(len(against), labels, report.title, fill, sharey=True)
 
 
 def draw_diagnostics(diagnostics: Diagnostics, title: str) -> dict[str, bytes]:
@@ -50,7 +51,7 @@ def draw_diagnostics(diagnostics: Diagnostics, title: str) -> dict[str, bytes]:
 
 
 def _against(panel: Axes, report: Report, cost: str, chosen: dict[str, Look]) -> None:
-    """One line for each label at the costs of its rows."""
+    """One line for each label at the costs of its rows, and the Pareto front of all of them below."""
     costs = _costs(report, cost)
     estimates = [row.quality[report.metric] for row in report.rows]
     fit(panel, estimates, log=True)
@@ -62,6 +63,14 @@ def _against(panel: Axes, report: Report, cost: str, chosen: dict[str, Look]) ->
         ]
         x, y = zip(*points, strict=True) if points else ((), ())
         line(panel, label, look, x, y)
+    if len(chosen) > 1:
+        front = report.front(cost)
+        cheapest_first = sorted(
+            (spent, estimated.mean)
+            for row, spent, estimated in zip(report.rows, costs, estimates, strict=True)
+            if spent is not None and row in front
+        )
+        highlight(panel, "Pareto front", cheapest_first)
     known = [spent for spent in costs if spent is not None]
     if cost == NFE:
         panel.set_xlabel("layer evaluations per block (NFE)")

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ PANEL = (10.0 / 3, 3.8)
 DPI = 200
 """Pixels per inch of the PNG: twice what a README shows."""
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "font.family": "sans-serif",
     "axes.spines.top": False,
@@ -96,6 +96,12 @@ def line(panel: Axes, label: str, look: Look, x: Sequence[float], estimates: Seq
         panel.fill_between(x, *visible, color=look.color, alpha=look.shade, linewidth=0 if len(x) > 1 else 5)
 
 
+def highlight(panel: Axes, label: str, points: Sequence[tuple[float, float]]) -> None:
+    """A broad light line through points, below all others."""
+    x, y = zip(*points, strict=True) if points else ((), ())
+    panel.plot(x, y, color="0.85", linewidth=9, solid_capstyle="round", solid_joinstyle="round", zorder=0.5, label=label)
+
+
 def fit(panel: Axes, estimates: Iterable[Estimate], log: bool) -> None:
     """Scale, ticks and limits by the values: an interval of two seeds can be far wider than all that there is to see.
 
@@ -140,8 +146,7 @@ def pictures(
         fill: draws into the panels.
         options: of matplotlib's `subplots`.
     """
-    made = {}
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         width = PANEL[0] * panels
         fitting = max(1, int(_ROW * panels / 3) // (8 + max(map(len, labels))))
         rows = math.ceil(len(labels) / fitting)
@@ -152,11 +157,14 @@ def pictures(
         handles, names = axes[0].get_legend_handles_labels()
         columns = math.ceil(len(names) / rows)
         figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.6)
-        for kind, undated in (("png", {"Software": None}), ("svg", {"Date": None})):
-            file = io.BytesIO()
-            figure.savefig(file, format=kind, dpi=DPI, facecolor="white", metadata=undated)
-            made[kind] = file.getvalue()
-    return made
+        return {kind: save(figure, kind) for kind in ("png", "svg")}
+
+
+def save(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
+    """The contents of a file, the same for the same figure."""
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, dpi=DPI, facecolor="white", metadata={"Software" if kind == "png" else "Date": None})
+    return file.getvalue()
 
 
 def _ends(estimated: Estimate) -> tuple[float, float]:

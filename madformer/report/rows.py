@@ -28,6 +28,8 @@ class Curve:
     """What sets it apart from the other runs, as `section.field` -> value."""
     seed: int
     """Seed of training."""
+    budgets: frozenset[int] | None = None
+    """NFE budgets that are reported on; None: all that were evaluated."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Group:
     variant: Variant
     curves: tuple[RunCurve, ...]
     """One for each training seed."""
+    runs: tuple[Path, ...]
+    """Their folders."""
 
     @property
     def label(self) -> str:
@@ -100,7 +104,7 @@ def gather(curves: Sequence[Curve], metric: str | None = None) -> tuple[str, lis
         The metric, by default the first one recorded, and the groups in the order of a table.
 
     Raises:
-        InputError: no runs, a run that was not evaluated or not with this metric, or a broken record.
+        InputError: no runs, a run that was not evaluated or not with this metric, no run with its budgets, or a broken record.
     """
     if not curves:
         raise InputError("no runs to report on; name at least one")
@@ -113,8 +117,10 @@ def gather(curves: Sequence[Curve], metric: str | None = None) -> tuple[str, lis
         if not (measured := variants(recorded, metric)):
             others = dict.fromkeys(name for entry in recorded for name in entry.metrics)
             raise InputError(f"{curve.run}: not evaluated with {metric}, but {', '.join(others)}")
-        chosen.append((curve, measured))
+        chosen.append((curve, [kept for entry in measured if (kept := _asked_for(entry, curve.budgets)) is not None]))
     assert metric is not None
+    if not any(curves for _, curves in chosen):
+        raise InputError(f"{chosen[0][0].run}: not evaluated at the budgets that are asked for, nor are the others")
     return metric, _groups(chosen)
 
 
@@ -133,6 +139,12 @@ def make_rows(group: Group) -> list[Row]:
     return rows
 
 
+def _asked_for(measured: RunCurve, budgets: frozenset[int] | None) -> RunCurve | None:
+    """The points at these budgets; None: there is none."""
+    points = {nfe: points for nfe, points in measured.points.items() if budgets is None or nfe in budgets}
+    return RunCurve(points) if points else None
+
+
 def _value(metric: str, point: Point) -> float:
     return float(point["metrics"][metric])
 
@@ -145,7 +157,14 @@ def _groups(chosen: Sequence[tuple[Curve, Sequence[RunCurve]]]) -> list[Group]:
         for measured in curves:
             members.setdefault((curve.label, measured.variant), []).append((curve, measured))
     groups = [
-        Group(label, variant.beside(main), runs[0][0].axes, variant, tuple(measured for _, measured in runs))
+        Group(
+            label,
+            variant.beside(main),
+            runs[0][0].axes,
+            variant,
+            tuple(measured for _, measured in runs),
+            tuple(curve.run for curve, _ in runs),
+        )
         for (label, variant), runs in members.items()
     ]
     return sorted(groups, key=lambda group: (natural(group.base), natural(group.aside)))

@@ -7,14 +7,20 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from madformer.report.costs import COSTS, Unit
+from madformer.report.beside import Comparison, compare
+from madformer.report.columns import Column, columns_of
+from madformer.report.costs import COSTS, NFE, Unit
 from madformer.report.diagnostics import Diagnostics, gather_diagnostics
 from madformer.report.notes import notes
+from madformer.report.pareto import pareto_front
 from madformer.report.rows import Curve, Group, Row, gather, make_rows
-from madformer.report.text import arrow, higher_is_better, show, table
+from madformer.report.text import NOTHING, arrow, higher_is_better, show, table
 
 _ALWAYS = ("flops", "seconds")
 """Costs with a column of their own in Markdown even where nobody measured them."""
+
+_FRONTS = {NFE: "NFE", "flops": "FLOPs", "seconds": "seconds"}
+"""Costs that have a Pareto front in tables, and their names there."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class Report:
     """How it was measured, a sentence each."""
     diagnostics: Diagnostics | None = None
     """Where the models err; None: nobody asked."""
+    comparison: Comparison | None = None
+    """The paper's numbers beside these; None: no two runs have the designs of its models."""
 
     @property
     def groups(self) -> list[Group]:
@@ -38,6 +46,19 @@ class Report:
     def budgets(self) -> list[int]:
         """All NFE budgets, rising."""
         return sorted({row.nfe for row in self.rows})
+
+    @property
+    def columns(self) -> list[Column]:
+        """What the table of quality has columns for."""
+        return columns_of(self.rows)
+
+    def front(self, cost: str) -> list[Row]:
+        """The Pareto front of quality against a cost, `nfe` or a name in `COSTS`, the cheapest first."""
+        return pareto_front(self.rows, lambda row: row.nfe if cost == NFE else row.costs[cost], self._loss)
+
+    def _loss(self, row: Row) -> float:
+        mean = row.quality[self.metric].mean
+        return -mean if self.better == "higher" else mean
 
     @property
     def metrics(self) -> list[str]:
@@ -54,8 +75,11 @@ class Report:
         return COSTS[cost].unit(row.costs[cost] for row in self.rows)
 
     def markdown(self) -> str:
-        """The report as Markdown: quality by budget, what every point cost, other metrics, diagnostics."""
-        parts = [f"## {self.title}", "\n".join(f"- {note}" for note in self.notes), self._quality(), self._costs()]
+        """The report as Markdown: quality by budget, beside the paper's, what every point cost, other metrics, diagnostics."""
+        parts = [f"## {self.title}", "\n".join(f"- {note}" for note in self.notes), self._quality()]
+        if self.comparison is not None:
+            parts += [self.comparison.markdown(), "### What it cost"]
+        parts.append(self._costs())
         if len(self.metrics) > 1:
             parts += ["### Other metrics", self._others()]
         if self.diagnostics is not None:
@@ -66,42 +90,46 @@ class Report:
         """One line a row, in full precision, with the unit in each column's name; what was measured by a clock comes last."""
         axes = list(dict.fromkeys(name for row in self.rows for name in row.group.axes))
         heading = ["label", *axes, *("sampler", "guidance", "weights"), "nfe", "steps", "seeds", "interval_over", "n"]
+        fronts = {f"pareto_{cost}": self.front(cost) for cost in _FRONTS}
         for metric in self.metrics:
             heading += [metric, *(f"{metric}_{column}" for column in _COLUMNS)]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*heading, *(cost.column for cost in COSTS.values())])
+        writer.writerow([*heading, *fronts, *(cost.column for cost in COSTS.values())])
         for row in self.rows:
             chosen = row.quality[self.metric]
             values = [*(row.group.axes.get(name) for name in axes), *row.group.variant, row.nfe, row.steps, row.seeds]
             values += [chosen.over, len(chosen.values)]
             for metric in self.metrics:
                 values += _numbers(row, metric)
+            values += [int(row in front) for front in fronts.values()]
             writer.writerow([row.label, *values, *(row.costs[name] for name in COSTS)])
         return text.getvalue()
 
     def _quality(self) -> str:
-        cells = {(row.label, row.nfe): row.quality[self.metric] for row in self.rows}
-        choose = max if self.better == "higher" else min
-        best = {nfe: choose(row.quality[self.metric].mean for row in self.rows if row.nfe == nfe) for nfe in self.budgets}
-        lines = [[arrow(self.metric), *(f"NFE {nfe}" for nfe in self.budgets)]]
+        lines = [[arrow(self.metric), *map(str, self.columns)]]
+        best = {column: min(self._loss(row) for row in self.rows if column.holds(row)) for column in self.columns}
         for group in self.groups:
+            own = [row for row in self.rows if row.label == group.label]
             line = [group.label]
-            for nfe in self.budgets:
-                cell = cells.get((group.label, nfe))
-                text = show(cell)
-                line.append(f"**{text}**" if cell and cell.mean == best[nfe] and len(self.groups) > 1 else text)
+            for column in self.columns:
+                row = next((row for row in own if column.holds(row)), None)
+                text = NOTHING if row is None else show(row.quality[self.metric])
+                line.append(f"**{text}**" if row and self._loss(row) == best[column] and len(self.groups) > 1 else text)
             lines.append(line)
         return table(lines)
 
     def _costs(self) -> str:
         known = [name for name in COSTS if name in _ALWAYS or any(row.costs[name] is not None for row in self.rows)]
         units = {name: self.unit(name) for name in known}
+        fronts = {cost: self.front(cost) for cost in _FRONTS} if len(self.groups) > 1 else {}
         lines = [["", "NFE", "steps", "seeds", self.metric, *(unit.title.replace(" per ", " / ") for unit in units.values())]]
+        lines[0] += ["Pareto front of"] if fronts else []
         for row in self.rows:
             counts = [str(row.nfe), str(row.steps), str(row.seeds)]
             costs = [unit.show(row.costs[name]) for name, unit in units.items()]
             lines.append([row.label, *counts, show(row.quality[self.metric]), *costs])
+            lines[-1] += [", ".join(_FRONTS[cost] for cost, front in fronts.items() if row in front)] if fronts else []
         return table(lines)
 
     def _others(self) -> str:
@@ -124,7 +152,8 @@ def build_report(curves: Sequence[Curve], title: str, metric: str | None = None)
     """
     metric, groups = gather(curves, metric)
     rows = [row for group in groups for row in make_rows(group)]
-    return Report(title, metric, tuple(rows), tuple(notes(groups, rows, metric)), gather_diagnostics(curves))
+    said, diagnostics = tuple(notes(groups, rows, metric)), gather_diagnostics(curves)
+    return Report(title, metric, tuple(rows), said, diagnostics, compare(groups, rows, metric))
 
 
 _COLUMNS = ("ci_low", "ci_high", "min", "max", "sd_over_checkpoints", "bias")

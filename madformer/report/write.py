@@ -2,39 +2,61 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from madformer.files import replacing, write_text
+from madformer.files import replacing
 from madformer.report.costs import AGAINST
+from madformer.report.page import page
 from madformer.report.table import Report
 
 
-def write_report(report: Report, folder: Path, stem: str, against: Sequence[str] = AGAINST) -> list[Path]:
-    """Write `stem`.md, .csv, .png and .svg in `folder`, and `stem`-diagnostics.png and .svg if there are diagnostics.
+def write_report(report: Report, folder: Path, stem: str, against: Sequence[str] = AGAINST, samples: int = 0) -> list[Path]:
+    """Write a report in all forms, in `folder`: `stem`.md, .html (which needs no other file), .csv, .png and .svg.
+
+    Beside them: `stem`-paper.csv if the paper has models of these designs, `stem`-diagnostics.png and .svg if runs were
+    diagnosed, `stem`-samples.png if samples are asked for.
 
     Args:
         report: what to write.
         folder: former files of these names in it are replaced.
         stem: what the names begin with.
         against: panels of the figure, `nfe` and names in `COSTS`.
+        samples: images of each label, sampled where they are not there yet; 0: none.
 
     Returns:
-        The paths written, in this order.
+        The paths written.
+
+    Raises:
+        InputError: samples are asked for that cannot be had.
     """
     from madformer.report.figure import draw, draw_diagnostics
 
-    markdown, table = folder / f"{stem}.md", folder / f"{stem}.csv"
     pictures = {stem: draw(report, against)}
     if report.diagnostics is not None:
         pictures[f"{stem}-diagnostics"] = draw_diagnostics(report.diagnostics, report.title)
-    links = "\n".join(f"![{report.title}]({name}.svg)\n" for name in pictures)
-    write_text(markdown, f"{report.markdown()}\n{links}")
-    write_text(table, report.csv())
-    paths = [markdown, table]
-    for name, kinds in pictures.items():
-        for kind, content in kinds.items():
-            paths.append(folder / f"{name}.{kind}")
-            with replacing(paths[-1]) as temporary:
-                temporary.write_bytes(content)
-    return paths
+    if samples:
+        from madformer.report.samples import draw_samples
+
+        pictures[f"{stem}-samples"] = draw_samples(report, samples)
+    drawn = {f"{name}.{kind}": content for name, kinds in pictures.items() for kind, content in kinds.items()}
+    links = [f"{name}.{'svg' if 'svg' in kinds else 'png'}" for name, kinds in pictures.items()]
+    markdown = "\n".join([report.markdown(), *(f"![{report.title}]({link})\n" for link in links)])
+    shown = {link: drawn[link] for link in links}
+    texts = {f"{stem}.md": markdown, f"{stem}.html": page(report.title, markdown, shown), f"{stem}.csv": report.csv()}
+    if report.comparison is not None and (lines := report.comparison.rows()):
+        texts[f"{stem}-paper.csv"] = _csv(lines)
+    contents = {**{name: text.encode() for name, text in texts.items()}, **drawn}
+    for name, content in contents.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_bytes(content)
+    return [folder / name for name in contents]
+
+
+def _csv(lines: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()

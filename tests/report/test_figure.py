@@ -48,7 +48,7 @@ def test_long_labels_make_a_taller_legend(tmp_path):
     curves = [curve(tmp_path, f"d{depth}", point(16, 72.0)) for depth in range(1, 9)]
     long = [replace(entry, label=f"{entry.label}-with-a-rather-long-name") for entry in curves]
     heights = [size(draw(build_report(each, ""))["png"])[0] for each in (curves, long)]
-    assert heights == [760, 848]
+    assert heights == [804, 848]
 
 
 def test_a_band_appears_with_seeds_alone(tmp_path):
@@ -72,7 +72,7 @@ def test_every_cost_has_its_panel(tmp_path):
 
 
 def test_a_single_panel_is_drawn_too(tmp_path):
-    assert size(draw(small(tmp_path), ("seconds",))["png"]) == (760, 666)
+    assert size(draw(small(tmp_path), ("seconds",))["png"]) == (804, 666)
 
 
 def test_an_interval_far_wider_than_the_values_does_not_flatten_them():

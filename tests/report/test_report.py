@@ -27,13 +27,13 @@ SMALL = """\
 | d2 | **72.2** | 30.1 | **4.57** |
 | d16 | 1,323 | **30.0** | – |
 
-|  | NFE | steps | seeds | fd_digits | GFLOPs / image | ms / image | ms / block |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| d2 | 16 | 2 | 1 | 72.2 | 0.00800 | 4.00 | 1.00 |
-| d2 | 32 | 4 | 1 | 30.1 | 0.0160 | 8.00 | 2.00 |
-| d2 | 128 | 16 | 1 | 4.57 | 0.0640 | 32.0 | 8.00 |
-| d16 | 16 | 2 | 1 | 1,323 | 0.00800 | 4.00 | 1.00 |
-| d16 | 32 | 4 | 1 | 30.0 | 0.0160 | 8.00 | 2.00 |
+|  | NFE | steps | seeds | fd_digits | GFLOPs / image | ms / image | ms / block | Pareto front of |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| d2 | 16 | 2 | 1 | 72.2 | 0.00800 | 4.00 | 1.00 | NFE, FLOPs, seconds |
+| d2 | 32 | 4 | 1 | 30.1 | 0.0160 | 8.00 | 2.00 |  |
+| d2 | 128 | 16 | 1 | 4.57 | 0.0640 | 32.0 | 8.00 | NFE, FLOPs, seconds |
+| d16 | 16 | 2 | 1 | 1,323 | 0.00800 | 4.00 | 1.00 |  |
+| d16 | 32 | 4 | 1 | 30.0 | 0.0160 | 8.00 | 2.00 | NFE, FLOPs, seconds |
 """
 
 
@@ -50,7 +50,7 @@ def test_training_seeds_become_a_mean_and_its_confidence_interval(tmp_path):
     assert "lower is better; 1 or 2 training seeds each." in text
     assert "± is the 95 % confidence interval of the mean over training seeds (Student's t)." in text
     assert "| d2 | 72.5 ± 31.8 | **30.0** |\n| d4 | **72.0** | 31.0 |" in text
-    assert "| d2 | 16 | 2 | 2 | 72.5 ± 31.8 | 0.00800 | 5.00 | 1.00 |\n| d2 | 32 | 4 | 1 | 30.0 |" in text
+    assert "| d2 | 16 | 2 | 2 | 72.5 ± 31.8 | 0.00800 | 5.00 | 1.00 |  |\n| d2 | 32 | 4 | 1 | 30.0 |" in text
 
 
 def test_a_run_counts_once_whatever_it_was_evaluated_with(tmp_path):
@@ -92,6 +92,9 @@ def test_csv_holds_every_row_in_full_precision(tmp_path):
     ]  # fmt: skip
     empty = ("interval_over", "fd_digits_ci_low", "fd_digits_sd_over_checkpoints", "peak_memory_gib")
     assert [rows[1][name] for name in empty] == [""] * 4 and rows[1]["n"] == "1"
+    assert [[row[f"pareto_{cost}"] for row in rows] for cost in ("nfe", "flops", "seconds")] == [
+        ["0", "1", "1", "0"], ["0", "1", "1", "0"], ["0", "1", "0", "0"],
+    ]  # fmt: skip
 
 
 def test_what_was_not_measured_is_a_dash_and_said(tmp_path):
@@ -243,17 +246,17 @@ def test_any_runs_stand_side_by_side_under_their_names(tmp_path):
 def test_the_files_of_a_report(tmp_path):
     report = small(tmp_path)
     paths = write_report(report, tmp_path / "out", "table1")
-    assert [path.name for path in paths] == ["table1.md", "table1.csv", "table1.png", "table1.svg"]
-    assert paths[0].read_text() == SMALL + "\n![Digits](table1.svg)\n" and paths[1].read_text() == report.csv()
+    assert [path.name for path in paths] == ["table1.md", "table1.html", "table1.csv", "table1.png", "table1.svg"]
+    assert paths[0].read_text() == SMALL + "\n![Digits](table1.svg)\n" and paths[2].read_text() == report.csv()
     before = [path.read_bytes() for path in paths]
     assert [path.read_bytes() for path in write_report(small(tmp_path / "again"), tmp_path / "out", "table1")] == before
-    assert len(list((tmp_path / "out").iterdir())) == 4
+    assert len(list((tmp_path / "out").iterdir())) == 5
 
 
 def test_diagnosed_runs_have_a_second_picture(tmp_path):
     report = build_report([curve(tmp_path, "d2", point(16, 72.0), diagnostics())], "Errors")
     paths = write_report(report, tmp_path / "out", "report", ("nfe",))
-    assert [path.name for path in paths[2:]] == [
+    assert [path.name for path in paths[3:]] == [
         "report.png", "report.svg", "report-diagnostics.png", "report-diagnostics.svg",
     ]  # fmt: skip
     assert paths[0].read_text().endswith("\n\n![Errors](report.svg)\n\n![Errors](report-diagnostics.svg)\n")

@@ -1,0 +1,201 @@
+"""The paper's numbers beside those of runs of the same design, and whether both order designs alike.
+
+Only orders can be compared: runs on other images, of another size or judged by another network have other distances.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from madformer.config import ExperimentConfig, load_run
+from madformer.config.frozen import config_path
+from madformer.report.columns import Column, common_columns
+from madformer.report.estimate import Estimate, differ
+from madformer.report.paper import AXES, DEPTH, LENGTH, Design, PaperCell, PaperData, PaperTable, design_of, matches, paper
+from madformer.report.rows import Group, Row
+from madformer.report.text import arrow, higher_is_better, number, show, table
+
+FEW, ALL = Fraction(1, 4), Fraction(1)
+"""Shares of the layers that iterate in the models that Figure 4 sets against each other."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A label of the report beside one of the paper's models."""
+
+    label: str
+    quality: Estimate
+    cell: PaperCell
+
+    @property
+    def seeds(self) -> int:
+        """Training seeds behind the number."""
+        return len(self.quality.values) if self.quality.over == "training seeds" else 1
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a report has of one of the paper's tables."""
+
+    title: str
+    column: Column
+    """Where the values of the report are taken from."""
+    lines: tuple[Line, ...]
+    data: tuple[PaperData, ...]
+    """Those on which the paper has at least two of the lines."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A report beside the paper."""
+
+    metric: str
+    tables: tuple[Beside, ...]
+    figure: str | None
+    """What the paper's Figure 4 says, and what these runs say of it; None: they are not of its depths."""
+
+    def markdown(self) -> str:
+        """A table for each of the paper's, with the agreement of the orders below it."""
+        parts = ["### Beside the paper"]
+        if data := {one.name: one for beside in self.tables for one in beside.data}:
+            protocols = ", ".join(f"{one.title} {one.samples:,} samples of {one.steps} steps" for one in data.values())
+            parts.append(
+                f"The paper's FID ({protocols}) of 28 layers, of which the same share iterates, the design otherwise the same. "
+                "What can be compared is the order; values only where images, model and feature network are the paper's."
+            )
+        for beside in self.tables:
+            parts += [self._table(beside), "\n".join(f"- {agreement}" for agreement in _agreements(beside, self.metric))]
+        return "\n\n".join(filter(None, [*parts, self.figure]))
+
+    def _table(self, beside: Beside) -> str:
+        headings = [beside.title, f"{arrow(self.metric)} at {beside.column}", "seeds", "the paper's"]
+        lines = [[*headings, *(f"FID, {one.title}" for one in beside.data)]]
+        for line in beside.lines:
+            theirs = (line.cell.distances.get(one.name) for one in beside.data)
+            ours = [line.label, show(line.quality), str(line.seeds), line.cell.name]
+            lines.append([*ours, *("" if value is None else str(value) for value in theirs)])
+        return table(lines)
+
+    def rows(self) -> list[list[Any]]:
+        """A heading and lines for CSV, in full precision; empty: there is no table."""
+        if not self.tables:
+            return []
+        names = [one.name for one in paper()[0]]
+        ours = [self.metric, f"{self.metric}_ci_low", f"{self.metric}_ci_high"]
+        lines: list[list[Any]] = [["table", "label", "at", *ours, "seeds", "paper_model", *(f"paper_{name}" for name in names)]]
+        for beside in self.tables:
+            for line in beside.lines:
+                interval, theirs = line.quality.interval or (None, None), line.cell.distances
+                numbers = [line.quality.mean, *interval, line.seeds]
+                lines.append([beside.title, line.label, str(beside.column), *numbers, line.cell.name, *map(theirs.get, names)])
+        return lines
+
+
+def compare(groups: Sequence[Group], rows: Sequence[Row], metric: str) -> Comparison | None:
+    """Set a report's labels beside the paper's models of the same design.
+
+    Of a table at least two models must be there; values are those at the greatest budget, or the most steps, that all of them
+    have. AR length counts if the labels differ in it, or the latents are as large as the paper's: else any number of blocks is
+    taken for the default. Labels that differ in something else than the paper's models are left out.
+
+    Returns:
+        None: there is nothing to compare.
+    """
+    configs = _configs([group for group in groups if not group.aside])
+    designs = {label: design_of(config) for label, config in configs.items()}
+    if not designs:
+        return None
+    sizes = {config.model.latent_size for config in configs.values()}
+    data = [one for one in paper()[0] if sizes == {one.latent_size}] or list(paper()[0])
+    any_length = len(data) > 1 and len({design[LENGTH] for design in designs.values()}) == 1
+    tables = [_beside(entry, designs, data, any_length, rows, metric) for entry in paper()[1]]
+    found = tuple(beside for beside in tables if beside is not None)
+    figure = _figure(designs, rows, metric)
+    return Comparison(metric, found, figure) if found or figure else None
+
+
+def _beside(
+    entry: PaperTable,
+    designs: Mapping[str, Design],
+    data: Sequence[PaperData],
+    any_length: bool,
+    rows: Sequence[Row],
+    metric: str,
+) -> Beside | None:
+    """The labels of one table; None: on no data are there two of its models."""
+    by_data = {one: cells for one in data if len(cells := matches(entry, designs, one, any_length)) > 1}
+    found = {label: cell for cells in by_data.values() for label, cell in cells.items()}
+    having = [row for row in rows if row.label in found]
+    if not (columns := common_columns(having)):
+        return None
+    at = {row.label: row.quality[metric] for row in having if columns[-1].holds(row)}
+    labels = sorted(found, key=lambda label: entry.cells.index(found[label]))
+    return Beside(entry.title, columns[-1], tuple(Line(label, at[label], found[label]) for label in labels), tuple(by_data))
+
+
+def _configs(groups: Sequence[Group]) -> dict[str, ExperimentConfig]:
+    """Label -> its configuration; without labels of the same design, and runs whose configuration is not there."""
+    configs = {group.label: load_run(group.runs[0]) for group in groups if config_path(group.runs[0]).is_file()}
+    keys = {label: tuple(design_of(config).values()) for label, config in configs.items()}
+    times = Counter(keys.values())
+    return {label: config for label, config in configs.items() if times[keys[label]] == 1}
+
+
+def _agreements(beside: Beside, metric: str) -> Iterator[str]:
+    """For each of the paper's data, how many pairs of models stand in its order, and how many of them clearly."""
+    sign = -1 if higher_is_better(metric) else 1
+    for one in beside.data:
+        lines = sorted(
+            (line for line in beside.lines if one.name in line.cell.distances), key=lambda line: line.cell.distances[one.name]
+        )
+        pairs = [
+            (better, worse)
+            for better, worse in itertools.combinations(lines, 2)
+            if better.cell.distances[one.name] < worse.cell.distances[one.name]
+        ]
+        if not pairs:
+            yield f"{one.title}: a tie in the paper."
+            continue
+        agreeing = [sign * (worse.quality.mean - better.quality.mean) > 0 for better, worse in pairs]
+        clear = [differ(better.quality, worse.quality) for better, worse in pairs]
+        text = f"{one.title}: {sum(agreeing)} of {len(pairs)} pairs stand in the paper's order"
+        if None in clear:
+            text += "; of single seeds, which another training may order otherwise"
+        else:
+            sure = [agrees for agrees, is_clear in zip(agreeing, clear, strict=True) if is_clear]
+            text += f"; of those that differ by more than seeds do (Welch's t-test, p < 0.05), {sum(sure)} of {len(sure)}"
+        ours = min(lines, key=lambda line: sign * line.quality.mean)
+        yield f"{text}. Best: {ours.label} here, in the paper {lines[0].cell.name}."
+
+
+def _figure(designs: Mapping[str, Design], rows: Sequence[Row], metric: str) -> str | None:
+    """Figure 4 in a sentence: the models of few and of all iterating layers at the least and the greatest budget of both."""
+    default = design_of(ExperimentConfig())
+    others = [axis for axis in AXES if axis not in (DEPTH, LENGTH)]
+    labels = {
+        (design[LENGTH], design[DEPTH]): label
+        for label, design in designs.items()
+        if all(design[axis] == default[axis] for axis in others)
+    }
+    lengths = {length for length, share in labels if share == FEW and (length, ALL) in labels}
+    if len(lengths) != 1 or higher_is_better(metric):
+        return None
+    [length] = lengths
+    few, every = labels[length, FEW], labels[length, ALL]
+    at = {label: {row.nfe: row.quality[metric].mean for row in rows if row.label == label} for label in (few, every)}
+    shared = sorted(at[few].keys() & at[every].keys())
+    if len(shared) < 2:
+        return None
+    ends = []
+    for nfe in (shared[0], shared[-1]):
+        change = at[few][nfe] / at[every][nfe] - 1
+        ends.append(f"{number(100 * abs(change))} % {'below' if change < 0 else 'above'} it at NFE {nfe}")
+    return (
+        "**Figure 4** of the paper: with few layer evaluations, models in which 7 of 28 layers iterate are up to 60–75 % below "
+        f"those in which all do; with many, the latter win. Here {few} is set against {every}: {' and '.join(ends)}."
+    )
