@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import shlex
 import sys
@@ -202,16 +203,24 @@ def sweep_run(
 
 @sweep_app.command("plan")
 def sweep_plan(
-    sweep: SweepFile,
-    overrides: Overrides = None,
+    sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP.yaml... [KEY=VALUE]...", help="Of several, what all cost.")],
     tflops: Annotated[float | None, typer.Option(min=1e-3, help="Peak of a device in TFLOP/s; default: an A100's.")] = None,
     mfu: Annotated[float | None, typer.Option(min=1e-3, max=1, help="Part of the peak that is reached.")] = None,
 ) -> None:
     """Show what would run, and what it costs: by measured rates where there are some, else by FLOPs."""
+    files = list(itertools.takewhile(lambda word: "=" not in word, sweeps))
+    if not files:
+        raise InputError(f"{sweeps[0]}: name a SWEEP.yaml before overrides")
     from madformer.sweep.loading import load_sweep
     from madformer.sweep.plan import print_plan
 
-    print_plan(load_sweep(sweep, overrides or []), tflops, mfu)
+    loaded = [load_sweep(Path(file), sweeps[len(files) :]) for file in files]
+    if len(loaded) == 1:
+        print_plan(loaded[0], tflops, mfu)
+    else:
+        from madformer.sweep.suite import print_suite
+
+        print_suite(loaded, tflops, mfu)
 
 
 @sweep_app.command("status")

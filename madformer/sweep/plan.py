@@ -37,9 +37,7 @@ def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = No
     Raises:
         InputError: a cell's folder holds a run of another experiment.
     """
-    device = CPU_CORE if sweep.accelerator == "cpu" else A100
-    if tflops is not None or mfu is not None:
-        device = Device(tflops or device.peak_tflops, mfu or device.mfu, device.name if tflops is None else "the device named")
+    device = assumed_device(sweep, tflops, mfu)
     if sweep.search is None:
         cells = sweep.cells()
         needs, estimates = [cell_needs(cell) for cell in cells], Estimates(cells, device)
@@ -49,10 +47,18 @@ def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = No
         print("\n".join(search_lines(sweep, sweep.search, device)))
 
 
+def assumed_device(sweep: Sweep, tflops: float | None, mfu: float | None) -> Device:
+    """What is assumed of a sweep's devices where nothing was measured, with what the user says of it."""
+    device = CPU_CORE if sweep.accelerator == "cpu" else A100
+    if tflops is None and mfu is None:
+        return device
+    return Device(tflops or device.peak_tflops, mfu or device.mfu, device.name if tflops is None else "the device named")
+
+
 def plan_grid(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates) -> Grid:
     """Every cell with its size, its FLOPs in training and per sampled image, its time, and what is left of it to do."""
     budgets = sorted({nfe for cell in cells for nfe in cell.budgets})
-    headings = ["cell", "parameters", "training FLOPs", *(f"NFE {nfe}" for nfe in budgets), _unit(sweep), "state"]
+    headings = ["cell", "parameters", "training FLOPs", *(f"NFE {nfe}" for nfe in budgets), hours_unit(sweep), "state"]
     grid = Grid(f"{sweep.name}: {sweep.experiment}", headings, frozenset(("cell", "state")))
     for cell, left in zip(cells, needs, strict=True):
         costs = {nfe: f"{with_unit(flops)} ({steps} steps)" for nfe, (flops, steps) in sampling(cell).items()}
@@ -88,11 +94,13 @@ def search_lines(sweep: Sweep, search: Search, device: Device) -> list[str]:
     lines.append(
         f"  objectives {', '.join(search.objectives)} at NFE {', '.join(map(str, search.nfe))}, pruner {search.pruner}"
     )
-    lines.append(f"  of {_DRAWN} trials drawn at random {len(cells)} are legal; one takes {fmean(hours):.3g} {_unit(sweep)}")
     lines.append(
-        f"  all {search.trials}: {fmean(hours) * search.trials:.3g} {_unit(sweep)}, the longest trial {duration(longest)}"
+        f"  of {_DRAWN} trials drawn at random {len(cells)} are legal; one takes {fmean(hours):.3g} {hours_unit(sweep)}"
     )
-    return [*lines, f"  {_basis(times[0].measured, device)}"]
+    lines.append(
+        f"  all {search.trials}: {fmean(hours) * search.trials:.3g} {hours_unit(sweep)}, the longest trial {duration(longest)}"
+    )
+    return [*lines, f"  {basis(times[0].measured, device)}"]
 
 
 def _totals(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates, device: Device) -> list[str]:
@@ -105,13 +113,13 @@ def _totals(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimat
     counts = {"to train": 0, "to evaluate": 0, "done": 0}
     for need in needs:
         counts["to train" if need.training else "to evaluate" if need.budgets else "done"] += 1
-    hours, unit = sum(time.total for time in whole) / 3600, _unit(sweep)
+    hours, unit = sum(time.total for time in whole) / 3600, hours_unit(sweep)
     return [
         f"{len(cells)} cells: {', '.join(f'{count} {state}' for state, count in counts.items())}. "
         f"Training {with_unit(training)}FLOPs, evaluation {with_unit(evaluation)}FLOPs. Under NFE: FLOPs per image.",
         f"{hours:.3g} {unit}, of which {left / 3600:.3g} are left; the longest trial takes {duration(longest)} "
         f"on {device_count(cells[0])} {'process' if sweep.accelerator == 'cpu' else 'GPU'}(s).",
-        _basis(all(time.measured for time in whole), device),
+        basis(all(time.measured for time in whole), device),
     ]
 
 
@@ -119,13 +127,15 @@ def _newest_step(cell: Cell) -> int:
     return max(map(checkpoint_step, list_checkpoints(cell.run)), default=0)
 
 
-def _basis(measured: bool, device: Device) -> str:
+def basis(measured: bool, device: Device) -> str:
+    """A sentence on what times rest on."""
     if measured:
         return "Times by measured rates: each run's own, or those of the others."
     return f"Times assume {device.peak_tflops:g} TFLOP/s ({device.name}) at an MFU of {device.mfu:.0%}: --tflops, --mfu."
 
 
-def _unit(sweep: Sweep) -> str:
+def hours_unit(sweep: Sweep) -> str:
+    """What its times are counted in."""
     return "CPU-hours" if sweep.accelerator == "cpu" else "GPU-hours"
 
 

@@ -1,0 +1,47 @@
+"""What several sweeps cost together."""
+
+import re
+
+import pytest
+
+from madformer.config import InputError
+from madformer.sweep.loading import load_sweep
+from madformer.sweep.suite import print_suite
+from tests.conftest import ROOT
+from tests.runs import command, perform
+
+DEPTHS = f"experiment: {ROOT}/experiments/digits.yaml\ngrid: {{model.diffusion_depth: [2, 4]}}\nevaluate: {{nfe: [16, 32]}}\n"
+SEARCH = f"experiment: {ROOT}/experiments/digits.yaml\nsearch: {{space: {{optimizer.lr: [0.1, 0.2]}}, nfe: [16], trials: 2}}\n"
+LARGE = f"experiment: {ROOT}/experiments/ffhq1024.yaml\ngrid: {{model.diffusion_depth: [7]}}\n"
+
+
+def sweeps(root, **texts):
+    made = []
+    for name, text in texts.items():
+        (root / f"{name}.yaml").write_text(text)
+        made.append(load_sweep(root / f"{name}.yaml", [f"output_dir={root}"]))
+    return made
+
+
+def hours(line):
+    return float(line.rstrip(" │").rpartition(" ")[2].replace(",", ""))
+
+
+def test_what_sweeps_share_counts_once(tmp_path):
+    more = DEPTHS.replace("[16, 32]", "[16, 64]").replace("[2, 4]", "[4, 8]")
+    sweeps(tmp_path, one=DEPTHS, two=DEPTHS, more=more)
+    files = [tmp_path / f"{name}.yaml" for name in ("one", "two", "more")]
+    printed = perform(command("sweep", "plan", *files, f"output_dir={tmp_path}", "--mfu", "0.1"))
+    title, heading, _, one, two, more, together, basis = printed.splitlines()
+    assert title == "3 sweeps" and "CPU-hours" in heading and "an MFU of 10%" in basis
+    counts = [[word.strip() for word in line.split("│")[2:5]] for line in (one, two, more, together)]
+    assert counts == [["2", "2", "286 k"], ["2", "0", ""], ["2", "1", "286 k"], ["6", "3", "286 k"]]
+    assert hours(two) == 0 and hours(together) == pytest.approx(hours(one) + hours(more), rel=0.01)
+
+
+def test_searches_and_other_devices_are_planned_alone(tmp_path):
+    with pytest.raises(InputError, match="two is a search"):
+        print_suite(sweeps(tmp_path, one=DEPTHS, two=SEARCH))
+    with pytest.raises(InputError, match=re.escape("some of the sweeps are for CPUs and some for GPUs")):
+        print_suite(sweeps(tmp_path, one=DEPTHS, large=LARGE))
+    assert "a=1: name a SWEEP.yaml before overrides" in perform(command("sweep", "plan", "a=1"), status=2)
