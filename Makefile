@@ -24,7 +24,7 @@ SWEEP := sweeps/quickstart.yaml
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-cluster lint env lock clean
+.PHONY: help quickstart test test-cluster lint docs env lock clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +47,10 @@ lint: $(DEV) ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(DEV) ## write docs/configuration.md and draw the figures of docs/concepts.md anew
+	$(BIN)/python scripts/write_configuration.py
+	$(BIN)/python scripts/draw_concepts.py
 
 env: $(DEV) ## install the package and the developers' tools into .venv
 

@@ -26,6 +26,9 @@ Weights = Literal["ema", "model"]
 EMA = "ema"
 """Key of the moving average in a checkpoint."""
 
+TRAINED_BY = "trained_by"
+"""Key of the name of the LightningModule, whose loss no configuration knows if it is one of a user's own."""
+
 DATA = "LatentDataModule"
 """Key of what a checkpoint remembers of its data: Lightning takes the name of the class."""
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from madformer.config import LossConfig, check_losses, wanted_outputs
 from madformer.diffusion import NoiseSchedule
-from madformer.model.madformer import MADFormer
+from madformer.model.madformer import MADFormer, Outputs
 from madformer.model.text import null_text
 
 
@@ -24,7 +24,14 @@ class Losses:
     terms: dict[str, Tensor]
     """Unweighted terms by name: image, hidden, clean_tower, text; those of weight zero are absent."""
     image_BL: Tensor
-    """The image term of every noisy block, [B * k, L], without gradient: for logs by timestep and by block."""
+    """The image term of every noisy block, [B * k, L]: for logs by timestep and by block, and weights of one's own."""
+    outputs: Outputs | None = None
+    """What the model gave, for terms of one's own."""
+
+    def for_log(self) -> Losses:
+        """The numbers alone: neither gradients nor outputs are kept in memory."""
+        terms = {name: term.detach() for name, term in self.terms.items()}
+        return Losses(self.total.detach(), terms, self.image_BL.detach())
 
 
 def compute_losses(
@@ -72,7 +79,7 @@ def compute_losses(
     if out.text_logits is not None and text is not None and model.config.text is not None:
         terms["text"] = next_token_loss(out.text_logits, text.to(out.text_logits.device), model.config.text.pad_token_id)
     total = sum((getattr(weights, f"lambda_{name}") * term for name, term in terms.items()), start=image_BL.new_zeros(()))
-    return Losses(total, terms, image_BL.detach())
+    return Losses(total, terms, image_BL, out)
 
 
 def next_token_loss(logits_BTV: Tensor, text_BT: Tensor, pad_token_id: int) -> Tensor:

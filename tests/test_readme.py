@@ -1,6 +1,7 @@
 """The code in the documents runs, and prints what they say."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,44 +9,43 @@ import torch
 
 from madformer.sweep.loading import load_sweep
 from tests.conftest import ROOT
+from tests.documents import BLOCKS, DOCUMENTS, blocks
 
-GRID = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
-BLOCKS = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+FILE = re.compile(r"# (\w+\.py)\n")
+"""The first line of an example that is a file of its own."""
+
+EXAMPLES = [document for document in DOCUMENTS if blocks(document, "python")]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/data.md"])
-def test_examples_run_and_print_what_is_written(document, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working directory with what examples read; what they write does not matter."""
+    for name in ("experiments", "sweeps"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("document", EXAMPLES)
+def test_examples_run_and_print_what_is_written(document, folder, capsys):
     torch.manual_seed(0)
-    blocks = BLOCKS.findall((ROOT / document).read_text())
-    assert any(language == "python" for language, _ in blocks)
-    namespace: dict[str, Any] = {}
+    found = BLOCKS.findall((ROOT / document).read_text())
+    namespace: dict[str, Any] = {"__name__": "example"}
     for (language, code), (next_language, expected) in zip(
-        blocks, [*blocks[1:], ("python", "")], strict=True
+        found, [*found[1:], ("python", "")], strict=True
     ):  # what a block prints stands behind it
         if language == "python":
+            if file := FILE.match(code):  # what stands behind it are commands
+                (folder / file[1]).write_text(code)
             exec(code, namespace)
-            assert capsys.readouterr().out == ("" if next_language else expected)
+            assert capsys.readouterr().out == ("" if next_language or file else expected)
 
 
-def test_the_grid_of_your_own_is_twelve_runs(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    [grid] = GRID.findall((ROOT / "README.md").read_text())
-    (tmp_path / "grid.yaml").write_text(grid)
-    cells = load_sweep(tmp_path / "grid.yaml").cells()
+def test_the_grid_of_your_own_is_twelve_runs(folder):
+    [grid] = blocks("README.md", "yaml")
+    (folder / "grid.yaml").write_text(grid)
+    cells = load_sweep("grid.yaml").cells()
     assert len(cells) == 12 and cells[0].name == "d2-l1-s0" and len(grid.splitlines()) <= 10
-
-
-def test_the_sweeps_of_the_documentation_are_legal(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    blocks = GRID.findall((ROOT / "docs/sweeps.md").read_text())
-    whole = [block for block in blocks if "experiment:" in block]
-    assert len(whole) == 2 and len(blocks) == 4
-    for block in blocks:
-        path = tmp_path / "sweep.yaml"
-        path.write_text(block if block in whole else block + whole[0])
-        sweep = load_sweep(path)
-        assert sweep.search is not None or len(sweep.cells()) == 54
 
 
 def test_the_picture_is_there():

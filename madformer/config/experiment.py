@@ -66,12 +66,19 @@ class ExperimentConfig:
     seed: int = 0
     """Of initialisation, data order and training noise."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """What is trained."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """The noise that it learns to remove."""
     loss: LossConfig = field(default_factory=LossConfig)
+    """What is minimised."""
     data: DataConfig = field(default_factory=DataConfig)
+    """What is learnt from."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How weights move."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How long, and on what."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is measured."""
 
     def __post_init__(self) -> None:
         require(is_integer(self.seed) and self.seed >= 0, "seed", self.seed, "must be an integer of at least 0")

@@ -121,8 +121,11 @@ class Slurm:
     """How a trial is asked for from Slurm."""
 
     partition: str | None = None
+    """Where jobs are queued (`sbatch --partition`); null: the cluster's default."""
     account: str | None = None
+    """Who pays for them (`sbatch --account`); null: the user's default."""
     qos: str | None = None
+    """Their quality of service (`sbatch --qos`); null: the user's default."""
     minutes: int = 1440
     """Time limit of a job. A trial that takes longer is saved, queued again, and goes on."""
     signal_seconds: int = 180
@@ -134,7 +137,7 @@ class Slurm:
     mem_gb: float | None = None
     """Memory on each machine; null: the cluster's default."""
     parallel: int | None = None
-    """The most trials that run at once; null: as many as Slurm lets."""
+    """The most trials that wait or run at once; null: as many as Slurm takes, of a search ten."""
     setup: tuple[str, ...] = ()
     """Shell lines before the trial, such as `module load cuda`."""
     options: dict[str, Any] = field(default_factory=dict)

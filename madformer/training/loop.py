@@ -16,7 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from madformer.checkpoints import checkpoint_step, list_checkpoints, load_checkpoint, newest_intact
+from madformer.checkpoints import TRAINED_BY, checkpoint_step, list_checkpoints, load_checkpoint, newest_intact
 from madformer.config import ExperimentConfig, InputError, config_hash, freeze
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.order import Portion
@@ -32,15 +32,18 @@ from madformer.training.strategy import build_strategy
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def train(config: ExperimentConfig) -> Path:
+def train(config: ExperimentConfig, kind: type[LitMADFormer] = LitMADFormer) -> Path:
     """Train a run, from its newest intact checkpoint if it has one; a finished run is left alone.
+
+    Args:
+        kind: a class of one's own, with another loss. The configuration does not know of it, the checkpoints do.
 
     Returns:
         The run's folder.
 
     Raises:
         ConfigError: nothing to train on, or devices that are not there or cannot share the batch.
-        InputError: another process trains this run, or no checkpoint of it is intact.
+        InputError: another process trains this run, no checkpoint of it is intact, or they are of another class.
         NonFiniteError: the run has diverged.
         Interrupted: it was asked to stop.
     """
@@ -49,7 +52,7 @@ def train(config: ExperimentConfig) -> Path:
     data = LatentDataModule(config)
     trainer, checkpoints = build_trainer(config)
     with claim_folder(run, "train", _rank()):
-        checkpoint = _newest(config)
+        checkpoint = _newest(config, kind)
         step = checkpoint_step(checkpoint) if checkpoint else 0
         if step >= config.trainer.max_steps:
             _say(f"{run}: trained already, {config.trainer.max_steps} steps")
@@ -61,18 +64,19 @@ def train(config: ExperimentConfig) -> Path:
             drop_previews(run, step)
         goal = f"{config.trainer.max_steps} steps (config hash {config_hash(config)})"
         _say(f"{run}: {f'resuming after step {step} of' if step else 'training'} {goal}")
-        _fit(trainer, checkpoints, data, checkpoint)
+        _fit(trainer, checkpoints, kind(config), data, checkpoint)
     _say(f"{run}: trained, {config.trainer.max_steps} steps")
     return run
 
 
-def _fit(trainer: pl.Trainer, checkpoints: RunCheckpoints, data: LatentDataModule, checkpoint: Path | None) -> None:
+def _fit(
+    trainer: pl.Trainer, checkpoints: RunCheckpoints, module: LitMADFormer, data: LatentDataModule, checkpoint: Path | None
+) -> None:
     """Train to the end.
 
     Raises:
         Interrupted: the run was asked to stop.
     """
-    module = LitMADFormer(data.config)
     module.last_checkpoint = str(checkpoint) if checkpoint else None
     # Lightning raises its own exception after SIGTERM, when the state has been saved.
     with _stopping_on_signal(checkpoints) as received, suppress(SIGTERMException):
@@ -142,17 +146,22 @@ def _rank() -> int:
     return int(getattr(rank_zero_only, "rank", 0))
 
 
-def _newest(config: ExperimentConfig) -> Path | None:
+def _newest(config: ExperimentConfig, kind: type[LitMADFormer]) -> Path | None:
     """The checkpoint to go on from.
 
     Raises:
-        InputError: there are checkpoints and all of them are torn, or the newest one is of imported weights.
+        InputError: there are checkpoints and all of them are torn, or the newest one is of imported weights, or a class with
+            another loss has made it.
     """
     checkpoint, every = newest_intact(config.run_dir), list_checkpoints(config.run_dir)
     if checkpoint is None and every:
         raise InputError(f"{config.run_dir}: none of its {len(every)} checkpoints is intact; delete them to start anew")
-    if checkpoint is not None and "optimizer_states" not in load_checkpoint(checkpoint):
-        raise InputError(f"{config.run_dir}: its weights are imported; they can be evaluated and sampled, not trained on")
+    if checkpoint is not None:
+        saved, mine = load_checkpoint(checkpoint), kind.__qualname__
+        if "optimizer_states" not in saved:
+            raise InputError(f"{config.run_dir}: its weights are imported; they can be evaluated and sampled, not trained on")
+        if (theirs := saved.get(TRAINED_BY, LitMADFormer.__qualname__)) != mine:
+            raise InputError(f"{config.run_dir}: trained by {theirs}, not {mine}; go on with that, or name another run")
     return checkpoint
 
 

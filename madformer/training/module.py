@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from madformer.checkpoints import EMA
+from madformer.checkpoints import EMA, TRAINED_BY
 from madformer.config import ExperimentConfig, config_hash, wanted_outputs
 from madformer.diffusion import NoiseSchedule
 from madformer.losses import Losses, compute_losses
@@ -31,6 +31,7 @@ class LitMADFormer(pl.LightningModule):
 
     Initialisation, timesteps, noise and dropped prompts are keyed by seed, step and place in the global batch: they depend
     neither on the number of devices nor on restarts. Weights that the configured loss never reaches are frozen.
+    For a loss of one's own, override `losses`.
     """
 
     def __init__(self, config: ExperimentConfig) -> None:
@@ -88,13 +89,21 @@ class LitMADFormer(pl.LightningModule):
         return {**given, **{name: torch.cat(tensors) for name, tensors in drawn.items() if tensors}}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The total loss (Eq. 6) of a micro-batch."""
-        clean_BLCYX = to_blocks(batch["latents"], self.config.model.ar_length)
-        inputs = (clean_BLCYX, batch["noise"], batch["t"], batch.get("text"))
-        losses = compute_losses(self.model, self.schedule, self.config.loss, *inputs)
-        self._window.append((losses, batch["t"]))
+        """The total loss of a micro-batch."""
+        losses = self.losses(batch)
+        self._window.append((losses.for_log(), batch["t"]))
         self.log("loss", losses.total, prog_bar=True, logger=False)
         return losses.total
+
+    def losses(self, batch: dict[str, Tensor]) -> Losses:
+        """What a micro-batch is trained with, Eq. 6: `total` is minimised, `terms` are logged as `loss/NAME`.
+
+        Args:
+            batch: `latents` [B, C, h, w], `noise` [B * k, L, C, Y, X], `t` [B * k, L], and `text` [B, T] of a model with text.
+        """
+        clean_BLCYX = to_blocks(batch["latents"], self.config.model.ar_length)
+        inputs = (clean_BLCYX, batch["noise"], batch["t"], batch.get("text"))
+        return compute_losses(self.model, self.schedule, self.config.loss, *inputs)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -133,6 +142,7 @@ class LitMADFormer(pl.LightningModule):
         checkpoint[EMA] = self.ema.state_dict()
         self._number_by_model(checkpoint["optimizer_states"][0])
         checkpoint["config_hash"] = config_hash(self.config)
+        checkpoint[TRAINED_BY] = type(self).__qualname__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the moving average for `on_train_start`, when the weights lie where they belong."""

@@ -1,0 +1,175 @@
+"""Write docs/configuration.md: every field of experiments and sweeps, from the dataclasses and the texts under their fields.
+
+python scripts/write_configuration.py        (or `make docs`)
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from madformer.config import ExperimentConfig, ModelConfig, TextConfig, trained_fields
+from madformer.files import write_text
+from madformer.sweep.spec import Sweep
+
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+
+INTRODUCTION = """\
+# Configuration
+
+Every field of an experiment and of a sweep, with its default. `make docs` writes this page from the dataclasses in
+`madformer/config/` and `madformer/sweep/spec.py`.
+
+An experiment's YAML file holds only what differs from the defaults, which are the paper's FFHQ-1024 run:
+
+```yaml
+name: small
+model: {depth: 12, diffusion_depth: 6, width: 384, num_heads: 6}
+data: {source: /data/photos, latents: latents/photos, batch_size: 32}
+trainer: {max_steps: 50_000}
+```
+
+Any field is also a `section.field=value` on the command line, behind the file or behind a run; lists are written as
+`evaluation.nfe=[280,700]`, nothing as `null`. An unknown field is refused with the nearest real one, a value that is not legal
+with those that are.
+
+**New run** says whether a field is part of the configuration's hash, which is over everything that changes the trained weights.
+Another value of such a field is another run: its folder must have another name, and a sweep trains another cell. All other
+fields may differ from command to command; `madformer train --resume RUN` and `madformer evaluate RUN` take them for that
+command alone.
+
+## Experiments
+"""
+
+SWEEPS = """\
+## Sweeps
+
+`experiment` is needed, and a `grid`, `zip`, `variants` or `search` makes more than one run of it; [sweeps.md](sweeps.md) shows
+how they go together. On the command line they are `workers=2`, `grid.model.diffusion_depth=[2,4]`, `slurm.partition=long`; a
+field of an experiment (`trainer.max_steps=400`) is set for every cell.
+"""
+
+HEADING = "| field | default | values | new run | |\n| --- | --- | --- | --- | --- |"
+SWEEP_HEADING = "| key | default | values | |\n| --- | --- | --- | --- |"
+
+NAMES = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", Any: "any"}
+PLURALS = {int: "integers", float: "numbers", str: "texts", bool: "`true`, `false`", Any: "mappings"}
+
+
+def page() -> str:
+    """The whole page."""
+    # With text, so that its fields are among the trained ones.
+    trained = trained_fields(ExperimentConfig(model=ModelConfig(text=TextConfig())))
+    experiments = [section(ExperimentConfig, name, trained) for name in ("", *sections(ExperimentConfig))]
+    sweeps = [section(Sweep, name, None) for name in ("", *sections(Sweep))]
+    return "\n".join([INTRODUCTION, *experiments, SWEEPS, *sweeps]).rstrip() + "\n"
+
+
+def sections(kind: type, prefix: str = "") -> Iterator[str]:
+    """Names of the sections in a dataclass, as `model.unet`, each before those in it."""
+    for name, hint in get_type_hints(kind).items():
+        if (inner := dataclass_in(hint)) is not None:
+            yield f"{prefix}{name}"
+            yield from sections(inner, f"{prefix}{name}.")
+
+
+def section(kind: type, name: str, trained: dict[str, Any] | None) -> str:
+    """A heading, what the section is, and the table of its fields.
+
+    Args:
+        kind: the dataclass of the whole.
+        name: of the section in it; empty: the fields that are in none.
+        trained: what is part of the hash, by its full name; None: that is no question here.
+    """
+    for part in name.split(".") if name else ():
+        inner = dataclass_in(get_type_hints(kind)[part])
+        assert inner is not None
+        kind = inner
+    texts, hints = docstrings(kind), get_type_hints(kind)
+    lines = [f"### {name}\n"] if name else []
+    lines += [f"{inspect.cleandoc(kind.__doc__ or '').splitlines()[0]}\n", HEADING if trained is not None else SWEEP_HEADING]
+    for field in fields(kind):
+        full = f"{name}.{field.name}" if name else field.name
+        values, default = what(hints[field.name]), default_of(field)
+        text = texts[field.name]
+        if dataclass_in(hints[field.name]):
+            values = f"[section](#{full.replace('.', '')})" + (" or `null`" if default is None else "")
+        cells: list[str] = [f"`{full}`", written(default), values]
+        if trained is not None:
+            cells.append(new_run(full, default, trained))
+        lines.append(f"| {' | '.join([*cells, text.replace('|', '&#124;')])} |")
+    return "\n".join(lines) + "\n"
+
+
+def docstrings(kind: type) -> dict[str, str]:
+    """The text under each field of a dataclass, in one line."""
+    [definition] = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in itertools.pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def what(hint: Any) -> str:
+    """A type in words: `integer or null`, the choices of a Literal, `list of texts`."""
+    options = [option for option in get_args(hint) if option is not NoneType]
+    if NoneType in get_args(hint):
+        return f"{what(options[0])} or `null`"
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{option}`" for option in options)
+    if get_origin(hint) is tuple:
+        return f"list of {PLURALS[options[0]]}" if options[0] in PLURALS else f"list: {what(options[0])}"
+    return "mapping" if get_origin(hint) is dict else NAMES.get(hint, "")
+
+
+def default_of(field: Field[Any]) -> Any:
+    """A field's default; what is no plain value is made."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def written(value: Any) -> str:
+    """A default as YAML has it; nothing for a section with defaults of its own, or where there is none."""
+    if is_dataclass(value) or value == "":
+        return ""
+    return f"`{plain(value)}`"
+
+
+def plain(value: Any) -> str:
+    """A value in YAML's words."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(plain, value))}]"
+    return f"{value:_}" if isinstance(value, int) and value >= 10_000 else str(value)
+
+
+def new_run(name: str, value: Any, trained: dict[str, Any]) -> str:
+    """Whether another value of a field is another run; of a section, its fields say it."""
+    if is_dataclass(value):
+        return ""
+    if not any(key == name or key.startswith(f"{name}.") for key in trained):
+        return "no"
+    # Where the hash has no more than whether there is a value, as of latents, which may move.
+    partly = name in trained and value is None and trained[name] is False
+    return "if `null` or not" if partly else "yes"
+
+
+def dataclass_in(hint: Any) -> type | None:
+    """The dataclass that a type is, or is but for null."""
+    return next((kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)), None)
+
+
+if __name__ == "__main__":
+    write_text(PAGE, page())
