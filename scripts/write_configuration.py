@@ -35,6 +35,8 @@ data: {source: /data/photos, latents: latents/photos, batch_size: 32}
 trainer: {max_steps: 50_000}
 ```
 
+`base: other.yaml`, a path from the file's own folder, makes it hold only what differs from another experiment's file.
+
 Any field is also a `section.field=value` on the command line, behind the file or behind a run; lists are written as
 `evaluation.nfe=[280,700]`, nothing as `null`. An unknown field is refused with the nearest real one, a value that is not legal
 with those that are.

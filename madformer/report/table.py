@@ -74,9 +74,14 @@ class Report:
         """In which a cost is shown, by its name in `COSTS`."""
         return COSTS[cost].unit(row.costs[cost] for row in self.rows)
 
-    def markdown(self) -> str:
-        """The report as Markdown: quality by budget, beside the paper's, what every point cost, other metrics, diagnostics."""
+    def markdown(self, pictures: Sequence[str] = ()) -> str:
+        """The report as Markdown: quality by budget, beside the paper's, what every point cost, other metrics, diagnostics.
+
+        Args:
+            pictures: names of files that are shown below the first table.
+        """
         parts = [f"## {self.title}", "\n".join(f"- {note}" for note in self.notes), self._quality()]
+        parts += [f"![{self.title}]({name})" for name in pictures]
         if self.comparison is not None:
             parts += [self.comparison.markdown(), "### What it cost"]
         parts.append(self._costs())

@@ -44,7 +44,7 @@ def write_report(report: Report, folder: Path, stem: str, against: Sequence[str]
         pictures[f"{stem}-samples"] = draw_samples(report, samples)
     drawn = {f"{name}.{kind}": content for name, kinds in pictures.items() for kind, content in kinds.items()}
     links = [f"{name}.{'svg' if 'svg' in kinds else 'png'}" for name, kinds in pictures.items()]
-    markdown = "\n".join([report.markdown(), *(f"![{report.title}]({link})\n" for link in links)])
+    markdown = report.markdown(links)
     shown = {link: drawn[link] for link in links}
     texts = {f"{stem}.md": markdown, f"{stem}.html": page(report.title, markdown, shown), f"{stem}.csv": report.csv()}
     if report.comparison is not None and (lines := report.comparison.rows()):
