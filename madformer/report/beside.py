@@ -168,7 +168,8 @@ def _agreements(beside: Beside, metric: str) -> Iterator[str]:
             text += "; of single seeds, which another training may order otherwise"
         else:
             sure = [agrees for agrees, is_clear in zip(agreeing, clear, strict=True) if is_clear]
-            text += f"; of those that differ by more than seeds do (Welch's t-test, p < 0.05), {sum(sure)} of {len(sure)}"
+            clearly = "differ by more than seeds do (Welch's t-test, p < 0.05)"
+            text += f"; of those that {clearly}, {sum(sure)} of {len(sure)}" if sure else f"; none {clearly}"
         ours = min(lines, key=lambda line: sign * line.quality.mean)
         yield f"{text}. Best: {ours.label} here, in the paper {lines[0].cell.name}."
 

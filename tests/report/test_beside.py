@@ -101,6 +101,8 @@ def test_seeds_say_which_orders_are_sure(tmp_path):
         in text
     )
     assert "Figure 4" not in text
+    alike = build_report([entry for entry in curves if entry.label != "clean"], "Alike").markdown()
+    assert "1 of 1 pairs stand in the paper's order; none differ by more than seeds do (Welch's t-test, p < 0.05)." in alike
 
 
 def test_lengths_are_compared_as_they_are_and_a_design_twice_not_at_all(tmp_path):
