@@ -3,10 +3,13 @@
 import contextlib
 import io
 import logging
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -40,6 +43,10 @@ TINY = (
     "evaluation.preview_samples=4",
     f"evaluation.references={HUB.name}/references",
 )
+
+
+PRELOADED = ["tests.runs", "madformer.training.loop", "madformer.evaluation.write_samples", "torch.utils.tensorboard"]
+"""What the commands that are killed import, once for all of them."""
 
 
 def tiny_run(output_dir: Path, *overrides: str) -> ExperimentConfig:
@@ -89,6 +96,61 @@ def perform(argv: Sequence[str], status: int = 0, cwd: Path = ROOT) -> str:
         log.removeHandler(here)
     assert code == status, printed.getvalue()
     return printed.getvalue()
+
+
+def run_until(
+    argv: Sequence[str], reached: Callable[[], bool], log: Path, sign: int = signal.SIGKILL, seconds: float = 200
+) -> tuple[int, str]:
+    """Start a command, send it a signal once `reached()`; its exit status and what it printed, to `log`.
+
+    What Ctrl-C is tried on is started as a user does. All else is forked from a process that has made the imports.
+    """
+    process = _start(argv, log) if sign == signal.SIGINT else _Forked(argv, log)
+    try:
+        end = time.monotonic() + seconds
+        while not reached() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.002)
+        if process.poll() is None:
+            os.kill(process.pid, sign)
+        status = process.wait(seconds)
+    finally:
+        process.kill()
+    return status, log.read_text()
+
+
+def _start(argv: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        return subprocess.Popen(argv, stdout=output, stderr=output, cwd=ROOT, env=environment())
+
+
+class _Forked:
+    """A command in a process that has not started an interpreter, with the methods of `subprocess.Popen` that are needed."""
+
+    def __init__(self, argv: Sequence[str], log: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self._process = context.Process(target=_become, args=(list(argv[3:]), log, environment()))
+        self._process.start()
+        self.pid, self.kill = self._process.pid, self._process.kill
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, seconds: float) -> int | None:
+        self._process.join(seconds)
+        return self._process.exitcode
+
+
+def _become(arguments: list[str], log: Path, variables: dict[str, str]) -> None:
+    """Be a command, in a process that has just been forked."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.chdir(ROOT)
+    os.environ |= variables
+    torch.set_num_threads(1)
+    sys.argv = ["madformer", *arguments]
+    main()
 
 
 def differences(first: Any, second: Any, where: str = "") -> list[str]:

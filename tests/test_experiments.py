@@ -1,26 +1,88 @@
-"""Every experiment and every sweep of the repository loads, and makes a training step at reduced width."""
+"""Every experiment and every sweep of the repository loads, is planned, and trains and samples at reduced width."""
+
+import contextlib
+import math
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from madformer.config import freeze, load_experiment
+from madformer.config import TextConfig, freeze, load_experiment
+from madformer.model.generate import generate
+from madformer.samplers import build_sampler
 from madformer.sweep.loading import load_sweep
 from madformer.sweep.plan import print_plan
+from madformer.sweep.search import sample_cells
 from madformer.training.module import LitMADFormer
-from tests.conftest import ROOT
+from tests.conftest import HUB, ROOT
 
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))
 SWEEPS = sorted((ROOT / "sweeps").rglob("*.yaml"))
-NARROW = ["model.width=16", "model.num_heads=2", "model.ffn_width=24", "model.depth=3", "model.diffusion_depth=2"]
-NARROW += [
-    "model.unet.channels=[8,16]",
-    "model.unet.layers=[1,1]",
-    "model.unet.attention=[false,true]",
-    "model.unet.num_heads=2",
-]
-SHORT_TEXT = ["model.text.vocab_size=11", "model.text.length=3", "model.text.pad_token_id=0", "model.text.dropout=0.5"]
+SAMPLED = 4
+"""Cells of each search that are tried."""
+
+DEPTH = 4
+TEXT = TextConfig(vocab_size=11, length=3, pad_token_id=0, dropout=0.5)
+
+
+def narrow(config):
+    """The experiment with a small model: as many blocks, the same part of its layers iterates, every switch as it was."""
+    model, levels = config.model, range(1, len(config.model.unet.channels) + 1)
+    unet = replace(
+        model.unet,
+        channels=tuple(8 * level for level in levels),
+        layers=(1,) * len(levels),
+        groups=4,
+        num_heads=2,
+        time_embed_dim=8,
+    )
+    model = replace(
+        model,
+        latent_size=min(32, model.latent_size),
+        depth=DEPTH,
+        diffusion_depth=math.ceil(DEPTH * model.diffusion_depth / model.depth),
+        width=16,
+        num_heads=2,
+        num_kv_heads=None if model.num_kv_heads is None else math.ceil(2 * model.num_kv_heads / model.num_heads),
+        ffn_width=24,
+        unet=unet,
+        text=model.text and TEXT,
+    )
+    optimizer = replace(config.optimizer, warmup_fraction=0)
+    return replace(config, model=model, optimizer=optimizer, evaluation=replace(config.evaluation, nfe=(10,)))
+
+
+def trained(config):
+    """What decides about a training step on given latents: not seeds, nor where they are from."""
+    return config.model, config.diffusion, config.loss, config.optimizer
+
+
+def load(path):
+    with contextlib.chdir(ROOT):
+        return load_sweep(path, [f"output_dir={HUB.name}/runs"])  # where no run is known
+
+
+def cells_of(sweep):
+    return sweep.cells() if sweep.search is None else sample_cells(sweep, SAMPLED)
+
+
+LOADED = {path: load(path) for path in SWEEPS}
+CELLS = {path: cells_of(sweep) for path, sweep in LOADED.items()}
+
+
+def distinct_models():
+    """The narrow models of all files, each once, named by where it is first: the paper's tables share most of theirs."""
+    found = {}
+    for path in EXPERIMENTS:
+        config = narrow(load_experiment(path))
+        found.setdefault(trained(config), pytest.param(config, id=path.stem))
+    for path, cells in CELLS.items():
+        for cell in cells:
+            config = narrow(cell.config)
+            found.setdefault(trained(config), pytest.param(config, id=f"{path.stem}:{cell.name}"))
+    return found.values()
 
 
 class RandomLatents(Dataset):
@@ -30,42 +92,49 @@ class RandomLatents(Dataset):
         self.config = config
 
     def __len__(self):
-        return 4
+        return 2
 
     def __getitem__(self, index):
         model = self.config.model
         shape = (model.latent_channels, model.latent_size, model.latent_size)
         item = {"latents": torch.randn(shape, generator=torch.Generator().manual_seed(index)), "keys": torch.tensor([0, index])}
-        return item if model.text is None else {**item, "text": torch.randint(1, 11, (3,))}
+        return item if model.text is None else {**item, "text": torch.randint(1, TEXT.vocab_size, (TEXT.length,))}
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_experiment_makes_a_step(path):
-    narrow = NARROW + (SHORT_TEXT if load_experiment(path).model.text else [])
-    config = load_experiment(path, [*narrow, "evaluation.nfe=[10]", "optimizer.warmup_fraction=0"])
+@pytest.mark.parametrize("config", distinct_models())
+def test_model_makes_a_step_and_samples(config):
     module = LitMADFormer(config)
-    before = module.model.boi_SD.clone()
+    before = [parameter.clone() for parameter in module.model.parameters()]
     trainer = pl.Trainer(fast_dev_run=True, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(module, DataLoader(RandomLatents(config), batch_size=2))
-    assert trainer.global_step == 1 and not torch.equal(before, module.model.boi_SD)
-    assert trainer.callback_metrics["loss"].isfinite()
+    assert trainer.global_step == 1 and trainer.callback_metrics["loss"].isfinite()
+    for (name, parameter), was in zip(module.model.named_parameters(), before, strict=True):
+        assert parameter.isfinite().all() and torch.equal(parameter, was) != parameter.requires_grad, name
+    sampler = build_sampler(config.diffusion, config.model.prediction_type, config.evaluation.sampler)
+    with module.sampling_weights() as model:
+        sampled_BLCYX = generate(model, sampler, 1, seeds=[0])
+    assert sampled_BLCYX.isfinite().all() and sampled_BLCYX.shape[1] == config.model.ar_length
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_sweep_is_planned(path, monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(ROOT)
-    sweep = load_sweep(path, [f"output_dir={tmp_path}"])
+def test_sweep_is_planned(path, capsys):
+    sweep = LOADED[path]
     print_plan(sweep)
     printed = capsys.readouterr().out
     assert sweep.name in printed and "-hours" in printed
     for cell in sweep.cells():
-        assert cell.name in printed and cell.run == tmp_path / sweep.name / cell.name
+        assert cell.name in printed and cell.run == sweep.folder / cell.name
 
 
-def test_the_paper_s_tables_share_their_models(monkeypatch, tmp_path):
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_narrow_models_differ_as_the_sweep_s_do(path):
+    configs = [cell.config for cell in CELLS[path]]
+    assert configs and len(set(map(trained, configs))) == len({trained(narrow(config)) for config in configs})
+
+
+def test_the_paper_s_tables_share_their_models(tmp_path):
     """The default is in every table, and Figure 4's models are Table 1's."""
-    monkeypatch.chdir(ROOT)
-    cells = {path.stem: load_sweep(path, [f"output_dir={tmp_path}"]).cells() for path in (ROOT / "sweeps/paper").glob("*.yaml")}
+    cells = {path.stem: cells for path, cells in CELLS.items() if path.parent.name == "paper"}
     for data, distinct in (("ffhq1024", 15), ("imagenet256", 16)):
         tables = [{cell.config_hash for cell in cells[name]} for name in cells if name.startswith(data)]
         assert len(tables) == 8 and len(set.intersection(*tables)) == 1 and len(set.union(*tables)) == distinct
@@ -73,17 +142,19 @@ def test_the_paper_s_tables_share_their_models(monkeypatch, tmp_path):
     assert [cell.config_hash for cell in first] == [cell.config_hash for cell in figure]
     assert [cell.budgets for cell in first] == [(21 + 7 * 250,), (14 + 14 * 250,), (7 + 21 * 250,), (28 * 250,)]
     # what is trained for one table is there for the next
-    freeze(first[1].config, first[1].run)
-    again = load_sweep(ROOT / "sweeps/paper/ffhq1024_table2_length.yaml", [f"output_dir={tmp_path}"]).cells()
-    assert [cell.run == first[1].run for cell in again] == [False, True, False]
+    run = tmp_path / "table1" / first[1].name
+    freeze(replace(first[1].config, name=run.name, output_dir=str(run.parent)), run)
+    with contextlib.chdir(ROOT):
+        again = load_sweep(ROOT / "sweeps/paper/ffhq1024_table2_length.yaml", [f"output_dir={tmp_path}"]).cells()
+    assert [cell.run == run for cell in again] == [False, True, False]
 
 
 def test_dropped_prompts_are_keyed_too():
     """Text of a dropped prompt is padding, and which ones are dropped depends on step and place alone."""
-    config = load_experiment(ROOT / "experiments/imagenet256.yaml", [*NARROW, *SHORT_TEXT, "evaluation.nfe=[10]"])
-    module = LitMADFormer(config)
-    text = torch.randint(1, 11, (64, 3))
-    batch = {"latents": torch.randn(64, 4, 32, 32), "text": text}
+    config = narrow(load_experiment(ROOT / "experiments/imagenet256.yaml"))
+    module, model = LitMADFormer(config), config.model
+    text = torch.randint(1, TEXT.vocab_size, (64, TEXT.length))
+    batch = {"latents": torch.randn(64, model.latent_channels, model.latent_size, model.latent_size), "text": text}
     batch["keys"] = torch.stack([torch.full((64,), 7), torch.arange(64)], dim=1)
     whole = module.on_before_batch_transfer(batch, 0)
     dropped = (whole["text"] == 0).all(dim=1)

@@ -4,9 +4,6 @@ import dataclasses
 import json
 import shlex
 import shutil
-import signal
-import subprocess
-import time
 
 import pytest
 import torch
@@ -27,7 +24,7 @@ from madformer.model import MADFormer, cost
 from madformer.parallel import Share
 from madformer.training.errors import NonFiniteError
 from tests.pictures import CODEC, experiment, write_parquet
-from tests.runs import command, environment, execute, perform, tiny_run
+from tests.runs import command, execute, perform, run_until, tiny_run
 
 METRICS = ["fd_digits", "kid_digits", "precision_digits", "recall_digits", "density_digits", "coverage_digits"]
 
@@ -143,13 +140,8 @@ def test_killed_it_goes_on_with_the_samples_that_it_has(tmp_path):
     asked = ("evaluation.num_samples=192", "evaluation.batch_size=16", pleased(tmp_path))
     config, *_ = make_run(tmp_path / "killed", *asked)
     shutil.copytree(tmp_path / "killed", tmp_path / "whole")
-    running = subprocess.Popen(command("evaluate", config.run_dir, "--steps", 20), env=environment(), stdout=subprocess.DEVNULL)
     kept = config.run_dir / "features"
-    deadline = time.monotonic() + 60
-    while not list(kept.glob("*/part-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    run_until(command("evaluate", config.run_dir, "--steps", 20), lambda: list(kept.glob("*/part-*")), tmp_path / "log")
     [folder] = kept.iterdir()
     had = len(evaluate.read_indices(folder))
     assert 0 < had < 192 and not record_path(config.run_dir).exists()

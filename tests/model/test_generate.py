@@ -14,7 +14,6 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from torch.utils.flop_counter import FlopCounterMode
 
 from madformer.config import DiffusionConfig
 from madformer.config.evaluation import SamplerName
@@ -22,7 +21,7 @@ from madformer.model import cost
 from madformer.model.blocks import to_image
 from madformer.model.generate import generate
 from madformer.samplers import build_sampler
-from tests.conftest import SWITCHES, TEXT, build, latents, prompts, switch_name, tiny
+from tests.conftest import SWITCHES, TEXT, build, counted_flops, latents, prompts, switch_name, tiny
 
 STEPS = 3
 
@@ -286,12 +285,10 @@ def test_timesteps_that_rounding_pushed_out_of_the_schedule_are_refused():
 
 def step_flops(config):
     """FLOPs of one denoising step of all blocks, counted as the difference between two numbers of steps."""
-    with torch.device("meta"):
-        model = build(config)
-        noise = torch.empty(1, config.ar_length, config.latent_channels, config.block_size, config.block_size)
+    model, noise = build(config), latents(config, batch=1)
 
     def count(steps):
-        with FlopCounterMode(display=False) as counter:
+        with counted_flops() as counter:
             generate(model, ddim(), steps, initial_noise_BLCYX=noise)
         return counter.get_total_flops()
 

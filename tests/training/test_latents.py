@@ -8,8 +8,8 @@ import torch
 from madformer.checkpoints import checkpoint_path
 from madformer.data.encode import encode
 from tests.pictures import experiment, overrides, write_parquet
-from tests.runs import DIGITS, command, differences, perform, scalars
-from tests.training.test_resume import LAST, loaded, run_until
+from tests.runs import DIGITS, command, differences, perform, run_until, scalars
+from tests.training.test_resume import LAST, loaded
 
 TEXT = ("model.text.vocab_size=2048", "model.text.pad_token_id=0", "model.text.length=6", "data.tokenizer=builtin")
 
@@ -35,7 +35,8 @@ def test_killed_in_an_epoch_and_resumed_is_uninterrupted(kind, workers, folder, 
     data = {**KINDS[kind], "workers": workers, **({"latents": folder / "latents"} if kind == "shards" else {})}
     perform(train(folder, tmp_path / "whole", **data))
     whole, run = tmp_path / "whole/digits", tmp_path / "killed/digits"
-    status, printed = run_until(train(folder, tmp_path / "killed", **data), checkpoint_path(run, 6).exists)
+    killed = train(folder, tmp_path / "killed", **data)
+    status, printed = run_until(killed, checkpoint_path(run, 6).exists, tmp_path / "log")
     assert status == -signal.SIGKILL and not checkpoint_path(run, LAST).exists(), printed
     assert "resuming after step" in perform(command("train", "--resume", run, "data.workers=0"))
     assert differences(loaded(whole), loaded(run)) == []

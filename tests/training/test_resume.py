@@ -1,7 +1,7 @@
 """A run that was killed and resumed is the run that was not, bit for bit."""
 
+import shutil
 import signal
-import subprocess
 import time
 
 import pytest
@@ -10,25 +10,13 @@ import torch
 from madformer.checkpoints import checkpoint_path, list_checkpoints
 from madformer.progress import read_progress
 from madformer.run import progress_path, read_previews
-from tests.conftest import ROOT
-from tests.runs import command, differences, environment, perform, scalars, tiny_run, train_command
+from tests.runs import command, differences, perform, run_until, scalars, tiny_run, train_command
 
 LAST = 24
 
 
 def loaded(run, step=LAST):
     return torch.load(checkpoint_path(run, step), weights_only=True)
-
-
-def run_until(argv, reached, sign=signal.SIGKILL):
-    """Start a command, send it a signal once `reached()`; its exit status."""
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT, text=True)
-    deadline = time.monotonic() + 200
-    while not reached() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(sign)
-    printed, _ = process.communicate(timeout=200)
-    return process.returncode, printed
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +51,7 @@ def test_killed_anywhere_and_resumed_is_uninterrupted(overrides, undisturbed, tm
             time.sleep(delay if there else 0)
             return there
 
-        status, printed = run_until(again, reached)
+        status, printed = run_until(again, reached, tmp_path / "log")
         assert status == -signal.SIGKILL, printed
         assert not checkpoint_path(run, LAST).exists()
         again = command("train", "--resume", run)
@@ -78,7 +66,7 @@ def test_killed_anywhere_and_resumed_is_uninterrupted(overrides, undisturbed, tm
 def test_interrupted_run_saves_the_step_it_is_in(undisturbed, tmp_path, how):
     """By Ctrl-C, or by Slurm before a time limit."""
     run = tmp_path / "digits"
-    status, printed = run_until(train_command(tmp_path), checkpoint_path(run, 6).exists, how)
+    status, printed = run_until(train_command(tmp_path), checkpoint_path(run, 6).exists, tmp_path / "log", how)
     assert status == 128 + how and f"madformer train --resume {run}" in printed, printed
     newest = list_checkpoints(run)[-1]
     assert f"stopped after step {int(newest.stem[5:])}," in printed
@@ -88,8 +76,7 @@ def test_interrupted_run_saves_the_step_it_is_in(undisturbed, tmp_path, how):
 
 
 def test_torn_checkpoint_is_skipped_with_a_warning(undisturbed, tmp_path):
-    perform(train_command(tmp_path))
-    run = tmp_path / "digits"
+    run = shutil.copytree(undisturbed, tmp_path / "digits")
     checkpoint_path(run, 24).write_bytes(checkpoint_path(run, 24).read_bytes()[:5000])
     whole = bytearray(checkpoint_path(run, 18).read_bytes())
     whole[len(whole) // 2] ^= 1
@@ -103,11 +90,11 @@ def test_torn_checkpoint_is_skipped_with_a_warning(undisturbed, tmp_path):
     assert "none of its 4 checkpoints is intact" in perform(command("train", "--resume", run), status=2)
 
 
-def test_a_run_is_not_trained_by_two_processes(tmp_path):
+def test_a_run_is_not_trained_by_two_processes(undisturbed, tmp_path):
     from madformer.run import claim_folder
 
     config = tiny_run(tmp_path)
-    perform(train_command(tmp_path, "trainer.max_steps=24"))
+    shutil.copytree(undisturbed, config.run_dir)
     checkpoint_path(config.run_dir, 24).unlink()
     with claim_folder(config.run_dir, "train"):
         assert f"{config.run_dir} is in use by another process" in perform(train_command(tmp_path), status=2)
@@ -115,7 +102,7 @@ def test_a_run_is_not_trained_by_two_processes(tmp_path):
 
 def test_resume_with_other_settings_but_the_same_weights(undisturbed, tmp_path):
     run = tmp_path / "digits"
-    run_until(train_command(tmp_path), checkpoint_path(run, 6).exists)
+    run_until(train_command(tmp_path), checkpoint_path(run, 6).exists, tmp_path / "log")
     printed = perform(command("train", "--resume", run, "optimizer.lr=1"), status=2)
     assert "optimizer.lr = 0.003 there, 1.0 asked for" in printed
     perform(command("train", "--resume", run, "trainer.checkpoint_every=5", "trainer.keep_checkpoints=2"))
