@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from madformer.sweep.loading import load_sweep
 from tests.conftest import ROOT
@@ -48,6 +49,11 @@ def test_the_sweeps_of_the_documentation_are_legal(monkeypatch, tmp_path):
         assert sweep.search is not None or len(sweep.cells()) == 54
 
 
-def test_the_picture_is_there():
-    [picture] = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text())
-    assert "<svg" in (ROOT / picture).read_text()
+def test_the_pictures_are_there():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text())
+    assert "docs/images/quickstart.svg" in pictures
+    for picture in pictures:
+        if picture.endswith(".svg"):
+            assert "<svg" in (ROOT / picture).read_text()
+        else:
+            Image.open(ROOT / picture).verify()
