@@ -28,7 +28,7 @@ class Board:
             return json.load(answer)
 
 
-def until(ready: Callable[[], bool | None], seconds: float = 60) -> None:
+def until(ready: Callable[[], bool | None], seconds: float = 120) -> None:
     """Wait until it returns anything but False; what it asserts may fail before, and so may the connection.
 
     Raises:

@@ -80,6 +80,7 @@ class Browser:
     def __init__(self, driver: Chrome) -> None:
         self._driver = driver
         metrics = {"width": 1120, "height": 836, "deviceScaleFactor": 1.25, "mobile": False}
+        driver.set_script_timeout(120)  # where the machine has much else to do
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
     def open(self, url: str) -> None:
