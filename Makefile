@@ -4,6 +4,7 @@
 #   VENV     folder of the environment
 #   WORKERS  tests that run side by side
 #   ARGS     more arguments for pytest, such as ARGS="tests/model -x"
+#   LOGDIR   runs that `make test-browser` looks at, such as runs/quickstart
 #   TORCH    version of torch that `make lock` pins
 
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
@@ -11,6 +12,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 VENV ?= .venv
 WORKERS ?= auto
 ARGS ?=
+LOGDIR ?=
 TORCH ?= 2.13.0
 
 BIN := $(VENV)/bin
@@ -24,7 +26,7 @@ SWEEP := sweeps/quickstart.yaml
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-cluster lint docs env lock clean
+.PHONY: help quickstart test test-browser test-cluster lint docs env lock clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +38,11 @@ quickstart: $(CORE) ## train three models on digits, compare them: a table, curv
 
 test: $(DEV) ## run the tests
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal $(ARGS)
+
+test-browser: $(DEV) ## see that TensorBoard draws the curves, and keep pictures; installs Debian's Chromium, as root
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+		{ apt-get update -q && apt-get install -y -q --no-install-recommends chromium chromium-driver; }
+	LOGDIR="$(LOGDIR)" $(BIN)/python -m pytest -s tests/evaluation/test_tensorboard.py $(ARGS)
 
 test-cluster: $(DEV) ## run the tests that start databases and a Slurm of their own; installs Debian's packages, as root
 	@command -v sbatch munged slurmctld >/dev/null || bash tests/sweep/servers/slurm.sh install

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from madformer.sweep.loading import load_sweep
 from tests.conftest import ROOT
@@ -48,6 +49,11 @@ def test_the_grid_of_your_own_is_twelve_runs(folder):
     assert len(cells) == 12 and cells[0].name == "d2-l1-s0" and len(grid.splitlines()) <= 10
 
 
-def test_the_picture_is_there():
-    [picture] = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text())
-    assert "<svg" in (ROOT / picture).read_text()
+def test_the_pictures_are_there():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text())
+    assert len(pictures) > 1
+    for picture in pictures:
+        if picture.endswith(".svg"):
+            assert "<svg" in (ROOT / picture).read_text()
+        else:
+            Image.open(ROOT / picture).verify()

@@ -1,18 +1,8 @@
 """Curves in TensorBoard: read back as TensorBoard reads them, and asked of a real server."""
 
-import contextlib
-import json
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -23,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from madformer.evaluation import curves
 from madformer.evaluation.curves import drop_orphans, write_curves
 from madformer.evaluation.record import record_path
+from tests.board import tensorboard, until
 from tests.points import INCEPTION, at, diagnostics, mean, point, recorded
 
 HPARAMS = {"model.diffusion_depth": 2, "optimizer.lr": 3e-4, "model.rope": "axial", "model.use_condition": True}
@@ -203,40 +194,6 @@ def test_a_file_of_which_nothing_stays_is_removed(tmp_path):
     assert list(tmp_path.iterdir()) == [kept]
 
 
-@contextmanager
-def tensorboard(logdir: Path, *options: str) -> Iterator[Callable[..., Any]]:
-    """A real server; yields what asks its HTTP interface."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--port", str(port), *options]
-    server = subprocess.Popen([*command, "--reload_interval", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def ask(path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/data/plugin/{path}", data, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
-
-    try:
-        yield ask
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def until(ready: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with contextlib.suppress(urllib.error.URLError, ConnectionError):
-            if ready():
-                return
-        time.sleep(0.2)
-    raise TimeoutError
-
-
 @pytest.mark.parametrize("options", [[], ["--load_fast=false"]], ids=["fast", "slow"])
 def test_a_server_shows_the_curves_of_two_runs(tmp_path, options):
     for depth in (2, 4):
@@ -246,32 +203,32 @@ def test_a_server_shows_the_curves_of_two_runs(tmp_path, options):
         write_curves(tmp_path / f"d{depth}", HPARAMS | {"model.diffusion_depth": depth})
         train(tmp_path / f"d{depth}", range(1, 3))
 
-    with tensorboard(tmp_path, *options) as ask:
-        until(lambda: [len(tags) for tags in ask("scalars/tags").values()] == [19, 19])
-        shown = ask("scalars/scalars?run=d4&tag=fd_digits_vs_seconds")
+    with tensorboard(tmp_path, *options) as board:
+        until(lambda: [len(tags) for tags in board.ask("plugin/scalars/tags").values()] == [19, 19])
+        shown = board.ask("plugin/scalars/scalars?run=d4&tag=fd_digits_vs_seconds")
         assert [(step, value) for _, step, value in shown] == [(4000, 76.0), (32000, 24.0)]
 
-        experiment = ask("hparams/experiment", {"experimentName": ""})
+        experiment = board.ask("plugin/hparams/experiment", {"experimentName": ""})
         assert {info["name"] for info in experiment["hparamInfos"]} == set(HPARAMS)
         metrics = [info["name"]["tag"] for info in experiment["metricInfos"]]
         assert metrics == ["fd_digits_at_nfe_16", "fd_digits_at_nfe_128"]
         query = {"allowedStatuses": ["STATUS_SUCCESS"], "colParams": [], "startIndex": 0, "sliceSize": 9}
-        table = {group["name"]: group for group in ask("hparams/session_groups", query)["sessionGroups"]}
+        table = {group["name"]: group for group in board.ask("plugin/hparams/session_groups", query)["sessionGroups"]}
         assert set(table) == {"d2", "d4"} and table["d4"]["hparams"] == HPARAMS | {"model.diffusion_depth": 4}
         assert [entry["value"] for entry in table["d4"]["metricValues"]] == [76.0, 24.0]
 
-        distance, other, errors = ask("custom_scalars/layout")["category"]
+        distance, other, errors = board.ask("plugin/custom_scalars/layout")["category"]
         charts = {chart["multiline"]["tag"][0]: chart["title"] for chart in distance["chart"]}
         assert "MFLOPs per image" in charts["^fd_digits_vs_tflops(/.*)?$"] and not distance.get("closed")
         assert list(charts) == [f"^fd_digits_vs_{axis}(/.*)?$" for axis in ("nfe", "log2_nfe", "tflops", "seconds")]
         assert other["title"].startswith("kid") and other["closed"]
         assert errors["chart"][0]["title"] == "loss_by_timestep (axis: timestep)"
         for run in ("d2", "d4"):
-            found = ask(f"custom_scalars/scalars?run={run}&tag={urllib.parse.quote(next(iter(charts)))}")["tag_to_events"]
+            found = board.ask(f"plugin/custom_scalars/scalars?run={run}&tag={quote(next(iter(charts)))}")["tag_to_events"]
             assert np.array(found["fd_digits_vs_nfe"])[:, 1].tolist() == [16, 128]
             assert set(found) == {"fd_digits_vs_nfe", "fd_digits_vs_nfe/unipc"}
             tag = errors["chart"][2]["multiline"]["tag"][0]
-            found = ask(f"custom_scalars/scalars?run={run}&tag={urllib.parse.quote(tag)}")["tag_to_events"]
+            found = board.ask(f"plugin/custom_scalars/scalars?run={run}&tag={quote(tag)}")["tag_to_events"]
             assert np.array(found["diagnostics/exposure_gap_by_block"])[:, 1:].tolist() == [[0, 0.0], [1, 0.25]]
 
 
@@ -279,11 +236,11 @@ def test_a_running_server_takes_new_curves_in_place_of_the_former(tmp_path):
     run = recorded(tmp_path / "d2", point(16, 72.0), point(128, 20.0))
     write_curves(run, HPARAMS)
 
-    def shown(ask: Callable[..., Any]) -> list[tuple[int, float]]:
-        return [(step, value) for _, step, value in ask("scalars/scalars?run=d2&tag=fd_digits_vs_nfe")]
+    def shown() -> list[tuple[int, float]]:
+        return [(step, value) for _, step, value in board.ask("plugin/scalars/scalars?run=d2&tag=fd_digits_vs_nfe")]
 
-    with tensorboard(tmp_path) as ask:
-        until(lambda: shown(ask) == [(16, 72.0), (128, 20.0)])
+    with tensorboard(tmp_path) as board:
+        until(lambda: shown() == [(16, 72.0), (128, 20.0)])
         write_curves(recorded(run, point(16, 71.0), point(32, 30.0)), HPARAMS)
-        until(lambda: len(shown(ask)) == 3)
-        assert shown(ask) == [(16, 71.0), (32, 30.0), (128, 20.0)]
+        until(lambda: len(shown()) == 3)
+        assert shown() == [(16, 71.0), (32, 30.0), (128, 20.0)]
