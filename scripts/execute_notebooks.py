@@ -1,7 +1,8 @@
 """Execute the notebooks, and write them with their outputs.
 
 Each is executed in a folder of its own, as in a fresh clone where nothing is trained yet, and then put into its place; one that
-fails is left as it was. What differs without need is taken out: times of execution, the version of the interpreter.
+fails is left as it was. What differs without need is taken out: times of execution, the version of the interpreter, all but the
+last line of progress.
 
     python scripts/execute_notebooks.py [NOTEBOOK.ipynb ...]
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -29,6 +31,8 @@ _METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+_PROGRESS = re.compile(r"^(\w+) \d+/\d+  .* left\n(?=\1 \d+/)", re.MULTILINE)
+"""A line that says how far something is, before another one: how many there are depends on how busy the machine is."""
 
 
 def execute(path: Path, folder: Path, parameters: Mapping[str, Any] | None = None) -> NotebookNode:
@@ -65,6 +69,9 @@ def clean(notebook: NotebookNode) -> None:
     notebook.metadata = nbformat.from_dict(_METADATA)
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({key: value for key, value in cell.metadata.items() if key == "tags"})
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                output.text = _PROGRESS.sub("", output.text)
 
 
 def _inject(notebook: NotebookNode, parameters: Mapping[str, Any]) -> None:
