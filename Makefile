@@ -26,7 +26,7 @@ SWEEP := sweeps/quickstart.yaml
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-browser test-cluster lint docs env lock clean
+.PHONY: help quickstart notebooks test test-browser test-cluster lint docs env lock clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,9 @@ quickstart: $(CORE) ## train three models on digits, compare them: a table, curv
 	$(BIN)/madformer sweep run $(SWEEP)
 	$(BIN)/madformer report $(SWEEP)
 	@echo "In TensorBoard: $(BIN)/tensorboard --logdir runs (tabs Scalars, Custom Scalars, HParams)"
+
+notebooks: $(DEV) ## execute the notebooks, and write them with their outputs
+	$(BIN)/python scripts/execute_notebooks.py
 
 test: $(DEV) ## run the tests
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal $(ARGS)
