@@ -37,6 +37,8 @@ function* every(selector, root = document) {  // what can be seen, also in the s
 }
 """
 
+FIRST = "const thing = [...every(arguments[0])].find(thing => thing.innerText.trim() == arguments[1]);"
+
 CHARTS = """
 const draw = card => {
   const all = selector => [...every(selector, card.shadowRoot ?? card)];
@@ -90,9 +92,14 @@ class Browser:
 
     def click(self, selector: str, text: str) -> None:
         """Click on the first such thing with this text."""
-        found = "const thing = [...every(arguments[0])].find(thing => thing.innerText.trim() == arguments[1]);"
-        clicked = self._run(f"{found} thing?.click(); return Boolean(thing)", selector, text)
+        clicked = self._run(f"{FIRST} thing?.click(); return Boolean(thing)", selector, text)
         assert clicked, f"nothing to click on: {text}"
+
+    def untick(self, selector: str, text: str) -> None:
+        """See that such a box is not ticked: where it is, click on it and fail, for a page that starts may tick it again."""
+        box = "const box = thing?.querySelector('input') ?? thing, ticked = box?.checked;"
+        ticked = self._run(f"{FIRST} {box} if (ticked) box.click(); return ticked", selector, text)
+        assert ticked is False, f"missing or ticked: {text}"
 
     def charts(self) -> list[Chart]:
         """The charts that can be seen, as they are at this moment."""
