@@ -28,14 +28,18 @@ FEW, ALL = Fraction(1, 4), Fraction(1)
 class Line:
     """A label of the report beside one of the paper's models."""
 
-    label: str
+    row: Row
     quality: Estimate
     cell: PaperCell
 
     @property
-    def seeds(self) -> int:
-        """Training seeds behind the number."""
-        return len(self.quality.values) if self.quality.over == "training seeds" else 1
+    def label(self) -> str:
+        """The row's."""
+        return self.row.label
+
+    def differs(self, other: Line) -> bool | None:
+        """Whether seeds tell two lines apart; None: there is a single one of either."""
+        return differ(self.quality, other.quality, paired=self.row.seeds == other.row.seeds)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Comparison:
         lines = [[*headings, *(f"FID, {one.title}" for one in beside.data)]]
         for line in beside.lines:
             theirs = (line.cell.distances.get(one.name) for one in beside.data)
-            ours = [line.label, show(line.quality), str(line.seeds), line.cell.name]
+            ours = [line.label, show(line.quality), str(len(line.row.seeds)), line.cell.name]
             lines.append([*ours, *("" if value is None else str(value) for value in theirs)])
         return table(lines)
 
@@ -91,7 +95,7 @@ class Comparison:
         for beside in self.tables:
             for line in beside.lines:
                 interval, theirs = line.quality.interval or (None, None), line.cell.distances
-                numbers = [line.quality.mean, *interval, line.seeds]
+                numbers = [line.quality.mean, *interval, len(line.row.seeds)]
                 lines.append([beside.title, line.label, str(beside.column), *numbers, line.cell.name, *map(theirs.get, names)])
         return lines
 
@@ -133,9 +137,9 @@ def _beside(
     having = [row for row in rows if row.label in found]
     if not (columns := common_columns(having)):
         return None
-    at = {row.label: row.quality[metric] for row in having if columns[-1].holds(row)}
-    labels = sorted(found, key=lambda label: entry.cells.index(found[label]))
-    return Beside(entry.title, columns[-1], tuple(Line(label, at[label], found[label]) for label in labels), tuple(by_data))
+    lines = [Line(row, row.quality[metric], found[row.label]) for row in having if columns[-1].holds(row)]
+    lines.sort(key=lambda line: entry.cells.index(line.cell))
+    return Beside(entry.title, columns[-1], tuple(lines), tuple(by_data))
 
 
 def _configs(groups: Sequence[Group]) -> dict[str, ExperimentConfig]:
@@ -162,13 +166,13 @@ def _agreements(beside: Beside, metric: str) -> Iterator[str]:
             yield f"{one.title}: a tie in the paper."
             continue
         agreeing = [sign * (worse.quality.mean - better.quality.mean) > 0 for better, worse in pairs]
-        clear = [differ(better.quality, worse.quality) for better, worse in pairs]
+        clear = [better.differs(worse) for better, worse in pairs]
         text = f"{one.title}: {sum(agreeing)} of {len(pairs)} pairs stand in the paper's order"
         if None in clear:
             text += "; of single seeds, which another training may order otherwise"
         else:
             sure = [agrees for agrees, is_clear in zip(agreeing, clear, strict=True) if is_clear]
-            clearly = "differ by more than seeds do (Welch's t-test, p < 0.05)"
+            clearly = "differ by more than seeds do (t-test, p < 0.05)"
             text += f"; of those that {clearly}, {sum(sure)} of {len(sure)}" if sure else f"; none {clearly}"
         ours = min(lines, key=lambda line: sign * line.quality.mean)
         yield f"{text}. Best: {ours.label} here, in the paper {lines[0].cell.name}."

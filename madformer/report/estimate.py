@@ -77,22 +77,30 @@ SIGNIFICANCE = 0.05
 """Below this probability of a difference at least as great, two means are told apart."""
 
 
-def differ(one: Estimate, other: Estimate) -> bool | None:
-    """Whether two means over training seeds are told apart by Welch's t-test, two-sided.
+def differ(one: Estimate, other: Estimate, paired: bool) -> bool | None:
+    """Whether two means over training seeds are told apart, by a two-sided t-test.
+
+    Args:
+        one: over at least two seeds.
+        other: likewise.
+        paired: whether both are of the same seeds in the same order. Runs of one seed have data order, timesteps and noise in
+            common, so differences seed by seed scatter less than either value; else the test is Welch's.
 
     Returns:
         None: one of them is of a single seed.
     """
     if one.over != "training seeds" or other.over != "training seeds":
         return None
-    errors = [variance(each.values) / len(each.values) for each in (one, other)]
+    if paired:
+        gaps = [first - second for first, second in zip(one.values, other.values, strict=True)]
+        errors, freedoms = [variance(gaps) / len(gaps)], [len(gaps) - 1]
+    else:
+        errors = [variance(each.values) / len(each.values) for each in (one, other)]
+        freedoms = [len(each.values) - 1 for each in (one, other)]
     if not sum(errors):
         return one.mean != other.mean
-    statistic = abs(one.mean - other.mean) / math.sqrt(sum(errors))
-    freedom = sum(errors) ** 2 / sum(
-        error**2 / (len(each.values) - 1) for error, each in zip(errors, (one, other), strict=True)
-    )
-    return bool(2 * stdtr(freedom, -statistic) < SIGNIFICANCE)
+    freedom = sum(errors) ** 2 / sum(error**2 / degrees for error, degrees in zip(errors, freedoms, strict=True))
+    return bool(2 * stdtr(freedom, -abs(one.mean - other.mean) / math.sqrt(sum(errors))) < SIGNIFICANCE)
 
 
 _REPEATED: dict[str, Over] = {"seed": "evaluation seeds", "checkpoint": "checkpoints"}

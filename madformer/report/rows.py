@@ -46,6 +46,8 @@ class Group:
     """One for each training seed."""
     runs: tuple[Path, ...]
     """Their folders."""
+    seeds: tuple[int, ...]
+    """Their training seeds."""
 
     @property
     def label(self) -> str:
@@ -67,8 +69,8 @@ class Row:
     """The budget, in layer evaluations per block."""
     steps: int
     """Denoising steps per block."""
-    seeds: int
-    """Training runs that were measured at this budget."""
+    seeds: tuple[int, ...]
+    """Of the training runs that were measured at this budget."""
     quality: Mapping[str, Estimate]
     """Every metric that all these runs have."""
     bias: Mapping[str, float]
@@ -129,13 +131,14 @@ def make_rows(group: Group) -> list[Row]:
     rows = []
     for nfe in sorted({nfe for curve in group.curves for nfe in curve.points}):
         runs = [curve.points[nfe] for curve in group.curves if nfe in curve.points]
+        seeds = tuple(seed for seed, curve in zip(group.seeds, group.curves, strict=True) if nfe in curve.points)
         points = [point for run in runs for point in run]
         shared = [name for name in points[0]["metrics"] if all(name in point["metrics"] for point in points)]
         quality = {name: estimate(runs, partial(_value, name)) for name in shared}
         biases = {name: mean_known(point.get("bias", {}).get(name) for point in points) for name in shared}
         bias = {name: value for name, value in biases.items() if value is not None}
         costs = {name: mean_known(mean_known(map(cost.of, run)) for run in runs) for name, cost in COSTS.items()}
-        rows.append(Row(group, nfe, points[0]["steps"], len(runs), quality, bias, costs))
+        rows.append(Row(group, nfe, points[0]["steps"], seeds, quality, bias, costs))
     return rows
 
 
@@ -164,6 +167,7 @@ def _groups(chosen: Sequence[tuple[Curve, Sequence[RunCurve]]]) -> list[Group]:
             variant,
             tuple(measured for _, measured in runs),
             tuple(curve.run for curve, _ in runs),
+            tuple(curve.seed for curve, _ in runs),
         )
         for (label, variant), runs in members.items()
     ]

@@ -103,7 +103,7 @@ class Report:
         writer.writerow([*heading, *fronts, *(cost.column for cost in COSTS.values())])
         for row in self.rows:
             chosen = row.quality[self.metric]
-            values = [*(row.group.axes.get(name) for name in axes), *row.group.variant, row.nfe, row.steps, row.seeds]
+            values = [*(row.group.axes.get(name) for name in axes), *row.group.variant, row.nfe, row.steps, len(row.seeds)]
             values += [chosen.over, len(chosen.values)]
             for metric in self.metrics:
                 values += _numbers(row, metric)
@@ -131,7 +131,7 @@ class Report:
         lines = [["", "NFE", "steps", "seeds", self.metric, *(unit.title.replace(" per ", " / ") for unit in units.values())]]
         lines[0] += ["Pareto front of"] if fronts else []
         for row in self.rows:
-            counts = [str(row.nfe), str(row.steps), str(row.seeds)]
+            counts = [str(row.nfe), str(row.steps), str(len(row.seeds))]
             costs = [unit.show(row.costs[name]) for name, unit in units.items()]
             lines.append([row.label, *counts, show(row.quality[self.metric]), *costs])
             lines[-1] += [", ".join(_FRONTS[cost] for cost, front in fronts.items() if row in front)] if fronts else []
