@@ -8,7 +8,7 @@ import pytest
 from scripts.execute_notebooks import NOTEBOOKS, clean, execute
 
 SMALL = {
-    "01_first_run": {"STEPS": 8, "SAMPLES": 16},
+    "01_first_run": {"STEPS": 4, "SAMPLES": 16},
     "02_fid_vs_nfe": {"DEPTHS": [2], "BUDGETS": [16, 32], "STEPS": 4, "SAMPLES": 16},
     "03_inside_the_model": {"STEPS": 4, "IMAGES": 16, "REPEATS": 1},
     "04_your_own_grid": {
@@ -22,7 +22,7 @@ SMALL = {
     },
 }
 WRITTEN = {
-    "01_first_run": "first-8/evaluations.jsonl",
+    "01_first_run": "first-4/evaluations.jsonl",
     "02_fid_vs_nfe": "fid_vs_nfe-4/d2-s0/evaluations.jsonl",
     "04_your_own_grid": "my_grid-4/report.csv",
 }
