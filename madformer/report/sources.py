@@ -36,13 +36,13 @@ def report_on(
     first, panels = Path(sources[0]), parse_against(against)
     if first.suffix in (".yaml", ".yml"):
         sweep = load_sweep(first, sources[1:])
-        _write(_curves_of_sweep(sweep), sweep.name, out or sweep.folder, metric, panels, samples)
+        _write(curves_of_sweep(sweep), sweep.name, out or sweep.folder, metric, panels, samples)
     else:
         curves = curves_of_runs([Path(source) for source in sources])
         _write(curves, "Runs side by side", out or Path("report"), metric, panels, samples)
 
 
-def _curves_of_sweep(sweep: Sweep) -> list[Curve]:
+def curves_of_sweep(sweep: Sweep) -> list[Curve]:
     """All cells that were evaluated, at the sweep's own budgets, with a word on the others.
 
     Raises:
