@@ -51,7 +51,8 @@ def narrow(config):
         text=model.text and TEXT,
     )
     optimizer = replace(config.optimizer, warmup_fraction=0)
-    return replace(config, model=model, optimizer=optimizer, evaluation=replace(config.evaluation, nfe=(10,)))
+    evaluation, data = replace(config.evaluation, nfe=(10,)), replace(config.data, tokenizer="of eleven words")
+    return replace(config, model=model, optimizer=optimizer, evaluation=evaluation, data=data)
 
 
 def trained(config):

@@ -182,7 +182,7 @@ def test_gpus_are_shared_out_in_groups(sweep_file, monkeypatch):
 def test_two_drivers_do_not_share_a_gpu(sweep_file):
     """Nor does one whose predecessor was killed, and left a trial behind."""
     one = ["trainer.accelerator=auto", "workers=null"]
-    first = start("grid.model.diffusion_depth=[2]", *one, TRIAL_SECONDS="2", CUDA_VISIBLE_DEVICES="uuid-1,uuid-2")
+    first = start("grid.model.diffusion_depth=[2]", *one, TRIAL_SECONDS="6", CUDA_VISIBLE_DEVICES="uuid-1,uuid-2")
     wait_for(lambda: "train d2-s0" in journal())
     first.kill()
     first.wait()
