@@ -99,7 +99,7 @@ def line(panel: Axes, label: str, look: Look, x: Sequence[float], estimates: Seq
 def highlight(panel: Axes, label: str, points: Sequence[tuple[float, float]]) -> None:
     """A broad light line through points, below all others."""
     x, y = zip(*points, strict=True) if points else ((), ())
-    panel.plot(x, y, color="0.85", linewidth=9, solid_capstyle="round", solid_joinstyle="round", zorder=0.5, label=label)
+    panel.plot(x, y, color="0.72", linewidth=9, solid_capstyle="round", solid_joinstyle="round", zorder=0.5, label=label)
 
 
 def fit(panel: Axes, estimates: Iterable[Estimate], log: bool) -> None:
