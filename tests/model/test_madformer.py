@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-import shutil
+import functools
 
 import pytest
 import torch
@@ -141,13 +141,13 @@ def test_activation_checkpointing_changes_no_number(switches):
         assert torch.equal(mine, reference)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on the CPU needs g++, which is not there")
 def test_compiled_layers_compute_the_same_in_training_and_sampling(monkeypatch):
     from diffusers import DDIMScheduler
 
     from madformer.model.generate import generate
 
-    monkeypatch.setattr("torch._inductor.config.cpp.simdlen", 1)  # without vectors, whose headers take g++ seconds
+    # Graphs are traced, guarded and differentiated; the code for them, which takes g++ a minute, is torch's own affair.
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     model = build(tiny(depth=1, diffusion_depth=1))
     compiled = MADFormer(dataclasses.replace(model.config, compile=True)).double()
     assert compiled.state_dict().keys() == model.state_dict().keys()

@@ -20,7 +20,7 @@ from madformer.sweep.trial import trial_commands
 from tests.conftest import ROOT
 from tests.runs import DIGITS, TINY, command, environment, execute, perform
 
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "2"))
 LEAST_STEPS = 120
 STEPS_A_KILL = 45
 """So that training is not over before the kills are."""
