@@ -80,6 +80,13 @@ def prompts(config: ModelConfig, batch: int = 2, seed: int = 3) -> torch.Tensor 
     return torch.randint(1, config.text.vocab_size, (batch, config.text.length), generator=torch.Generator().manual_seed(seed))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what is slow, unless it is asked for."""
+    for item in items:
+        if item.get_closest_marker("slow") and not os.environ.get("SLOW"):
+            item.add_marker(pytest.mark.skip(reason="slow: SLOW=1 runs it"))
+
+
 @contextlib.contextmanager
 def counted_flops() -> Iterator[FlopCounterMode]:
     """FLOPs of what runs within, on the CPU: for tiny models in a third of the seconds that the meta device takes."""

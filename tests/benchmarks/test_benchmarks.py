@@ -94,6 +94,7 @@ def of_all_layers(count: Callable[[ModelConfig], dict[str, int]], model: ModelCo
     return {side: one[side] + (model.depth // 2 - 1) * (two[side] - one[side]) for side in one}
 
 
+@pytest.mark.slow
 def test_flops_of_a_denoising_step_of_the_full_model():
     """In nine of its sixteen blocks; each one more has more before it that is computed anew."""
     model = replace(sized("ffhq1024"), latent_size=96, ar_length=9)
@@ -102,6 +103,7 @@ def test_flops_of_a_denoising_step_of_the_full_model():
     assert flops["recomputed"] >= 1.4 * flops["ours"]
 
 
+@pytest.mark.slow
 def test_flops_of_a_training_step_of_the_full_model():
     model, losses = sized("ffhq1024"), LossConfig()
     flops = of_all_layers(training, model)

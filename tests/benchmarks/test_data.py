@@ -15,6 +15,8 @@ from madformer.data.manifest import read_manifest
 from madformer.data.shards import ShardReader
 from madformer.model.cost import training_flops
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--repeats", "1", "--rows", "6", "--batch", "2", "4", "--images", "5", "--codec-batch", "2", "--threads", "2"]
 TINY += ["--channels", "32", "32", "32", "32"]
 

@@ -15,6 +15,8 @@ from madformer.evaluation.parts import INDICES, read_parts
 from madformer.evaluation.sampled import PHASES
 from madformer.model import MADFormer
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--quick", "--nfe", "5"]
 ROW = re.compile(r"^(sampling|decoding|features|statistics) +(\S+) +(\S+)%$", re.MULTILINE)
 VERDICT = re.compile(r"^all but sampling, with (.+): (\S+) \(goal: at most 0.15, (reached|NOT reached)\)$", re.MULTILINE)

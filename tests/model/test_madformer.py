@@ -141,6 +141,7 @@ def test_activation_checkpointing_changes_no_number(switches):
         assert torch.equal(mine, reference)
 
 
+@pytest.mark.slow
 def test_compiled_layers_compute_the_same_in_training_and_sampling(monkeypatch):
     from diffusers import DDIMScheduler
 

@@ -33,6 +33,7 @@ def test_two_devices_are_one(strategy, alone, tmp_path):
     require_close(alone, run)
 
 
+@pytest.mark.slow
 def test_two_devices_go_on_from_one(alone, tmp_path):
     """By FSDP, which takes weights and moments apart; under DDP each process reads what a single one would."""
     run = shutil.copytree(alone, tmp_path / "digits")
