@@ -18,7 +18,7 @@ def alone(tmp_path_factory):
     return folder / "digits"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_devices_are_one(strategy, alone, tmp_path):
     """Losses, weights, average and optimiser; then a checkpoint of two devices is resumed on one."""
     two = (*SETTINGS, "trainer.devices=2", f"trainer.strategy={strategy}")
