@@ -20,7 +20,7 @@ _ALWAYS = ("flops", "seconds")
 """Costs with a column of their own in Markdown even where nobody measured them."""
 
 _FRONTS = {NFE: "NFE", "flops": "FLOPs", "seconds": "seconds"}
-"""Costs that have a Pareto front in tables, and their names there."""
+"""Costs that have a Pareto front in tables, and their names there; what a clock measures is the last."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,16 @@ class Report:
             heading += [metric, *(f"{metric}_{column}" for column in _COLUMNS)]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*heading, *fronts, *(cost.column for cost in COSTS.values())])
+        *counted, measured = fronts
+        writer.writerow([*heading, *counted, *(cost.column for cost in COSTS.values()), measured])
         for row in self.rows:
             chosen = row.quality[self.metric]
             values = [*(row.group.axes.get(name) for name in axes), *row.group.variant, row.nfe, row.steps, len(row.seeds)]
             values += [chosen.over, len(chosen.values)]
             for metric in self.metrics:
                 values += _numbers(row, metric)
-            values += [int(row in front) for front in fronts.values()]
-            writer.writerow([row.label, *values, *(row.costs[name] for name in COSTS)])
+            *on_counted, on_measured = (int(row in front) for front in fronts.values())
+            writer.writerow([row.label, *values, *on_counted, *(row.costs[name] for name in COSTS), on_measured])
         return text.getvalue()
 
     def _quality(self) -> str:

@@ -51,7 +51,7 @@ def quality(folder: Path) -> list[tuple[str, ...]]:
     """The report's columns but for what a clock measured."""
     execute(command("report", folder / "killed.yaml"))
     with (folder / "killed/report.csv").open() as file:
-        return [tuple(row[:-3]) for row in csv.reader(file)]
+        return [tuple(row[:-4]) for row in csv.reader(file)]
 
 
 def trials(folder: Path) -> list[int]:

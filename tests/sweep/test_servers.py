@@ -52,7 +52,7 @@ def quality(sweep: Path) -> list[tuple[str, ...]]:
     """The report's columns but for what a clock measured."""
     execute(command("report", sweep))
     with (sweep.parent / "cells/report.csv").open() as file:
-        return [tuple(row[:-3]) for row in csv.reader(file)]
+        return [tuple(row[:-4]) for row in csv.reader(file)]
 
 
 def steps(folder: Path) -> list[int]:
