@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shlex
 import shutil
+import sys
 
 import pytest
 import torch
@@ -121,19 +122,22 @@ def test_the_numbers_do_not_depend_on_the_batch_size(sampler, tmp_path):
     assert [point["metrics"] for point in numbers] == only_metrics(numbers[:1] * 3)
 
 
-def test_the_numbers_do_not_depend_on_the_number_of_processes(tmp_path):
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "madformer")
+
+
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_numbers_do_not_depend_on_the_number_of_processes(torchrun, tmp_path):
     config, *_ = make_run(tmp_path / "one", "evaluation.num_samples=70", pleased(tmp_path))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    shutil.copytree(tmp_path / "one", tmp_path / "torchrun")
     expected = evaluate_run(parse_request(config, nfe="3,5"))
-    asked = ["evaluate", "--nfe", "3,5"]
-    perform(command(*asked, tmp_path / "two/digits", "--devices", 2))
-    torchrun = [*command()[:1], "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "madformer"]
-    execute([*torchrun, *asked, str(tmp_path / "torchrun/digits")])
-    for name in ("two", "torchrun"):
-        found = read_points(tmp_path / name / "digits")
-        assert [point["metrics"] for point in found] == only_metrics(expected)
-        assert {point["processes"] for point in found} == {2}
+    asked = ["evaluate", "--nfe", "3,5", str(tmp_path / "two/digits")]
+    if torchrun:
+        execute([sys.executable, *TORCHRUN, *asked])
+    else:
+        perform(command(*asked, "--devices", 2))
+    found = read_points(tmp_path / "two/digits")
+    assert [point["metrics"] for point in found] == only_metrics(expected)
+    assert {point["processes"] for point in found} == {2}
 
 
 def test_killed_it_goes_on_with_the_samples_that_it_has(tmp_path):

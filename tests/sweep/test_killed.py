@@ -18,7 +18,7 @@ import yaml
 from madformer.sweep.loading import load_sweep
 from madformer.sweep.trial import trial_commands
 from tests.conftest import ROOT
-from tests.runs import DIGITS, TINY, command, environment, execute, perform
+from tests.runs import DIGITS, TINY, command, environment, perform
 
 KILLS = int(os.environ.get("KILLS", "2"))
 LEAST_STEPS = 120
@@ -49,7 +49,7 @@ def leave_alone(folder: Path) -> None:
 
 def quality(folder: Path) -> list[tuple[str, ...]]:
     """The report's columns but for what a clock measured."""
-    execute(command("report", folder / "killed.yaml"))
+    perform(command("report", folder / "killed.yaml"))
     with (folder / "killed/report.csv").open() as file:
         return [tuple(row[:-4]) for row in csv.reader(file)]
 
@@ -116,5 +116,5 @@ def test_killed_at_random_moments(tmp_path):
         assert log.count(": trained, ") <= 1, "no cell is trained twice"
         lines = (torn / "killed" / cell / "evaluations.jsonl").read_text().splitlines()
         assert len(lines) == 2, "each point is recorded once"
-    again = execute(mishaps.argv)
+    again = perform(mishaps.argv)
     assert "all 2 cells are done, nothing to do" in again
