@@ -22,7 +22,7 @@ from tests.runs import DIGITS, command, execute, perform, scalars, train_command
 def run(tmp_path_factory):
     """A short run, trained."""
     folder = tmp_path_factory.mktemp("cli")
-    execute(train_command(folder, "trainer.max_steps=6", "trainer.checkpoint_every=3", "evaluation.preview_every=3"))
+    perform(train_command(folder, "trainer.max_steps=6", "trainer.checkpoint_every=3", "evaluation.preview_every=3"))
     return folder / "digits"
 
 
@@ -124,7 +124,7 @@ def test_an_exported_run_comes_back_as_one_that_is_measured_the_same(run, tmp_pa
     mine, again = tmp_path / "run", tmp_path / "again"
     shutil.copytree(run, mine)
     execute(command("export", mine, "--out", tmp_path / "weights.safetensors"))
-    execute(command("import", tmp_path / "weights.safetensors", "--out", again))
+    perform(command("import", tmp_path / "weights.safetensors", "--out", again))
     points = [evaluate_run(parse_request(load_run(folder), steps="2"))[0] for folder in (mine, again)]
     assert points[0]["metrics"] == points[1]["metrics"] and points[0]["weights_sha256"] == points[1]["weights_sha256"]
     assert "its weights are imported" in perform(command("train", "--resume", again), status=2)

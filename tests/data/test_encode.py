@@ -214,6 +214,7 @@ def encode_command(folder, **data):
     return command("encode", DIGITS, *overrides(folder, **data))
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path):
     """Shards have their full size here: 256 rows."""
     write_parquet(tmp_path / "pictures.parquet", rows=600, broken=(500,))

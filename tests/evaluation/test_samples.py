@@ -117,6 +117,7 @@ def test_an_image_depends_on_its_seed_and_index_alone(plain, tmp_path):
     assert not any(close([five[0]], [other]) for other in five[1:])
 
 
+@pytest.mark.slow  # how work is shared is `evaluate`'s too, and tested there
 def test_processes_share_the_work(plain, tmp_path):
     sample(plain, tmp_path / "alone", num=5)
     printed = perform(command("sample", plain.run_dir, "--num", 5, "--steps", 2, "--devices", 2, "--out", tmp_path / "shared"))
