@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -257,7 +258,9 @@ def test_overrides_win_over_the_file():
 
 
 @pytest.mark.parametrize(
-    "text", ["model: {depth: 3", "- a\n- b", "model: [1, 2]", "\x00"], ids=["brace", "list", "section", "binary"]
+    "text",
+    ["model: {depth: 3", "- a\n- b", "3", "model: [1, 2]", "\x00", "name: ${", "name: ${oc.env:NOPE}", "3: 1"],
+    ids=["brace", "list", "number", "section", "binary", "interpolation", "environment", "key"],
 )
 def test_a_broken_file_is_one_clear_line(tmp_path, text):
     path = tmp_path / "broken.yaml"
@@ -290,6 +293,8 @@ def test_an_experiment_changes_its_base(tmp_path, monkeypatch):
     assert made.data == digits.data
     freeze(made, made.run_dir)
     assert load_run(made.run_dir) == made
+    (tmp_path / "three.yaml").write_text("base: runs/one/config.yaml\nname: three\n")
+    assert load_experiment(tmp_path / "three.yaml") == replace(made, name="three")
 
 
 @pytest.mark.parametrize(
@@ -300,11 +305,25 @@ def test_an_experiment_changes_its_base(tmp_path, monkeypatch):
         ("base: two.yaml", "two.yaml: base = 'one.yaml': must not be based on this file itself"),
         ("base: wrong.yaml", "wrong.yaml: unknown key model.dept; the nearest is model.depth"),
         (f"base: {DIGITS}\nmodel: {{dept: 1}}", "one.yaml: unknown key model.dept; the nearest is model.depth"),
+        ("base: type.yaml", "type.yaml: model.depth: Value 'banana' of type 'str' could not be converted to Integer"),
+        ("base: middle.yaml", "type.yaml: model.depth: Value 'banana' of type 'str' could not be converted to Integer"),
+        (f"base: {DIGITS}\nseed: banana", "one.yaml: seed: Value 'banana' of type 'str' could not be converted to Integer"),
+        ("base: number.yaml", "number.yaml: must be a mapping of sections (model, data, trainer, ...) to fields"),
+        ("base: '???'", "one.yaml: base: Missing mandatory value: base; must be the path of another experiment's file"),
+        ("base: ${", "one.yaml: base: no viable alternative at input '${'"),
+        (
+            "base: ${oc.env:NOPE}",
+            "one.yaml: base: KeyError raised while resolving interpolation: \"Environment variable 'NOPE'",
+        ),
     ],
 )
 def test_a_mistake_in_a_base_is_one_line(tmp_path, text, message):
     (tmp_path / "one.yaml").write_text(text)
     (tmp_path / "two.yaml").write_text("base: one.yaml")
     (tmp_path / "wrong.yaml").write_text("model: {dept: 1}")
-    with pytest.raises((ConfigError, FileNotFoundError), match=re.escape(message)):
+    (tmp_path / "type.yaml").write_text("model: {depth: banana}")
+    (tmp_path / "middle.yaml").write_text("base: type.yaml\nmodel: {depth: 3}")
+    (tmp_path / "number.yaml").write_text("3")
+    with pytest.raises((ConfigError, FileNotFoundError), match=re.escape(message)) as caught:
         load_experiment(tmp_path / "one.yaml")
+    assert "\n" not in str(caught.value)

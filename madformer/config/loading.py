@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
@@ -34,21 +35,38 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         ConfigError: broken YAML, an unknown key (the message names the nearest real one), a value of the wrong type or
             out of its legal range, or fields that contradict each other.
     """
-    return build_experiment(_read_experiment(Path(path)), overrides, str(path))
+    return _build(_read_experiment(Path(path)), overrides, str(path))
 
 
 def _read_experiment(path: Path, above: Sequence[Path] = ()) -> DictConfig:
-    """The fields of a file on top of those of its base; `above` are the files that are based on it."""
+    """A file's fields on top of those of its base, or of the defaults; `above` are the files that are based on it."""
     loaded = read_mapping(path, "experiment", "sections (model, data, trainer, ...) to fields")
-    base = loaded.pop(BASE, None)
-    if above or base is not None:  # a mistake is this file's, not that of the one at the end
-        _check_keys(OmegaConf.to_container(loaded), ExperimentConfig, str(path))
+    base = _find_base(loaded, path, above)
+    below = _defaults() if base is None else _read_experiment(base, [*above, path.resolve()])
+    for key in {BASE, FROZEN} & loaded.keys():
+        del loaded[key]
+    return _merge(below, loaded, str(path))
+
+
+def _find_base(loaded: DictConfig, path: Path, above: Sequence[Path]) -> Path | None:
+    """The file that a file only changes; None: it changes the defaults."""
+    remedy = "must be the path of another experiment's file"
+    try:
+        base = OmegaConf.select(loaded, BASE, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{_mistake(error, str(path))}; {remedy}") from error
     if base is None:
-        return loaded
-    require(isinstance(base, str), f"{path}: {BASE}", base, "must be the path of another experiment's file")
-    chain = [*above, path.resolve()]
-    require((path.parent / base).resolve() not in chain, f"{path}: {BASE}", base, "must not be based on this file itself")
-    return cast(DictConfig, OmegaConf.merge(_read_experiment(path.parent / base, chain), loaded))
+        return None
+    require(isinstance(base, str), f"{path}: {BASE}", base, remedy)
+    found = path.parent / base
+    legal = found.resolve() not in [*above, path.resolve()]
+    require(legal, f"{path}: {BASE}", base, "must not be based on this file itself")
+    return found
+
+
+@cache
+def _defaults() -> DictConfig:
+    return OmegaConf.structured(ExperimentConfig)
 
 
 def read_mapping(path: Path, kind: str, holds: str) -> DictConfig:
@@ -56,14 +74,20 @@ def read_mapping(path: Path, kind: str, holds: str) -> DictConfig:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: broken YAML, or no mapping.
+        ConfigError: broken YAML or a broken interpolation, or no mapping.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such {kind} file")
     try:
-        loaded = OmegaConf.load(path)
+        loaded: object = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except OmegaConfBaseException as error:
+        raise _mistake(error, str(path)) from error
+    except OSError as error:
+        if error.errno is not None:  # the system's, not OmegaConf's own, which is of a bare number
+            raise
+        loaded = None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: must be a mapping of {holds}")
     return loaded
@@ -75,22 +99,38 @@ def build_experiment(fields: DictConfig, overrides: Sequence[str], where: str) -
     Raises:
         ConfigError: as `load_experiment`.
     """
-    fields = OmegaConf.masked_copy(fields, [str(key) for key in fields if key != FROZEN])
-    _check_keys(OmegaConf.to_container(fields), ExperimentConfig, where)
+    return _build(_merge(_defaults(), fields, where), overrides, where)
+
+
+def _build(below: DictConfig, overrides: Sequence[str], where: str) -> ExperimentConfig:
+    """An experiment of all its fields, and overrides on top."""
     for override in overrides:
         require("=" in override, "override", override, "must have the form section.field=value")
     try:
         typed = OmegaConf.from_dotlist(list(overrides))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"override {list(overrides)}: {' '.join(str(error).split())}") from error
-    _check_keys(OmegaConf.to_container(typed), ExperimentConfig, "override")
+    merged = _merge(below, typed, "override")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), fields, typed)
         return cast(ExperimentConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        field = getattr(error, "full_key", None) or "a list's entry"  # the only place that OmegaConf does not name
-        what = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "the value")
-        raise ConfigError(f"{where}: {field}: {what}") from error
+        raise _mistake(error, where) from error
+
+
+def _merge(below: DictConfig, fields: DictConfig, where: str) -> DictConfig:
+    """Fields on top of others, each file by itself: a mistake is that of the file where it stands."""
+    _check_keys(OmegaConf.to_container(fields), ExperimentConfig, where)
+    try:
+        return cast(DictConfig, OmegaConf.merge(below, fields))
+    except OmegaConfBaseException as error:
+        raise _mistake(error, where) from error
+
+
+def _mistake(error: OmegaConfBaseException, where: str) -> ConfigError:
+    """What OmegaConf refuses, in one line."""
+    field = getattr(error, "full_key", None) or "a list's entry"  # the only place that OmegaConf does not name
+    what = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "the value")
+    return ConfigError(f"{where}: {field}: {what}")
 
 
 def _check_keys(given: Any, schema: type, where: str, prefix: str = "") -> None:

@@ -91,7 +91,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The hybrid Transformer. Defaults: the released FFHQ-1024 model, but for prediction type, RoPE and clean timestep."""
+    """The hybrid Transformer. Defaults: FFHQ-1024 as in the authors' code, but for prediction type, RoPE and clean timestep."""
 
     latent_channels: int = 4
     """Channels of the latents (C)."""

@@ -82,6 +82,11 @@ class RunCurve:
         return int(self._any["num_samples"])
 
     @property
+    def step(self) -> int:
+        """The newest training step of its points."""
+        return max(int(point["step"]) for points in self.points.values() for point in points)
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Names of what was measured at all points."""
         measured = [point["metrics"] for points in self.points.values() for point in points]

@@ -31,6 +31,12 @@ class Line:
     row: Row
     quality: Estimate
     cell: PaperCell
+    data: tuple[PaperData, ...]
+    """Those on which the paper's model has this design: the default number of blocks is another for each."""
+
+    def theirs(self, data: PaperData) -> float | None:
+        """The paper's FID of this design on some data; None: it has none."""
+        return self.cell.distances[data.name] if data in self.data else None
 
     @property
     def label(self) -> str:
@@ -80,7 +86,7 @@ class Comparison:
         headings = [beside.title, f"{arrow(self.metric)} at {beside.column}", "seeds", "the paper's"]
         lines = [[*headings, *(f"FID, {one.title}" for one in beside.data)]]
         for line in beside.lines:
-            theirs = (line.cell.distances.get(one.name) for one in beside.data)
+            theirs = map(line.theirs, beside.data)
             ours = [line.label, show(line.quality), str(len(line.row.seeds)), line.cell.name]
             lines.append([*ours, *("" if value is None else str(value) for value in theirs)])
         return table(lines)
@@ -89,14 +95,15 @@ class Comparison:
         """A heading and lines for CSV, in full precision; empty: there is no table."""
         if not self.tables:
             return []
-        names = [one.name for one in paper()[0]]
-        ours = [self.metric, f"{self.metric}_ci_low", f"{self.metric}_ci_high"]
-        lines: list[list[Any]] = [["table", "label", "at", *ours, "seeds", "paper_model", *(f"paper_{name}" for name in names)]]
+        data = paper()[0]
+        ours = [self.metric, f"{self.metric}_ci_low", f"{self.metric}_ci_high", "interval_over", "seeds"]
+        lines: list[list[Any]] = [["table", "label", "at", *ours, "paper_model", *(f"paper_{one.name}" for one in data)]]
         for beside in self.tables:
             for line in beside.lines:
-                interval, theirs = line.quality.interval or (None, None), line.cell.distances
-                numbers = [line.quality.mean, *interval, len(line.row.seeds)]
-                lines.append([beside.title, line.label, str(beside.column), *numbers, line.cell.name, *map(theirs.get, names)])
+                interval = line.quality.interval or (None, None)
+                numbers = [line.quality.mean, *interval, line.quality.over, len(line.row.seeds)]
+                theirs = map(line.theirs, data)
+                lines.append([beside.title, line.label, str(beside.column), *numbers, line.cell.name, *theirs])
         return lines
 
 
@@ -133,12 +140,14 @@ def _beside(
 ) -> Beside | None:
     """The labels of one table; None: on no data are there two of its models."""
     by_data = {one: cells for one in data if len(cells := matches(entry, designs, one, any_length)) > 1}
-    found = {label: cell for cells in by_data.values() for label, cell in cells.items()}
-    having = [row for row in rows if row.label in found]
+    having = [row for row in rows if any(row.label in cells for cells in by_data.values())]
     if not (columns := common_columns(having)):
         return None
-    lines = [Line(row, row.quality[metric], found[row.label]) for row in having if columns[-1].holds(row)]
-    lines.sort(key=lambda line: entry.cells.index(line.cell))
+    at = {row.label: row for row in having if columns[-1].holds(row)}
+    lines = []
+    for cell, (label, row) in itertools.product(entry.cells, at.items()):
+        if on := tuple(one for one, cells in by_data.items() if cells.get(label) == cell):
+            lines.append(Line(row, row.quality[metric], cell, on))
     return Beside(entry.title, columns[-1], tuple(lines), tuple(by_data))
 
 
@@ -154,9 +163,7 @@ def _agreements(beside: Beside, metric: str) -> Iterator[str]:
     """For each of the paper's data, how many pairs of models stand in its order, and how many of them clearly."""
     sign = -1 if higher_is_better(metric) else 1
     for one in beside.data:
-        lines = sorted(
-            (line for line in beside.lines if one.name in line.cell.distances), key=lambda line: line.cell.distances[one.name]
-        )
+        lines = sorted((line for line in beside.lines if one in line.data), key=lambda line: line.cell.distances[one.name])
         pairs = [
             (better, worse)
             for better, worse in itertools.combinations(lines, 2)
@@ -168,12 +175,13 @@ def _agreements(beside: Beside, metric: str) -> Iterator[str]:
         agreeing = [sign * (worse.quality.mean - better.quality.mean) > 0 for better, worse in pairs]
         clear = [better.differs(worse) for better, worse in pairs]
         text = f"{one.title}: {sum(agreeing)} of {len(pairs)} pairs stand in the paper's order"
-        if None in clear:
-            text += "; of single seeds, which another training may order otherwise"
-        else:
+        if clear.count(None) < len(pairs):
             sure = [agrees for agrees, is_clear in zip(agreeing, clear, strict=True) if is_clear]
             clearly = "differ by more than seeds do (t-test, p < 0.05)"
             text += f"; of those that {clearly}, {sum(sure)} of {len(sure)}" if sure else f"; none {clearly}"
+        if single := clear.count(None):
+            some = "" if single == len(pairs) else f"{single} "
+            text += f"; {some}of single seeds, which another training may order otherwise"
         ours = min(lines, key=lambda line: sign * line.quality.mean)
         yield f"{text}. Best: {ours.label} here, in the paper {lines[0].cell.name}."
 
@@ -194,7 +202,7 @@ def _figure(designs: Mapping[str, Design], rows: Sequence[Row], metric: str) -> 
     few, every = labels[length, FEW], labels[length, ALL]
     at = {label: {row.nfe: row.quality[metric].mean for row in rows if row.label == label} for label in (few, every)}
     shared = sorted(at[few].keys() & at[every].keys())
-    if len(shared) < 2:
+    if len(shared) < 2 or min(*at[few].values(), *at[every].values()) <= 0:  # a kernel distance may be below zero
         return None
     ends = []
     for nfe in (shared[0], shared[-1]):

@@ -8,12 +8,14 @@ from typing import Literal
 
 from madformer.report.rows import Row
 
+Kind = Literal["nfe", "steps"]
+
 
 @dataclass(frozen=True, order=True)
 class Column:
     """Rows of one budget, or of one number of steps."""
 
-    kind: Literal["nfe", "steps"]
+    kind: Kind
     value: int
 
     def __str__(self) -> str:
@@ -25,24 +27,30 @@ class Column:
 
 
 def columns_of(rows: Sequence[Row]) -> list[Column]:
-    """All columns, rising. Labels that were all given the same steps, which are other budgets for each depth, meet in steps."""
-    budgets, steps = (_by_label(rows, kind) for kind in ("nfe", "steps"))
-    meet = len(set(map(frozenset, budgets))) > 1 and len(set(map(frozenset, steps))) == 1
-    unique = all(len(each) == len(set(each)) for each in steps)
-    kind: Literal["nfe", "steps"] = "steps" if meet and unique else "nfe"
-    return [Column(kind, value) for value in sorted(set().union(*(steps if kind == "steps" else budgets)))]
+    """All columns, rising."""
+    kind = _kind(rows)
+    return [Column(kind, value) for value in sorted(set().union(*_by_label(rows, kind)))]
 
 
 def common_columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns that all labels have, rising: budgets, if there are such, else steps."""
-    for kind in ("nfe", "steps"):
-        values = [set(each) for each in _by_label(rows, kind)]
-        if values and (shared := set.intersection(*values)):
-            return [Column(kind, value) for value in sorted(shared)]
-    return []
+    """The columns that all labels have, rising."""
+    kind = _kind(rows)
+    return [Column(kind, value) for value in sorted(_shared(_by_label(rows, kind)))]
 
 
-def _by_label(rows: Sequence[Row], kind: Literal["nfe", "steps"]) -> list[list[int]]:
+def _kind(rows: Sequence[Row]) -> Kind:
+    """Where labels meet: in steps if they share more of them than budgets, as those given equal steps do at any depth."""
+    budgets, steps = _by_label(rows, "nfe"), _by_label(rows, "steps")
+    unique = all(len(each) == len(set(each)) for each in steps)
+    return "steps" if unique and len(_shared(steps)) > len(_shared(budgets)) else "nfe"
+
+
+def _shared(values: Sequence[Sequence[int]]) -> set[int]:
+    """What all labels have."""
+    return set.intersection(*map(set, values)) if values else set()
+
+
+def _by_label(rows: Sequence[Row], kind: Kind) -> list[list[int]]:
     """The budgets, or the steps, of each label."""
     found: dict[str, list[int]] = {}
     for row in rows:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from madformer.evaluation.record import newest_diagnostics
+from madformer.report.curves import Curve
 from madformer.report.estimate import Estimate, over_training
 from madformer.report.notes import incomparable, trained_for
-from madformer.report.rows import Curve
 from madformer.report.text import distinct, natural, show, table
 
 _SAME = ("weights", "images", "held_out", "source", "nfe", "sampler", "timesteps")

@@ -76,7 +76,8 @@ def measured(points: Sequence[Point]) -> str:
         return "FLOPs are counted from the configuration; seconds were not measured."
     where = sorted({f"{point.get('device', 'unknown')}" + _shared(point) for point in timed})
     some = "" if len(timed) == len(points) else f" for {len(timed)} of {len(points)} points"
-    return f"FLOPs are counted from the configuration; seconds were measured{some} on {', '.join(where)}."
+    apart = " and cannot be compared" if len(where) > 1 else ""
+    return f"FLOPs are counted from the configuration; seconds were measured{some} on {', '.join(where)}{apart}."
 
 
 def _shared(point: Point) -> str:

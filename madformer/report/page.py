@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 from collections.abc import Mapping
 
 from markdown_it import MarkdownIt
@@ -47,4 +48,4 @@ def page(title: str, markdown: str, pictures: Mapping[str, bytes]) -> str:
     for name, content in pictures.items():
         kind = _TYPES[name.rpartition(".")[2]]
         body = body.replace(f'src="{name}"', f'src="data:{kind};base64,{base64.b64encode(content).decode()}"')
-    return _FRAME.format(title=renderer.renderInline(title), body=body)
+    return _FRAME.format(title=html.escape(title), body=body)

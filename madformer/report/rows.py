@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,27 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from madformer.config import InputError, load_run
-from madformer.evaluation.record import Point, RunCurve, Variant, mean_known, run_curves, variants
+from madformer.config import InputError
+from madformer.evaluation.record import Point, RunCurve, Variant, mean_known, run_curves
 from madformer.report.costs import COSTS
+from madformer.report.curves import Curve
 from madformer.report.estimate import Estimate, estimate
 from madformer.report.text import natural
 
-
-@dataclass(frozen=True)
-class Curve:
-    """One trained run in a report."""
-
-    label: str
-    """Its name in tables and legends; runs that differ in the seed alone share it."""
-    run: Path
-    """The run's folder."""
-    axes: Mapping[str, Any]
-    """What sets it apart from the other runs, as `section.field` -> value."""
-    seed: int
-    """Seed of training."""
-    budgets: frozenset[int] | None = None
-    """NFE budgets that are reported on; None: all that were evaluated."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,45 +73,32 @@ class Row:
         return self.group.label
 
 
-def curves_of_runs(runs: Sequence[Path]) -> list[Curve]:
-    """Any runs side by side, each under its name; those that share a name under parent/name.
-
-    Raises:
-        InputError: a folder is no run, or is named twice.
-    """
-    folders = [run.resolve() for run in runs]
-    names = Counter(folder.name for folder in folders)
-    labels = [folder.name if names[folder.name] == 1 else f"{folder.parent.name}/{folder.name}" for folder in folders]
-    for label, times in Counter(labels).items():
-        if times > 1:
-            raise InputError(f"{label}: {times} runs of this name; give each run once, in a folder of its own name")
-    return [Curve(label, run, {}, load_run(run).seed) for label, run in zip(labels, runs, strict=True)]
-
-
 def gather(curves: Sequence[Curve], metric: str | None = None) -> tuple[str, list[Group]]:
     """The newest evaluations of runs, every sampler, guidance and kind of weights that any of them was evaluated with.
 
     Returns:
-        The metric, by default the first one recorded, and the groups in the order of a table.
+        The metric, by default the first one that all runs have, and the groups in the order of a table.
 
     Raises:
         InputError: no runs, a run that was not evaluated or not with this metric, no run with its budgets, or a broken record.
     """
     if not curves:
         raise InputError("no runs to report on; name at least one")
-    chosen: list[tuple[Curve, list[RunCurve]]] = []
+    recorded: list[tuple[Curve, list[RunCurve]]] = []
     for curve in sorted(curves, key=lambda curve: (natural(curve.label), curve.seed)):
-        recorded = run_curves(curve.run)
-        if not recorded:
+        if not (measured := run_curves(curve.run)):
             raise InputError(f"{curve.run}: no evaluations; make them: madformer evaluate {curve.run}")
-        metric = metric or recorded[0].metrics[0]
-        if not (measured := variants(recorded, metric)):
-            others = dict.fromkeys(name for entry in recorded for name in entry.metrics)
-            raise InputError(f"{curve.run}: not evaluated with {metric}, but {', '.join(others)}")
-        chosen.append((curve, [kept for entry in measured if (kept := _asked_for(entry, curve.budgets)) is not None]))
-    assert metric is not None
-    if not any(curves for _, curves in chosen):
-        raise InputError(f"{chosen[0][0].run}: not evaluated at the budgets that are asked for, nor are the others")
+        recorded.append((curve, measured))
+    metric = metric or _shared_metric(recorded)
+    for curve, measured in recorded:
+        if metric not in (names := _metrics(measured)):
+            raise InputError(f"{curve.run}: not evaluated with {metric}, but {', '.join(names)}; choose with --metric")
+    chosen = [
+        (curve, [kept for entry in measured if metric in entry.metrics and (kept := _asked_for(entry, curve)) is not None])
+        for curve, measured in recorded
+    ]
+    if not any(measured for _, measured in chosen):
+        raise InputError(f"{recorded[0][0].run}: not evaluated at the budgets that are asked for, nor are the others")
     return metric, _groups(chosen)
 
 
@@ -142,9 +118,22 @@ def make_rows(group: Group) -> list[Row]:
     return rows
 
 
-def _asked_for(measured: RunCurve, budgets: frozenset[int] | None) -> RunCurve | None:
-    """The points at these budgets; None: there is none."""
-    points = {nfe: points for nfe, points in measured.points.items() if budgets is None or nfe in budgets}
+def _metrics(measured: Sequence[RunCurve]) -> list[str]:
+    """All metrics of a run, the main curve's first."""
+    return list(dict.fromkeys(name for entry in measured for name in entry.metrics))
+
+
+def _shared_metric(recorded: Sequence[tuple[Curve, Sequence[RunCurve]]]) -> str:
+    """The first metric that all runs have; if there is none, the first of the first run."""
+    first, *others = (_metrics(measured) for _, measured in recorded)
+    return next((name for name in first if all(name in other for other in others)), first[0])
+
+
+def _asked_for(measured: RunCurve, curve: Curve) -> RunCurve | None:
+    """The points that a report is on; None: there is none."""
+    if curve.num_samples not in (None, measured.num_samples):
+        return None
+    points = {nfe: points for nfe, points in measured.points.items() if curve.budgets is None or nfe in curve.budgets}
     return RunCurve(points) if points else None
 
 
@@ -154,21 +143,38 @@ def _value(metric: str, point: Point) -> float:
 
 def _groups(chosen: Sequence[tuple[Curve, Sequence[RunCurve]]]) -> list[Group]:
     """Runs of one label and variant together; the variant that most runs have needs no name."""
-    main = Counter(measured.variant for _, curves in chosen for measured in curves).most_common(1)[0][0]
+    each = (dict.fromkeys(measured.variant for measured in curves) for _, curves in chosen)
+    main = Counter(itertools.chain.from_iterable(each)).most_common(1)[0][0]
     members: dict[tuple[str, Variant], list[tuple[Curve, RunCurve]]] = {}
     for curve, curves in chosen:
         for measured in curves:
             members.setdefault((curve.label, measured.variant), []).append((curve, measured))
-    groups = [
-        Group(
-            label,
-            variant.beside(main),
-            runs[0][0].axes,
-            variant,
-            tuple(measured for _, measured in runs),
-            tuple(curve.run for curve, _ in runs),
-            tuple(curve.seed for curve, _ in runs),
+    groups = []
+    for (label, variant), entries in members.items():
+        runs = _alike(entries)
+        groups.append(
+            Group(
+                label,
+                variant.beside(main),
+                runs[0][0].axes,
+                variant,
+                tuple(measured for _, measured in runs),
+                tuple(curve.run for curve, _ in runs),
+                tuple(curve.seed for curve, _ in runs),
+            )
         )
-        for (label, variant), runs in members.items()
-    ]
     return sorted(groups, key=lambda group: (natural(group.base), natural(group.aside)))
+
+
+def _alike(entries: Sequence[tuple[Curve, RunCurve]]) -> list[tuple[Curve, RunCurve]]:
+    """One curve for each run, all of the same step and number of samples; runs without such a one are left out, with a word.
+
+    Of several steps it is the newest, then the number of samples that most runs have, then the greatest.
+    """
+    manners: dict[tuple[int, int], dict[Path, tuple[Curve, RunCurve]]] = {}
+    for curve, measured in entries:
+        manners.setdefault((measured.step, measured.num_samples), {}).setdefault(curve.run, (curve, measured))
+    (step, samples), kept = max(manners.items(), key=lambda item: (item[0][0], len(item[1]), item[0][1]))
+    for run in dict.fromkeys(curve.run for curve, _ in entries if curve.run not in kept):
+        _log.warning("%s: left out: not evaluated at step %d with %d samples, as others of its label", run, step, samples)
+    return list(kept.values())

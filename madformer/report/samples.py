@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
+from madformer.checkpoints import checkpoint_path
 from madformer.config import InputError, load_run
 from madformer.evaluation.request import parse_sampling
 from madformer.images import to_tiles
@@ -27,7 +29,8 @@ def draw_samples(report: Report, count: int) -> dict[str, bytes]:
     RUN/samples/compared and not made again.
 
     Raises:
-        InputError: no budget that all labels have, a run without a checkpoint, or files there that were made in another way.
+        InputError: no budget that all labels have, images of several sizes, a run without the checkpoint that was evaluated,
+            or files there that were made in another way.
     """
     columns = common_columns(report.rows)
     if not columns:
@@ -35,7 +38,10 @@ def draw_samples(report: Report, count: int) -> dict[str, bytes]:
     sheets = []
     for column in dict.fromkeys([columns[0], columns[-1]]):
         rows = [row for row in report.rows if column.holds(row)]
-        tiles_YX3 = to_tiles(np.concatenate([_samples(row, count) for row in rows]), columns=count)
+        images = [_samples(row, count) for row in rows]
+        if len(sizes := {" x ".join(map(str, each.shape[1:3])) for each in images}) > 1:
+            raise InputError(f"--samples: images of {' and '.join(sorted(sizes))} pixels have no noise in common")
+        tiles_YX3 = to_tiles(np.concatenate(images), columns=count)
         sheets.append((str(column), [row.label for row in rows], tiles_YX3))
     return {"png": _contact_sheet(f"{report.title}: samples from the same noise", sheets)}
 
@@ -59,12 +65,16 @@ def _contact_sheet(title: str, sheets: Sequence[tuple[str, Sequence[str], np.nda
 
 
 def _samples(row: Row, count: int) -> np.ndarray:
-    """Images [B, Y, X, 3] of the first run of a row's group, sampled as its points were."""
+    """Images [B, Y, X, 3] of a row's first run, sampled as its points were, from the newest of their checkpoints."""
     from madformer.evaluation.write_samples import sample_path, write_samples
 
-    run, variant = row.group.runs[0], row.group.variant
+    first, variant = row.group.seeds.index(row.seeds[0]), row.group.variant
+    run, points = row.group.runs[first], row.group.curves[first].points[row.nfe]
+    path = checkpoint_path(run, max(point["step"] for point in points))
+    if not path.is_file():
+        raise InputError(f"--samples: {path} was evaluated and is gone; evaluate one that is there: madformer evaluate {run}")
     ways: dict[str, Any] = {"weights": variant.weights, "sampler": variant.sampler, "guidance": variant.guidance}
-    request = parse_sampling(load_run(run), count, row.steps, None, **ways)
+    request = replace(parse_sampling(load_run(run), count, row.steps, None, **ways), checkpoint=path)
     folder = run / "samples/compared" / "-".join([request.checkpoint.stem, *map(str, variant), f"{row.steps}steps"])
     write_samples(request, folder)
     return np.stack([_read(sample_path(folder, index)) for index in range(count)])

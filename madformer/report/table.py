@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from madformer.report.beside import Comparison, compare
 from madformer.report.columns import Column, columns_of
 from madformer.report.costs import COSTS, NFE, Unit
+from madformer.report.curves import Curve
 from madformer.report.diagnostics import Diagnostics, gather_diagnostics
 from madformer.report.notes import notes
 from madformer.report.pareto import pareto_front
-from madformer.report.rows import Curve, Group, Row, gather, make_rows
-from madformer.report.text import NOTHING, arrow, higher_is_better, show, table
+from madformer.report.rows import Group, Row, gather, make_rows
+from madformer.report.text import NOTHING, arrow, csv_text, higher_is_better, show, table
 
 _ALWAYS = ("flops", "seconds")
 """Costs with a column of their own in Markdown even where nobody measured them."""
@@ -98,10 +98,8 @@ class Report:
         fronts = {f"pareto_{cost}": self.front(cost) for cost in _FRONTS}
         for metric in self.metrics:
             heading += [metric, *(f"{metric}_{column}" for column in _COLUMNS)]
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
         *counted, measured = fronts
-        writer.writerow([*heading, *counted, *(cost.column for cost in COSTS.values()), measured])
+        lines: list[list[Any]] = [[*heading, *counted, *(cost.column for cost in COSTS.values()), measured]]
         for row in self.rows:
             chosen = row.quality[self.metric]
             values = [*(row.group.axes.get(name) for name in axes), *row.group.variant, row.nfe, row.steps, len(row.seeds)]
@@ -109,8 +107,8 @@ class Report:
             for metric in self.metrics:
                 values += _numbers(row, metric)
             *on_counted, on_measured = (int(row in front) for front in fronts.values())
-            writer.writerow([row.label, *values, *on_counted, *(row.costs[name] for name in COSTS), on_measured])
-        return text.getvalue()
+            lines.append([row.label, *values, *on_counted, *(row.costs[name] for name in COSTS), on_measured])
+        return csv_text(lines)
 
     def _quality(self) -> str:
         lines = [[arrow(self.metric), *map(str, self.columns)]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -71,6 +73,13 @@ def table(lines: Sequence[Sequence[str]]) -> str:
     ruler = ["---", *("---:" for _ in lines[0][1:])]
     cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], ruler, *cells[1:]))
+
+
+def csv_text(lines: Iterable[Sequence[Any]]) -> str:
+    """Lines of CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
 
 
 def _decimals(value: float) -> int:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from madformer.files import replacing
 from madformer.report.costs import AGAINST
 from madformer.report.page import page
 from madformer.report.table import Report
+from madformer.report.text import csv_text
+
+_SOMETIMES = ("-paper.csv", "-diagnostics.png", "-diagnostics.svg", "-samples.png")
+"""Files that not every report has."""
 
 
 def write_report(report: Report, folder: Path, stem: str, against: Sequence[str] = AGAINST, samples: int = 0) -> list[Path]:
@@ -48,15 +49,12 @@ def write_report(report: Report, folder: Path, stem: str, against: Sequence[str]
     shown = {link: drawn[link] for link in links}
     texts = {f"{stem}.md": markdown, f"{stem}.html": page(report.title, markdown, shown), f"{stem}.csv": report.csv()}
     if report.comparison is not None and (lines := report.comparison.rows()):
-        texts[f"{stem}-paper.csv"] = _csv(lines)
+        texts[f"{stem}-paper.csv"] = csv_text(lines)
     contents = {**{name: text.encode() for name, text in texts.items()}, **drawn}
     for name, content in contents.items():
         with replacing(folder / name) as temporary:
             temporary.write_bytes(content)
+    for ending in _SOMETIMES:
+        if (name := stem + ending) not in contents:
+            (folder / name).unlink(missing_ok=True)  # of a former report: it is not of these numbers
     return [folder / name for name in contents]
-
-
-def _csv(lines: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue()

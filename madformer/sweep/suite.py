@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from madformer.config import InputError
 from madformer.sweep.cells import Cell
-from madformer.sweep.estimate import Device, Estimates, evaluation_flops, parameter_count, training_flops
+from madformer.sweep.estimate import Device, Estimates, parameter_count, sampling, training_flops
 from madformer.sweep.plan import assumed_device, basis, hours_unit
 from madformer.sweep.spec import Sweep
 from madformer.sweep.tables import Grid, show, with_unit
@@ -54,9 +55,10 @@ class _Suite:
         estimates, new = Estimates(cells, self._device), []
         training = evaluation = seconds = 0.0
         for cell in cells:
-            time, costs = estimates.whole(cell), evaluation_flops(cell)
+            time, costs = estimates.whole(cell), _points(cell)
             self.measured &= time.measured
-            added = sum(flops for budget, flops in costs.items() if self._is_new(cell, budget))
+            added = sum(flops for point, flops in costs.items() if point not in self._points)
+            self._points |= costs.keys()
             evaluation += added
             seconds += time.evaluation * added / (sum(costs.values()) or 1.0)
             if cell.config_hash not in self._models:
@@ -72,11 +74,19 @@ class _Suite:
         """The columns of all."""
         return _columns(self._cells, list(self._models.values()), self._training, self._evaluation, self._hours)
 
-    def _is_new(self, cell: Cell, budget: int) -> bool:
-        point = (cell.config_hash, budget, cell.samplers, cell.guidances, cell.sampling_seeds, cell.inference.checkpoints)
-        new = point not in self._points
-        self._points.add(point)
-        return new
+
+def _points(cell: Cell) -> dict[tuple[object, ...], float]:
+    """Every point of a cell, by what it is known by in the run's record (`needs.cell_points`) -> its FLOPs."""
+    evaluation = cell.config.evaluation
+    measured = (cell.config_hash, evaluation.num_samples, evaluation.feature_networks)
+    # Checkpoints count from the newest: which steps they are of is not known before there is a run.
+    ways = list(itertools.product(cell.samplers, cell.sampling_seeds, range(cell.inference.last)))
+    return {
+        (*measured, budget, guidance, *way): flops * evaluation.num_samples
+        for guidance in cell.guidances
+        for budget, (flops, _) in sampling(cell, guidance).items()
+        for way in ways
+    }
 
 
 def _columns(cells: int, new: Sequence[Cell], training: float, evaluation: float, hours: float) -> list[str]:

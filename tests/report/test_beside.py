@@ -101,6 +101,32 @@ def test_seeds_say_which_orders_are_sure(tmp_path):
     assert "1 of 1 pairs stand in the paper's order; none differ by more than seeds do (t-test, p < 0.05)." in alike
 
 
+def test_pairs_with_a_single_seed_do_not_hide_the_others(tmp_path):
+    values = {2: (40.0, 40.1), 4: (30.0, 30.2), 8: (20.0,)}
+    curves = [
+        run(tmp_path, f"d{depth}", value, seed=seed, diffusion_depth=depth)
+        for depth, each in values.items()
+        for seed, value in enumerate(each)
+    ]
+    text = build_report(curves, "Seeds").markdown()
+    told = "of those that differ by more than seeds do (t-test, p < 0.05), 1 of 1; 2 of single seeds"
+    assert f"FFHQ-1024: 3 of 3 pairs stand in the paper's order; {told}, which another training may order otherwise." in text
+
+
+def test_of_depths_and_lengths_each_data_set_has_its_own(tmp_path):
+    curves = [
+        run(tmp_path, f"d{depth}-l{length}", 20.0 - depth + length, diffusion_depth=depth, ar_length=length)
+        for depth in (2, 8)
+        for length in (4, 16)
+    ]
+    report = build_report(curves, "Grid")
+    text = report.markdown()
+    assert "| d2-l4 | 22.0 | 1 | 7 of 28 layers iterate |  | 34.0 |" in text
+    assert "| d2-l16 | 34.0 | 1 | 7 of 28 layers iterate | 20.2 |  |" in text
+    assert "FFHQ-1024: 1 of 1 pairs" in text and "ImageNet-256: 1 of 1 pairs" in text
+    assert [row[-2:] for row in report.comparison.rows()[1:]] == [[None, 34.0], [20.2, None], [None, 27.4], [15.9, None]]
+
+
 def test_lengths_are_compared_as_they_are_and_a_design_twice_not_at_all(tmp_path):
     lengths = [run(tmp_path, f"l{length}", 20.0 - length, ar_length=length) for length in (1, 4, 16)]
     text = build_report(lengths, "Lengths").markdown()
@@ -126,6 +152,12 @@ def test_labels_meet_in_steps_where_budgets_differ(tmp_path):
     text = build_report(curves, "Steps").markdown()
     assert "| fd_digits ↓ | 50 steps |\n| --- | ---: |\n| d2 | **22.0** |\n| d4 | 24.0 |" in text
     assert "| Table 1, diffusion depth | fd_digits ↓ at 50 steps |" in text
+    for entry in curves:  # one step is the same budget at every depth
+        recorded(entry.run, point(8, 90.0, steps=1))
+    recorded(curves[0].run, point(28, 50.0, steps=10))
+    text = build_report(curves, "A budget in common, and a point that one lacks").markdown()
+    assert "| fd_digits ↓ | 1 step | 10 steps | 50 steps |" in text and "| d4 | **90.0** | – | 24.0 |" in text
+    assert "| Table 1, diffusion depth | fd_digits ↓ at 50 steps |" in text
 
 
 def test_a_sweep_s_own_budgets_are_reported_on(tmp_path):
@@ -134,7 +166,7 @@ def test_a_sweep_s_own_budgets_are_reported_on(tmp_path):
 
 
 def test_the_files_hold_the_comparison_and_a_page_that_needs_no_other(tmp_path):
-    report = build_report(depths(tmp_path, {2: [40, 18], 8: [90, 17]}), "Depths & <more>")
+    report = build_report(depths(tmp_path, {2: [40, 18], 8: [90, 17]}), "_Depths_ & <more>")
     paths = {path.name: path for path in write_report(report, tmp_path / "out", "report")}
     rows = list(csv.DictReader(paths["report-paper.csv"].open()))
     assert [(row["label"], row["fd_digits"], row["paper_ffhq1024"], row["at"]) for row in rows] == [
@@ -143,7 +175,7 @@ def test_the_files_hold_the_comparison_and_a_page_that_needs_no_other(tmp_path):
     page = paths["report.html"].read_text()
     assert page.count("<table>") == 3 and 'src="data:image/svg+xml;base64,' in page and 'src="report' not in page
     assert (
-        "<title>Depths &amp; &lt;more&gt;</title>" in page
+        "<title>_Depths_ &amp; &lt;more&gt;</title>" in page
         and "<more>" not in page
         and "http" not in page.replace("http-equiv", "")
     )

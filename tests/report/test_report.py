@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from madformer.cli import app
-from madformer.config import ExperimentConfig, InputError, freeze
+from madformer.config import ExperimentConfig, InputError, ModelConfig, freeze
 from madformer.report import Curve, build_report, curves_of_runs, write_report
 from madformer.report.text import higher_is_better, natural, number
 from tests.points import at, diagnostics, mean, point, recorded
@@ -113,7 +113,7 @@ def test_memory_is_shown_where_it_was_measured(tmp_path):
     made = {"peak_memory_gib": 12.34, "device": "NVIDIA H200", "threads": None, "processes": 8}
     text = build_report([curve(tmp_path, "d2", point(16, 72.0, **made), point(32, 72.0))], "Memory").markdown()
     assert "| ms / block | GiB at the peak |" in text and "| 1.00 | 12.3 |" in text and "| 2.00 | – |" in text
-    assert "measured on NVIDIA H200 (8 processes), cpu (1 thread)." in text
+    assert "measured on NVIDIA H200 (8 processes), cpu (1 thread) and cannot be compared." in text
 
 
 def test_samplers_of_one_run_stand_below_each_other(tmp_path):
@@ -237,10 +237,40 @@ def test_any_runs_stand_side_by_side_under_their_names(tmp_path):
     assert [(entry.label, entry.run, entry.seed) for entry in made] == [
         ("a/d2", paths[0], 0), ("b/d2", paths[1], 1), ("d4", paths[2], 2),
     ]  # fmt: skip
-    with pytest.raises(InputError, match="b/d2: 2 runs of this name"):
+    with pytest.raises(InputError, match="b/d2: named 2 times; give each run once"):
         curves_of_runs([paths[1], paths[1] / "../d2"])
     with pytest.raises(InputError, match="not a run"):
         curves_of_runs([tmp_path])
+
+
+def test_runs_that_differ_in_the_seed_alone_share_a_line(tmp_path):
+    names = {"x/d2-s0": 0, "x/d2-s1": 1, "x/d2": 2, "x/s3": 3, "y/d2-s0": 0, "x/d4-s0": 0, "x/d4-s1": 1}
+    for name, seed in names.items():
+        depth = 4 if name == "x/d4-s1" else 2
+        freeze(replace(ExperimentConfig(), seed=seed, model=ModelConfig(diffusion_depth=7 * depth)), tmp_path / name)
+    labels = [curve.label for curve in curves_of_runs([tmp_path / name for name in names])]
+    assert labels == ["d2", "d2", "d2", "s3", "d2-s0", "d4-s0", "d4-s1"]
+
+
+def test_what_is_measured_otherwise_is_in_no_mean(tmp_path, caplog):
+    often = point(16, 20.0, num_samples=50_000)
+    seeds = [curve(tmp_path, "d2", point(16, 40.0), often), curve(tmp_path, "d2", point(16, 42.0), seed=1)]
+    for chosen in (seeds, [replace(entry, num_samples=1024) for entry in seeds]):
+        [row] = build_report(chosen, "Samples").rows
+        assert row.quality["fd_digits"].values == (40.0, 42.0)
+    assert build_report([replace(seeds[0], num_samples=50_000)], "Many").rows[0].quality["fd_digits"].mean == 20.0
+    later = curve(tmp_path, "d2", point(16, 5.0, **at(2000)), seed=2)
+    [row] = build_report([*seeds, later], "Steps").rows
+    assert row.seeds == (2,)
+    assert f"{seeds[1].run}: left out: not evaluated at step 2000 with 1024 samples, as others of its label" in caplog.text
+
+
+def test_the_first_metric_is_one_that_all_runs_have(tmp_path):
+    both = {"fid": 9.0, "fd_digits": 1.0}
+    one, other = curve(tmp_path, "d2", point(16, 0, metrics=both)), curve(tmp_path, "d4", point(16, 72.0))
+    assert build_report([one, other], "Shared").metric == "fd_digits"
+    with pytest.raises(InputError, match="not evaluated with fid, but fd_digits; choose with --metric"):
+        build_report([one, other], "Chosen", "fid")
 
 
 def test_the_files_of_a_report(tmp_path):
@@ -251,7 +281,9 @@ def test_the_files_of_a_report(tmp_path):
     assert paths[0].read_text() == f"{quality}\n\n![Digits](table1.svg)\n\n|  |{costs}" and paths[2].read_text() == report.csv()
     before = [path.read_bytes() for path in paths]
     assert [path.read_bytes() for path in write_report(small(tmp_path / "again"), tmp_path / "out", "table1")] == before
-    assert len(list((tmp_path / "out").iterdir())) == 5
+    (tmp_path / "out/table1-samples.png").touch()
+    write_report(small(tmp_path / "third"), tmp_path / "out", "table1")
+    assert len(list((tmp_path / "out").iterdir())) == 5, "what a former report had beside it is gone"
 
 
 def test_diagnosed_runs_have_a_second_picture(tmp_path):

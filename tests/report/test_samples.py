@@ -10,7 +10,7 @@ from PIL import Image
 from madformer.config import InputError
 from madformer.report import build_report, curves_of_runs
 from madformer.report.samples import draw_samples
-from tests.points import point, recorded
+from tests.points import at, point, recorded
 from tests.runs import command, perform, train_command
 
 
@@ -25,7 +25,7 @@ def runs(tmp_path_factory):
         "optimizer.warmup_fraction=0",
     )
     perform(train_command(root, "name=one", *quick))
-    recorded(root / "one", point(3, 70.0, steps=1), point(5, 60.0, steps=2))
+    recorded(root / "one", point(3, 70.0, steps=1, **at(1)), point(5, 60.0, steps=2, **at(1)))
     shutil.copytree(root / "one", root / "two")
     return [root / "one", root / "two"]
 
@@ -53,6 +53,10 @@ def test_the_same_weights_and_noise_make_the_same_images(runs, tmp_path):
 def test_labels_without_a_budget_in_common_have_no_samples(runs, tmp_path):
     other = shutil.copytree(runs[0], tmp_path / "other")
     (other / "evaluations.jsonl").unlink()
-    recorded(other, point(7, 50.0, steps=3))
+    recorded(other, point(7, 50.0, steps=3, **at(1)))
+    gone = shutil.copytree(runs[0], tmp_path / "gone")
+    recorded(gone, point(3, 50.0, steps=1, **at(2000)))
+    with pytest.raises(InputError, match="step-00002000.ckpt was evaluated and is gone"):
+        draw_samples(build_report(curves_of_runs([gone]), "Gone"), 3)
     with pytest.raises(InputError, match=re.escape("--samples: there is no budget that all labels were evaluated at")):
         draw_samples(build_report(curves_of_runs([runs[0], other]), "Apart"), 3)

@@ -40,6 +40,17 @@ def test_a_sweep_that_is_not_done_is_reported_on_as_far_as_it_is(here, capsys, c
     assert "1 of 2 cells are not evaluated (d2-s0, ...): madformer sweep run does that" in caplog.text
 
 
+def test_seeds_alone_are_one_line_of_the_sweep_s_name_and_its_own_number_of_samples(here, capsys, caplog):
+    (here / "three.yaml").write_text(f"experiment: {ROOT}/experiments/digits.yaml\nseeds: [0, 1, 2]\n")
+    for cell, value in zip(load_sweep("three.yaml").cells(), (30.0, 31.0, 32.0), strict=True):
+        measure(cell, value)
+    recorded(cell.run, point(16, 1.0, num_samples=50_000))
+    report_on(["three.yaml"], None)
+    assert "| three | 31.0 ± 2.5 | 31.0 ± 2.5 |" in capsys.readouterr().out
+    report_on(["three.yaml", "overrides.evaluation.num_samples=50000"], None)
+    assert "| three | 1.00 |" in capsys.readouterr().out and "2 of 3 cells are not evaluated" in caplog.text
+
+
 def test_a_search_is_reported_on_run_by_run(here, capsys):
     (here / "search.yaml").write_text(SEARCH)
     sweep = load_sweep("search.yaml")

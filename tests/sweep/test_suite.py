@@ -5,6 +5,7 @@ import re
 import pytest
 
 from madformer.config import InputError
+from madformer.sweep.estimate import CPU_CORE
 from madformer.sweep.loading import load_sweep
 from madformer.sweep.suite import print_suite
 from tests.conftest import ROOT
@@ -27,6 +28,12 @@ def hours(line):
     return float(line.rstrip(" │").rpartition(" ")[2].replace(",", ""))
 
 
+def flops(line):
+    """Of evaluation."""
+    number, *unit = line.split("│")[6].split()
+    return float(number) * {"": 1, "G": 1e9, "T": 1e12}["".join(unit)]
+
+
 def test_what_sweeps_share_counts_once(tmp_path):
     more = DEPTHS.replace("[16, 32]", "[16, 64]").replace("[2, 4]", "[4, 8]")
     sweeps(tmp_path, one=DEPTHS, two=DEPTHS, more=more)
@@ -37,6 +44,28 @@ def test_what_sweeps_share_counts_once(tmp_path):
     counts = [[word.strip() for word in line.split("│")[2:5]] for line in (one, two, more, together)]
     assert counts == [["2", "2", "286 k"], ["2", "0", ""], ["2", "1", "286 k"], ["6", "3", "286 k"]]
     assert hours(two) == 0 and hours(together) == pytest.approx(hours(one) + hours(more), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("ending", "share"),
+    [
+        ("}\noverrides: {evaluation.num_samples: 50_000}", 1),
+        ("}\noverrides: {evaluation.feature_networks: [inception]}", 1),
+        ("}\noverrides: {evaluation.batch_size: 1}", 0),
+        (", samplers: [ddim, unipc]}", 1 / 2),
+        (", guidance: [1], seeds: [1, 0], checkpoints: last3}", 5 / 6),
+    ],
+    ids=["samples", "networks", "batch", "samplers", "ways"],
+)
+def test_evaluations_are_shared_one_by_one(tmp_path, capsys, ending, share):
+    one, more = sweeps(tmp_path, one=DEPTHS, more=DEPTHS.removesuffix("}\n") + ending)
+    print_suite([more, more])
+    print_suite([one, more])
+    lines = capsys.readouterr().out.splitlines()
+    alone, again, added = (line for line in lines if line.startswith("│ more"))
+    assert flops(alone) > 0 and flops(again) == hours(again) == 0
+    assert flops(added) == pytest.approx(share * flops(alone), rel=0.01)
+    assert hours(added) == pytest.approx(flops(added) / CPU_CORE.flops_per_second / 3600, rel=0.01)
 
 
 def test_searches_and_other_devices_are_planned_alone(tmp_path):
