@@ -26,8 +26,6 @@ WRITTEN = {
     "02_fid_vs_nfe": "fid_vs_nfe-4/d2-s0/evaluations.jsonl",
     "04_your_own_grid": "my_grid-4/report.csv",
 }
-SWEEPS = ("02_fid_vs_nfe", "04_your_own_grid")
-"""These start commands, each of which imports for ten seconds."""
 PATH = re.compile(r"(?<![\w.:/])/\w[\w.-]*/")
 EVENTS = re.compile(r"tfevents\.\d")
 """Names of TensorBoard's files have the machine's in them."""
@@ -39,10 +37,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("notebooks")
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[pytest.mark.slow] if path.stem in SWEEPS else [], id=path.stem) for path in NOTEBOOKS],
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_to_its_end(path, folder):
     notebook = execute(path, folder, SMALL[path.stem])  # its last cell looks at what came out
     assert "assert " in notebook.cells[-1].source and notebook.cells[-1].execution_count
