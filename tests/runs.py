@@ -168,8 +168,8 @@ def differences(first: Any, second: Any, where: str = "") -> list[str]:
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Everything that TensorBoard would draw of a run, but speeds."""
+    """Everything that TensorBoard would draw of a run, but speeds; by step, for files of one second lie in any order."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("speed/")]
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    return {tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags}

@@ -114,5 +114,4 @@ def test_a_loss_of_ones_own(tmp_path, monkeypatch):
     assert "seams: trained by Seams, not LitMADFormer; go on with that" in perform(plain, status=2, cwd=tmp_path)
     assert not last.exists()
     runpy.run_path("seams.py", run_name="__main__")
-    again = {tag: sorted(values) for tag, values in scalars(run).items()}  # one process: its files may be of one second
-    assert last.exists() and again == whole
+    assert last.exists() and scalars(run) == whole

@@ -198,7 +198,11 @@ def test_an_objective_that_was_not_measured_fails_and_says_what_was(search_file)
         assert queue.standings()[trial.cell.key].reason == "search.objectives: no fid was measured, but fd_digits"
 
 
-def test_a_pruner_ends_hopeless_trials_early_by_their_previews(search_file):
+def test_a_pruner_ends_hopeless_trials_early_by_their_previews(search_file, monkeypatch):
+    monkeypatch.setattr(
+        "madformer.sweep.driver._SECONDS_BETWEEN_LOOKS", 0.2
+    )  # unseen, these short trials tell the pruner nothing
+    monkeypatch.setenv("TRIAL_SECONDS", "1")
     median = ["search.pruner=median", "evaluation.preview_every=5", "evaluation.preview_nfe=16", "search.trials=7", "workers=1"]
     storage = Storage(load_sweep(search_file, median))
     for lr in (0.003, 0.004, 0.005, 0.006, 0.007, 0.9, 0.002):
