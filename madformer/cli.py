@@ -167,7 +167,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the report; default: the sweep's, or report/.")
     ] = None,
-    metric: Annotated[str | None, typer.Option(help="Such as fid; default: the first one recorded.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Such as fid; default: the first one that all runs have.")] = None,
     against: Annotated[
         str | None,
         typer.Option(help="The figure's panels, of nfe, flops, seconds, seconds_per_block, memory; default: the first three."),

@@ -20,7 +20,7 @@ def report_on(
     Args:
         sources: what is reported on.
         out: folder of the files; None: the sweep's own, or `report`.
-        metric: name of the metric; None: the first one recorded.
+        metric: name of the metric; None: the first one that all runs have.
         against: panels of the figure with commas between them; None: NFE, FLOPs and seconds.
         samples: images of each label that are shown side by side; 0: none.
 

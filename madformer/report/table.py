@@ -149,7 +149,7 @@ def build_report(curves: Sequence[Curve], title: str, metric: str | None = None)
     Args:
         curves: the runs; those of one label are seeds of one configuration.
         title: heads the report.
-        metric: name of the metric; None: the first one recorded.
+        metric: name of the metric; None: the first one that all runs have.
 
     Raises:
         InputError: no runs, a run that was not evaluated or not with this metric, or a broken record.
