@@ -21,10 +21,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from madformer.config import ModelConfig
-from madformer.model.blocks import token_positions
-from madformer.model.decoder import DecoderLayer, Tower
+from madformer.model.embedding import Skips, token_positions
+from madformer.model.layer import DecoderLayer, Tower
 from madformer.model.madformer import MADFormer
-from madformer.model.unet import Skips
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values [B, H, tokens, K] -> attended [B, H, N, K]."""

@@ -35,11 +35,10 @@ from madformer.config import ExperimentConfig, load_experiment, wanted_outputs
 from madformer.data.codec import Codec, build_codec
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.encode import encode_share
-from madformer.data.finding import quiet
-from madformer.data.manifest import Encoding, read_manifest, read_shards, shard_name, summarise, write_manifest
+from madformer.data.latents import Encoding, ShardWriter, read_manifest, read_shards, shard_name, summarise, write_manifest
+from madformer.data.loader import Batch
+from madformer.data.open_dataset import quiet
 from madformer.data.prompts import imagenet_classes
-from madformer.data.samples import Batch
-from madformer.data.shards import ShardWriter
 from madformer.data.sources import ROWS_PER_SHARD
 from madformer.model.cost import training_flops
 from madformer.parallel import Share

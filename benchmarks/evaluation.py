@@ -26,22 +26,22 @@ from transformers import AutoModel, Dinov2Config, PretrainedConfig, ResNetConfig
 from benchmarks.data import verdict, write_codec
 from benchmarks.harness import header, positive, table
 from benchmarks.measure import Run, Setup, count_flops, matmul_rate, seconds_of
-from madformer.config import ConfigError, ExperimentConfig, load_experiment
+from madformer.config import ExperimentConfig, load_experiment
 from madformer.data.codec import Codec, build_codec
-from madformer.data.images import load_square
-from madformer.evaluation.features import FeatureNetwork, build_feature_network
-from madformer.evaluation.features.pretrained import _quiet
+from madformer.data.image_files import load_square
+from madformer.diffusion.samplers import build_sampler
+from madformer.errors import ConfigError
+from madformer.evaluation.feature_cache import PHASES, SIZES, read_parts, sample_features
+from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_network
+from madformer.evaluation.feature_networks.pretrained import _quiet
 from madformer.evaluation.metrics import Moments, frechet_distance
-from madformer.evaluation.pairs import NEIGHBOURS, Within, compare_pairs, pairs_within
-from madformer.evaluation.parts import read_parts
+from madformer.evaluation.neighbours import NEIGHBOURS, Within, compare_pairs, pairs_within
 from madformer.evaluation.record import IDENTITY
 from madformer.evaluation.reference import KEPT
 from madformer.evaluation.request import Budget
-from madformer.evaluation.sampled import PHASES, SIZES, sample_features
 from madformer.evaluation.tasks import Task
 from madformer.model import MADFormer, cost
-from madformer.model.generate import _Sampler
-from madformer.samplers import build_sampler
+from madformer.model.generation import _Sampler
 
 GOAL = 0.15
 """Share of an evaluation that everything but sampling may take."""

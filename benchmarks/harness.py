@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import Setup, Side, matmul_rate
-from madformer.config import ConfigError, ModelConfig, UNetConfig, load_experiment
+from madformer.config import ModelConfig, UNetConfig, load_experiment
+from madformer.errors import ConfigError
 
 GOAL = 0.9
 """Share of the FLOPs ratio that the wall-clock ratio should reach."""

@@ -16,7 +16,7 @@ from benchmarks.baseline import Baseline
 from benchmarks.harness import header, options, parse, positive, report
 from benchmarks.measure import Run, Setup, measure
 from madformer.config import ModelConfig
-from madformer.model.generate import generate
+from madformer.model.generation import generate
 from madformer.model.madformer import MADFormer
 
 Generation = Callable[[Any], Tensor]

@@ -24,12 +24,12 @@ import optuna
 import yaml
 
 from benchmarks.harness import cpu_name, positive, table
-from madformer.checkpoints import checkpoint_path
 from madformer.config import freeze
 from madformer.evaluation.record import append_point
+from madformer.runs.checkpoints import checkpoint_path
 from madformer.sweep.cells import Cell
 from madformer.sweep.driver import run_sweep
-from madformer.sweep.loading import load_sweep
+from madformer.sweep.load_sweep import load_sweep
 
 PLAN_GOAL, STATUS_GOAL, TRIAL_GOAL = 10.0, 2.0, 5.0
 """Seconds: of the two commands, and of the driver for each trial."""

@@ -14,9 +14,10 @@ from torch.nn.functional import mse_loss
 from benchmarks.baseline import Baseline
 from benchmarks.harness import header, options, parse, report
 from benchmarks.measure import Run, Setup, count_flops, measure
-from madformer.config import ConfigError, DiffusionConfig, LossConfig, ModelConfig
-from madformer.diffusion import NoiseSchedule
-from madformer.losses import compute_losses
+from madformer.config import DiffusionConfig, LossConfig, ModelConfig
+from madformer.diffusion.losses import compute_losses
+from madformer.diffusion.noise_schedule import NoiseSchedule
+from madformer.errors import ConfigError
 from madformer.model.madformer import MADFormer
 
 

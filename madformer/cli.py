@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from madformer import __version__
-from madformer.config import DataError, InputError, load_experiment, load_run
+from madformer.config import load_experiment, load_run
+from madformer.errors import DataError, InputError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,10 +60,10 @@ def train(
         config = load_experiment(given[0], given[1:])
     else:
         raise InputError("nothing to train: give an EXPERIMENT.yaml, or --resume RUN")
-    from madformer.run import require_own_run
+    from madformer.runs.folder import require_own_run
 
     require_own_run(config)
-    from madformer.training.loop import train as train_run
+    from madformer.training.train import train as train_run
 
     train_run(config)
 
@@ -91,10 +92,10 @@ def evaluate(
     asked = {"references": tuple(reference or ()), "devices": devices, "diagnostics": diagnostics}
     config = load_run(run, overrides or [])
     request = parse_request(config, nfe, steps, num_samples, checkpoints, weights, sampler, guidance, seeds, **asked)
-    from madformer.evaluation.evaluate import evaluate_run
+    from madformer.evaluation.evaluate import evaluate
 
     with _going_on_later():
-        evaluate_run(request)
+        evaluate(request)
 
 
 @app.command()
@@ -144,7 +145,7 @@ def import_(
     overrides: Overrides = None,
 ) -> None:
     """Make a run of foreign weights, which evaluate and sample accept."""
-    from madformer.exchange import import_run
+    from madformer.runs.exchange import import_run
 
     import_run(checkpoint, out, weights, overrides or [])
 
@@ -156,7 +157,7 @@ def export(
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
 ) -> None:
     """Write a run's weights as safetensors, with the configuration."""
-    from madformer.exchange import export_run
+    from madformer.runs.exchange import export_run
 
     export_run(run, out, weights)
 
@@ -175,7 +176,7 @@ def report(
     samples: Annotated[int, typer.Option(min=0, help="Images of each to show, sampled now from the same noise.")] = 0,
 ) -> None:
     """Tables and curves, beside the paper's numbers: of a sweep, or of runs side by side."""
-    from madformer.report.sources import report_on
+    from madformer.report.write import report_on
 
     with _going_on_later():
         report_on(sources, out, metric, against, samples)
@@ -188,7 +189,7 @@ def sweep_run(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what has failed.")] = False,
 ) -> None:
     """Train and evaluate every cell; what is done is not done again."""
-    from madformer.sweep.loading import load_sweep
+    from madformer.sweep.load_sweep import load_sweep
 
     spec = load_sweep(sweep, overrides or [])
     from madformer.sweep.driver import run_sweep
@@ -211,14 +212,14 @@ def sweep_plan(
     files = list(itertools.takewhile(lambda word: "=" not in word, sweeps))
     if not files:
         raise InputError(f"{sweeps[0]}: name a SWEEP.yaml before overrides")
-    from madformer.sweep.loading import load_sweep
-    from madformer.sweep.plan import print_plan
+    from madformer.sweep.forecast import print_plan
+    from madformer.sweep.load_sweep import load_sweep
 
     loaded = [load_sweep(Path(file), sweeps[len(files) :]) for file in files]
     if len(loaded) == 1:
         print_plan(loaded[0], tflops, mfu)
     else:
-        from madformer.sweep.suite import print_suite
+        from madformer.sweep.forecast import print_suite
 
         print_suite(loaded, tflops, mfu)
 
@@ -226,7 +227,7 @@ def sweep_plan(
 @sweep_app.command("status")
 def sweep_status(sweep: SweepFile, overrides: Overrides = None) -> None:
     """Show how far every cell is; live on a terminal."""
-    from madformer.sweep.loading import load_sweep
+    from madformer.sweep.load_sweep import load_sweep
     from madformer.sweep.status import print_status
 
     print_status(load_sweep(sweep, overrides or []))
@@ -262,8 +263,8 @@ def _going_on_later() -> Iterator[None]:
 
 def _fail_if_expected(error: RuntimeError) -> None:
     """Commands that end as they must: interrupted, diverged, killed. Anything else is a defect and shows where."""
+    from madformer.errors import Interrupted, NonFiniteError
     from madformer.parallel import ProcessKilledError
-    from madformer.training.errors import Interrupted, NonFiniteError
 
     if isinstance(error, Interrupted):
         _fail(str(error), 128 + error.signal_number)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from madformer.config.rules import InputError
+from madformer.errors import InputError
 
 __all__ = ["build_own", "describe", "first_line", "modules_of"]
 

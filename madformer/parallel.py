@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from madformer.config import ConfigError, TrainerConfig
+from madformer.config import TrainerConfig
+from madformer.errors import ConfigError
 from madformer.progress import ProgressDisplay
 
 if TYPE_CHECKING:

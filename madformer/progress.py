@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from madformer.files import write_text
+from madformer.runs.files import write_text
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_REDRAWS = 0.2

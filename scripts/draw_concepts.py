@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from madformer.files import write_text
+from madformer.runs.files import write_text
 
 FOLDER = Path(__file__).parents[1] / "docs" / "images"
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from madformer.data.digits import load_digits
-from madformer.evaluation import features
+from madformer.evaluation import feature_networks as features
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 40, 64, 1e-3, 0.05
 HELD_OUT = 360

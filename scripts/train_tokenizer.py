@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from madformer.config.data import BUILTIN_VOCABULARY
 from madformer.data import prompts
-from madformer.files import write_text
+from madformer.runs.files import write_text
 
 
 def train() -> Tokenizer:

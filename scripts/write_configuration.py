@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from madformer.config import ExperimentConfig, ModelConfig, TextConfig, trained_fields
-from madformer.files import write_text
+from madformer.runs.files import write_text
 from madformer.sweep.spec import Sweep
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from madformer.config import ConfigError
-from madformer.evaluation.features import build_feature_network
+from madformer.errors import ConfigError
+from madformer.evaluation.feature_networks import build_feature_network
 
 
 def complaint(name: str) -> str:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from madformer.checkpoints import checkpoint_path
 from madformer.config import load_run
-from madformer.evaluation.evaluate import evaluate_run
+from madformer.evaluation.evaluate import evaluate
 from madformer.evaluation.request import parse_request
+from madformer.runs.checkpoints import checkpoint_path
 from tests.conftest import ROOT
 from tests.runs import DIGITS, command, execute, perform, scalars, train_command
 
@@ -125,7 +125,7 @@ def test_an_exported_run_comes_back_as_one_that_is_measured_the_same(run, tmp_pa
     shutil.copytree(run, mine)
     execute(command("export", mine, "--out", tmp_path / "weights.safetensors"))
     perform(command("import", tmp_path / "weights.safetensors", "--out", again))
-    points = [evaluate_run(parse_request(load_run(folder), steps="2"))[0] for folder in (mine, again)]
+    points = [evaluate(parse_request(load_run(folder), steps="2"))[0] for folder in (mine, again)]
     assert points[0]["metrics"] == points[1]["metrics"] and points[0]["weights_sha256"] == points[1]["weights_sha256"]
     assert "its weights are imported" in perform(command("train", "--resume", again), status=2)
 

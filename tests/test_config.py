@@ -11,9 +11,7 @@ import yaml
 
 from madformer import __version__
 from madformer.config import (
-    ConfigError,
     ExperimentConfig,
-    InputError,
     LossConfig,
     ModelConfig,
     TextConfig,
@@ -23,6 +21,7 @@ from madformer.config import (
     load_experiment,
     load_run,
 )
+from madformer.errors import ConfigError, InputError
 from tests.conftest import ROOT
 
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))

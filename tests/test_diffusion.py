@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from madformer.config import DiffusionConfig
-from madformer.diffusion import NoiseSchedule
+from madformer.diffusion.noise_schedule import NoiseSchedule
 from tests.conftest import latents, timesteps, tiny
 
 SCHEDULE = NoiseSchedule(DiffusionConfig())

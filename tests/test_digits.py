@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from madformer.config import ConfigError
 from madformer.data.digits import load_digits
+from madformer.errors import ConfigError
 
 
 def test_digits_are_whole_and_scaled():

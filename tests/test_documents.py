@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from madformer.checkpoints import checkpoint_path
 from madformer.config import ModelConfig, load_experiment
 from madformer.config.experiment import ExperimentConfig
 from madformer.config.loading import all_keys
 from madformer.model import cost
-from madformer.sweep.loading import load_sweep
+from madformer.runs.checkpoints import checkpoint_path
+from madformer.sweep.load_sweep import load_sweep
 from scripts import draw_concepts, write_configuration
 from tests.conftest import ROOT
 from tests.documents import BLOCKS, DOCUMENTS, blocks

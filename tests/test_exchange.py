@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from madformer.checkpoints import checkpoint_path, load_model
-from madformer.config import InputError, load_run
-from madformer.exchange import export_run, import_run
-from madformer.model.released import from_released
+from madformer.config import load_run
+from madformer.errors import InputError
+from madformer.model.official import from_released
+from madformer.runs.checkpoints import checkpoint_path, load_model
+from madformer.runs.exchange import export_run, import_run
 from tests.data.vaes import KL
 from tests.model.test_released import WEIGHTS
 from tests.runs import command, differences, perform

@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from madformer.config import TextConfig, freeze, load_experiment
-from madformer.model.generate import generate
-from madformer.samplers import build_sampler
-from madformer.sweep.loading import load_sweep
-from madformer.sweep.plan import print_plan
+from madformer.diffusion.samplers import build_sampler
+from madformer.model.generation import generate
+from madformer.sweep.forecast import print_plan
+from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.search import sample_cells
 from madformer.training.module import LitMADFormer
 from tests.conftest import HUB, ROOT

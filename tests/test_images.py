@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from madformer.images import MAX_GRID, MIN_SIDE, read_settings, save_png, to_grid, to_pixels, to_tiles
+from madformer.data.image_files import MAX_GRID, MIN_SIDE, read_settings, save_png, to_grid, to_pixels, to_tiles
 
 
 def test_pixels_are_rounded_and_clipped():

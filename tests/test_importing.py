@@ -5,7 +5,7 @@ from dataclasses import is_dataclass
 import pytest
 from torch import nn
 
-from madformer.config import InputError
+from madformer.errors import InputError
 from madformer.importing import build_own, describe, first_line, modules_of
 
 CODE = """

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from madformer.config import ConfigError, DiffusionConfig, LossConfig
-from madformer.diffusion import NoiseSchedule
-from madformer.losses import compute_losses, next_token_loss, wanted_outputs
-from madformer.model.text import drop_text, null_text
+from madformer.config import DiffusionConfig, LossConfig
+from madformer.diffusion.losses import compute_losses, next_token_loss, wanted_outputs
+from madformer.diffusion.noise_schedule import NoiseSchedule
+from madformer.errors import ConfigError
+from madformer.model.embedding import drop_text, null_text
 from tests.conftest import TEXT, build, latents, prompts, timesteps, tiny
 
 SCHEDULE = NoiseSchedule(DiffusionConfig())

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from madformer.config import ConfigError
 from madformer.data.order import EndlessPlaces, Portion, SampleOrder
+from madformer.errors import ConfigError
 
 
 def stream(samples, batch_size, limit, world_size, steps, first_step=0):

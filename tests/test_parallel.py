@@ -10,7 +10,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from madformer.config import ConfigError, InputError, TrainerConfig
+from madformer.config import TrainerConfig
+from madformer.errors import ConfigError, InputError
 from madformer.parallel import ProcessKilledError, cluster_rank, find_devices, share_out
 from madformer.progress import ProgressDisplay
 from tests.conftest import ROOT

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from madformer.sweep.loading import load_sweep
+from madformer.sweep.load_sweep import load_sweep
 from tests.conftest import ROOT
 from tests.documents import BLOCKS, DOCUMENTS, blocks
 

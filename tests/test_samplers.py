@@ -6,9 +6,10 @@ from typing import get_args
 import pytest
 import torch
 
-from madformer.config import DiffusionConfig, InputError
+from madformer.config import DiffusionConfig
 from madformer.config.evaluation import SamplerName
-from madformer.samplers import build_sampler
+from madformer.diffusion.samplers import build_sampler
+from madformer.errors import InputError
 
 NAMES = get_args(SamplerName)
 PREDICTION_TYPES = ("sample", "epsilon", "v_prediction")

@@ -10,11 +10,11 @@ from __future__ import annotations
 from madformer.config.data import DataConfig
 from madformer.config.evaluation import EvaluationConfig
 from madformer.config.experiment import DiffusionConfig, ExperimentConfig, LossConfig, budget_flaw, check_losses, wanted_outputs
-from madformer.config.frozen import config_hash, freeze, frozen_hash, load_run, require_same_weights, trained_fields
+from madformer.config.identity import config_hash, freeze, frozen_hash, load_run, require_same_weights, trained_fields
 from madformer.config.loading import load_experiment
 from madformer.config.model import MIN_FLEX_HEAD_WIDTH, ModelConfig, TextConfig, UNetConfig
-from madformer.config.rules import ConfigError, DataError, InputError
 from madformer.config.training import OptimizerConfig, TrainerConfig
+from madformer.errors import ConfigError, DataError, InputError
 
 __all__ = [
     "MIN_FLEX_HEAD_WIDTH",

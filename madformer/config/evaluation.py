@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
-from madformer.config.features import check_feature_network_name
-from madformer.config.rules import is_integer, require, require_at_least, require_types
+from madformer.config.validation import is_integer, require, require_at_least, require_types
 
 SamplerName = Literal["ddim", "ddpm", "dpmsolver++", "unipc"]
 """What turns noise into latents: deterministic but for `ddpm`, each with one evaluation of the network a step."""
@@ -80,3 +80,16 @@ MAX_SAMPLES = 1_000_000
 
 MAX_EVALUATION_SEED = 4000
 """torch's generators keep 32 bits of a seed: `MAX_SAMPLES` for each of so many evaluation seeds fit without a clash."""
+
+
+_LEGAL = re.compile(r"digits|inception|(inception|torchscript|hf):.+|.+:[A-Za-z_]\w*")
+
+
+def check_feature_network_name(name: str) -> None:
+    """Refuse what can be no feature network.
+
+    Raises:
+        ConfigError: with the legal forms.
+    """
+    legal = "digits, inception, inception:FILE, torchscript:FILE, hf:MODEL, module.path:Class or file.py:Class"
+    require(_LEGAL.fullmatch(name) is not None, "evaluation.feature_networks", name, f"must be {legal}")

@@ -9,8 +9,9 @@ from pathlib import Path
 from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY, DIGITS, PIXELS, DataConfig
 from madformer.config.evaluation import EvaluationConfig
 from madformer.config.model import ModelConfig
-from madformer.config.rules import ConfigError, is_integer, require, require_at_least
 from madformer.config.training import OptimizerConfig, TrainerConfig
+from madformer.config.validation import is_integer, require, require_at_least
+from madformer.errors import ConfigError
 
 
 @dataclass(frozen=True)

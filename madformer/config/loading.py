@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from madformer.config.experiment import ExperimentConfig
-from madformer.config.rules import ConfigError, require
+from madformer.config.validation import require
+from madformer.errors import ConfigError
 
 FROZEN = "frozen"
 """Key of a run's configuration that says what froze it; no part of the experiment."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from madformer.config.rules import is_integer, require, require_at_least, require_types
+from madformer.config.validation import is_integer, require, require_at_least, require_types
 
 MIN_FLEX_HEAD_WIDTH = 16
 """FlexAttention's kernels take no narrower heads."""

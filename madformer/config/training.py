@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from madformer.config.rules import require, require_at_least, require_types
+from madformer.config.validation import require, require_at_least, require_types
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madformer.config.rules import InputError
+from madformer.errors import InputError
 from madformer.hub import explain, list_files
 from madformer.importing import first_line
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from madformer.config.data import PIXELS
 from madformer.config.model import ModelConfig
-from madformer.config.rules import ConfigError, InputError, is_integer
+from madformer.config.validation import is_integer
 from madformer.data.autoencoders import DiffusersAutoencoder, load_autoencoder
-from madformer.fingerprint import weights_sha256
+from madformer.errors import ConfigError, InputError
 from madformer.importing import build_own, modules_of
+from madformer.runs.fingerprint import weights_sha256
 
 __all__ = ["Autoencoder", "Codec", "build_codec", "require_fit"]
 

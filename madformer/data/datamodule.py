@@ -10,29 +10,20 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from madformer.checkpoints import CLASS_PROMPTS
-from madformer.config import ConfigError, DataError, ExperimentConfig, InputError
+from madformer.config import ExperimentConfig
 from madformer.config.data import DIGITS
 from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.data.digits import digits_sha256
-from madformer.data.images import to_unit
-from madformer.data.manifest import Manifest, read_manifest
+from madformer.data.image_files import to_unit
+from madformer.data.latents import Manifest, ShardReader, read_manifest
+from madformer.data.loader import Batch, Captions, DigitSamples, Finishing, ImageSamples, MicroBatches, Samples, ShardSamples
 from madformer.data.order import EndlessPlaces, Portion, SampleOrder
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts
-from madformer.data.samples import (
-    Batch,
-    Captions,
-    DigitSamples,
-    Finishing,
-    ImageSamples,
-    MicroBatches,
-    Samples,
-    ShardSamples,
-)
-from madformer.data.shards import ShardReader
 from madformer.data.sources import open_source
 from madformer.data.stream import ImageStream
-from madformer.files import append_line
+from madformer.errors import ConfigError, DataError, InputError
+from madformer.runs.checkpoints import CLASS_PROMPTS
+from madformer.runs.files import append_line
 
 
 class LatentDataModule(pl.LightningDataModule):

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from madformer.config import ConfigError
+from madformer.errors import ConfigError
 
 __all__ = ["digits_sha256", "load_digits"]
 

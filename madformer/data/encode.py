@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from madformer.config import ConfigError, DataConfig, DataError, ExperimentConfig, InputError
+from madformer.config import DataConfig, ExperimentConfig
 from madformer.config.data import DIGITS
 from madformer.data.codec import Codec, build_codec, require_fit
-from madformer.data.images import load_square, to_unit
-from madformer.data.manifest import (
+from madformer.data.image_files import load_square, save_png, to_grid, to_unit
+from madformer.data.latents import (
     Encoding,
     Manifest,
     Shard,
+    ShardReader,
+    ShardWriter,
     complete_units,
     read_encoding,
     read_manifest,
@@ -28,15 +30,14 @@ from madformer.data.manifest import (
     write_encoding,
     write_manifest,
 )
+from madformer.data.loader import Picture, read_pictures, require_few
 from madformer.data.prompts import class_prompts
-from madformer.data.reading import Picture, read_pictures, require_few
-from madformer.data.shards import ShardReader, ShardWriter
 from madformer.data.sources import ROWS_PER_SHARD, ImageSource, open_source
-from madformer.files import write_text
-from madformer.images import save_png, to_grid
+from madformer.errors import ConfigError, DataError, InputError
 from madformer.parallel import Share, cluster_rank, find_devices, own_device, share_out
 from madformer.progress import ProgressDisplay
-from madformer.run import claim_folder
+from madformer.runs.files import write_text
+from madformer.runs.folder import claim_folder
 
 RECONSTRUCTED = 32
 """Images that are decoded again when all is done, to see that the latents mean what they should."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from madformer.config import ConfigError
+from madformer.errors import ConfigError
 from madformer.randomness import keyed_generator
 
 

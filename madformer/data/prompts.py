@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from madformer.config import ConfigError, InputError, TextConfig
+from madformer.config import TextConfig
 from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY
-from madformer.config.rules import require
+from madformer.config.validation import require
+from madformer.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -13,10 +13,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from madformer.config import ConfigError, DataConfig, InputError
-from madformer.data.columns import Columns, find_columns
-from madformer.data.finding import Opened, explained, open_data_set, quiet
-from madformer.data.images import BadImage
+from madformer.config import DataConfig
+from madformer.data.image_files import BadImage
+from madformer.data.open_dataset import Columns, Opened, explained, find_columns, open_data_set, quiet
+from madformer.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

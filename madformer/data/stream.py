@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from madformer.config import InputError
+from madformer.data.loader import Batch, Captions, Finishing, collate, first_good
 from madformer.data.order import Places, Portion
-from madformer.data.samples import Batch, Captions, Finishing, collate, first_good
 from madformer.data.sources import ImageSource, Row
+from madformer.errors import InputError
 from madformer.randomness import keyed_generator
 
 WINDOW = 512

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from madformer.config import ExperimentConfig, LossConfig
-from madformer.diffusion import NoiseSchedule
+from madformer.diffusion.losses import compute_losses
+from madformer.diffusion.noise_schedule import NoiseSchedule
+from madformer.diffusion.samplers import build_sampler
+from madformer.errors import NonFiniteError
 from madformer.evaluation.held_out import read_held_out
-from madformer.evaluation.prompting import tokenize
-from madformer.losses import compute_losses
+from madformer.evaluation.sampling import tokenize
 from madformer.model import MADFormer
-from madformer.model.blocks import to_blocks
-from madformer.model.generate import generate
+from madformer.model.embedding import to_blocks
+from madformer.model.generation import generate
 from madformer.randomness import keyed_generator, sample_seed
-from madformer.samplers import build_sampler
-from madformer.training.errors import NonFiniteError
 
 __all__ = ["diagnose", "energy_shares", "explained_share", "image_losses", "probed_timesteps"]
 

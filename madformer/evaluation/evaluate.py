@@ -17,34 +17,38 @@ from filelock import FileLock
 from torch import Tensor
 
 from madformer import __version__
-from madformer.checkpoints import load_model
 from madformer.config import ExperimentConfig, trained_fields
-from madformer.evaluation.curves import write_curves
+from madformer.errors import NonFiniteError
 from madformer.evaluation.diagnostics import diagnose
-from madformer.evaluation.features import build_feature_networks
+from madformer.evaluation.feature_cache import (
+    BLOCKS,
+    INDICES,
+    MEMORY,
+    PHASES,
+    SIZES,
+    WARM,
+    features_name,
+    logits_name,
+    read_indices,
+    read_parts,
+    remove_parts,
+    sample_features,
+)
+from madformer.evaluation.feature_networks import build_feature_networks
 from madformer.evaluation.held_out import describe_held_out, require_held_out
 from madformer.evaluation.metrics import measure
-from madformer.evaluation.parts import INDICES, read_indices, read_parts, remove_parts
-from madformer.evaluation.record import (
-    MANNER,
-    append_point,
-    find_point,
-    manner,
-    read_diagnostics,
-    read_means,
-    read_points,
-)
+from madformer.evaluation.record import MANNER, append_point, find_point, manner, read_diagnostics, read_means, read_points
 from madformer.evaluation.request import EvaluationRequest
-from madformer.evaluation.sampled import BLOCKS, MEMORY, PHASES, SIZES, WARM, features_name, logits_name, sample_features
 from madformer.evaluation.sampling import inference_devices
 from madformer.evaluation.tasks import Judges, Task, complete_tasks, draft_tasks, open_codec, warn_of_bias
+from madformer.evaluation.tensorboard import write_curves
 from madformer.model import cost
 from madformer.parallel import Share, cluster_rank, device_name, own_device, share_out
 from madformer.progress import ProgressDisplay, ProgressFile
-from madformer.run import claim_folder, progress_path
-from madformer.training.errors import NonFiniteError
+from madformer.runs.checkpoints import load_model
+from madformer.runs.folder import claim_folder, progress_path
 
-__all__ = ["evaluate_run"]
+__all__ = ["evaluate"]
 
 Point = dict[str, Any]
 
@@ -52,7 +56,7 @@ IMAGES_LOOKED_AT = 256
 """Held-out images of the diagnostics, no more than are sampled for a number."""
 
 
-def evaluate_run(request: EvaluationRequest) -> list[Point]:
+def evaluate(request: EvaluationRequest) -> list[Point]:
     """Measure every budget of every checkpoint, sampler, guidance and seed asked for; what is recorded is not computed again.
 
     Interrupted, it goes on with the samples that have no features yet.

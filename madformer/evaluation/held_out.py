@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from madformer.config import ConfigError, DataConfig, ExperimentConfig
+from madformer.config import DataConfig, ExperimentConfig
 from madformer.config.data import DIGITS
 from madformer.config.experiment import check_data
 from madformer.data.codec import build_codec, require_fit
 from madformer.data.digits import load_digits
-from madformer.data.images import to_unit
+from madformer.data.image_files import to_unit
+from madformer.data.loader import Captions, Picture, read_pictures, require_few
 from madformer.data.prompts import DIGIT_NAMES
-from madformer.data.reading import Picture, read_pictures, require_few
-from madformer.data.samples import Captions
 from madformer.data.sources import ImageSource, Row, open_source
-from madformer.evaluation.prompting import known_classes
+from madformer.errors import ConfigError
+from madformer.evaluation.sampling import known_classes
 from madformer.randomness import keyed_generator
 
 LEAST_IMAGES = 3

@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from madformer.config import InputError
-from madformer.files import append_line
+from madformer.errors import InputError
+from madformer.runs.files import append_line
 
 Point = Mapping[str, Any]
 """A line of the record."""

@@ -22,19 +22,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from madformer import __version__
-from madformer.config import ConfigError, ExperimentConfig, InputError
+from madformer.config import ExperimentConfig
 from madformer.config.data import DIGITS
 from madformer.data.digits import digits_sha256, load_digits
-from madformer.data.images import to_unit
-from madformer.data.reading import read_pictures, require_few
+from madformer.data.image_files import to_unit
+from madformer.data.loader import read_pictures, require_few
 from madformer.data.sources import open_source
-from madformer.evaluation.features import FeatureNetwork
+from madformer.errors import ConfigError, InputError
+from madformer.evaluation.feature_cache import FEATURES, INDICES, read_indices, read_parts, remove_parts, write_part
+from madformer.evaluation.feature_networks import FeatureNetwork
 from madformer.evaluation.metrics import Moments
-from madformer.evaluation.pairs import Within, pairs_within
-from madformer.evaluation.parts import FEATURES, INDICES, read_indices, read_parts, remove_parts, write_part
-from madformer.files import replacing
+from madformer.evaluation.neighbours import Within, pairs_within
 from madformer.progress import ProgressDisplay
 from madformer.randomness import keyed_generator
+from madformer.runs.files import replacing
 
 KEPT = 50_000
 """Images of a reference whose features are kept, chosen by chance but always the same ones: as many as are usually sampled."""

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from madformer.checkpoints import Weights, checkpoint_path, find_flaw, list_checkpoints, newest_intact
-from madformer.config import ConfigError, ExperimentConfig, InputError
+from madformer.config import ExperimentConfig
 from madformer.config.evaluation import MAX_SAMPLES, SamplerName
+from madformer.errors import ConfigError, InputError
 from madformer.model import cost
+from madformer.runs.checkpoints import Weights, checkpoint_path, find_flaw, list_checkpoints, newest_intact
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from madformer.checkpoints import DATA, checkpoint_step, load_checkpoint, load_model
 from madformer.config import ExperimentConfig, config_hash
 from madformer.data.codec import Codec, build_codec, require_fit
-from madformer.evaluation.features import FeatureNetwork, metric_name
+from madformer.evaluation.feature_networks import FeatureNetwork, metric_name
 from madformer.evaluation.metrics import frechet_bias
-from madformer.evaluation.prompting import choose_prompts, tokenize
 from madformer.evaluation.record import identity
 from madformer.evaluation.reference import Reference, find_reference
 from madformer.evaluation.request import Budget, EvaluationRequest
-from madformer.evaluation.sampling import sampling_precision
-from madformer.fingerprint import weights_sha256
+from madformer.evaluation.sampling import choose_prompts, sampling_precision, tokenize
+from madformer.runs.checkpoints import DATA, checkpoint_step, load_checkpoint, load_model
+from madformer.runs.fingerprint import weights_sha256
 
 FEW = 10
 """Samples for each feature, below which the bias of the Fréchet distance is worth a warning."""

@@ -15,19 +15,18 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from madformer import __version__
-from madformer.checkpoints import checkpoint_step, load_model
-from madformer.config import InputError, config_hash
+from madformer.config import config_hash
 from madformer.data.codec import build_codec, require_fit
-from madformer.evaluation.prompting import choose_prompts, tokenize
+from madformer.data.image_files import read_settings, save_png, to_pixels, to_tiles
+from madformer.errors import InputError, NonFiniteError
 from madformer.evaluation.request import SamplingRequest
-from madformer.evaluation.sampling import inference_devices, sample_batches
-from madformer.fingerprint import weights_sha256
-from madformer.images import read_settings, save_png, to_pixels, to_tiles
+from madformer.evaluation.sampling import choose_prompts, inference_devices, sample_batches, tokenize
 from madformer.model import cost
 from madformer.parallel import Share, cluster_rank, share_out
 from madformer.progress import ProgressDisplay
-from madformer.run import claim_folder
-from madformer.training.errors import NonFiniteError
+from madformer.runs.checkpoints import checkpoint_step, load_model
+from madformer.runs.fingerprint import weights_sha256
+from madformer.runs.folder import claim_folder
 
 IN_GRID = 64
 """Images of the grid, the first ones."""

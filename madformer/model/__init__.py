@@ -12,18 +12,27 @@ With k noise draws per image, noisy tensors have batch B * k; image b's draws ar
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from madformer.model.generation import generate
     from madformer.model.madformer import MADFormer, Outputs
+    from madformer.model.official import from_released, to_released
 
-__all__ = ["MADFormer", "Outputs"]
+_MODULES = {
+    "MADFormer": "madformer",
+    "Outputs": "madformer",
+    "from_released": "official",
+    "generate": "generation",
+    "to_released": "official",
+}
+
+__all__ = ["MADFormer", "Outputs", "from_released", "generate", "to_released"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the network on first use: `cost` and `plan`, beside it in this package, need no torch."""
-    if name in __all__:
-        from madformer.model import madformer
-
-        return getattr(madformer, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import the network on first use: `cost` and `layer_plan`, beside it in this package, need no torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from madformer.config import ConfigError, ModelConfig, UNetConfig
-from madformer.model.plan import clean_block_count, embedded_block_count, existing_outputs, layer_plans
+from madformer.config import ModelConfig, UNetConfig
+from madformer.errors import ConfigError
+from madformer.model.layer_plan import clean_block_count, embedded_block_count, existing_outputs, layer_plans
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element by the dtype that matrix products run in."""

@@ -13,19 +13,18 @@ from torch.utils.checkpoint import checkpoint
 
 from madformer.config import ModelConfig
 from madformer.model.attention import Pattern, Towers, allow_many_shapes, choose_backend, training_context
-from madformer.model.blocks import text_positions, token_positions
-from madformer.model.decoder import DecoderLayer
-from madformer.model.plan import (
-    TOWERS,
-    LayerPlan,
-    clean_block_count,
-    embedded_block_count,
-    existing_outputs,
-    layer_plans,
+from madformer.model.embedding import (
+    Downsampler,
+    Skips,
+    TextInterface,
+    Upsampler,
+    null_text,
+    skip_shapes,
+    text_positions,
+    token_positions,
 )
-from madformer.model.rope import Rope, rope
-from madformer.model.text import TextInterface, null_text
-from madformer.model.unet import Downsampler, Skips, Upsampler, skip_shapes
+from madformer.model.layer import DecoderLayer, Rope, rope
+from madformer.model.layer_plan import TOWERS, LayerPlan, clean_block_count, embedded_block_count, existing_outputs, layer_plans
 
 
 @dataclass

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from madformer.config import ModelConfig
 from madformer.model.cost import DTYPE_BYTES, downsampler, parameters, text_tokens, unet_passes, upsampler
-from madformer.model.plan import LayerPlan, clean_block_count, existing_outputs, layer_plans
+from madformer.model.layer_plan import LayerPlan, clean_block_count, existing_outputs, layer_plans
 
 _FULL = 4
 """Bytes of an element in the weights' precision."""

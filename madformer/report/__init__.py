@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from madformer.report.curves import Curve, curves_of_runs, curves_of_sweep
-from madformer.report.rows import Row
-from madformer.report.table import Report, build_report
+from madformer.report.points import Curve, Row, curves_of_runs, curves_of_sweep
+from madformer.report.tables import Report, build_report
 from madformer.report.write import write_report
 
 __all__ = ["Curve", "Report", "Row", "build_report", "curves_of_runs", "curves_of_sweep", "write_report"]

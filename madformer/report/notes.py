@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from madformer.evaluation.record import Point, content
-from madformer.report.estimate import Over
-from madformer.report.rows import Group, Row
-from madformer.report.text import counted, distinct, higher_is_better
+from madformer.report.formatting import counted, distinct, higher_is_better
+from madformer.report.points import Group, Row
+from madformer.report.statistics import Over
 
 _SAME = ("num_samples", "prompts", "precision", "codec", "references", "feature_networks")
 """Keys of a point that must agree for two curves to be compared; sampler, guidance and weights are in the labels."""

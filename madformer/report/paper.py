@@ -1,8 +1,10 @@
-"""What the paper reports (arXiv:2506.07999), and which of its models has the design of a run."""
+"""The paper's numbers, and a report's designs compared with them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -11,7 +13,11 @@ from typing import Any
 
 import yaml
 
-from madformer.config import ExperimentConfig, trained_fields
+from madformer.config import ExperimentConfig, load_run, trained_fields
+from madformer.config.identity import config_path
+from madformer.report.formatting import arrow, higher_is_better, number, show, table
+from madformer.report.points import Column, Group, Row, common_columns
+from madformer.report.statistics import Estimate, differ
 
 DEPTH, LENGTH = "model.diffusion_depth", "model.ar_length"
 AXES = (
@@ -98,3 +104,197 @@ def design_of(config: ExperimentConfig) -> dict[str, Any]:
 def matches(table: PaperTable, designs: Mapping[str, Design], data: PaperData, any_length: bool) -> dict[str, PaperCell]:
     """Label -> the table's cell of its design on these data."""
     return {label: cell for cell in table.cells for label, design in designs.items() if cell.has(design, data, any_length)}
+
+
+FEW, ALL = Fraction(1, 4), Fraction(1)
+"""Shares of the layers that iterate in the models that Figure 4 sets against each other."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A label of the report beside one of the paper's models."""
+
+    row: Row
+    quality: Estimate
+    cell: PaperCell
+    data: tuple[PaperData, ...]
+    """Those on which the paper's model has this design: the default number of blocks is another for each."""
+
+    def theirs(self, data: PaperData) -> float | None:
+        """The paper's FID of this design on some data; None: it has none."""
+        return self.cell.distances[data.name] if data in self.data else None
+
+    @property
+    def label(self) -> str:
+        """The row's."""
+        return self.row.label
+
+    def differs(self, other: Line) -> bool | None:
+        """Whether seeds tell two lines apart; None: there is a single one of either."""
+        return differ(self.quality, other.quality, paired=self.row.seeds == other.row.seeds)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a report has of one of the paper's tables."""
+
+    title: str
+    column: Column
+    """Where the values of the report are taken from."""
+    lines: tuple[Line, ...]
+    data: tuple[PaperData, ...]
+    """Those on which the paper has at least two of the lines."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A report beside the paper."""
+
+    metric: str
+    tables: tuple[Beside, ...]
+    figure: str | None
+    """What the paper's Figure 4 says, and what these runs say of it; None: they are not of its depths."""
+
+    def markdown(self) -> str:
+        """A table for each of the paper's, with the agreement of the orders below it."""
+        parts = ["### Beside the paper"]
+        if data := {one.name: one for beside in self.tables for one in beside.data}:
+            protocols = ", ".join(f"{one.title} {one.samples:,} samples of {one.steps} steps" for one in data.values())
+            parts.append(
+                f"The paper's FID ({protocols}) of 28 layers, of which the same share iterates, the design otherwise the same. "
+                "What can be compared is the order; values only where images, model and feature network are the paper's."
+            )
+        for beside in self.tables:
+            parts += [self._table(beside), "\n".join(f"- {agreement}" for agreement in _agreements(beside, self.metric))]
+        return "\n\n".join(filter(None, [*parts, self.figure]))
+
+    def _table(self, beside: Beside) -> str:
+        headings = [beside.title, f"{arrow(self.metric)} at {beside.column}", "seeds", "the paper's"]
+        lines = [[*headings, *(f"FID, {one.title}" for one in beside.data)]]
+        for line in beside.lines:
+            theirs = map(line.theirs, beside.data)
+            ours = [line.label, show(line.quality), str(len(line.row.seeds)), line.cell.name]
+            lines.append([*ours, *("" if value is None else str(value) for value in theirs)])
+        return table(lines)
+
+    def rows(self) -> list[list[Any]]:
+        """A heading and lines for CSV, in full precision; empty: there is no table."""
+        if not self.tables:
+            return []
+        data = paper()[0]
+        ours = [self.metric, f"{self.metric}_ci_low", f"{self.metric}_ci_high", "interval_over", "seeds"]
+        lines: list[list[Any]] = [["table", "label", "at", *ours, "paper_model", *(f"paper_{one.name}" for one in data)]]
+        for beside in self.tables:
+            for line in beside.lines:
+                interval = line.quality.interval or (None, None)
+                numbers = [line.quality.mean, *interval, line.quality.over, len(line.row.seeds)]
+                theirs = map(line.theirs, data)
+                lines.append([beside.title, line.label, str(beside.column), *numbers, line.cell.name, *theirs])
+        return lines
+
+
+def compare(groups: Sequence[Group], rows: Sequence[Row], metric: str) -> Comparison | None:
+    """Set a report's labels beside the paper's models of the same design.
+
+    Of a table at least two models must be there; values are those at the greatest budget, or the most steps, that all of them
+    have. AR length counts if the labels differ in it, or the latents are as large as the paper's: else any number of blocks is
+    taken for the default. Labels that differ in something else than the paper's models are left out.
+
+    Returns:
+        None: there is nothing to compare.
+    """
+    configs = _configs([group for group in groups if not group.aside])
+    designs = {label: design_of(config) for label, config in configs.items()}
+    if not designs:
+        return None
+    sizes = {config.model.latent_size for config in configs.values()}
+    data = [one for one in paper()[0] if sizes == {one.latent_size}] or list(paper()[0])
+    any_length = len(data) > 1 and len({design[LENGTH] for design in designs.values()}) == 1
+    tables = [_beside(entry, designs, data, any_length, rows, metric) for entry in paper()[1]]
+    found = tuple(beside for beside in tables if beside is not None)
+    figure = _figure(designs, rows, metric)
+    return Comparison(metric, found, figure) if found or figure else None
+
+
+def _beside(
+    entry: PaperTable,
+    designs: Mapping[str, Design],
+    data: Sequence[PaperData],
+    any_length: bool,
+    rows: Sequence[Row],
+    metric: str,
+) -> Beside | None:
+    """The labels of one table; None: on no data are there two of its models."""
+    by_data = {one: cells for one in data if len(cells := matches(entry, designs, one, any_length)) > 1}
+    having = [row for row in rows if any(row.label in cells for cells in by_data.values())]
+    if not (columns := common_columns(having)):
+        return None
+    at = {row.label: row for row in having if columns[-1].holds(row)}
+    lines = []
+    for cell, (label, row) in itertools.product(entry.cells, at.items()):
+        if on := tuple(one for one, cells in by_data.items() if cells.get(label) == cell):
+            lines.append(Line(row, row.quality[metric], cell, on))
+    return Beside(entry.title, columns[-1], tuple(lines), tuple(by_data))
+
+
+def _configs(groups: Sequence[Group]) -> dict[str, ExperimentConfig]:
+    """Label -> its configuration; without labels of the same design, and runs whose configuration is not there."""
+    configs = {group.label: load_run(group.runs[0]) for group in groups if config_path(group.runs[0]).is_file()}
+    keys = {label: tuple(design_of(config).values()) for label, config in configs.items()}
+    times = Counter(keys.values())
+    return {label: config for label, config in configs.items() if times[keys[label]] == 1}
+
+
+def _agreements(beside: Beside, metric: str) -> Iterator[str]:
+    """For each of the paper's data, how many pairs of models stand in its order, and how many of them clearly."""
+    sign = -1 if higher_is_better(metric) else 1
+    for one in beside.data:
+        lines = sorted((line for line in beside.lines if one in line.data), key=lambda line: line.cell.distances[one.name])
+        pairs = [
+            (better, worse)
+            for better, worse in itertools.combinations(lines, 2)
+            if better.cell.distances[one.name] < worse.cell.distances[one.name]
+        ]
+        if not pairs:
+            yield f"{one.title}: a tie in the paper."
+            continue
+        agreeing = [sign * (worse.quality.mean - better.quality.mean) > 0 for better, worse in pairs]
+        clear = [better.differs(worse) for better, worse in pairs]
+        text = f"{one.title}: {sum(agreeing)} of {len(pairs)} pairs stand in the paper's order"
+        if clear.count(None) < len(pairs):
+            sure = [agrees for agrees, is_clear in zip(agreeing, clear, strict=True) if is_clear]
+            clearly = "differ by more than seeds do (t-test, p < 0.05)"
+            text += f"; of those that {clearly}, {sum(sure)} of {len(sure)}" if sure else f"; none {clearly}"
+        if single := clear.count(None):
+            some = "" if single == len(pairs) else f"{single} "
+            text += f"; {some}of single seeds, which another training may order otherwise"
+        ours = min(lines, key=lambda line: sign * line.quality.mean)
+        yield f"{text}. Best: {ours.label} here, in the paper {lines[0].cell.name}."
+
+
+def _figure(designs: Mapping[str, Design], rows: Sequence[Row], metric: str) -> str | None:
+    """Figure 4 in a sentence: the models of few and of all iterating layers at the least and the greatest budget of both."""
+    default = design_of(ExperimentConfig())
+    others = [axis for axis in AXES if axis not in (DEPTH, LENGTH)]
+    labels = {
+        (design[LENGTH], design[DEPTH]): label
+        for label, design in designs.items()
+        if all(design[axis] == default[axis] for axis in others)
+    }
+    lengths = {length for length, share in labels if share == FEW and (length, ALL) in labels}
+    if len(lengths) != 1 or higher_is_better(metric):
+        return None
+    [length] = lengths
+    few, every = labels[length, FEW], labels[length, ALL]
+    at = {label: {row.nfe: row.quality[metric].mean for row in rows if row.label == label} for label in (few, every)}
+    shared = sorted(at[few].keys() & at[every].keys())
+    if len(shared) < 2 or min(*at[few].values(), *at[every].values()) <= 0:  # a kernel distance may be below zero
+        return None
+    ends = []
+    for nfe in (shared[0], shared[-1]):
+        change = at[few][nfe] / at[every][nfe] - 1
+        ends.append(f"{number(100 * abs(change))} % {'below' if change < 0 else 'above'} it at NFE {nfe}")
+    return (
+        "**Figure 4** of the paper: with few layer evaluations, models in which 7 of 28 layers iterate are up to 60–75 % below "
+        f"those in which all do; with many, the latter win. Here {few} is set against {every}: {' and '.join(ends)}."
+    )

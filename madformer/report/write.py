@@ -1,15 +1,62 @@
-"""A report's files."""
+"""`madformer report`: what is reported on, and the files that are written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import html
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from madformer.files import replacing
-from madformer.report.costs import AGAINST
-from madformer.report.page import page
-from madformer.report.table import Report
-from madformer.report.text import csv_text
+from markdown_it import MarkdownIt
+
+from madformer.report.formatting import AGAINST, csv_text, parse_against
+from madformer.report.points import Curve, curves_of_runs, curves_of_sweep
+from madformer.report.tables import Report, build_report
+from madformer.runs.files import replacing
+from madformer.sweep.load_sweep import load_sweep
+
+_TYPES = {"svg": "image/svg+xml", "png": "image/png"}
+
+_FRAME = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1.5rem; }}
+h2 {{ margin-top: 0; }}
+h3 {{ margin: 2.5rem 0 0.5rem; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 0.25rem 0.8rem; border-bottom: 1px solid #8884; white-space: nowrap; }}
+tbody tr:hover {{ background: #8882; }}
+img {{ max-width: 100%; background: white; }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def page(title: str, markdown: str, pictures: Mapping[str, bytes]) -> str:
+    """A page of Markdown in which links to pictures have become the pictures.
+
+    Args:
+        title: of the window.
+        markdown: with tables; what looks like HTML in it is shown as it is.
+        pictures: file name, as the links have it -> contents.
+    """
+    renderer = MarkdownIt("commonmark", {"html": False}).enable("table")
+    body = renderer.render(markdown)
+    for name, content in pictures.items():
+        kind = _TYPES[name.rpartition(".")[2]]
+        body = body.replace(f'src="{name}"', f'src="data:{kind};base64,{base64.b64encode(content).decode()}"')
+    return _FRAME.format(title=html.escape(title), body=body)
+
 
 _SOMETIMES = ("-paper.csv", "-diagnostics.png", "-diagnostics.svg", "-samples.png")
 """Files that not every report has."""
@@ -34,13 +81,13 @@ def write_report(report: Report, folder: Path, stem: str, against: Sequence[str]
     Raises:
         InputError: samples are asked for that cannot be had.
     """
-    from madformer.report.figure import draw, draw_diagnostics
+    from madformer.report.figures import draw, draw_diagnostics
 
     pictures = {stem: draw(report, against)}
     if report.diagnostics is not None:
         pictures[f"{stem}-diagnostics"] = draw_diagnostics(report.diagnostics, report.title)
     if samples:
-        from madformer.report.samples import draw_samples
+        from madformer.report.figures import draw_samples
 
         pictures[f"{stem}-samples"] = draw_samples(report, samples)
     drawn = {f"{name}.{kind}": content for name, kinds in pictures.items() for kind, content in kinds.items()}
@@ -58,3 +105,34 @@ def write_report(report: Report, folder: Path, stem: str, against: Sequence[str]
         if (name := stem + ending) not in contents:
             (folder / name).unlink(missing_ok=True)  # of a former report: it is not of these numbers
     return [folder / name for name in contents]
+
+
+def report_on(
+    sources: Sequence[str], out: Path | None, metric: str | None = None, against: str | None = None, samples: int = 0
+) -> None:
+    """Print the tables of a sweep (a YAML file and overrides) or of runs (their folders), and write their files.
+
+    Args:
+        sources: what is reported on.
+        out: folder of the files; None: the sweep's own, or `report`.
+        metric: name of the metric; None: the first one that all runs have.
+        against: panels of the figure with commas between them; None: NFE, FLOPs and seconds.
+        samples: images of each label that are shown side by side; 0: none.
+
+    Raises:
+        InputError: nothing named, no such sweep, run, metric, panel or samples, or a run that was not evaluated.
+    """
+    first, panels = Path(sources[0]), parse_against(against)
+    if first.suffix in (".yaml", ".yml"):
+        sweep = load_sweep(first, sources[1:])
+        _write(curves_of_sweep(sweep), sweep.name, out or sweep.folder, metric, panels, samples)
+    else:
+        curves = curves_of_runs([Path(source) for source in sources])
+        _write(curves, "Runs side by side", out or Path("report"), metric, panels, samples)
+
+
+def _write(curves: Sequence[Curve], title: str, folder: Path, metric: str | None, against: Sequence[str], samples: int) -> None:
+    report = build_report(curves, title, metric)
+    paths = write_report(report, folder, "report", against, samples)
+    print(report.markdown())
+    print("\n".join(map(str, paths)))

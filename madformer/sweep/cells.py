@@ -12,13 +12,13 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from madformer.checkpoints import checkpoint_step, list_checkpoints
-from madformer.config import ConfigError, ExperimentConfig, ModelConfig, budget_flaw, config_hash, frozen_hash, load_experiment
-from madformer.config.frozen import config_path
-from madformer.config.rules import require
+from madformer.config import ExperimentConfig, ModelConfig, budget_flaw, config_hash, frozen_hash, load_experiment
+from madformer.config.identity import config_path
+from madformer.config.validation import require
+from madformer.errors import ConfigError
 from madformer.model import cost
-from madformer.sweep.names import as_text, label
-from madformer.sweep.spec import VARIANT, InferenceAxes, Search, Sweep
+from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
+from madformer.sweep.spec import VARIANT, InferenceAxes, Search, Sweep, as_text, label
 
 
 @dataclass(frozen=True)

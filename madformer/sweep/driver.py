@@ -9,12 +9,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from madformer.config import ConfigError, InputError
+from madformer.errors import ConfigError, InputError
 from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_needs
-from madformer.sweep.outcome import DONE, INTERRUPTED, TRANSIENT, Outcome
 from madformer.sweep.spec import Sweep
-from madformer.sweep.trial import Commands, log_path, trial_commands
+from madformer.sweep.trial import DONE, INTERRUPTED, TRANSIENT, Commands, Outcome, log_path, trial_commands
 
 if TYPE_CHECKING:
     from madformer.sweep.queue import Queue, Trial
@@ -252,7 +251,7 @@ def _flaw(cell: Cell) -> str | None:
 
 def _open_queue(sweep: Sweep, cells: Sequence[Cell], say: Callable[[str], None]) -> Queue:
     from madformer.sweep.queue import Queue
-    from madformer.sweep.storage import Storage
+    from madformer.sweep.study import Storage
 
     storage = Storage(sweep, say)
     if sweep.search is None:
@@ -264,10 +263,10 @@ def _open_queue(sweep: Sweep, cells: Sequence[Cell], say: Callable[[str], None])
 
 def _make_launcher(sweep: Sweep, queue: Queue, commands: Commands, say: Callable[[str], None]) -> Launcher:
     if sweep.launcher == "slurm":
-        from madformer.sweep.slurm import SlurmLauncher
+        from madformer.sweep.launch_slurm import SlurmLauncher
 
         return SlurmLauncher(sweep, queue, commands, say)
-    from madformer.sweep.local import LocalLauncher
+    from madformer.sweep.launch_local import LocalLauncher
 
     return LocalLauncher(sweep, sweep.accelerator, commands, say)
 

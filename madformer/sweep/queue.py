@@ -18,13 +18,12 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
-from madformer.config import InputError
+from madformer.errors import InputError
 from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_needs, main_metrics, progress
-from madformer.sweep.outcome import TRANSIENT, Outcome
-from madformer.sweep.owners import is_gone, new_owner
 from madformer.sweep.spec import Sweep
-from madformer.sweep.storage import GRACE_SECONDS, HEARTBEAT_SECONDS, Storage, quiet
+from madformer.sweep.study import GRACE_SECONDS, HEARTBEAT_SECONDS, Storage, is_gone, new_owner, quiet
+from madformer.sweep.trial import TRANSIENT, Outcome
 
 KEY, OWNER, KIND, REASON, STRIKES, PROGRESS, JOB = "config_hash", "owner", "kind", "reason", "strikes", "progress", "job"
 """Attributes of a trial."""

@@ -12,15 +12,15 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner,
 from optuna.samplers import BaseSampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from madformer.config import ConfigError, InputError, load_experiment, trained_fields
-from madformer.run import read_previews
+from madformer.config import load_experiment, trained_fields
+from madformer.errors import ConfigError, InputError
+from madformer.runs.folder import read_previews
 from madformer.sweep.cells import Cell, CellMaker
-from madformer.sweep.names import as_text
 from madformer.sweep.needs import main_metrics, main_points
-from madformer.sweep.outcome import Outcome
 from madformer.sweep.queue import JOB, KEY, KIND, REASON, STRIKES, Queue, Trial, job_of, newest_trials, standing_of
-from madformer.sweep.spec import DISTANCE, Search, Sweep
-from madformer.sweep.storage import Storage, exists, quiet
+from madformer.sweep.spec import DISTANCE, Search, Sweep, as_text
+from madformer.sweep.study import Storage, exists, quiet
+from madformer.sweep.trial import Outcome
 
 NFE = "nfe"
 """The parameter of a trial that is no field of its configuration."""

@@ -1,32 +1,88 @@
-"""`madformer sweep status`: how far every cell is, what it does, and why it failed."""
+"""`madformer sweep status`: how far a sweep is, in a table."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
-from madformer.checkpoints import checkpoint_step, list_checkpoints
 from madformer.progress import read_progress
-from madformer.run import progress_path, read_previews
+from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
+from madformer.runs.folder import progress_path, read_previews
 from madformer.sweep.cells import Cell
-from madformer.sweep.estimate import A100, Estimates, cell_ways, device_count
-from madformer.sweep.needs import Needs, cell_needs, main_metrics
+from madformer.sweep.needs import A100, Estimates, Needs, cell_needs, cell_ways, device_count, main_metrics
 from madformer.sweep.spec import Search, Sweep
-from madformer.sweep.tables import Grid, duration, show
 from madformer.sweep.trial import last_lines, log_path
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from madformer.sweep.queue import Standing
-    from madformer.sweep.storage import Storage
+    from madformer.sweep.study import Storage
+
+
+@dataclass
+class Grid:
+    """A table: for a terminal, or as lines of a log, which are not cut and take no time however many there are."""
+
+    title: str
+    headings: Sequence[str]
+    left: frozenset[str]
+    """Headings of columns that are not numbers."""
+    rows: list[Sequence[str]] = field(default_factory=list)
+
+    def rich(self) -> Table:
+        """For a terminal."""
+        table = Table(title=Text(self.title), title_justify="left")
+        for heading in self.headings:
+            table.add_column(heading, justify="left" if heading in self.left else "right")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+    def plain(self) -> str:
+        """For a log."""
+        widths = [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
+
+        def line(cells: Sequence[str]) -> str:
+            columns = zip(self.headings, cells, widths, strict=True)
+            aligned = (cell.ljust(width) if name in self.left else cell.rjust(width) for name, cell, width in columns)
+            return f"│ {' │ '.join(aligned)} │"
+
+        rule = "├─" + "─┼─".join("─" * width for width in widths) + "─┤"
+        return "\n".join([self.title, line(self.headings), rule, *map(line, self.rows)])
+
+
+def show(grid: Grid, lines: Sequence[str]) -> None:
+    """Print a table, and lines below it."""
+    if sys.stdout.isatty():
+        Console().print(grid.rich())
+    else:
+        print(grid.plain())
+    print("\n".join(lines))
+
+
+def with_unit(number: float) -> str:
+    """Three digits and a unit: 1.23 T."""
+    for unit in ("", " k", " M", " G", " T", " P", " E", " Z"):
+        if abs(number) < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} Y"
+
+
+def duration(seconds: float) -> str:
+    """Days, hours, minutes, seconds."""
+    return str(timedelta(seconds=round(seconds)))
+
 
 _REFRESH_SECONDS = 2.0
 _SILENT_SECONDS = 120.0
@@ -141,7 +197,7 @@ class Watch:
     def _trials(self) -> list[FrozenTrial]:
         """All trials of the study; the database is opened when it is needed, that takes a while."""
         if self._storage is None:
-            from madformer.sweep.storage import Storage, exists
+            from madformer.sweep.study import Storage, exists
 
             if not exists(self._sweep):
                 return []

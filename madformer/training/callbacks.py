@@ -1,4 +1,4 @@
-"""What happens beside training: checkpoints, stopping on request, previews."""
+"""What happens while a run is trained: checkpoints, previews, progress."""
 
 from __future__ import annotations
 
@@ -14,16 +14,52 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from madformer.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints, save_checkpoint
 from madformer.config import ExperimentConfig
-from madformer.evaluation.distance import FrechetDistance
-from madformer.evaluation.features import FeatureNetwork, build_feature_networks, metric_name
+from madformer.data.image_files import save_png, to_grid
+from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_networks, metric_name
+from madformer.evaluation.metrics import FrechetDistance
 from madformer.evaluation.reference import find_reference
 from madformer.evaluation.sampling import default_prompts, sample_batches
-from madformer.images import save_png, to_grid
 from madformer.model import cost
-from madformer.run import append_preview
+from madformer.parallel import device_name
+from madformer.progress import ProgressDisplay, ProgressFile
+from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints, save_checkpoint
+from madformer.runs.folder import append_preview, progress_path
 from madformer.training.module import LitMADFormer
+
+
+class RunProgress(Callback):
+    """Shows how far a run is, and its loss."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config = config
+        self._display: ProgressDisplay | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        facts = {"devices": trainer.world_size, "device": device_name(trainer.strategy.root_device)}
+        self._display = ProgressDisplay(
+            "step",
+            "steps",
+            self.config.trainer.max_steps,
+            done=trainer.global_step,
+            silent=not trainer.is_global_zero,
+            file=ProgressFile(progress_path(self.config.run_dir), facts),
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say where the run is."""
+        assert self._display is not None
+        self._display.show(trainer.global_step, lambda: f"loss {float(trainer.callback_metrics['loss']):.4f}")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the terminal as it was, also after an error."""
+        if self._display:
+            self._display.close()
+            self._display = None
+
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The LightningModule: one training step, its optimiser, its moving average, and what is logged of them."""
+"""The LightningModule: one training step, its optimiser, and how the model is sharded."""
 
 from __future__ import annotations
 
@@ -8,22 +8,82 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 
-from madformer.checkpoints import EMA, TRAINED_BY
-from madformer.config import ExperimentConfig, config_hash, wanted_outputs
-from madformer.diffusion import NoiseSchedule
-from madformer.losses import Losses, compute_losses
+from madformer.config import ExperimentConfig, OptimizerConfig, config_hash, wanted_outputs
+from madformer.diffusion.losses import Losses, compute_losses
+from madformer.diffusion.noise_schedule import NoiseSchedule
+from madformer.errors import NonFiniteError
 from madformer.model import MADFormer
-from madformer.model.blocks import to_blocks
-from madformer.model.text import drop_text
+from madformer.model.embedding import drop_text, to_blocks
 from madformer.randomness import keyed_generator
+from madformer.runs.checkpoints import EMA, TRAINED_BY
 from madformer.training.ema import MovingAverage
-from madformer.training.errors import NonFiniteError
-from madformer.training.optimizer import build_optimizer, build_schedule
-from madformer.training.statistics import Throughput, block_losses, mean_terms
-from madformer.training.strategy import shard, unsharded
+from madformer.training.logging import Throughput, block_losses, mean_terms
+
+
+def build_optimizer(model: MADFormer, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters that are trained; norms, biases and embeddings (BOI block included) do not decay."""
+    groups = parameter_groups(model)
+    settings: list[dict[str, Any]] = [
+        {"params": groups["decayed"], "weight_decay": config.weight_decay},
+        {"params": groups["kept"], "weight_decay": 0.0},
+    ]
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(settings, lr=config.lr, betas=(beta1, beta2))
+
+
+def parameter_groups(model: MADFormer) -> dict[str, list[nn.Parameter]]:
+    """Trained parameters with (`decayed`) and without (`kept`) weight decay."""
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)} | {model.boi_SD}
+    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "kept": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups["kept" if parameter.ndim < 2 or parameter in embeddings else "decayed"].append(parameter)
+    return groups
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, max_steps: int) -> LambdaLR:
+    """The learning rate of every step."""
+    return LambdaLR(optimizer, lambda step: wsd_factor(step, config, max_steps))
+
+
+def wsd_factor(step: int, config: OptimizerConfig, max_steps: int) -> float:
+    """What the learning rate is multiplied with at a step (0-based): linear warm-up, 1, then 0.5 ** (halvings * progress).
+
+    As in the released code; transformers' schedule of this name has no exponential decay.
+    """
+    warmup, decay = config.warmup_fraction * max_steps, config.decay_fraction * max_steps
+    if step + 1 < warmup:
+        return (step + 1) / warmup
+    if step > max_steps - decay:
+        return 0.5 ** (config.decay_halvings * (step - max_steps + decay) / decay)
+    return 1.0
+
+
+def shard(model: MADFormer, mesh: Any) -> None:
+    """Shard weights, gradients and optimiser state over the devices of the mesh, layer by layer; None: nothing."""
+    if mesh is None:
+        return
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Inside the block, parts of the model can be called outside its forward. Layers gather their weights themselves."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 class LitMADFormer(pl.LightningModule):

@@ -11,8 +11,7 @@ import torch
 from benchmarks import data
 from madformer.config import wanted_outputs
 from madformer.data.codec import build_codec
-from madformer.data.manifest import read_manifest
-from madformer.data.shards import ShardReader
+from madformer.data.latents import ShardReader, read_manifest
 from madformer.model.cost import training_flops
 
 pytestmark = pytest.mark.slow

@@ -10,9 +10,8 @@ from benchmarks import evaluation
 from benchmarks.evaluation import FULL, INCEPTION_GFLOPS, QUICK, prepare
 from benchmarks.measure import count_flops
 from madformer.config import ModelConfig
-from madformer.evaluation.pairs import compare_pairs, pairs_within
-from madformer.evaluation.parts import INDICES, read_parts
-from madformer.evaluation.sampled import PHASES
+from madformer.evaluation.feature_cache import INDICES, PHASES, read_parts
+from madformer.evaluation.neighbours import compare_pairs, pairs_within
 from madformer.model import MADFormer
 
 pytestmark = pytest.mark.slow

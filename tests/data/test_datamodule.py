@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from madformer.checkpoints import DATA
-from madformer.config import ConfigError, InputError
 from madformer.data import stream
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.encode import encode
-from madformer.data.images import load_square, to_unit
+from madformer.data.image_files import load_square, to_unit
 from madformer.data.prompts import PromptTokenizer
+from madformer.errors import ConfigError, InputError
 from madformer.randomness import keyed_generator
+from madformer.runs.checkpoints import DATA
 from madformer.training.module import LitMADFormer
 from tests.pictures import CODEC, as_bytes, experiment, picture, write_parquet, write_tars
 
@@ -219,7 +219,7 @@ def test_nothing_to_train_on(tmp_path):
 
 
 def test_rows_without_labels_have_no_prompt(folder):
-    from madformer.data.samples import Captions
+    from madformer.data.loader import Captions
 
     captions = Captions(("cat",), use_text=False)
     assert (captions(0, "text"), captions(None, "text")) == ("cat", "")

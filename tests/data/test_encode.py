@@ -16,13 +16,12 @@ from datasets import Dataset, Features, Image
 from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from madformer.config import ConfigError, InputError
 from madformer.data import encode as encoding_module
 from madformer.data import sources
 from madformer.data.encode import encode
-from madformer.data.images import load_square, to_unit
-from madformer.data.manifest import read_manifest
-from madformer.data.shards import ShardReader
+from madformer.data.image_files import load_square, to_unit
+from madformer.data.latents import ShardReader, read_manifest
+from madformer.errors import ConfigError, InputError
 from tests.conftest import ROOT
 from tests.pictures import as_bytes, experiment, overrides, picture, write_parquet, write_tars
 from tests.runs import DIGITS, command, environment, execute
@@ -269,7 +268,7 @@ def test_killed_it_ends_with_the_same_shards(tmp_path):
 
 def test_only_one_program_fills_a_folder(tmp_path):
     write_parquet(tmp_path / "pictures.parquet", rows=5)
-    holder = f"import time\nfrom pathlib import Path\nfrom madformer.run import claim_folder\nwith claim_folder(Path({str(tmp_path / 'latents')!r}), 'encode'):\n    print('held', flush=True)\n    time.sleep(60)"
+    holder = f"import time\nfrom pathlib import Path\nfrom madformer.runs.folder import claim_folder\nwith claim_folder(Path({str(tmp_path / 'latents')!r}), 'encode'):\n    print('held', flush=True)\n    time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout.readline() == b"held\n"
         with pytest.raises(InputError, match=r"is in use by another process \(encode\)"):

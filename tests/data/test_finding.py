@@ -5,7 +5,7 @@ import time
 import datasets
 import pytest
 
-from madformer.config import ConfigError
+from madformer.errors import ConfigError
 from tests.data.layouts import all_rows, source_of, table, write_folder, write_layout
 from tests.pictures import write_parquet, write_tars
 

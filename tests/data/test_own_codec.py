@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from madformer.config import ConfigError
 from madformer.data.codec import build_codec
+from madformer.errors import ConfigError
 from tests.data.vaes import complaint, images_of
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from madformer.data.prefetch import prefetch
+from madformer.data.loader import prefetch
 from tests.conftest import ROOT
 from tests.runs import environment
 
@@ -66,8 +66,8 @@ import io, itertools
 import numpy as np
 import torch
 from PIL import Image
-from madformer.data.images import load_square
-from madformer.data.prefetch import prefetch
+from madformer.data.image_files import load_square
+from madformer.data.loader import prefetch
 
 buffer = io.BytesIO()
 Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 900, 3), np.uint8)).save(buffer, "JPEG")

@@ -17,11 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from madformer.config import ConfigError, InputError, TextConfig
+from madformer.config import TextConfig
 from madformer.config.data import BUILTIN_VOCABULARY
 from madformer.data import prompts
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts, parse_classes
-from madformer.model.text import null_text
+from madformer.errors import ConfigError, InputError
+from madformer.model.embedding import null_text
 
 TEXT = TextConfig(vocab_size=BUILTIN_VOCABULARY, length=16, pad_token_id=0)
 BUILTIN_FILE = Path(prompts.__file__).with_name(prompts.BUILTIN_FILE)

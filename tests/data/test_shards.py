@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from madformer.config import InputError
-from madformer.data import shards
-from madformer.data.manifest import Encoding, read_manifest, read_shards, summarise, write_encoding, write_manifest
-from madformer.data.shards import ShardReader, ShardWriter
+from madformer.data import latents as shards
+from madformer.data.latents import (
+    Encoding,
+    ShardReader,
+    ShardWriter,
+    read_manifest,
+    read_shards,
+    summarise,
+    write_encoding,
+    write_manifest,
+)
+from madformer.errors import InputError
 
 ENCODING = Encoding(
     source="images",

@@ -11,7 +11,7 @@ import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
 from madformer.data import sources
-from madformer.data.images import load_square
+from madformer.data.image_files import load_square
 from tests.data.layouts import LAYOUTS, all_rows, comparable, source_of, table, write_folder, write_layout, write_raw
 from tests.pictures import as_bytes, picture, write_parquet, write_tars
 

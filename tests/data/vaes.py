@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from madformer.config import ConfigError
 from madformer.data.codec import build_codec
+from madformer.errors import ConfigError
 
 LEVELS: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,

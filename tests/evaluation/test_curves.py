@@ -10,9 +10,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from madformer.evaluation import curves
-from madformer.evaluation.curves import drop_orphans, write_curves
+from madformer.evaluation import tensorboard as curves
 from madformer.evaluation.record import record_path
+from madformer.evaluation.tensorboard import drop_orphans, write_curves
 from tests.board import tensorboard, until
 from tests.points import INCEPTION, at, diagnostics, mean, point, recorded
 

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from madformer.checkpoints import EMA
-from madformer.config import DataConfig, EvaluationConfig, ExperimentConfig, InputError, LossConfig, TextConfig
+from madformer.config import DataConfig, EvaluationConfig, ExperimentConfig, LossConfig, TextConfig
 from madformer.data.prompts import PromptTokenizer
-from madformer.diffusion import NoiseSchedule
+from madformer.diffusion.losses import compute_losses
+from madformer.diffusion.noise_schedule import NoiseSchedule
+from madformer.diffusion.samplers import build_sampler
+from madformer.errors import InputError, NonFiniteError
 from madformer.evaluation.diagnostics import diagnose, energy_shares, explained_share, image_losses, probed_timesteps
 from madformer.evaluation.held_out import read_held_out
-from madformer.losses import compute_losses
 from madformer.model import MADFormer
-from madformer.model.blocks import to_blocks
-from madformer.model.generate import generate
+from madformer.model.embedding import to_blocks
+from madformer.model.generation import generate
 from madformer.randomness import keyed_generator, sample_seed
-from madformer.samplers import build_sampler
-from madformer.training.errors import NonFiniteError
+from madformer.runs.checkpoints import EMA
 from tests.conftest import build, latents, tiny
 
 CPU = torch.device("cpu")

@@ -9,21 +9,19 @@ import sys
 import pytest
 import torch
 
-from madformer.checkpoints import EMA, checkpoint_path
 from madformer.cli import app
-from madformer.config import ConfigError, InputError, freeze, load_run
+from madformer.config import freeze, load_run
 from madformer.data.digits import load_digits
-from madformer.evaluation import evaluate
-from madformer.evaluation.distance import FrechetDistance
-from madformer.evaluation.evaluate import evaluate_run, evaluate_share
-from madformer.evaluation.features import build_feature_network
-from madformer.evaluation.metrics import Moments
+from madformer.errors import ConfigError, InputError, NonFiniteError
+from madformer.evaluation.evaluate import evaluate, evaluate_share
+from madformer.evaluation.feature_networks import build_feature_network
+from madformer.evaluation.metrics import FrechetDistance, Moments
 from madformer.evaluation.record import read_diagnostics, read_means, read_points, record_path
 from madformer.evaluation.request import Budget, parse_request, parse_sampling
 from madformer.evaluation.sampling import sample_batches
 from madformer.model import MADFormer, cost
 from madformer.parallel import Share
-from madformer.training.errors import NonFiniteError
+from madformer.runs.checkpoints import EMA, checkpoint_path
 from tests.pictures import CODEC, experiment, write_parquet
 from tests.runs import command, execute, perform, run_until, tiny_run
 
@@ -72,7 +70,7 @@ def only_metrics(points):
 
 
 def tasks_of(request):
-    return evaluate._prepare(request, "cpu", silent=True)
+    return module._prepare(request, "cpu", silent=True)
 
 
 def test_the_number_is_the_distance_of_the_averaged_models_samples(tmp_path):
@@ -85,14 +83,14 @@ def test_the_number_is_the_distance_of_the_averaged_models_samples(tmp_path):
         distance.update(network(torch.cat(list(sample_batches(model, config, 2, range(16), 16)))).features_BD)
         expected[name] = distance.compute()
     for name in ("ema", "model"):
-        [point] = evaluate_run(parse_request(config, steps="2", weights=name))
+        [point] = evaluate(parse_request(config, steps="2", weights=name))
         assert point["metrics"]["fd_digits"] == pytest.approx(expected[name], rel=1e-6)
     assert expected["ema"] != pytest.approx(expected["model"], rel=1e-3)
 
 
 def test_everything_that_made_a_number_stands_beside_it(tmp_path):
     config, *_ = make_run(tmp_path)
-    [point] = evaluate_run(parse_request(config, nfe="6", sampler="unipc", seeds="3"))
+    [point] = evaluate(parse_request(config, nfe="6", sampler="unipc", seeds="3"))
     assert point == json.loads(record_path(config.run_dir).read_text())
     told = {"kind": "point", "nfe": 6, "nfe_actual": 5, "steps": 2, "checkpoint": "step-00000006.ckpt", "step": 6}
     told |= {"weights": "ema", "sampler": "unipc", "guidance": 1.0, "num_samples": 16, "seed": 3, "prompts": None}
@@ -116,7 +114,7 @@ def test_the_numbers_do_not_depend_on_the_batch_size(sampler, tmp_path):
     for size in (1, 7, 64):
         sizes = (f"evaluation.batch_size={size}", "evaluation.num_samples=70", pleased(tmp_path))
         config, *_ = make_run(tmp_path / str(size), *sizes)
-        numbers.append(evaluate_run(parse_request(config, nfe="5", sampler=sampler))[0])
+        numbers.append(evaluate(parse_request(config, nfe="5", sampler=sampler))[0])
     assert all(0 < value < 10 for value in numbers[0]["metrics"].values()) and len(numbers[0]["metrics"]) == 6
     assert [point["batch_size"] for point in numbers] == [1, 7, 64]
     assert [point["metrics"] for point in numbers] == only_metrics(numbers[:1] * 3)
@@ -129,7 +127,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=
 def test_the_numbers_do_not_depend_on_the_number_of_processes(torchrun, tmp_path):
     config, *_ = make_run(tmp_path / "one", "evaluation.num_samples=70", pleased(tmp_path))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    expected = evaluate_run(parse_request(config, nfe="3,5"))
+    expected = evaluate(parse_request(config, nfe="3,5"))
     asked = ["evaluate", "--nfe", "3,5", str(tmp_path / "two/digits")]
     if torchrun:
         execute([sys.executable, *TORCHRUN, *asked])
@@ -147,7 +145,7 @@ def test_killed_it_goes_on_with_the_samples_that_it_has(tmp_path):
     kept = config.run_dir / "features"
     run_until(command("evaluate", config.run_dir, "--steps", 20), lambda: list(kept.glob("*/part-*")), tmp_path / "log")
     [folder] = kept.iterdir()
-    had = len(evaluate.read_indices(folder))
+    had = len(module.read_indices(folder))
     assert 0 < had < 192 and not record_path(config.run_dir).exists()
     request = parse_request(config, steps="20")
     sampled = []
@@ -155,7 +153,7 @@ def test_killed_it_goes_on_with_the_samples_that_it_has(tmp_path):
     evaluate_share(share, request, tasks_of(request))
     assert sampled[-1] == 192 - had, "no sample is made twice"
     whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
-    [expected] = evaluate_run(parse_request(whole, steps="20"))
+    [expected] = evaluate(parse_request(whole, steps="20"))
     assert [point["metrics"] for point in read_points(config.run_dir)] == only_metrics([expected])
 
 
@@ -167,9 +165,9 @@ def test_shares_of_processes_that_change_in_number_fit_together(tmp_path):
     for rank in (2, 0):
         evaluate_share(Share(rank, 3, "cpu", lambda _: None), request, tasks_of(request))
     assert not record_path(config.run_dir).exists()
-    [point] = evaluate_run(request)
+    [point] = evaluate(request)
     whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
-    assert [point["metrics"]] == only_metrics(evaluate_run(parse_request(whole, nfe="5")))
+    assert [point["metrics"]] == only_metrics(evaluate(parse_request(whole, nfe="5")))
 
 
 def test_fewer_samples_are_the_first_of_many(tmp_path):
@@ -181,18 +179,18 @@ def test_fewer_samples_are_the_first_of_many(tmp_path):
     evaluate_share(Share(0, 1, "cpu", sampled.append), few, tasks_of(few))
     assert sampled[-1] == 10
     whole, *_ = make_run(tmp_path / "whole")
-    expected = evaluate_run(parse_request(whole, nfe="5", num_samples=20))
+    expected = evaluate(parse_request(whole, nfe="5", num_samples=20))
     assert [point["metrics"] for point in read_points(config.run_dir)] == only_metrics(expected)
 
 
 def test_budgets_of_as_many_steps_are_the_same_samples(tmp_path, capsys):
     config, *_ = make_run(tmp_path)
-    points = evaluate_run(parse_request(config, nfe="5,6"))
+    points = evaluate(parse_request(config, nfe="5,6"))
     assert [(point["nfe"], point["steps"]) for point in points] == [(5, 2), (6, 2)]
     assert points[0]["metrics"] == points[1]["metrics"] and points[0]["seconds"] == points[1]["seconds"]
     assert "--nfe 6" in points[1]["command"] and read_points(config.run_dir) == points
     assert "sampled 16/16" in capsys.readouterr().out
-    assert evaluate_run(parse_request(config, nfe="6")) == points[1:] and len(read_points(config.run_dir)) == 2
+    assert evaluate(parse_request(config, nfe="6")) == points[1:] and len(read_points(config.run_dir)) == 2
 
 
 def test_networks_lie_where_they_lie(tmp_path):
@@ -201,19 +199,17 @@ def test_networks_lie_where_they_lie(tmp_path):
         (tmp_path / folder).mkdir()
     names = [pleased(tmp_path / folder) for folder in ("here", "there")]
     config, *_ = make_run(tmp_path, names[0])
-    [point] = evaluate_run(parse_request(config, nfe="5"))
+    [point] = evaluate(parse_request(config, nfe="5"))
     moved = load_run(config.run_dir, [names[1]])
-    assert evaluate_run(parse_request(moved, nfe="5")) == [point]
+    assert evaluate(parse_request(moved, nfe="5")) == [point]
     (tmp_path / "a,b").mkdir()
-    command = evaluate_run(parse_request(load_run(config.run_dir, [pleased_in_quotes(tmp_path / "a,b")]), nfe="3"))[0][
-        "command"
-    ]
+    command = evaluate(parse_request(load_run(config.run_dir, [pleased_in_quotes(tmp_path / "a,b")]), nfe="3"))[0]["command"]
     record_path(config.run_dir).unlink()
     app(shlex.split(command)[1:], standalone_mode=False)
     assert len(read_points(config.run_dir)) == 1
     both = ",".join(name.partition("=[")[2].rstrip("]") for name in names)
     with pytest.raises(ConfigError, match=r"its metrics would be named as those of .*here/spread\.py:Spread'"):
-        evaluate_run(parse_request(load_run(config.run_dir, [f"evaluation.feature_networks=[{both}]"]), nfe="3"))
+        evaluate(parse_request(load_run(config.run_dir, [f"evaluation.feature_networks=[{both}]"]), nfe="3"))
 
 
 def pleased_in_quotes(folder):
@@ -225,7 +221,7 @@ def test_diagnostics_are_of_the_images_asked_for(tmp_path, caplog):
     config, *_ = make_run(tmp_path, "evaluation.num_samples=12")
 
     def look(*overrides, **asked):
-        evaluate_run(parse_request(load_run(config.run_dir, overrides), nfe="5", diagnostics=True, **asked))
+        evaluate(parse_request(load_run(config.run_dir, overrides), nfe="5", diagnostics=True, **asked))
         return [(line["source"], line["held_out"], line["images"]) for line in read_diagnostics(config.run_dir)]
 
     assert look() == look() == [("digits, train", False, 12)]
@@ -247,13 +243,13 @@ def test_a_codec_that_overflows_is_no_number(tmp_path):
     config = experiment(tmp_path, pleased(tmp_path), codec=f"{tmp_path / 'overflowing.py'}:Halving")
     save_random_checkpoint(config)
     with pytest.raises(NonFiniteError, match=r"Halving decodes samples to NaN or infinity: set data\.codec_dtype=float32"):
-        evaluate_run(parse_request(config, nfe="5"))
+        evaluate(parse_request(config, nfe="5"))
 
 
 def test_a_number_comes_again_from_its_record_alone(tmp_path, monkeypatch):
     config, *_ = make_run(tmp_path, steps=(6, 12))
     asked = {"sampler": "ddpm,dpmsolver++", "seeds": "5", "num_samples": 20, "checkpoints": "6", "weights": "model"}
-    evaluate_run(parse_request(config, nfe="5", **asked))
+    evaluate(parse_request(config, nfe="5", **asked))
     before = [json.loads(line) for line in record_path(config.run_dir).read_text().splitlines()]
     record_path(config.run_dir).unlink()
     monkeypatch.chdir(tmp_path)
@@ -269,24 +265,24 @@ def test_a_number_comes_again_from_its_record_alone(tmp_path, monkeypatch):
 
 def test_only_what_is_missing_is_computed(tmp_path, capsys):
     config, *_ = make_run(tmp_path)
-    evaluate_run(parse_request(config, nfe="3"))
+    evaluate(parse_request(config, nfe="3"))
     first = record_path(config.run_dir).read_text()
-    evaluate_run(parse_request(config, nfe="3,5"))
+    evaluate(parse_request(config, nfe="3,5"))
     both = record_path(config.run_dir).read_text()
     assert both.startswith(first) and len(both.splitlines()) == 2
     said = [line for line in capsys.readouterr().out.splitlines() if "NFE" in line]
     assert [("recorded before" in line) for line in said] == [False, True, False]
-    evaluate_run(parse_request(config, nfe="3", num_samples=8))
+    evaluate(parse_request(config, nfe="3", num_samples=8))
     assert len(record_path(config.run_dir).read_text().splitlines()) == 3
     record_path(config.run_dir).write_text(both[:-20])
-    evaluate_run(parse_request(config, nfe="5"))
+    evaluate(parse_request(config, nfe="5"))
     again = [json.loads(line)["metrics"] for line in record_path(config.run_dir).read_text().splitlines()]
     assert again == [json.loads(line)["metrics"] for line in both.splitlines()], "a torn line is measured again"
 
 
 def test_seeds_and_checkpoints_have_a_mean(tmp_path):
     config, *_ = make_run(tmp_path, steps=(6, 12))
-    points = evaluate_run(parse_request(config, nfe="5", seeds="0,1,2", checkpoints="last2"))
+    points = evaluate(parse_request(config, nfe="5", seeds="0,1,2", checkpoints="last2"))
     assert len({point["metrics"]["fd_digits"] for point in points}) == 6
     [line] = read_means(config.run_dir)
     values = torch.tensor([point["metrics"]["fd_digits"] for point in points], dtype=torch.float64)
@@ -294,20 +290,20 @@ def test_seeds_and_checkpoints_have_a_mean(tmp_path):
     assert line["standard_deviations"]["fd_digits"] == pytest.approx(values.std().item())
     assert (line["count"], line["seeds"]) == (6, [0, 1, 2])
     assert line["checkpoints"] == ["step-00000006.ckpt", "step-00000012.ckpt"]
-    evaluate_run(parse_request(config, nfe="5", seeds="0,1,2", checkpoints="last2"))
+    evaluate(parse_request(config, nfe="5", seeds="0,1,2", checkpoints="last2"))
     assert len(read_means(config.run_dir)) == 1
 
 
 def test_samplers_start_from_the_same_noise_and_end_elsewhere(tmp_path):
     config, *_ = make_run(tmp_path)
-    points = evaluate_run(parse_request(config, nfe="9", sampler="ddim,ddpm,dpmsolver++,unipc"))
+    points = evaluate(parse_request(config, nfe="9", sampler="ddim,ddpm,dpmsolver++,unipc"))
     assert len({point["metrics"]["fd_digits"] for point in points}) == 4
     assert {point["nfe_actual"] for point in points} == {9}
 
 
 def test_few_samples_are_warned_of(tmp_path, caplog):
     config, *_ = make_run(tmp_path)
-    [point] = evaluate_run(parse_request(config, nfe="3"))
+    [point] = evaluate(parse_request(config, nfe="3"))
     [said] = [record.message for record in caplog.records if "few" in record.message]
     assert said.startswith("16 samples for features of width 64 are few: fd_digits of perfect samples would be ")
     assert f"{point['bias']['fd_digits']:.3g}" in said
@@ -316,7 +312,7 @@ def test_few_samples_are_warned_of(tmp_path, caplog):
 def test_a_diverged_model_is_no_number(tmp_path):
     config, *_ = make_run(tmp_path, scale=1e12)
     with pytest.raises(NonFiniteError, match=r"step-00000006\.ckpt at NFE 5"):
-        evaluate_run(parse_request(config, nfe="5"))
+        evaluate(parse_request(config, nfe="5"))
     assert not record_path(config.run_dir).exists()
 
 
@@ -324,7 +320,7 @@ def test_a_checkpoint_of_another_model(tmp_path):
     config, *_ = make_run(tmp_path)
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, ffn_width=32))
     with pytest.raises(InputError, match="not of this run's model"):
-        evaluate_run(parse_request(other, nfe="5"))
+        evaluate(parse_request(other, nfe="5"))
 
 
 def test_requests(tmp_path):

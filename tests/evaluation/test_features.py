@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from madformer.config import ConfigError
 from madformer.data.digits import load_digits
-from madformer.evaluation.features import DigitsFeatures, FeatureNetwork, build_feature_network, metric_name
-from madformer.evaluation.features.network import as_files, make_label
-from madformer.fingerprint import weights_sha256
+from madformer.errors import ConfigError
+from madformer.evaluation.feature_networks import DigitsFeatures, FeatureNetwork, build_feature_network, metric_name
+from madformer.evaluation.feature_networks.network import as_files, make_label
+from madformer.runs.fingerprint import weights_sha256
 from tests.networks import complaint
 
 OWN = """

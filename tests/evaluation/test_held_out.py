@@ -9,14 +9,15 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset
 
-from madformer.checkpoints import CLASS_PROMPTS, DATA, EMA
-from madformer.config import ConfigError, DataConfig, EvaluationConfig, ExperimentConfig, InputError, TextConfig
+from madformer.config import DataConfig, EvaluationConfig, ExperimentConfig, TextConfig
 from madformer.data.codec import build_codec
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.digits import load_digits
-from madformer.data.images import load_square, to_unit
+from madformer.data.image_files import load_square, to_unit
 from madformer.data.prompts import DIGIT_NAMES
+from madformer.errors import ConfigError, InputError
 from madformer.evaluation.held_out import read_held_out
+from madformer.runs.checkpoints import CLASS_PROMPTS, DATA, EMA
 from tests.conftest import tiny
 from tests.pictures import as_bytes, picture, write_codec, write_parquet, write_tars
 

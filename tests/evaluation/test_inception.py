@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from madformer.evaluation.features import build_feature_network, inception
-from madformer.evaluation.features.network import as_files
+from madformer.evaluation.feature_networks import build_feature_network
+from madformer.evaluation.feature_networks import pretrained as inception
+from madformer.evaluation.feature_networks.network import as_files
 from tests.networks import complaint
 
 needs_fidelity = pytest.mark.skipif(

@@ -12,12 +12,11 @@ from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
-from madformer.config import InputError
 from madformer.data.digits import load_digits
-from madformer.evaluation.distance import FrechetDistance
-from madformer.evaluation.features import DigitsFeatures
-from madformer.evaluation.metrics import Moments, frechet_bias, frechet_distance, inception_score, measure
-from madformer.evaluation.pairs import compare_pairs, pairs_within
+from madformer.errors import InputError
+from madformer.evaluation.feature_networks import DigitsFeatures
+from madformer.evaluation.metrics import FrechetDistance, Moments, frechet_bias, frechet_distance, inception_score, measure
+from madformer.evaluation.neighbours import compare_pairs, pairs_within
 
 
 def features(count, width=64, seed=0, scale=1.0):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from madformer.config import InputError
-from madformer.evaluation.pairs import compare_pairs, pairs_within
+from madformer.errors import InputError
+from madformer.evaluation.neighbours import compare_pairs, pairs_within
 
 NAMES = ["kid", "precision", "recall", "density", "coverage"]
 BLOCKS = [1, 7, 16, 1000]

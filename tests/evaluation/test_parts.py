@@ -2,7 +2,7 @@
 
 import torch
 
-from madformer.evaluation.parts import INDICES, read_indices, read_parts, remove_parts, write_part
+from madformer.evaluation.feature_cache import INDICES, read_indices, read_parts, remove_parts, write_part
 
 
 def test_parts_are_read_in_the_order_of_their_samples(tmp_path):

@@ -11,9 +11,9 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from madformer.evaluation.features import build_feature_network, pretrained
-from madformer.evaluation.features.network import as_files
-from madformer.images import to_pixels
+from madformer.data.image_files import to_pixels
+from madformer.evaluation.feature_networks import build_feature_network, pretrained
+from madformer.evaluation.feature_networks.network import as_files
 from tests.networks import complaint
 
 LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from madformer.config import InputError
+from madformer.errors import InputError
 from madformer.evaluation.record import (
     IDENTITY,
     Variant,
@@ -202,7 +202,7 @@ def test_the_mean_of_what_is_not_known_throughout_is_not_known():
 
 def test_reading_records_imports_nothing_heavy():
     code = (
-        "import sys, madformer.evaluation.record, madformer.report, madformer.evaluation.curves\n"
+        "import sys, madformer.evaluation.record, madformer.report, madformer.evaluation.tensorboard\n"
         "print([name for name in ('torch', 'matplotlib', 'diffusers', 'lightning') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout == "[]\n"

@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from madformer.config import ConfigError, InputError
 from madformer.data.digits import digits_sha256, load_digits
-from madformer.data.images import to_unit
+from madformer.data.image_files import to_unit
 from madformer.data.sources import open_source
+from madformer.errors import ConfigError, InputError
 from madformer.evaluation import reference as module
-from madformer.evaluation.features import build_feature_network
+from madformer.evaluation.feature_cache import read_indices
+from madformer.evaluation.feature_networks import build_feature_network
 from madformer.evaluation.metrics import Moments
-from madformer.evaluation.pairs import pairs_within
-from madformer.evaluation.parts import read_indices
+from madformer.evaluation.neighbours import pairs_within
 from madformer.evaluation.reference import find_reference, load_reference
 from tests.pictures import experiment, picture, write_parquet
 from tests.runs import tiny_run
@@ -57,7 +57,7 @@ def test_it_is_of_every_image_that_can_be_read(tmp_path):
     config, network = pictures(tmp_path), build_feature_network(own_network(tmp_path))
     source = open_source(config.data)
     found = find_reference(network, config, 16, source.fingerprint)
-    from madformer.data.images import square_image
+    from madformer.data.image_files import square_image
 
     images = to_unit(torch.stack([square_image(picture(number), 16) for number in range(300) if number not in (3, 299)]))
     features = network(images).features_BD

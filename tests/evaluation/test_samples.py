@@ -14,19 +14,19 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from madformer.checkpoints import DATA, list_checkpoints, load_model
-from madformer.config import ConfigError, InputError, config_hash, load_run
+from madformer.config import config_hash, load_run
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.encode import encode
+from madformer.data.image_files import read_settings
 from madformer.data.prompts import DIGIT_NAMES
+from madformer.errors import ConfigError, InputError, NonFiniteError
 from madformer.evaluation import write_samples as module
-from madformer.evaluation.curves import drop_orphans, write_curves
-from madformer.evaluation.prompting import choose_prompts
 from madformer.evaluation.request import parse_sampling
+from madformer.evaluation.sampling import choose_prompts
+from madformer.evaluation.tensorboard import drop_orphans, write_curves
 from madformer.evaluation.write_samples import write_samples
-from madformer.fingerprint import weights_sha256
-from madformer.images import read_settings
-from madformer.training.errors import NonFiniteError
+from madformer.runs.checkpoints import DATA, list_checkpoints, load_model
+from madformer.runs.fingerprint import weights_sha256
 from tests.conftest import ROOT
 from tests.data.test_datamodule import TEXT
 from tests.evaluation.test_evaluate import make_run

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from madformer.config import load_run
-from madformer.evaluation.curves import AXES
-from madformer.sweep.loading import load_sweep
+from madformer.evaluation.tensorboard import AXES
+from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.trial import trial_commands
 from tests.board import Board, tensorboard, until
 from tests.browser import Browser, Chart, browser, needs_browser

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from madformer.model.blocks import text_positions, to_blocks, to_image, token_positions
-from madformer.model.rope import rope
+from madformer.model.embedding import text_positions, to_blocks, to_image, token_positions
+from madformer.model.layer import rope
 from tests.conftest import tiny
 
 

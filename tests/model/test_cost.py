@@ -8,12 +8,12 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from madformer.config import ConfigError, DiffusionConfig, LossConfig, ModelConfig, UNetConfig, load_experiment
-from madformer.diffusion import NoiseSchedule
-from madformer.losses import compute_losses, wanted_outputs
+from madformer.config import DiffusionConfig, LossConfig, ModelConfig, UNetConfig, load_experiment
+from madformer.diffusion.losses import compute_losses, wanted_outputs
+from madformer.diffusion.noise_schedule import NoiseSchedule
+from madformer.errors import ConfigError
 from madformer.model import MADFormer, cost, memory
-from madformer.model.cache import KeyValueCache
-from madformer.model.generate import generate
+from madformer.model.generation import KeyValueCache, generate
 from tests.conftest import ROOT, TEXT, counted_flops
 
 unets = st.sampled_from(

@@ -7,10 +7,10 @@ import torch
 from diffusers import DDIMScheduler
 
 from madformer.config import DiffusionConfig, LossConfig
-from madformer.diffusion import NoiseSchedule
-from madformer.losses import compute_losses
+from madformer.diffusion.losses import compute_losses
+from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.model import MADFormer
-from madformer.model.generate import generate
+from madformer.model.generation import generate
 from tests.conftest import TEXT, build, latents, prompts, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -17,10 +17,10 @@ from diffusers import (
 
 from madformer.config import DiffusionConfig
 from madformer.config.evaluation import SamplerName
+from madformer.diffusion.samplers import build_sampler
 from madformer.model import cost
-from madformer.model.blocks import to_image
-from madformer.model.generate import generate
-from madformer.samplers import build_sampler
+from madformer.model.embedding import to_image
+from madformer.model.generation import generate
 from tests.conftest import SWITCHES, TEXT, build, counted_flops, latents, prompts, switch_name, tiny
 
 STEPS = 3

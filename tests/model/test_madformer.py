@@ -10,8 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from madformer.model import MADFormer
-from madformer.model.plan import existing_outputs, layer_plans
-from madformer.model.unet import TimestepEmbedding, skip_shapes
+from madformer.model.embedding import TimestepEmbedding, skip_shapes
+from madformer.model.layer_plan import existing_outputs, layer_plans
 from tests.conftest import SWITCHES, TEXT, build, latents, prompts, switch_name, timesteps, tiny
 
 configs = st.builds(
@@ -145,7 +145,7 @@ def test_activation_checkpointing_changes_no_number(switches):
 def test_compiled_layers_compute_the_same_in_training_and_sampling(monkeypatch):
     from diffusers import DDIMScheduler
 
-    from madformer.model.generate import generate
+    from madformer.model.generation import generate
 
     # Graphs are traced, guarded and differentiated; the code for them, which takes g++ a minute, is torch's own affair.
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))

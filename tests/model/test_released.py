@@ -7,9 +7,9 @@ from einops import rearrange
 from safetensors.torch import load_file
 
 from madformer.config import UNetConfig
-from madformer.model.generate import generate
-from madformer.model.released import from_released, to_released
-from madformer.model.unet import Downsampler
+from madformer.model.embedding import Downsampler
+from madformer.model.generation import generate
+from madformer.model.official import from_released, to_released
 from tests.conftest import ROOT, build, tiny
 
 REFERENCE = load_file(ROOT / "tests/data/released_code_tiny.safetensors")

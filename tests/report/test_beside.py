@@ -8,8 +8,8 @@ import pytest
 
 from madformer.config import ExperimentConfig, LossConfig, freeze, load_experiment
 from madformer.report import Curve, build_report, write_report
-from madformer.report.estimate import Estimate, differ
 from madformer.report.paper import design_of, paper
+from madformer.report.statistics import Estimate, differ
 from tests.conftest import ROOT
 from tests.points import point, recorded
 
@@ -45,7 +45,7 @@ def test_all_numbers_of_the_paper_are_there():
 
 @pytest.mark.parametrize("data", ["ffhq1024", "imagenet256"])
 def test_every_cell_of_the_paper_s_sweeps_has_its_number(data, monkeypatch, tmp_path):
-    from madformer.sweep.loading import load_sweep
+    from madformer.sweep.load_sweep import load_sweep
 
     monkeypatch.chdir(ROOT)
     [one] = [entry for entry in paper()[0] if entry.name == data]

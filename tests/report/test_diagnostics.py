@@ -3,7 +3,7 @@
 from typing import Any
 
 from madformer.report import Curve
-from madformer.report.diagnostics import gather_diagnostics
+from madformer.report.diagnostics_report import gather_diagnostics
 from tests.points import diagnostics as made
 from tests.points import point, recorded
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from madformer.report.estimate import Estimate, estimate, over_training
-from madformer.report.text import show
+from madformer.report.formatting import show
+from madformer.report.statistics import Estimate, estimate, over_training
 from tests.points import at, point
 
 

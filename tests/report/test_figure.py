@@ -10,9 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from madformer.report import build_report
-from madformer.report.estimate import Estimate
-from madformer.report.figure import draw, draw_diagnostics
-from madformer.report.panels import fit, line, looks
+from madformer.report.figures import draw, draw_diagnostics, fit, line, looks
+from madformer.report.statistics import Estimate
 from tests.points import diagnostics, point
 from tests.report.curves import curve, seeds, small
 

@@ -9,9 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from madformer.cli import app
-from madformer.config import ExperimentConfig, InputError, ModelConfig, freeze
+from madformer.config import ExperimentConfig, ModelConfig, freeze
+from madformer.errors import InputError
 from madformer.report import Curve, build_report, curves_of_runs, write_report
-from madformer.report.text import higher_is_better, natural, number
+from madformer.report.formatting import higher_is_better, natural, number
 from tests.points import at, diagnostics, mean, point, recorded
 from tests.report.curves import curve, seeds, small
 

@@ -7,9 +7,9 @@ import shutil
 import pytest
 from PIL import Image
 
-from madformer.config import InputError
+from madformer.errors import InputError
 from madformer.report import build_report, curves_of_runs
-from madformer.report.samples import draw_samples
+from madformer.report.figures import draw_samples
 from tests.points import at, point, recorded
 from tests.runs import command, perform, train_command
 

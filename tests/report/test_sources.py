@@ -4,11 +4,12 @@ import re
 
 import pytest
 
-from madformer.config import InputError, freeze
-from madformer.report.sources import report_on
-from madformer.sweep.loading import load_sweep
+from madformer.config import freeze
+from madformer.errors import InputError
+from madformer.report.write import report_on
+from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.search import SearchQueue
-from madformer.sweep.storage import Storage
+from madformer.sweep.study import Storage
 from tests.conftest import ROOT
 from tests.points import point, recorded
 

@@ -3,12 +3,12 @@
 import os
 import sys
 
-from madformer.checkpoints import checkpoint_path
 from madformer.config import freeze
 from madformer.evaluation.record import append_point
-from madformer.sweep.loading import load_sweep
+from madformer.runs.checkpoints import checkpoint_path
+from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.queue import Queue
-from madformer.sweep.storage import Storage
+from madformer.sweep.study import Storage
 from tests.sweep.trial import point
 
 

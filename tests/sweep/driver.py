@@ -3,7 +3,7 @@
 import sys
 
 from madformer.sweep.driver import run_sweep
-from madformer.sweep.loading import load_sweep
+from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.trial import trial_commands
 
 

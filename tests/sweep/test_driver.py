@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from madformer.checkpoints import checkpoint_path
-from madformer.config import ConfigError, InputError, load_experiment
+from madformer.config import load_experiment
+from madformer.errors import ConfigError, InputError
 from madformer.evaluation.record import read_points
-from madformer.run import claim_folder
+from madformer.runs.checkpoints import checkpoint_path
+from madformer.runs.folder import claim_folder
 from madformer.sweep.driver import run_sweep
-from madformer.sweep.loading import load_sweep
+from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.needs import cell_needs
 from madformer.sweep.trial import log_path, trial_commands
 from tests.conftest import ROOT

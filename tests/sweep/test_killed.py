@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from madformer.sweep.loading import load_sweep
+from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.trial import trial_commands
 from tests.conftest import ROOT
 from tests.runs import DIGITS, TINY, command, environment, perform

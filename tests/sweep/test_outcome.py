@@ -8,9 +8,8 @@ import psutil
 import pytest
 
 from madformer.sweep.cells import Cell
-from madformer.sweep.loading import load_sweep
-from madformer.sweep.outcome import DONE, Outcome, failure
-from madformer.sweep.trial import TrialProcesses, last_lines, log_path, read_outcome, trial_commands
+from madformer.sweep.load_sweep import load_sweep
+from madformer.sweep.trial import DONE, Outcome, TrialProcesses, failure, last_lines, log_path, read_outcome, trial_commands
 from tests.runs import DIGITS, TINY, environment
 from tests.sweep.claimer import finish, freeze
 

@@ -15,15 +15,16 @@ import pytest
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
-from madformer.checkpoints import checkpoint_path
-from madformer.config import InputError, freeze
+from madformer.config import freeze
+from madformer.errors import InputError
 from madformer.evaluation.record import append_point
-from madformer.sweep import storage as storage_module
-from madformer.sweep.loading import load_sweep
+from madformer.runs.checkpoints import checkpoint_path
+from madformer.sweep import study as storage_module
+from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.needs import Needs, cell_needs, main_metrics, progress
-from madformer.sweep.outcome import Outcome
 from madformer.sweep.queue import OWNER, Queue, Standing
-from madformer.sweep.storage import Storage
+from madformer.sweep.study import Storage
+from madformer.sweep.trial import Outcome
 from tests.conftest import ROOT
 from tests.sweep.claimer import finish, open_queue, train, work
 from tests.sweep.servers import database, needs_servers

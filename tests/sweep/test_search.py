@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from madformer.config import ConfigError, InputError
+from madformer.errors import ConfigError, InputError
 from madformer.evaluation.record import append_point
-from madformer.run import append_preview
+from madformer.runs.folder import append_preview
 from madformer.sweep.driver import run_sweep
-from madformer.sweep.loading import load_sweep
-from madformer.sweep.outcome import Outcome
+from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.search import SearchQueue, search_cells
 from madformer.sweep.status import print_status
-from madformer.sweep.storage import Storage
+from madformer.sweep.study import Storage
+from madformer.sweep.trial import Outcome
 from tests.conftest import ROOT
 from tests.sweep.claimer import finish, train
 from tests.sweep.driver import stand_ins

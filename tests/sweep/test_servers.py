@@ -146,7 +146,7 @@ def test_a_postgresql_that_is_away_for_half_a_minute_costs_no_trial(sweep_file, 
         time.sleep(30)
         script("postgresql.sh", "start", folder, 15437)
         outputs = [driver.communicate(timeout=SECONDS)[0] for driver in drivers]
-        from madformer.sweep.loading import load_sweep
+        from madformer.sweep.load_sweep import load_sweep
 
         states = Counter(trial.state for trial in trials(load_sweep(sweep_file, options)))
     assert [driver.returncode for driver in drivers] == [0, 0], outputs

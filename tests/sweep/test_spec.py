@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
-from madformer.checkpoints import checkpoint_path
-from madformer.config import ConfigError, config_hash, freeze, load_experiment
-from madformer.sweep.loading import load_sweep
-from madformer.sweep.names import as_text, read_value
+from madformer.config import config_hash, freeze, load_experiment
+from madformer.errors import ConfigError
+from madformer.runs.checkpoints import checkpoint_path
+from madformer.sweep.load_sweep import load_sweep
+from madformer.sweep.spec import as_text, read_value
 from tests.conftest import ROOT
 
 DIGITS = ROOT / "experiments/digits.yaml"
@@ -303,6 +304,6 @@ def test_the_sweeps_of_the_project_load(path, monkeypatch):
 
 
 def test_checking_a_sweep_imports_nothing_heavy(sweep_file):
-    code = "import sys; from madformer.sweep.loading import load_sweep; load_sweep(sys.argv[1]); print({'torch', 'optuna', 'rich'} & sys.modules.keys())"
+    code = "import sys; from madformer.sweep.load_sweep import load_sweep; load_sweep(sys.argv[1]); print({'torch', 'optuna', 'rich'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code, str(sweep_file)], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -6,12 +6,11 @@ import time
 import pytest
 
 from madformer.model.cost import nfe
-from madformer.run import append_preview, progress_path
-from madformer.sweep.loading import load_sweep
-from madformer.sweep.outcome import Outcome
-from madformer.sweep.plan import print_plan
-from madformer.sweep.status import print_status
-from madformer.sweep.tables import with_unit
+from madformer.runs.folder import append_preview, progress_path
+from madformer.sweep.forecast import print_plan
+from madformer.sweep.load_sweep import load_sweep
+from madformer.sweep.status import print_status, with_unit
+from madformer.sweep.trial import Outcome
 from tests.sweep.claimer import finish, open_queue, train
 
 

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from madformer.config import InputError
-from madformer.sweep.estimate import CPU_CORE
-from madformer.sweep.loading import load_sweep
-from madformer.sweep.suite import print_suite
+from madformer.errors import InputError
+from madformer.sweep.forecast import print_suite
+from madformer.sweep.load_sweep import load_sweep
+from madformer.sweep.needs import CPU_CORE
 from tests.conftest import ROOT
 from tests.runs import command, perform
 

@@ -11,11 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-from madformer.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
-from madformer.config import InputError, config_hash, freeze, load_experiment, load_run
+from madformer.config import config_hash, freeze, load_experiment, load_run
+from madformer.errors import InputError
 from madformer.evaluation.record import append_point
-from madformer.files import append_line
-from madformer.run import append_preview, claim_folder
+from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
+from madformer.runs.files import append_line
+from madformer.runs.folder import append_preview, claim_folder
 
 
 def train(experiment, *overrides):

@@ -5,8 +5,8 @@ import signal
 import pytest
 import torch
 
-from madformer.checkpoints import checkpoint_path
 from madformer.data.encode import encode
+from madformer.runs.checkpoints import checkpoint_path
 from tests.pictures import experiment, overrides, write_parquet
 from tests.runs import DIGITS, command, differences, perform, run_until, scalars
 from tests.training.test_resume import LAST, loaded

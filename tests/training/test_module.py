@@ -7,16 +7,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from madformer.config import ConfigError, OptimizerConfig
+from madformer.config import OptimizerConfig
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.digits import load_digits
-from madformer.losses import compute_losses
+from madformer.diffusion.losses import compute_losses
+from madformer.errors import ConfigError, NonFiniteError
 from madformer.model import cost
-from madformer.model.blocks import to_blocks
+from madformer.model.embedding import to_blocks
 from madformer.randomness import keyed_generator
-from madformer.training.errors import NonFiniteError
-from madformer.training.module import LitMADFormer
-from madformer.training.optimizer import parameter_groups, wsd_factor
+from madformer.training.module import LitMADFormer, parameter_groups, wsd_factor
 from tests.conftest import build, tiny
 from tests.runs import scalars, tiny_run
 

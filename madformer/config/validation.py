@@ -1,0 +1,47 @@
+"""What the rules of a configuration are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import is_dataclass
+from functools import cache
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+from madformer.errors import ConfigError
+
+
+def require(legal: bool, name: str, value: object, remedy: str) -> None:
+    """Raise with the field, its value and the remedy unless it is legal."""
+    if not legal:
+        raise ConfigError(f"{name} = {value!r}: {remedy}")
+
+
+def require_at_least(least: int, section: str, config: object, *names: str) -> None:
+    """Require fields to be integers of at least `least`."""
+    for name in names:
+        value = getattr(config, name)
+        require(is_integer(value) and value >= least, f"{section}.{name}", value, f"must be an integer of at least {least}")
+
+
+def require_types(section: str, config: Any) -> None:
+    """Check what OmegaConf checks for YAML and nothing does for plain construction: choices, truths, sections, lists."""
+    for name, hint in _hints(cast(Hashable, type(config))).items():
+        value, arguments = getattr(config, name), get_args(hint)
+        if get_origin(hint) is Literal:
+            require(value in arguments, f"{section}.{name}", value, f"must be one of {', '.join(arguments)}")
+        elif get_origin(hint) is tuple:
+            legal = isinstance(value, Sequence) and all(type(entry) is arguments[0] for entry in value)
+            require(legal, f"{section}.{name}", value, f"must be a list of {arguments[0].__name__}")
+            object.__setattr__(config, name, tuple(value))
+        elif hint is bool or any(is_dataclass(choice) for choice in (hint, *arguments)):
+            require(isinstance(value, hint), f"{section}.{name}", value, f"must be of type {getattr(hint, '__name__', hint)}")
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is an integer, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,168 @@
+"""Image files: any mode to a square of RGB, decoding that counts broken ones, PNGs and grids."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from madformer.runs.files import replacing
+
+__all__ = ["BadImage", "decode_image", "load_square", "square_image", "to_unit"]
+
+
+class BadImage(ValueError):  # noqa: N818  # a row's state that the reader counts and skips, not the end of a program
+    """A row without a readable image; the message is the reason, in one line."""
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """The image of a file, upright (EXIF) and in mode RGB; what is transparent lies on white, 16 bits are scaled to 8.
+
+    Raises:
+        BadImage: empty, cut off or broken, of no format that Pillow reads, or too large to be meant.
+    """
+    if not content:
+        raise BadImage("empty file")
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+        return _to_rgb(_upright(image))
+    except UnidentifiedImageError:  # its own message is an address in memory
+        raise BadImage("no image, or of a format that Pillow does not read") from None
+    except (
+        Exception
+    ) as error:  # Pillow's readers raise whatever their parsing runs into: struct.error, SyntaxError, KeyError ...
+        reason = str(error).strip().splitlines()
+        raise BadImage(reason[0] if reason else type(error).__name__) from error
+
+
+def square_image(image: Image.Image, size: int) -> Tensor:
+    """The centre of an RGB image, scaled so that its shorter side fits: uint8 [3, size, size].
+
+    Exactly as ADM prepares ImageNet (`center_crop_arr` of guided-diffusion): halved by a box filter while it stays at least as
+    large as wanted, then bicubic. An image of the right size is left as it is.
+
+    Raises:
+        BadImage: so long and thin that its shorter side cannot be enlarged to `size`.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise BadImage(f"{image.width} x {image.height} pixels: too thin for a square of {size}")
+    pixels_YXC = np.array(image.resize((width, height), resample=Image.Resampling.BICUBIC))
+    top, left = (height - size) // 2, (width - size) // 2
+    square_YXC = pixels_YXC[top : top + size, left : left + size]
+    return rearrange(torch.from_numpy(square_YXC), "y x c -> c y x").contiguous()
+
+
+def load_square(content: bytes, size: int) -> Tensor:
+    """The centre of the image of a file: uint8 [3, size, size].
+
+    Raises:
+        BadImage: as `decode_image` and `square_image`.
+    """
+    return square_image(decode_image(content), size)
+
+
+def to_unit(images_BCYX: Tensor) -> Tensor:
+    """Bytes 0 .. 255 to float32 in [-1, 1]."""
+    return images_BCYX.float() / 127.5 - 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF says nothing about the pixels, which are loaded by now
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow's own conversion clips or drops bits, depending on its version
+        depth16_YX = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((depth16_YX + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":  # either 0 .. 1 or 0 .. 255; nothing in the file says which
+        values_YX = np.nan_to_num(np.asarray(image))
+        image = Image.fromarray((values_YX * (255 if values_YX.max() <= 1 else 1)).clip(0, 255).round().astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+MIN_SIDE = 64
+"""In a grid, smaller images are magnified to at least this many pixels, or nobody sees them."""
+
+MAX_GRID = 2048
+"""Grids of more pixels along a side are made of reduced images: 64 of 1024 x 1024 would be 200 MB, and in TensorBoard, too."""
+
+SETTINGS = "madformer"
+"""Text chunk of a PNG file that holds how it was made, as JSON."""
+
+
+def to_pixels(images_BCYX: Tensor) -> np.ndarray:
+    """Images in [-1, 1] (the rest is clipped) to [B, Y, X, 3] bytes; one channel is grey, of more the first three are shown."""
+    bytes_BCYX = ((images_BCYX.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    shown_BCYX = bytes_BCYX[:, :3] if bytes_BCYX.shape[1] >= 3 else bytes_BCYX[:, :1].expand(-1, 3, -1, -1)
+    return rearrange(shown_BCYX, "b c y x -> b y x c").numpy()
+
+
+def to_grid(images_BCYX: Tensor) -> np.ndarray:
+    """Images in [-1, 1] side by side: [Y, X, 3] bytes."""
+    return to_tiles(to_pixels(images_BCYX))
+
+
+def to_tiles(pixels_BYX3: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Images side by side, row by row, with a thin frame: [Y, X, 3] bytes.
+
+    Small ones are magnified, and large ones reduced where there are many of them, both by an integer.
+
+    Args:
+        pixels_BYX3: the images, bytes.
+        columns: images in a row; None: a nearly square grid.
+    """
+    columns = columns or math.ceil(math.sqrt(len(pixels_BYX3)))
+    reduction = math.ceil(columns * max(pixels_BYX3.shape[1:3]) / MAX_GRID)
+    if reduction > 1:
+        pixels_BYX3 = np.stack([np.asarray(Image.fromarray(pixels_YX3).reduce(reduction)) for pixels_YX3 in pixels_BYX3])
+    factor = math.ceil(MIN_SIDE / pixels_BYX3.shape[2])
+    large_BYX3 = repeat(pixels_BYX3, "b y x c -> b (y fy) (x fx) c", fy=factor, fx=factor)
+    framed_BYX3 = np.pad(large_BYX3, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96)
+    missing = -len(framed_BYX3) % columns
+    filled_BYX3 = np.pad(framed_BYX3, ((0, missing), (0, 0), (0, 0), (0, 0)), constant_values=96)
+    return rearrange(filled_BYX3, "(rows columns) y x c -> (rows y) (columns x) c", columns=columns)
+
+
+def save_png(pixels_YX3: np.ndarray, path: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Write a whole PNG file, with how it was made in its metadata."""
+    chunks = PngInfo()
+    if settings is not None:
+        chunks.add_text(SETTINGS, json.dumps(settings))
+    with replacing(path) as temporary:
+        Image.fromarray(pixels_YX3).save(temporary, format="PNG", pnginfo=chunks)
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """How a PNG file was made, as `save_png` wrote it; empty if it does not say. None: there is no such file, or it is torn."""
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(SETTINGS, "")
+            image.verify()
+    except (OSError, SyntaxError, ValueError):  # SyntaxError is Pillow's for a wrong checksum
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,360 @@
+"""A folder of latents: its shards in Arrow's format, and the manifest of what is known of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from madformer.errors import DataError, InputError
+from madformer.runs.files import replacing, write_text
+
+FORMAT = 1
+"""Of the files; another number, another layout."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What decides the content of all shards."""
+
+    source: str
+    subset: str | None
+    split: str
+    streaming: bool
+    source_sha256: str
+    codec: str
+    codec_sha256: str
+    codec_dtype: str
+    image_size: int
+    latent_channels: int
+    latent_size: int
+    stochastic: bool
+    """Whether the codec has a posterior to sample from; if not, no deviations are stored."""
+    flip: bool
+    image_column: str
+    label_column: str | None
+    text_column: str | None
+    class_names: tuple[str, ...] | None
+    rows_per_shard: int
+    format: int = FORMAT
+
+    @property
+    def labels(self) -> bool:
+        """Whether rows have class numbers."""
+        return self.label_column is not None
+
+    @property
+    def texts(self) -> bool:
+        """Whether rows have texts."""
+        return self.text_column is not None
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Columns of latents."""
+        parts = ("mean", "deviation") if self.stochastic else ("mean",)
+        return parts + tuple(f"{part}_flipped" for part in parts if self.flip)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[C, h, w]."""
+        return self.latent_channels, self.latent_size, self.latent_size
+
+    def describe_difference(self, other: Encoding) -> str | None:
+        """The first field in which another encoding differs, with both values; None: in none."""
+        for item in fields(self):
+            here, there = getattr(self, item.name), getattr(other, item.name)
+            if here != there:
+                short = [value if len(str(value)) <= 80 else f"{str(value)[:77]}..." for value in (here, there)]
+                return f"{item.name} = {short[0]!r} there, {short[1]!r} asked for"
+        return None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is known of one shard."""
+
+    name: str
+    rows: int
+    seen: int
+    """Rows of the source that it was made of: the skipped ones too."""
+    last: bool
+    """Whether its unit of the source ends with it."""
+    sha256: str
+    """Of its Arrow file; empty without rows."""
+    sums: tuple[float, ...]
+    """Of the means, and of their squares, over all positions, by channel."""
+    square_sums: tuple[float, ...]
+    skipped: tuple[tuple[str, str], ...]
+    """Key and reason of each broken image."""
+
+    @property
+    def unit(self) -> int:
+        """Piece of the source that it belongs to."""
+        return int(self.name.split("-")[1])
+
+    @property
+    def part(self) -> int:
+        """Which one of its unit's shards it is."""
+        return int(self.name.split("-")[2])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that is known of a folder of latents."""
+
+    encoding: Encoding
+    rows: int
+    skipped: int
+    channel_means: tuple[float, ...]
+    channel_deviations: tuple[float, ...]
+    """Of the means' values, over all images and positions: near 1 where the scaling factor fits."""
+    reconstruction: Mapping[str, float]
+    """`psnr`, in dB, of the decoded latents of the first `images`."""
+    shards: tuple[tuple[str, int, str], ...]
+    """Name, rows and SHA-256 of each, in the order of their rows."""
+
+    @property
+    def sha256(self) -> str:
+        """Of all latents, and of how they were made."""
+        return hashlib.sha256(json.dumps([asdict(self.encoding), self.shards], sort_keys=True).encode()).hexdigest()
+
+
+def shard_name(unit: int, part: int) -> str:
+    """Without an ending; names sort as the rows do."""
+    return f"shard-{unit:06d}-{part:06d}"
+
+
+def read_encoding(folder: Path) -> Encoding | None:
+    """What is being encoded there; None: nothing yet.
+
+    Raises:
+        InputError: another program's file.
+    """
+    return _encoding(found, folder / "encoding.json") if (found := _read_json(folder / "encoding.json")) else None
+
+
+def write_encoding(folder: Path, encoding: Encoding) -> None:
+    """Say what is encoded there, before anything is."""
+    _write_json(folder / "encoding.json", asdict(encoding))
+
+
+def write_shard(folder: Path, shard: Shard) -> None:
+    """Say that a shard is done."""
+    _write_json(folder / f"{shard.name}.json", asdict(shard))
+
+
+def read_shards(folder: Path) -> dict[str, Shard]:
+    """The shards that are done, by name, in order; one whose Arrow file was lost is not."""
+    names = sorted(path for path in folder.glob("shard-*.json") if re.fullmatch(r"shard-\d+-\d+", path.stem))
+    shards = (Shard(**_tuples(_read_json(path) or {})) for path in names)
+    return {shard.name: shard for shard in shards if not shard.rows or (folder / f"{shard.name}.arrow").is_file()}
+
+
+def complete_units(shards: Iterable[Shard]) -> set[int]:
+    """Units of the source of which all shards are there."""
+    parts: dict[int, list[Shard]] = {}
+    for shard in shards:
+        parts.setdefault(shard.unit, []).append(shard)
+    return {unit for unit, every in parts.items() if every[-1].last and every[-1].part == len(every) - 1}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of latents.
+
+    Raises:
+        InputError: there is none, or it is of another program.
+    """
+    path = folder / "manifest.json"
+    found = _read_json(path)
+    if found is None:
+        begun = "encoding has not ended there" if (folder / "encoding.json").is_file() else "no latents there"
+        raise InputError(f"{folder}: {begun} (no {path.name}); madformer encode EXPERIMENT.yaml goes on")
+    encoding = _encoding(found.pop("encoding", {}), path)
+    try:
+        return Manifest(encoding=encoding, **_tuples(found))
+    except TypeError as error:
+        raise InputError(f"{path}: not a manifest of latents: {error}") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Say that all is there."""
+    _write_json(folder / "manifest.json", asdict(manifest))
+
+
+def summarise(encoding: Encoding, shards: Sequence[Shard], reconstruction: Mapping[str, float]) -> Manifest:
+    """The manifest of shards that are all there."""
+    rows = sum(shard.rows for shard in shards)
+    values = max(rows, 1) * encoding.latent_size**2
+    means = np.sum([shard.sums for shard in shards], axis=0) / values
+    squares = np.sum([shard.square_sums for shard in shards], axis=0) / values
+    return Manifest(
+        encoding=encoding,
+        rows=rows,
+        skipped=sum(len(shard.skipped) for shard in shards),
+        channel_means=tuple(means.tolist()),
+        channel_deviations=tuple(np.sqrt(np.maximum(squares - means**2, 0)).tolist()),
+        reconstruction=dict(reconstruction),
+        shards=tuple((shard.name, shard.rows, shard.sha256) for shard in shards if shard.rows),
+    )
+
+
+def _encoding(found: Mapping[str, Any], path: Path) -> Encoding:
+    if found.get("format") != FORMAT:
+        raise InputError(f"{path}: format {found.get('format')!r}, this version reads {FORMAT}; encode into a new folder")
+    try:
+        return Encoding(**_tuples(found))
+    except TypeError as error:
+        raise InputError(f"{path}: not of latents: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}; delete it, and encode again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a JSON object; delete it, and encode again")
+    return found
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's lists as tuples, so that what was read equals what was written."""
+
+    def convert(value: Any) -> Any:
+        return tuple(convert(entry) for entry in value) if isinstance(value, list) else value
+
+    return {name: convert(value) for name, value in content.items()}
+
+
+RECORD_BYTES = 64 * 2**20
+"""Rows of so many bytes lie together in a shard and are mapped as one array."""
+
+
+class ShardWriter:
+    """Collects the rows of one shard and puts it into its place as a whole.
+
+    Rows are written in the order of `add`; how they were grouped does not show in the file.
+    """
+
+    def __init__(self, folder: Path, name: str, encoding: Encoding) -> None:
+        self.folder, self.name, self.encoding = folder, name, encoding
+        self._rows: list[dict[str, Any]] = []
+        self._latents: dict[str, list[np.ndarray]] = {column: [] for column in encoding.arrays}
+
+    def add(self, rows: Sequence[Mapping[str, Any]], latents: Mapping[str, np.ndarray]) -> None:
+        """Add rows: `key`, `label`, `text` of each, and arrays [B, C, h, w] float16 for each column of latents."""
+        self._rows += [dict(row) for row in rows]
+        for column in self._latents:
+            self._latents[column].append(latents[column])
+
+    def finish(self, seen: int, last: bool, skipped: Sequence[tuple[str, str]]) -> Shard:
+        """Write the shard, then what is known of it."""
+        sha256, channels = "", self.encoding.latent_channels
+        sums = square_sums = np.zeros(channels)
+        if self._rows:
+            arrays = {column: np.concatenate(parts) for column, parts in self._latents.items()}
+            for mean_Chw in arrays["mean"]:  # row by row: all of it in float64 would be four times the shard
+                sums = sums + mean_Chw.sum(axis=(1, 2), dtype=np.float64)
+                square_sums = square_sums + np.square(mean_Chw, dtype=np.float64).sum(axis=(1, 2))
+            sha256 = self._write(arrays)
+        known = (len(self._rows), seen, last, sha256, tuple(sums.tolist()), tuple(square_sums.tolist()), tuple(skipped))
+        shard = Shard(self.name, *known)
+        write_shard(self.folder, shard)
+        return shard
+
+    def _write(self, arrays: Mapping[str, np.ndarray]) -> str:
+        import pyarrow as pa
+        from datasets import Features, List, Value
+        from datasets.arrow_writer import ArrowWriter
+
+        features = {"key": Value("string")}
+        features |= {"label": Value("int64")} if self.encoding.labels else {}
+        features |= {"text": Value("string")} if self.encoding.texts else {}
+        size = int(np.prod(self.encoding.latent_shape))
+        table: dict[str, Any] = {
+            name: pa.array([row[name] for row in self._rows], kind.pa_type) for name, kind in features.items()
+        }
+        for column, array_NChw in arrays.items():
+            features[column] = List(Value("float16"), length=size)
+            table[column] = pa.FixedSizeListArray.from_arrays(pa.array(array_NChw.reshape(-1)), size)
+        rows_per_record = max(1, RECORD_BYTES // (2 * size * len(arrays)))
+        with replacing(self.folder / f"{self.name}.arrow") as temporary:
+            writer = ArrowWriter(path=str(temporary), features=Features(features))
+            writer.write_table(pa.table(table), writer_batch_size=rows_per_record)
+            writer.finalize()
+            with temporary.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ShardReader:
+    """All rows of a folder of latents, mapped from the disk; the number of a row is its place in the order of the shards.
+
+    Raises:
+        InputError: no latents there.
+        DataError: a shard that is missing or has other rows than the manifest says.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._tables = [table for name, rows, _ in manifest.shards for table in self._record_tables(name, rows)]
+        self._ends = np.cumsum([len(table) for table in self._tables])
+        self._starts = self._ends - [len(table) for table in self._tables]
+        size = int(np.prod(manifest.encoding.latent_shape))
+        self._arrays = {
+            column: [table[column].chunk(0).flatten().to_numpy(zero_copy_only=True).reshape(-1, size) for table in self._tables]
+            for column in manifest.encoding.arrays
+        }
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def read(self, column: str, samples: np.ndarray) -> np.ndarray:
+        """Latents [B, C, h, w] float16 of rows, copied out of a column."""
+        chunks, shape = self._arrays[column], self.manifest.encoding.latent_shape
+        if not len(samples):
+            return np.empty((0, *shape), dtype=np.float16)
+        return np.concatenate([chunks[chunk][row] for chunk, row in self._locate(samples)]).reshape(len(samples), *shape)
+
+    def values(self, column: str, samples: np.ndarray) -> list[Any]:
+        """Keys, labels or texts of rows."""
+        return [self._tables[chunk][column].chunk(0)[row].as_py() for chunk, row in self._locate(samples)]
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Class numbers of all rows; -1: none."""
+        return np.concatenate([table["label"].chunk(0).fill_null(-1).to_numpy() for table in self._tables])
+
+    def _locate(self, samples: np.ndarray) -> Iterator[tuple[int, int]]:
+        chunks = np.searchsorted(self._ends, samples, side="right")
+        return zip(chunks.tolist(), (samples - self._starts[chunks]).tolist(), strict=True)
+
+    def _record_tables(self, name: str, rows: int) -> Iterator[Any]:
+        import pyarrow as pa
+        from datasets import Dataset
+
+        path = self.folder / f"{name}.arrow"
+        if not path.is_file():
+            raise DataError(f"{path}: missing, the manifest has it with {rows} rows; madformer encode makes what is missing")
+        try:
+            table = Dataset.from_file(str(path)).data.table
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{path}: not a shard: {' '.join(str(error).split())}; delete it and its .json, and encode again"
+            ) from error
+        if len(table) != rows:
+            raise DataError(f"{path}: {len(table)} rows, the manifest says {rows}; delete it and its .json, and encode again")
+        for batch in table.to_batches():
+            yield pa.Table.from_batches([batch])

@@ -1,0 +1,1 @@
+"""The diffusion process: noise schedule and prediction types, samplers, losses."""

@@ -1,0 +1,219 @@
+"""Features of samples, kept part by part until all are there: what is interrupted goes on, processes write side by side."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from madformer.data.codec import Codec
+from madformer.errors import NonFiniteError
+from madformer.evaluation.feature_networks import FeatureNetwork
+from madformer.evaluation.sampling import sample_batches, tokenize
+from madformer.model import MADFormer
+from madformer.runs.files import replacing
+
+if TYPE_CHECKING:
+    from madformer.evaluation.tasks import Task
+
+Content = TypeVar("Content")
+
+INDICES = "indices"
+"""Which samples the rows of a part are, [n] int64."""
+
+FEATURES = "features"
+"""Their features, [n, d]."""
+
+
+def write_part(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one part, with `INDICES` among its tensors."""
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    first = int(tensors[INDICES][0])
+    with replacing(folder / f"part-{first:020d}-{secrets.token_hex(4)}.safetensors") as temporary:
+        save_file(contiguous, temporary)
+
+
+def read_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
+    """The parts' tensors by their names, in the order of their first samples.
+
+    A part that a crash of the machine tore is removed: its samples are missing then.
+    """
+    yield from _read(folder, load_file)
+
+
+def read_indices(folder: Path) -> set[int]:
+    """Samples that are there, in whatever part."""
+    return {index for indices_N in _read(folder, _load_indices) for index in indices_N.tolist()}
+
+
+def remove_parts(folder: Path) -> None:
+    """They have served."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read(folder: Path, load: Callable[[Path], Content]) -> Iterator[Content]:
+    for path in sorted(folder.glob("part-*.safetensors")):
+        try:
+            content = load(path)
+        except SafetensorError:
+            path.unlink(missing_ok=True)
+        else:
+            yield content
+
+
+def _load_indices(path: Path) -> Tensor:
+    with safe_open(path, framework="pt") as part:
+        indices_N: Tensor = part.get_tensor(INDICES)
+    return indices_N
+
+
+SECONDS_BETWEEN_PARTS = 30.0
+SAMPLES_IN_PART = 64
+"""A part is written when it has so many samples, or is so old: no more is lost when a process dies."""
+
+PHASES = ("sampling", "decoding", "features")
+"""What takes time for each batch; a part has a tensor of seconds for each."""
+
+SIZES, BLOCKS, WARM, MEMORY = "batch_sizes", "blocks", "warm", "memory"
+"""Of each batch: its samples; seconds of each block; whether it was not its process's first; peak memory in GiB, or NaN."""
+
+
+def features_name(network: int) -> str:
+    """Features of the network of that number, in a part."""
+    return f"features.{network}"
+
+
+def logits_name(network: int) -> str:
+    """Its logits, if it has any."""
+    return f"logits.{network}"
+
+
+def sample_features(
+    task: Task,
+    model: MADFormer,
+    codec: Codec,
+    networks: Sequence[FeatureNetwork],
+    indices: Sequence[int],
+    show: Callable[[int], None],
+) -> None:
+    """Sample those of `indices` that are not there yet, and keep their features.
+
+    Args:
+        model: in evaluation mode, on the device where all of it happens.
+        show: called with the number of samples that this call has done.
+
+    Raises:
+        NonFiniteError: the model has diverged.
+    """
+    there = read_indices(task.folder)
+    mine = [index for index in indices if index not in there]
+    text_BT = tokenize(task.config, [task.prompts[index] for index in mine])
+    part = _Part(task.folder, model.boi_SD.device)
+    batch_size = task.config.evaluation.batch_size
+    batches = sample_batches(model, task.config, task.budget.steps, mine, batch_size, text_BT, part.on_block)
+    done = 0
+    part.start()
+    for latents_BChw in batches:
+        part.lap("sampling")
+        if not bool(latents_BChw.isfinite().all()):
+            diverged = "its samples are NaN or infinite, the run has diverged"
+            raise NonFiniteError(f"{task.checkpoint} at NFE {task.budget.nfe}: {diverged}")
+        images_BCYX = codec.decode(latents_BChw)
+        if not bool(images_BCYX.isfinite().all()):
+            overflow = f"codec {codec.name} decodes samples to NaN or infinity: set data.codec_dtype=float32"
+            raise NonFiniteError(f"{task.checkpoint} at NFE {task.budget.nfe}: {overflow}, or the run has diverged")
+        part.lap("decoding")
+        looked = [network(images_BCYX) for network in networks]
+        rows = {features_name(number): features.features_BD for number, features in enumerate(looked)}
+        rows |= {logits_name(number): f.logits_BK for number, f in enumerate(looked) if f.logits_BK is not None}
+        part.add(mine[done : done + len(latents_BChw)], rows)
+        part.lap("features")
+        done += len(latents_BChw)
+        part.write_if_due()
+        show(done)
+        part.start()
+    part.write()
+
+
+class _Part:
+    """Rows that are not written yet, and what they cost."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._folder, self._device = folder, device
+        self._written = time.monotonic()
+        self._is_warm = False
+        self._clear()
+
+    def start(self) -> None:
+        """A batch begins."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._blocks.append([])
+        self._lap = self._now()
+
+    def on_block(self, block: int, _: Tensor) -> None:
+        """A block is done."""
+        now = self._now()
+        self._blocks[-1].append(now - self._lap - sum(self._blocks[-1]))
+
+    def lap(self, phase: str) -> None:
+        """What takes the time since the last lap is over."""
+        now = self._now()
+        self._seconds[phase].append(now - self._lap)
+        if phase == "sampling":
+            self._memory.append(self._peak_memory())
+            self._warm.append(self._is_warm)
+            self._is_warm = True
+        self._lap = now
+
+    def add(self, indices: Sequence[int], rows: dict[str, Tensor]) -> None:
+        """Rows of a batch."""
+        self._indices += indices
+        self._sizes.append(len(indices))
+        for name, row in rows.items():
+            self._rows[name].append(row.cpu())
+
+    def write_if_due(self) -> None:
+        """Write what there is, if it is much or old."""
+        if len(self._indices) >= SAMPLES_IN_PART or time.monotonic() - self._written > SECONDS_BETWEEN_PARTS:
+            self.write()
+
+    def write(self) -> None:
+        """Write what there is, if there is something."""
+        if not self._indices:
+            return
+        costs = {phase: torch.tensor(self._seconds[phase], dtype=torch.float64) for phase in PHASES}
+        costs[BLOCKS] = torch.tensor(self._blocks[: len(self._sizes)], dtype=torch.float64)
+        costs |= {SIZES: torch.tensor(self._sizes), WARM: torch.tensor(self._warm), MEMORY: torch.tensor(self._memory)}
+        rows = {name: torch.cat(parts) for name, parts in self._rows.items()}
+        write_part(self._folder, {INDICES: torch.tensor(self._indices), **rows, **costs})
+        self._written = time.monotonic()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._indices: list[int] = []
+        self._sizes: list[int] = []
+        self._blocks: list[list[float]] = []
+        self._memory: list[float] = []
+        self._warm: list[bool] = []
+        self._rows: dict[str, list[Tensor]] = defaultdict(list)
+        self._seconds: dict[str, list[float]] = defaultdict(list)
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _peak_memory(self) -> float:
+        """GiB allocated on the GPU at most while the batch was sampled. Nobody counts them on the CPU."""
+        return torch.cuda.max_memory_allocated(self._device) / 2**30 if self._device.type == "cuda" else math.nan

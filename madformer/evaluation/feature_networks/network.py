@@ -1,0 +1,180 @@
+"""What a feature network is: images in, features out, and all that tells two of them apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from madformer.errors import ConfigError, InputError
+from madformer.importing import describe
+
+INCEPTION = "inception"
+"""Label of the one network whose Fréchet distance is called FID, with its published weights."""
+
+_RESERVED = (INCEPTION, "digits", "dinov2")
+"""Labels that promise a certain network."""
+
+_PROBE_SIZE = 256
+"""Pixels along the side of the images that are tried."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a network sees in images."""
+
+    features_BD: Tensor
+    """float32, on the network's device."""
+    logits_BK: Tensor | None = None
+    """Logits of classes without the last layer's bias, for the Inception score; `inception` alone has them."""
+
+
+class FeatureNetwork:
+    """A frozen network that describes each image by a vector; always in float32 (TF32 and autocast do not reach it).
+
+    Attributes:
+        name: as in `evaluation.feature_networks`.
+        label: what metrics are named after, such as `dinov2`.
+        width: d, the features' length.
+        sha256: hexadecimal SHA-256 of the weights and of all else that decides features, whatever device they are on.
+        device: where it computes, and where its features are.
+    """
+
+    def __init__(self, name: str, label: str, module: nn.Module, sha256: str, width: int | None = None) -> None:
+        """Take a network on the CPU.
+
+        Args:
+            name, label, sha256: see above.
+            module: images as in `__call__` to features [B, d], or to `Features`.
+            width: if it is not known, RGB images are tried.
+
+        Raises:
+            InputError: these images show that it is no feature network.
+        """
+        self.name, self.label, self.sha256 = name, label, sha256
+        self.device = torch.device("cpu")
+        self._module = module.eval().requires_grad_(False)
+        self.width = self._try_images() if width is None else width
+
+    def to(self, device: torch.device | str) -> FeatureNetwork:
+        """Move it, and return it."""
+        self.device = torch.device(device)
+        self._module.to(self.device)
+        return self
+
+    def __call__(self, images_BCYX: Tensor) -> Features:
+        """Features of images; the clipping to [-1, 1] is the network's.
+
+        Args:
+            images_BCYX: [B, C, Y, X] floating point in [-1, 1], on any device.
+
+        Raises:
+            ValueError: images that are not finite, of another type, or of a shape that the network does not take.
+            ConfigError: a network of one's own gives something else than [B, d].
+        """
+        if images_BCYX.ndim != 4:
+            raise ValueError(f"images of shape {list(images_BCYX.shape)}: {self.name} needs [B, C, Y, X]")
+        if not images_BCYX.is_floating_point():
+            raise ValueError(f"images of type {images_BCYX.dtype}: {self.name} needs floating point in [-1, 1]")
+        if not images_BCYX.isfinite().all():
+            raise ValueError("images hold NaN or infinity: they have no features")
+        found = self._apply(images_BCYX.to(self.device))
+        try:
+            return _require_features(found, len(images_BCYX), self.width)
+        except InputError as error:
+            raise network_error(self.name, error) from error
+
+    @torch.no_grad()
+    def _apply(self, images_BCYX: Tensor) -> object:
+        with _full_precision(self.device):
+            return self._module(images_BCYX)
+
+    def _try_images(self) -> int:
+        images_BCYX = torch.linspace(-1, 1, 2 * 3 * _PROBE_SIZE**2).reshape(2, 3, _PROBE_SIZE, _PROBE_SIZE)
+        try:
+            found = [self._apply(images_BCYX) for _ in range(2)]
+        except Exception as error:  # other people's code
+            raise InputError(f"fails on images of shape {list(images_BCYX.shape)}: {describe(error)}") from error
+        once_BD, again_BD = (_require_features(each, len(images_BCYX)).features_BD for each in found)
+        if not torch.allclose(once_BD, again_BD, rtol=1e-3, atol=1e-3 * float(once_BD.abs().max())):
+            raise InputError("gives other features each time it sees the same images")
+        return once_BD.shape[1]
+
+
+def metric_name(metric: str, label: str) -> str:
+    """What a metric over a network's features is called in records, curves and tables.
+
+    Args:
+        metric: `fd` (the Fréchet distance), `kid`, `precision`, ...
+        label: the network's.
+
+    Returns:
+        `fid`, `kid`, `precision` over Inception's features, and over no others: `fd_digits`, `kid_dinov2`.
+    """
+    if label == INCEPTION:
+        return "fid" if metric == "fd" else metric
+    return f"{metric}_{label}"
+
+
+def make_label(kind: str, text: str) -> str:
+    """A label of lower-case letters, digits and underscores that promises no network but `text` itself."""
+    label = re.sub(r"[^a-z0-9]", "_", text.lower())
+    return f"{kind}_{label}" if label in _RESERVED else label
+
+
+def network_error(name: str, reason: InputError) -> ConfigError:
+    """What is wrong with a network, with the field that names it."""
+    return ConfigError(f"evaluation.feature_networks: {name!r}: {reason}")
+
+
+def as_files(images_BCYX: Tensor) -> Tensor:
+    """Images as files would hold them, which is what published distances are of.
+
+    Args:
+        images_BCYX: [B, 1 or 3, Y, X] floating point; what lies outside [-1, 1] is clipped, grey becomes RGB.
+
+    Returns:
+        [B, 3, Y, X] uint8.
+
+    Raises:
+        ValueError: another number of channels.
+    """
+    if images_BCYX.shape[1] not in (1, 3):
+        raise ValueError(f"images of shape {list(images_BCYX.shape)}: [B, 1 or 3, Y, X] is needed")
+    bytes_BCYX = ((images_BCYX.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return bytes_BCYX.expand(-1, 3, -1, -1).contiguous()
+
+
+def _require_features(found: object, batch: int, width: int | None = None) -> Features:
+    features = found if isinstance(found, Features) else Features(found) if isinstance(found, Tensor) else None
+    expected = f"features of shape [{batch}, {width or 'd'}]"
+    if features is None:
+        raise InputError(f"must give {expected}, not {type(found).__name__}")
+    shape = list(features.features_BD.shape)
+    if len(shape) != 2 or shape[0] != batch or shape[1] != (width or shape[1]) or not features.features_BD.is_floating_point():
+        raise InputError(f"must give {expected}, floating point; not {shape}, {features.features_BD.dtype}")
+    return Features(features.features_BD.float(), features.logits_BK)
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """The trainer's precision is not the network's."""
+    backends: Any = torch.backends  # whose types lack these switches
+    switches = (
+        *(backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul),
+        *(backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul),
+    )
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value

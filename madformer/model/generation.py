@@ -1,0 +1,321 @@
+"""Sampling block by block, with keys and values in buffers allocated once.
+
+A layer's buffer has room for the text and every block, in the order of the sequence. While block i is denoised its own
+keys and values lie in its slot and are overwritten at every step; what is seen is always the slice up to the slot's
+end, so there is no mask and nothing is concatenated. Afterwards the clean tower overwrites the slot (without clean
+blocks, those of the last denoising step stay). In a layer of local denoising one slot behind the text serves all blocks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from madformer.config import ModelConfig
+from madformer.model.attention import Towers, sdpa
+from madformer.model.embedding import null_text, to_blocks
+from madformer.model.layer import autocast_dtype
+from madformer.model.layer_plan import embedded_block_count, layer_plans
+from madformer.model.madformer import MADFormer
+
+
+@dataclass
+class Slot:
+    """Context of a layer when sampling: one tower's tokens go to [start, end) of the buffers and see [0, end)."""
+
+    keys_BGMK: Tensor
+    values_BGMK: Tensor
+    start: int
+    end: int
+    queries: tuple[str, ...]
+
+    def attend(self, queries: Towers, keys: Towers, values: Towers) -> Towers:
+        """Store the keys and values; attention of the queries, if any, over all that is seen."""
+        ((tower, k),), ((_, v),) = keys.items(), values.items()
+        self.keys_BGMK[:, :, self.start : self.end] = k
+        self.values_BGMK[:, :, self.start : self.end] = v
+        seen = self.keys_BGMK[:, :, : self.end], self.values_BGMK[:, :, : self.end]
+        return {name: sdpa(q, *seen, causal=tower == "text") for name, q in queries.items()}
+
+
+class KeyValueCache:
+    """The buffers of all layers, for a batch of `batch` rows."""
+
+    def __init__(self, config: ModelConfig, batch: int, text_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.config, self.text_tokens = config, text_tokens
+        self.layers = [
+            torch.empty(
+                2,
+                batch,
+                config.kv_heads,
+                text_tokens + self._blocks(layer) * config.block_tokens,
+                config.head_width,
+                device=device,
+                dtype=dtype,
+            )
+            for layer in range(config.depth)
+        ]
+
+    def _blocks(self, layer: int) -> int:
+        local = self.config.local_denoising and layer >= self.config.ar_depth
+        return 1 if local else self.config.ar_length
+
+    def slot(self, layer: int, tower: str, block: int = 0, rows: int | None = None, with_queries: bool = True) -> Slot:
+        """Where a tower's tokens of `block` go in `layer`; `rows`: the first rows of the batch alone."""
+        keys, values = self.layers[layer][:, :rows]
+        if tower == "text":
+            start, end = 0, self.text_tokens
+        else:
+            start = self.text_tokens + min(block, self._blocks(layer) - 1) * self.config.block_tokens
+            end = start + self.config.block_tokens
+        return Slot(keys, values, start, end, (tower,) if with_queries else ())
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the buffers."""
+        return sum(layer.numel() * layer.element_size() for layer in self.layers)
+
+
+@torch.no_grad()
+def generate(
+    model: MADFormer,
+    scheduler: Any,
+    steps: int,
+    *,
+    batch_size: int | None = None,
+    seeds: Sequence[int] | None = None,
+    initial_noise_BLCYX: Tensor | None = None,
+    context_BLCYX: Tensor | None = None,
+    text: Tensor | None = None,
+    guidance: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
+    on_block: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Sample images, block by block.
+
+    Args:
+        model: the model; its device and dtype are used. Works under autocast.
+        scheduler: any diffusers scheduler with the model's prediction type. Its steps are set anew for every block.
+        steps: denoising steps per block, as the scheduler counts them. NFE = (N - D) + D * calls of the network, which is
+            one per step but for schedulers of higher order (Heun: 2 * steps - 1).
+        batch_size: images to sample; may be left out where seeds, noise, context or text tell it.
+        seeds: one for each image. Image b depends on its own seed alone, also with stochastic schedulers. It starts from
+            the same image of noise whatever the number of blocks that the model cuts it into.
+        initial_noise_BLCYX: noise that the blocks start from, instead of drawn noise.
+        context_BLCYX: clean latents of true images (teacher forcing): block i is generated as the next one of the true
+            blocks < i, instead of those generated so far. Without clean blocks, where a block is read as it was at the
+            last denoising step, the true one is read at that timestep too, in the noise that the block started from.
+        text: token ids [B, T]; None: the null text.
+        guidance: scale of classifier-free guidance; 1 is none. Needs text.
+        guidance_interval: lowest and highest timestep at which guidance acts; None: all.
+        on_block: called with (i, latents [B, L, C, Y, X]) after block i; later blocks are still zero. For previews and
+            clocks: the latents are those being written, so copy what you keep, and a GPU may still be at work on them.
+
+    Returns:
+        Latents [B, L, C, Y, X]; `blocks.to_image` puts them together.
+
+    Raises:
+        ValueError: a scheduler of another prediction type, timesteps outside the schedule, sizes that contradict each
+            other or the model, or guidance without text.
+    """
+    _check_scheduler(model, scheduler, steps)
+    _check_guidance(model, text, guidance, guidance_interval)
+    given = {"initial_noise_BLCYX": initial_noise_BLCYX, "context_BLCYX": context_BLCYX}
+    _check_blocks(model, **given)
+    batch = _batch_size(batch_size, seeds=seeds, **given, text=text)
+    generators = None if seeds is None else [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    noise_BLCYX = _initial_noise(model, batch, generators, initial_noise_BLCYX)
+    latents_BLCYX = torch.zeros_like(noise_BLCYX)
+    past_BLCYX = latents_BLCYX if context_BLCYX is None else context_BLCYX.to(latents_BLCYX)
+    sampler = _Sampler(model, scheduler, batch, text, guidance, guidance_interval)
+    options = {"generator": generators} if generators and "generator" in inspect.signature(scheduler.step).parameters else {}
+    for block in range(model.config.ar_length):
+        sampler.set_timesteps(steps)
+        sampler.start_block(block, past_BLCYX[:, block - 1] if block else None)
+        x_BCYX = noise_BLCYX[:, block] * scheduler.init_noise_sigma
+        for index, t in enumerate(scheduler.timesteps):
+            prediction_BCYX = sampler.predict(scheduler.scale_model_input(x_BCYX, t), index)
+            step = scheduler.step(prediction_BCYX.to(x_BCYX.dtype), t, x_BCYX, **options)
+            x_BCYX = step.prev_sample.to(noise_BLCYX.dtype)
+        latents_BLCYX[:, block] = x_BCYX
+        if context_BLCYX is not None:
+            sampler.replace_block(past_BLCYX[:, block], noise_BLCYX[:, block])
+        if on_block:
+            on_block(block, latents_BLCYX)
+    return latents_BLCYX
+
+
+class _Sampler:
+    """The state of one `generate`: cache, condition and place of the block that is being denoised."""
+
+    def __init__(
+        self,
+        model: MADFormer,
+        scheduler: Any,
+        batch: int,
+        text: Tensor | None,
+        guidance: float,
+        interval: tuple[float, float] | None,
+    ) -> None:
+        config, device = model.config, model.boi_SD.device
+        self.model, self.config, self.scheduler = model, config, scheduler
+        self.guidance, self.interval = guidance, interval
+        self.images = batch
+        self.rows = batch if guidance == 1 else 2 * batch
+        self.plans = layer_plans(config, frozenset())
+        text_BT = self._prompts(text)
+        self.ropes = model.ropes(device, 0 if text_BT is None else text_BT.shape[1])
+        dtype = autocast_dtype(device, model.boi_SD.dtype)
+        self.cache = KeyValueCache(config, self.rows, len(self.ropes["text"].cos_NK), device, dtype)
+        if model.text is not None and text_BT is not None:
+            self._extend("text", model.text.embedding(text_BT), block=0)
+
+    def _prompts(self, text: Tensor | None) -> Tensor | None:
+        """Token ids for all rows of the batch: the prompts, and the null texts behind them under guidance."""
+        if self.config.text is None:
+            return None
+        device = self.model.boi_SD.device
+        prompts = null_text(self.config.text, self.images, device) if text is None else text.to(device)
+        null = null_text(self.config.text, self.rows - self.images, device, length=prompts.shape[1])
+        return torch.cat([prompts, null])
+
+    def set_timesteps(self, steps: int) -> None:
+        """Start the scheduler anew, and refuse timesteps that the model was never trained on."""
+        # On the CPU: schedulers look timesteps up by value, and on a GPU every look-up would wait for it.
+        self.scheduler.set_timesteps(steps)
+        timesteps, end = self.scheduler.timesteps, self.scheduler.config.num_train_timesteps
+        if bool(((timesteps < 0) | (timesteps >= end)).any()):
+            outside = f"{steps} steps of this scheduler go from {timesteps.max()} to {timesteps.min()}"
+            raise ValueError(f"scheduler.timesteps: {outside}, outside 0..{end - 1}; take another number of steps")
+
+    def start_block(self, block: int, previous_BCYX: Tensor | None) -> None:
+        """Clean tower over the finished block before this one, then the AR stage: `self.condition` and the cache."""
+        self.block = block
+        self.condition_BSD = None
+        tokens_BSD = self.model.boi_SD.detach().expand(self.rows, -1, -1)
+        if previous_BCYX is not None and embedded_block_count(self.config, frozenset()):
+            t = self.scheduler.timesteps[-1] if self.config.clean_timestep == "released" else 0
+            tokens_BSD = self._for_all_rows(self._embed(previous_BCYX, t)[0])
+            if "clean" in self.plans[0].keys:
+                self._extend("clean", tokens_BSD, block - 1)
+        if self.config.use_condition:
+            self.condition_BSD = self._extend("noise", tokens_BSD, block, last=self.config.ar_depth)
+
+    def predict(self, noisy_BCYX: Tensor, index: int) -> Tensor:
+        """The network's guided output for the noisy block at step `index`: its S tokens through the last D layers."""
+        t = self.scheduler.timesteps[index]
+        guided = self._is_guided(t)
+        rows = self.rows if guided or self._fills_cache(index) else self.images
+        tokens_BSD, skips = self._embed(noisy_BCYX, t)
+        x_BSD = self._for_all_rows(tokens_BSD)[:rows]
+        if self.condition_BSD is not None:
+            x_BSD = x_BSD + self.condition_BSD[:rows]
+        x_BSD = self._extend("noise", x_BSD, self.block, first=self.config.ar_depth)
+        if not guided:
+            return self._unembed(x_BSD[: self.images], t, skips)
+        skips = tuple(torch.cat([skip, skip]) for skip in skips)
+        prompted_BCYX, null_BCYX = self._unembed(x_BSD, t, skips).chunk(2)
+        return null_BCYX + self.guidance * (prompted_BCYX - null_BCYX)
+
+    def replace_block(self, true_BCYX: Tensor, noise_BCYX: Tensor) -> None:
+        """Let later blocks see the true block, at the last step's timestep, where they would see the denoised one."""
+        last = len(self.scheduler.timesteps) - 1
+        if self._fills_cache(last):
+            alpha = self.scheduler.alphas_cumprod[int(self.scheduler.timesteps[last])]
+            self.predict(alpha.sqrt() * true_BCYX + (1 - alpha).sqrt() * noise_BCYX, last)
+
+    def _is_guided(self, t: Tensor) -> bool:
+        if self.rows == self.images:
+            return False
+        return self.interval is None or self.interval[0] <= float(t) <= self.interval[1]
+
+    def _fills_cache(self, index: int) -> bool:
+        """Without clean blocks, later blocks see the noisy one as it was at the last step: every row must run then."""
+        read_later = (
+            not (self.config.use_clean_blocks or self.config.local_denoising) and self.block < self.config.ar_length - 1
+        )
+        return read_later and index == len(self.scheduler.timesteps) - 1
+
+    def _extend(self, tower: str, x_BSD: Tensor, block: int, first: int = 0, last: int | None = None) -> Tensor:
+        """Run a tower's tokens through layers first .. last - 1 as far as their plan needs them, filling the cache."""
+        rope = self.ropes[tower]
+        if tower != "text":
+            rope = rope.part(block * self.config.block_tokens, (block + 1) * self.config.block_tokens)
+        for layer in range(first, self.config.depth if last is None else last):
+            if tower not in self.plans[layer].keys:
+                break
+            needed = tower in self.plans[layer].queries
+            slot = self.cache.slot(layer, tower, block, rows=len(x_BSD), with_queries=needed)
+            output = self.model.layers[layer]({tower: x_BSD}, {tower: rope}, slot)
+            if needed:
+                x_BSD = output[tower]
+        return x_BSD
+
+    def _embed(self, latents_BCYX: Tensor, t: Tensor | float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        tokens_B1SD, skips = self.model.embed(latents_BCYX[:, None], self._timesteps(len(latents_BCYX), t))
+        return tokens_B1SD[:, 0], skips
+
+    def _unembed(self, tokens_BSD: Tensor, t: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
+        return self.model.unembed(tokens_BSD[:, None], self._timesteps(len(tokens_BSD), t), skips)[:, 0]
+
+    def _timesteps(self, rows: int, t: Tensor | float) -> Tensor:
+        return torch.full((rows, 1), float(t), device=self.model.boi_SD.device)
+
+    def _for_all_rows(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD if self.rows == self.images else torch.cat([x_BSD, x_BSD])
+
+
+def _check_scheduler(model: MADFormer, scheduler: Any, steps: int) -> None:
+    theirs, ours = scheduler.config.get("prediction_type"), model.config.prediction_type
+    if theirs != ours:
+        raise ValueError(f"scheduler.config.prediction_type = {theirs!r}: must be the model's, {ours!r}")
+    if steps != int(steps) or steps < 1:
+        raise ValueError(f"steps = {steps}: must be an integer of at least 1")
+
+
+def _check_guidance(model: MADFormer, text: Tensor | None, guidance: float, interval: tuple[float, float] | None) -> None:
+    if text is not None and model.text is None:
+        raise ValueError("text given to a model without text: set model.text")
+    if text is not None and (text.ndim != 2 or not text.shape[1]):
+        raise ValueError(f"text has shape {tuple(text.shape)}: must be [images, tokens]")
+    if guidance != 1 and text is None:
+        raise ValueError(f"guidance = {guidance}: needs text to guide towards; give text, or guidance=1")
+    if interval is not None and interval[0] > interval[1]:
+        raise ValueError(f"guidance_interval = {interval}: must be the lowest and the highest timestep")
+
+
+def _check_blocks(model: MADFormer, **given: Tensor | None) -> None:
+    c = model.config
+    shape = (c.ar_length, c.latent_channels, c.block_size, c.block_size)
+    for name, blocks_BLCYX in given.items():
+        if blocks_BLCYX is not None and tuple(blocks_BLCYX.shape[1:]) != shape:
+            right = f"[images, {', '.join(map(str, shape))}]"
+            raise ValueError(f"{name} has shape {tuple(blocks_BLCYX.shape)}: must be {right}")
+
+
+def _batch_size(batch_size: int | None, **given: Sized | None) -> int:
+    sizes = {name: len(value) for name, value in given.items() if value is not None}
+    if batch_size is not None:
+        sizes["batch_size"] = int(batch_size)
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        told = ", ".join(f"{name}: {size}" for name, size in sizes.items()) or "none given"
+        raise ValueError(f"number of images ({told}): give batch_size or one of {', '.join(given)}, and let them agree")
+    return next(iter(sizes.values()))
+
+
+def _initial_noise(model: MADFormer, batch: int, generators: list[torch.Generator] | None, given: Tensor | None) -> Tensor:
+    # The latents of the loop are float32 also where the weights are not: steps add up small differences.
+    c, device, dtype = model.config, model.boi_SD.device, torch.promote_types(model.boi_SD.dtype, torch.float32)
+    if given is not None:
+        return given.to(device, dtype)
+    # Drawn as an image and then cut: models of other AR lengths start from the same one.
+    shape = (c.latent_channels, c.latent_size, c.latent_size)
+    if generators is None:
+        return to_blocks(torch.randn(batch, *shape, device=device, dtype=dtype), c.ar_length)
+    drawn_BChw = torch.stack([torch.randn(shape, generator=generator, device="cpu") for generator in generators])
+    return to_blocks(drawn_BChw, c.ar_length).to(device, dtype)

@@ -1,0 +1,113 @@
+"""Where models err, side by side: by timestep, by block, and for the errors of the blocks before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from madformer.evaluation.record import newest_diagnostics
+from madformer.report.formatting import distinct, natural, show, table
+from madformer.report.notes import incomparable, trained_for
+from madformer.report.points import Curve
+from madformer.report.statistics import Estimate, over_training
+
+_SAME = ("weights", "images", "held_out", "source", "nfe", "sampler", "timesteps")
+"""Keys that must agree for two runs' diagnostics to be compared."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The newest diagnostics of one label's runs."""
+
+    label: str
+    timesteps: tuple[int, ...]
+    """Of the noise schedule, rising."""
+    loss_by_timestep: tuple[Estimate, ...]
+    """Over blocks, at each of `timesteps`."""
+    loss_by_block: tuple[Estimate, ...]
+    """Over timesteps, for each block in the order of generation."""
+    exposure_gap: tuple[Estimate, ...]
+    """For each block, how much farther from real ones it is after the model's own blocks than after real ones."""
+    condition_explains: tuple[Estimate, ...]
+    """For each block, the share of its variance that the condition foretells; empty: there is no condition."""
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Diagnoses in the order of a table."""
+
+    diagnoses: tuple[Diagnosis, ...]
+    notes: tuple[str, ...]
+    """How they were made, a sentence each."""
+
+    def markdown(self) -> str:
+        """The notes, and a table: losses at low and high noise and at both ends of the image, the gap, the condition."""
+        steps = self.diagnoses[0].timesteps
+        same = all(diagnosis.timesteps == steps for diagnosis in self.diagnoses)
+        ends = {"low": 0, "middle": (len(steps) - 1) // 2, "high": -1}
+        titles = [f"loss at t = {steps[index]}" if same else f"loss at {name} t" for name, index in ends.items()]
+        titles += ["loss, first block", "loss, last block", "mean exposure gap", "gap, last block", "condition explains"]
+        lines = [["", *titles]]
+        for diagnosis in self.diagnoses:
+            losses, blocks, gaps = diagnosis.loss_by_timestep, diagnosis.loss_by_block, diagnosis.exposure_gap
+            cells = [losses[0], losses[(len(losses) - 1) // 2], losses[-1], blocks[0], blocks[-1], _over_blocks(gaps), gaps[-1]]
+            lines.append([diagnosis.label, *map(show, [*cells, _over_blocks(diagnosis.condition_explains)])])
+        return "\n\n".join(["### Diagnostics", "\n".join(f"- {note}" for note in self.notes), table(lines)])
+
+
+def gather_diagnostics(curves: Sequence[Curve]) -> Diagnostics | None:
+    """The newest diagnostics of runs; None: none of them was diagnosed.
+
+    Raises:
+        InputError: a broken record.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for curve in sorted(curves, key=lambda curve: (natural(curve.label), curve.seed)):
+        if (entry := newest_diagnostics(curve.run)) is not None:
+            groups.setdefault(curve.label, []).append(entry)
+    if not groups:
+        return None
+    diagnoses = [_diagnosis(label, entries) for label, entries in groups.items()]
+    return Diagnostics(tuple(diagnoses), tuple(_notes([entry for entries in groups.values() for entry in entries])))
+
+
+def _diagnosis(label: str, entries: Sequence[dict[str, Any]]) -> Diagnosis:
+    """Means over seeds; one diagnosed at other timesteps than the first is left out, and the notes say that they differ."""
+    timesteps = entries[0]["timesteps"]
+    alike = [entry for entry in entries if entry["timesteps"] == timesteps]
+
+    def means(values_of: Callable[[dict[str, Any]], Sequence[float]]) -> tuple[Estimate, ...]:
+        return tuple(over_training(values) for values in zip(*map(values_of, alike), strict=True))
+
+    return Diagnosis(
+        label,
+        tuple(timesteps),
+        means(lambda entry: entry["loss_by_timestep"]),
+        means(lambda entry: entry["loss_by_block"]),
+        means(lambda entry: entry["exposure"]["gap"]),
+        means(lambda entry: entry["condition_explains"] or ()),
+    )
+
+
+def _over_blocks(estimates: Sequence[Estimate]) -> Estimate | None:
+    """The mean over blocks of each seed, over seeds; None: there are no blocks."""
+    runs = list(zip(*(estimated.values for estimated in estimates), strict=True))
+    return over_training([sum(values) / len(values) for values in runs]) if runs else None
+
+
+def _notes(entries: Sequence[dict[str, Any]]) -> list[str]:
+    seen = distinct("held-out images" if entry["held_out"] else "images of the training set" for entry in entries)
+    weights = distinct("EMA" if entry["weights"] == "ema" else "raw" for entry in entries)
+    errors = [error for entry in entries for error in entry["exposure"].get("gap_error", ())]
+    nfe, sampler = (distinct(entry[key] for entry in entries) for key in ("nfe", "sampler"))
+    error = f"; its standard error is at most {max(errors):.1g} a run" if errors else ""
+    return [
+        f"{distinct(entry['images'] for entry in entries)} {seen}; {weights} weights; {trained_for(entries)}.",
+        "Loss: the denoiser's, by timestep t and by block, after real blocks.",
+        "Exposure gap: how much farther samples are from real blocks, as a share of the distances between them, after the "
+        f"model's own blocks than after real ones; 0 at the first block; sampled at NFE {nfe} with {sampler}{error}.",
+        "The condition explains this share of the blocks' variance before any denoising (the mean over blocks); 1 is all, "
+        "below 0 is worse than the mean image.",
+        *incomparable(entries, _SAME, "diagnostics"),
+    ]

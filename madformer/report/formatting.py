@@ -1,0 +1,162 @@
+"""How a report writes numbers, spreads, tables and costs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from madformer.errors import InputError
+from madformer.evaluation.record import Point
+from madformer.report.statistics import MARKS, Estimate
+
+NOTHING = "–"
+"""In place of what was not measured."""
+
+_HIGHER = ("inception_score", "precision", "recall", "density", "coverage")
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a metric is to be maximised, of whatever network it is (`precision`, `precision_digits`)."""
+    return any(metric == name or metric.startswith(f"{name}_") for name in _HIGHER)
+
+
+def arrow(metric: str) -> str:
+    """A metric's name, and which way is better."""
+    return f"{metric} {'↑' if higher_is_better(metric) else '↓'}"
+
+
+def natural(text: str) -> list[str | float]:
+    """A key that sorts d2 before d16: words and numbers by turns."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)
+    return [float(part) if index % 2 else part for index, part in enumerate(parts)]
+
+
+def number(value: float) -> str:
+    """Three significant digits, more where there are more before the point."""
+    if abs(value) < 1:
+        return f"{value:#.3g}"
+    whole = len(str(int(abs(value))))
+    return f"{value:,.{max(0, 3 - whole)}f}"
+
+
+def show(estimated: Estimate | None) -> str:
+    """The mean, and its spread to as many digits, such as `17.8 ± 0.4`."""
+    if estimated is None:
+        return NOTHING
+    if estimated.over is None or estimated.spread is None:
+        return number(estimated.mean)
+    digits = min(_decimals(estimated.mean), _decimals(estimated.spread or estimated.mean))
+    spread = f"{estimated.spread:,.{digits}f}"
+    if float(spread.replace(",", "")) == 0 and estimated.spread > 0:
+        spread = f"{estimated.spread:.1g}"
+    return f"{number(estimated.mean)} ± {spread}{MARKS[estimated.over]}"
+
+
+def distinct(values: Iterable[Any]) -> str:
+    """Different values with `or` between them, of many numbers the least and the greatest."""
+    found = sorted(set(values), key=lambda value: natural(str(value)))
+    texts = [f"{value:,}" if isinstance(value, int) else str(value) for value in found]
+    if len(found) > 3 and isinstance(found[0], int):
+        return f"{texts[0]} – {texts[-1]}"
+    return " or ".join(texts)
+
+
+def counted(counts: Iterable[int], noun: str) -> str:
+    """Such as `1 or 2 seeds`."""
+    text = distinct(counts)
+    return f"{text} {noun}" + ("" if text == "1" else "s")
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown: the first line heads it, the first column to the left and the others to the right."""
+    ruler = ["---", *("---:" for _ in lines[0][1:])]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], ruler, *cells[1:]))
+
+
+def csv_text(lines: Iterable[Sequence[Any]]) -> str:
+    """Lines of CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+def _decimals(value: float) -> int:
+    """Digits after the point that `number` shows."""
+    text = f"{value:.2e}"
+    return max(0, 2 - int(text[text.index("e") + 1 :]))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How a quantity is shown: in its own unit, or in a smaller one where all of it is small."""
+
+    title: str
+    """The unit and what it is counted for, such as `ms per image`."""
+    factor: float
+    """What a value is multiplied with."""
+
+    def show(self, value: float | None) -> str:
+        """The value as text."""
+        return NOTHING if value is None else number(value * self.factor)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A quantity that every point has, or lacks: on a CPU nobody measures memory."""
+
+    column: str
+    """Its name in CSV, with the unit."""
+    of: Callable[[Point], float | None]
+    """From a point, in this unit."""
+    titles: tuple[str, str]
+    """With the unit, and with the smaller one."""
+    factor: float = 1000.0
+    """Smaller units in one unit."""
+
+    def unit(self, values: Iterable[float | None]) -> Unit:
+        """The unit in which the greatest of values is no fraction, if there is one."""
+        greatest = max((value for value in values if value is not None), default=0.0)
+        return Unit(self.titles[0], 1.0) if greatest >= 1 else Unit(self.titles[1], self.factor)
+
+
+def _mean_of_blocks(point: Point) -> float | None:
+    blocks = point.get("seconds_per_block")
+    return fmean(blocks) if blocks else None
+
+
+COSTS = {
+    "flops": Cost("tflops_per_image", lambda point: point.get("tflops_per_image"), ("TFLOPs per image", "GFLOPs per image")),
+    "seconds": Cost("seconds_per_image", lambda point: point.get("seconds_per_image"), ("s per image", "ms per image")),
+    "seconds_per_block": Cost("seconds_per_block", _mean_of_blocks, ("s per block", "ms per block")),
+    "memory": Cost(
+        "peak_memory_gib", lambda point: point.get("peak_memory_gib"), ("GiB at the peak", "MiB at the peak"), 1024.0
+    ),
+}
+"""By the names that `--against` takes; of the blocks' seconds the mean over blocks."""
+
+NFE = "nfe"
+"""The paper's measure of compute, and the budget itself: not measured, so not among `COSTS`."""
+
+AGAINST = (NFE, "flops", "seconds")
+"""What a figure shows quality against unless it is told otherwise."""
+
+
+def parse_against(text: str | None) -> tuple[str, ...]:
+    """The panels of a figure, named with commas between them; None: the usual ones.
+
+    Raises:
+        InputError: no such cost.
+    """
+    if text is None:
+        return AGAINST
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in (NFE, *COSTS):
+            raise InputError(f"--against {text}: no cost is named {name!r}; there are {', '.join((NFE, *COSTS))}")
+    return names

@@ -1,0 +1,142 @@
+"""Checkpoint files of a run: names, order, whether they are whole, what is in them.
+
+A checkpoint is Lightning's dictionary (`state_dict`, `optimizer_states`, `global_step`, ...) with the moving average of the
+weights beside it, `ema`: name in the model -> tensor. All of it loads with `torch.load(path, weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from madformer.config import ExperimentConfig
+from madformer.errors import InputError
+from madformer.runs.files import replacing
+
+if TYPE_CHECKING:
+    from madformer.model import MADFormer
+
+Weights = Literal["ema", "model"]
+"""The moving average, or the weights that the optimiser moved."""
+
+EMA = "ema"
+"""Key of the moving average in a checkpoint."""
+
+TRAINED_BY = "trained_by"
+"""Key of the name of the LightningModule, whose loss no configuration knows if it is one of a user's own."""
+
+DATA = "LatentDataModule"
+"""Key of what a checkpoint remembers of its data: Lightning takes the name of the class."""
+
+CLASS_PROMPTS = "class_prompts"
+"""Key of the names of the classes among it."""
+
+MODEL_PREFIX = "model."
+"""What the model's parameter names begin with in a checkpoint's `state_dict`."""
+
+_NAME = re.compile(r"step-(\d{8,})\.ckpt")
+
+_log = logging.getLogger(__name__)
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """The checkpoint after `step` optimiser steps."""
+    return run / "checkpoints" / f"step-{step:08d}.ckpt"
+
+
+def checkpoint_step(path: Path) -> int:
+    """Optimiser steps before the checkpoint, by its name."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise InputError(f"{path}: not a checkpoint's name; they are step-00001000.ckpt and the like")
+    return int(match[1])
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """All checkpoints of a run, the oldest first; torn ones too."""
+    found = [path for path in (run / "checkpoints").glob("*.ckpt") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def newest_intact(run: Path) -> Path | None:
+    """The newest checkpoint that is whole; each torn one on the way is skipped with a warning. None: there is none."""
+    for path in reversed(list_checkpoints(run)):
+        if flaw := find_flaw(path):
+            _log.warning("%s is torn (%s): skipped", path, flaw)
+        else:
+            return path
+    return None
+
+
+def find_flaw(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, None if nothing: its checksums are read, its tensors are not kept in memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        return f"{broken} does not match its checksum" if broken else None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:
+        return str(error) or type(error).__name__
+
+
+def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint that is whole or not there, also after a power failure.
+
+    Raises:
+        OSError: the disk is full, or may not be written to.
+    """
+    import torch
+
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch hides what the file said
+                raise error.__context__ from None
+            raise
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's contents, tensors on the CPU and mapped from the file.
+
+    Raises:
+        InputError: no such file, or it is torn or no checkpoint of a run.
+    """
+    import torch
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: corrupt, or no checkpoint: {find_flaw(path) or str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or EMA not in checkpoint:
+        raise InputError(f"{path}: no checkpoint of a run: it must hold state_dict and {EMA}")
+    return checkpoint
+
+
+def load_model(path: Path, config: ExperimentConfig, weights: Weights = "ema") -> MADFormer:
+    """The model of a checkpoint, on the CPU, in evaluation mode.
+
+    Raises:
+        InputError: no such file, torn, or of another model.
+    """
+    import torch
+
+    from madformer.model import MADFormer
+
+    checkpoint = load_checkpoint(path)
+    state = checkpoint[EMA]
+    if weights == "model":
+        state = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in checkpoint["state_dict"].items()}
+    with torch.device("meta"):
+        model = MADFormer(config.model)
+    try:
+        model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    except RuntimeError as error:
+        raise InputError(f"{path}: not of this run's model: {str(error).splitlines()[-1].strip()}") from error
+    return model.eval()

@@ -1,0 +1,98 @@
+"""A run's folder: `config.yaml`, `checkpoints/`, `samples/`, `evaluations.jsonl`, TensorBoard event files.
+
+`previews.jsonl` has the quick distances of training, `progress.json` says how far its commands are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from madformer.config import ExperimentConfig, load_run, require_same_weights
+from madformer.config.identity import config_path
+from madformer.errors import InputError
+from madformer.runs.files import append_line, write_text
+
+Purpose = Literal["train", "evaluate", "encode", "sample"]
+"""What a folder is held for."""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun there."""
+    return config_path(folder).is_file()
+
+
+def progress_path(run: Path) -> Path:
+    """Where it says how far its commands are."""
+    return run / "progress.json"
+
+
+def append_preview(run: Path, step: int, metrics: Mapping[str, float]) -> None:
+    """Add what a preview has measured, the main metric first."""
+    append_line(_previews_path(run), json.dumps({"step": step, "metrics": dict(metrics)}))
+
+
+def read_previews(run: Path) -> list[dict[str, Any]]:
+    """`step` and `metrics` of all previews so far; the end of a line that a crash cut short is left out."""
+    try:
+        lines = _previews_path(run).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def drop_previews(run: Path, step: int) -> None:
+    """Remove what was measured behind the checkpoint that a run resumes from."""
+    if previews := read_previews(run):
+        kept = (json.dumps(preview) + "\n" for preview in previews if preview["step"] <= step)
+        write_text(_previews_path(run), "".join(kept))
+
+
+def require_own_run(config: ExperimentConfig) -> None:
+    """Refuse an experiment whose folder holds another experiment's run.
+
+    Raises:
+        InputError: the first field that differs, with both values.
+    """
+    if is_run(config.run_dir):
+        require_same_weights(load_run(config.run_dir), config, str(config.run_dir))
+
+
+@contextlib.contextmanager
+def claim_folder(folder: Path, purpose: Purpose, rank: int = 0) -> Iterator[None]:
+    """Hold a folder for one purpose, so that no two processes write the same files; the system lets go when the process dies.
+
+    Args:
+        rank: of a process among those that work together; the first one holds the folder for all.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    if rank != 0:
+        yield
+        return
+    existed = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f".{purpose}.lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise InputError(f"{folder} is in use by another process ({purpose}); wait for it, or stop it") from None
+    finally:
+        if not existed and {path.name for path in folder.iterdir()} <= {f".{purpose}.lock"}:
+            (folder / f".{purpose}.lock").unlink(missing_ok=True)  # it ended before it began: leave nothing
+            folder.rmdir()
+
+
+def _previews_path(run: Path) -> Path:
+    return run / "previews.jsonl"

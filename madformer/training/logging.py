@@ -1,0 +1,84 @@
+"""What is logged of a training step, averaged over micro-batches and devices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from torch import Tensor
+
+from madformer.config import ExperimentConfig, wanted_outputs
+from madformer.diffusion.losses import Losses
+from madformer.model import cost
+
+Window = Sequence[tuple[Losses, Tensor]]
+"""The micro-batches of a step: losses, and the timesteps of the noisy blocks [B * k, L]."""
+
+Reduce = Callable[..., Any]
+"""A strategy's mean or sum over devices."""
+
+QUARTERS = 4
+"""Parts of the noise schedule that have a loss of their own in the log."""
+
+
+def mean_terms(window: Window, reduce: Reduce) -> dict[str, float]:
+    """`loss/total` and each unweighted term, as `loss/image`."""
+    every = [{"total": losses.total.detach(), **losses.terms} for losses, _ in window]
+    names = list(every[0])
+    values = torch.stack([torch.stack([terms[name].detach().float() for name in names]) for terms in every]).mean(dim=0)
+    return {f"loss/{name}": value for name, value in zip(names, reduce(values, reduce_op="mean").tolist(), strict=True)}
+
+
+def block_losses(window: Window, config: ExperimentConfig, reduce: Reduce) -> dict[str, float]:
+    """The image loss by quarter of the noise schedule (`loss_t/0`: least noise) and by block (`loss_block/0`: the first)."""
+    image_BL = torch.cat([losses.image_BL for losses, _ in window]).double()
+    t_BL = torch.cat([t for _, t in window])
+    quarter_BL = t_BL * QUARTERS // config.diffusion.train_timesteps
+    block_BL = torch.arange(t_BL.shape[1], device=t_BL.device).expand_as(t_BL)
+    values: dict[str, float] = {}
+    for prefix, group_BL, count in (("loss_t", quarter_BL, QUARTERS), ("loss_block", block_BL, t_BL.shape[1])):
+        sums = torch.zeros(2, count, dtype=torch.float64, device=t_BL.device)
+        sums[0].index_add_(0, group_BL.flatten(), image_BL.flatten())
+        sums[1].index_add_(0, group_BL.flatten(), torch.ones_like(image_BL).flatten())
+        totals, counts = reduce(sums, reduce_op="sum")
+        values |= {f"{prefix}/{i}": float(totals[i] / counts[i]) for i in range(count) if counts[i]}
+    return values
+
+
+class Throughput:
+    """Images per second between two logged steps, without the time of previews and checkpoints."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.batch_size = config.data.batch_size
+        wanted = wanted_outputs(config.loss)
+        self._flops_per_image = cost.training_flops(config.model, wanted, config.diffusion.draws_per_image).total
+        self._dtype = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else torch.float32
+        self.start()
+
+    def start(self) -> None:
+        """Forget all before now."""
+        self._since, self._steps = time.perf_counter(), 0
+
+    def count_step(self) -> None:
+        """One more step of the optimiser."""
+        self._steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside the block does not count."""
+        before = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - before
+
+    def measure(self, device: torch.device, world_size: int) -> dict[str, float]:
+        """Images per second, TFLOP/s of one device, and its share of the device's peak where that is known (`mfu`)."""
+        rate = self._steps * self.batch_size / max(time.perf_counter() - self._since, 1e-9)
+        self.start()
+        achieved = rate * self._flops_per_image / world_size
+        values = {"speed/images_per_second": rate, "speed/tflops_per_device": achieved / 1e12}
+        peak = get_available_flops(device, self._dtype) if device.type == "cuda" else None
+        return {**values, "speed/mfu": achieved / peak} if peak else values
