@@ -45,13 +45,13 @@ test: $(DEV) ## run the tests
 test-browser: $(DEV) ## see that TensorBoard draws the curves, and keep pictures; installs Debian's Chromium, as root
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
 		{ apt-get update -q && apt-get install -y -q --no-install-recommends chromium chromium-driver; }
-	LOGDIR="$(LOGDIR)" $(BIN)/python -m pytest -s tests/evaluation/test_tensorboard.py $(ARGS)
+	LOGDIR="$(LOGDIR)" $(BIN)/python -m pytest -s tests/evaluation/test_tensorboard_browser.py $(ARGS)
 
 test-cluster: $(DEV) ## run the tests that start databases and a Slurm of their own; installs Debian's packages, as root
 	@command -v sbatch munged slurmctld >/dev/null || bash tests/sweep/servers/slurm.sh install
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || bash tests/sweep/servers/postgresql.sh install
 	@command -v mariadbd mariadb-install-db >/dev/null || bash tests/sweep/servers/mariadb.sh install
-	SERVERS=1 REPETITIONS=20 $(BIN)/python -m pytest -s tests/sweep/test_queue.py tests/sweep/test_servers.py $(ARGS)
+	SERVERS=1 REPETITIONS=20 $(BIN)/python -m pytest -s tests/sweep/test_queue.py tests/sweep/test_study_servers.py $(ARGS)
 
 lint: $(DEV) ## check style, format and types
 	$(BIN)/ruff check .

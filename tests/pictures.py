@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
 from madformer.config import ExperimentConfig, load_experiment
-from tests.runs import DIGITS, TINY
+from tests.tiny_runs import DIGITS, TINY
 
 CODEC = """
 import torch

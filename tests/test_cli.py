@@ -15,7 +15,7 @@ from madformer.evaluation.evaluate import evaluate
 from madformer.evaluation.request import parse_request
 from madformer.runs.checkpoints import checkpoint_path
 from tests.conftest import ROOT
-from tests.runs import DIGITS, command, execute, perform, scalars, train_command
+from tests.tiny_runs import DIGITS, command, execute, perform, scalars, train_command
 
 
 @pytest.fixture(scope="module")

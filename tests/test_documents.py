@@ -18,7 +18,7 @@ from madformer.sweep.load_sweep import load_sweep
 from scripts import draw_concepts, write_configuration
 from tests.conftest import ROOT
 from tests.documents import BLOCKS, DOCUMENTS, blocks
-from tests.runs import TINY, command, perform, scalars
+from tests.tiny_runs import TINY, command, perform, scalars
 
 YAML = [(document, block) for document in DOCUMENTS for block in blocks(document, "yaml")]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")

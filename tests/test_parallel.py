@@ -15,8 +15,8 @@ from madformer.errors import ConfigError, InputError
 from madformer.parallel import ProcessKilledError, cluster_rank, find_devices, share_out
 from madformer.progress import ProgressDisplay
 from tests.conftest import ROOT
-from tests.runs import environment
 from tests.shares import die_in_one, fail_in_one, write_share
+from tests.tiny_runs import environment
 
 
 def wait_until(condition, seconds=60):

@@ -1,4 +1,4 @@
-"""One Transformer layer: Llama's (RMSNorm, rotary attention, SwiGLU), with a parameter set for each tower and shared attention."""
+"""One Transformer layer: Llama's (RMSNorm, rotary attention, SwiGLU), with a parameter set for each tower."""
 
 from __future__ import annotations
 

@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev, variance
-from typing import Literal
+from typing import Literal, TypeVar
 
 from scipy.special import stdtr, stdtrit  # type: ignore[import-untyped]  # scipy.stats takes a second to import
 
 from madformer.evaluation.record import Point
-from madformer.report.points import Row
 
 Over = Literal["training seeds", "evaluation seeds", "checkpoints"]
 """What was repeated. Only training seeds say how much another training would differ."""
@@ -118,7 +117,12 @@ def _student(count: int) -> float:
     return float(stdtrit(count - 1, 0.5 + CONFIDENCE / 2))
 
 
-def pareto_front(rows: Sequence[Row], cost: Callable[[Row], float | None], loss: Callable[[Row], float]) -> list[Row]:
+Priced = TypeVar("Priced")
+
+
+def pareto_front(
+    rows: Sequence[Priced], cost: Callable[[Priced], float | None], loss: Callable[[Priced], float]
+) -> list[Priced]:
     """Rows that are better than every row that costs no more, the cheapest first; means alone count, not their intervals.
 
     Args:
@@ -127,7 +131,7 @@ def pareto_front(rows: Sequence[Row], cost: Callable[[Row], float | None], loss:
         loss: how bad it is, lower is better.
     """
     priced = sorted(((spent, loss(row), row) for row in rows if (spent := cost(row)) is not None), key=lambda entry: entry[:2])
-    front: list[Row] = []
+    front: list[Priced] = []
     for _, lost, row in priced:
         if not front or lost < loss(front[-1]):
             front.append(row)

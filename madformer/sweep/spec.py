@@ -1,4 +1,4 @@
-"""What a sweep is: the fields of its YAML file, their rules, and how values are written in names. Needs neither torch nor Optuna."""
+"""What a sweep is: the fields of its YAML file, their rules, and how values are written in names. No torch."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "lab").mkdir()
     for file in ("mine.py", "lab/codecs.py"):
-        shutil.copy(Path(__file__).with_name("own_codecs.py"), file)
+        shutil.copy(Path(__file__).with_name("custom_codecs.py"), file)
 
 
 @pytest.fixture

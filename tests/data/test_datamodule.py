@@ -136,7 +136,7 @@ def test_prompts_are_the_names_of_the_classes(kind, folder):
 
 
 def test_digits_have_prompts_too(tmp_path):
-    from tests.runs import tiny_run
+    from tests.tiny_runs import tiny_run
 
     config = tiny_run(tmp_path, *TEXT)
     found, _ = read(config, steps=1)

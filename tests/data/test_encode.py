@@ -24,7 +24,7 @@ from madformer.data.latents import ShardReader, read_manifest
 from madformer.errors import ConfigError, InputError
 from tests.conftest import ROOT
 from tests.pictures import as_bytes, experiment, overrides, picture, write_parquet, write_tars
-from tests.runs import DIGITS, command, environment, execute
+from tests.tiny_runs import DIGITS, command, environment, execute
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from madformer.cli import app
 from madformer.config import freeze, load_run
 from madformer.data.digits import load_digits
 from madformer.errors import ConfigError, InputError, NonFiniteError
+from madformer.evaluation import evaluate as module
 from madformer.evaluation.evaluate import evaluate, evaluate_share
 from madformer.evaluation.feature_networks import build_feature_network
 from madformer.evaluation.metrics import FrechetDistance, Moments
@@ -23,7 +24,7 @@ from madformer.model import MADFormer, cost
 from madformer.parallel import Share
 from madformer.runs.checkpoints import EMA, checkpoint_path
 from tests.pictures import CODEC, experiment, write_parquet
-from tests.runs import command, execute, perform, run_until, tiny_run
+from tests.tiny_runs import command, execute, perform, run_until, tiny_run
 
 METRICS = ["fd_digits", "kid_digits", "precision_digits", "recall_digits", "density_digits", "coverage_digits"]
 

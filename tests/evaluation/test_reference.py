@@ -18,7 +18,7 @@ from madformer.evaluation.metrics import Moments
 from madformer.evaluation.neighbours import pairs_within
 from madformer.evaluation.reference import find_reference, load_reference
 from tests.pictures import experiment, picture, write_parquet
-from tests.runs import tiny_run
+from tests.tiny_runs import tiny_run
 
 NETWORK = """
 import torch

@@ -1,166 +1,246 @@
-"""What TensorBoard shows of a sweep: asked of its server, and seen in a real browser where there is one.
+"""Curves in TensorBoard: read back as TensorBoard reads them, and asked of a real server."""
 
-`make test-browser LOGDIR=runs/SWEEP` looks at a sweep of yours on digits, not at a tiny one that it trains.
-"""
-
-import io
-import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
-from madformer.config import load_run
-from madformer.evaluation.tensorboard import AXES
-from madformer.sweep.load_sweep import load_sweep
-from madformer.sweep.trial import trial_commands
-from tests.board import Board, tensorboard, until
-from tests.browser import Browser, Chart, browser, needs_browser
-from tests.conftest import ROOT
-from tests.runs import TINY, perform
+from madformer.evaluation import tensorboard as curves
+from madformer.evaluation.record import record_path
+from madformer.evaluation.tensorboard import drop_orphans, write_curves
+from tests.board import tensorboard, until
+from tests.points import INCEPTION, at, diagnostics, mean, point, recorded
 
-PICTURES = ROOT / "build/browser"
-METRIC = "fd_digits"
-OUTLIERS = "Ignore outliers in chart scaling"
+HPARAMS = {"model.diffusion_depth": 2, "optimizer.lr": 3e-4, "model.rope": "axial", "model.use_condition": True}
 
 
-@pytest.fixture(scope="module")
-def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's sweep with tiny models: the commands of its trials, one after the other."""
-    if os.environ.get("LOGDIR"):
-        return ROOT / os.environ["LOGDIR"]
-    folder = tmp_path_factory.mktemp("sweep")
-    tiny = [override for override in TINY if not override.startswith(("model.diffusion_depth=", "evaluation.nfe="))]
-    changes = ["grid.model.diffusion_depth=[1,2,3]", "evaluate.nfe=[3,6,9]", "trainer.max_steps=2", f"output_dir={folder}"]
-    for cell in load_sweep(ROOT / "sweeps/quickstart.yaml", [*tiny, *changes]).cells():
-        for command in trial_commands(cell):
-            perform(command)
-    return folder
+def read(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every tag of a run and its (step, value) pairs, in the file's order."""
+    events = EventAccumulator(str(run), {"scalars": 0, "images": 0}).Reload()
+    tags = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return tags | {tag: [(event.step, 0.0) for event in events.Images(tag)] for tag in events.Tags()["images"]}
 
 
-@pytest.fixture(scope="module")
-def board(logdir: Path) -> Iterator[Board]:
-    """A server that has read every run."""
-    runs = set(measured(logdir))
-    with tensorboard(logdir) as server:
-        until(lambda: runs <= {run for run, tags in server.ask("plugin/scalars/tags").items() if f"{METRIC}_vs_nfe" in tags})
-        yield server
+def train(run: Path, steps: range, image_every: int = 4) -> Path:
+    """An event file as training leaves it: a loss at every step and some pictures."""
+    before = set(run.glob("*"))
+    writer = SummaryWriter(run)
+    for step in steps:
+        writer.add_scalar("loss", 1 / step, step)
+        if step % image_every == 0:
+            writer.add_image("preview", torch.rand(1, 8, 8), step)
+    writer.close()
+    return next(iter(set(run.glob("*")) - before))
 
 
-@pytest.fixture
-def window() -> Iterator[Browser]:
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    with browser() as opened:
-        yield opened
-
-
-def measured(logdir: Path) -> dict[str, list[dict]]:
-    """Every run of the sweep, as TensorBoard calls it, and what its record says, from the smallest budget to the largest."""
-    records = {str(path.parent.relative_to(logdir)): path for path in logdir.rglob("evaluations.jsonl")}
-    lines = {run: [json.loads(line) for line in path.read_text().splitlines()] for run, path in records.items()}
-    return {
-        run: sorted((line for line in lines[run] if line["kind"] == "point"), key=lambda point: point["nfe"])
-        for run in sorted(lines)
+def test_tags_steps_and_values_are_exact(tmp_path):
+    points = [point(16, 72.25), point(20, 40.0), point(128, 20.5)]
+    write_curves(recorded(tmp_path, *points), HPARAMS)
+    assert read(tmp_path) == {
+        "fd_digits_vs_nfe": [(16, 72.25), (20, 40.0), (128, 20.5)],
+        "fd_digits_vs_log2_nfe": [(400, 72.25), (432, 40.0), (700, 20.5)],
+        "fd_digits_vs_tflops": [(8, 72.25), (10, 40.0), (64, 20.5)],
+        "fd_digits_vs_seconds": [(4000, 72.25), (5000, 40.0), (32000, 20.5)],
+        "fd_digits_at_nfe_16": [(1000, 72.25)],
+        "fd_digits_at_nfe_128": [(1000, 20.5)],
     }
 
 
-def curve(points: list[dict], axis: str) -> list[tuple[int, float]]:
-    """Steps and values."""
-    step_of, _ = AXES[axis]
-    return sorted({step_of(point): point["metrics"][METRIC] for point in points}.items())
+def test_drawn_twice_is_drawn_once(tmp_path):
+    recorded(tmp_path, point(16, 72.0), point(32, 30.0))
+    write_curves(tmp_path, HPARAMS)
+    recorded(tmp_path, point(16, 71.0), point(64, 20.0))
+    write_curves(tmp_path, HPARAMS)
+    assert len(list(tmp_path.glob("events.out.tfevents.*.curves"))) == 1
+    assert {path.name for path in tmp_path.iterdir()} - {next(tmp_path.glob("*.curves")).name} == {"evaluations.jsonl"}
+    assert read(tmp_path)["fd_digits_vs_nfe"] == [(16, 71.0), (32, 30.0), (64, 20.0)]
 
 
-def test_the_server_has_every_curve_and_every_row(board, logdir):
-    runs = measured(logdir)
-    assert len(runs) >= 3 and set(runs) == set(board.ask("runs"))
-    for run, points in runs.items():
-        for axis in AXES:
-            shown = board.ask(f"plugin/scalars/scalars?run={quote(run)}&tag={METRIC}_vs_{axis}")
-            assert [(step, pytest.approx(value, rel=1e-6)) for _, step, value in shown] == curve(points, axis)
-
-    charts = [chart["multiline"]["tag"][0] for chart in board.ask("plugin/custom_scalars/layout")["category"][0]["chart"]]
-    for run, points in runs.items():
-        for axis, tags in zip(AXES, charts, strict=True):
-            answer = board.ask(f"plugin/custom_scalars/scalars?run={quote(run)}&tag={quote(tags)}")["tag_to_events"]
-            assert [step for _, step, _ in answer[f"{METRIC}_vs_{axis}"]] == [step for step, _ in curve(points, axis)]
-
-    query = {"allowedStatuses": ["STATUS_SUCCESS"], "colParams": [], "startIndex": 0, "sliceSize": 99}
-    rows = {row["name"]: row for row in board.ask("plugin/hparams/session_groups", query)["sessionGroups"]}
-    assert set(rows) == set(runs)
-    for run, points in runs.items():
-        assert rows[run]["hparams"]["model.diffusion_depth"] == load_run(logdir / run).model.diffusion_depth
-        ends = [points[0]["metrics"][METRIC], points[-1]["metrics"][METRIC]]
-        assert [cell["value"] for cell in rows[run]["metricValues"]] == pytest.approx(ends)
+def test_steps_rise_where_costs_do_not_and_equal_costs_are_one_point(tmp_path):
+    recorded(tmp_path, point(16, 3.0, seconds_per_image=0.5), point(32, 2.0, seconds_per_image=0.25))
+    recorded(tmp_path, point(64, 1.0, seconds_per_image=None, tflops_per_image=1.6e-5))
+    write_curves(tmp_path, {})
+    tags = read(tmp_path)
+    assert tags["fd_digits_vs_seconds"] == [(250_000, 2.0), (500_000, 3.0)]
+    assert tags["fd_digits_vs_tflops"] == [(8, 3.0), (16, 1.0)]
 
 
-def assert_drawn(chart: Chart, legend: dict[str, str], curves: dict[str, list[tuple[int, float]]], every_mark: bool) -> None:
-    """Each run's curve is there in its colour, to scale and within the chart, and so are its marks."""
-    wanted, drawn = [], []
-    for (run, colour), (stroke, corners) in zip(legend.items(), chart.curves, strict=True):
-        assert stroke == colour and len(corners) == len(curves[run]), run
-        assert {(colour, place) for place in (corners if every_mark else corners[-1:])} <= chart.marks, run
-        wanted += curves[run]
-        drawn += corners
-    for values, places, length, rises in zip(np.transpose(wanted), np.transpose(drawn), chart.size, (True, False), strict=True):
-        slope, offset = np.polyfit(values, places, 1)
-        np.testing.assert_allclose(places, slope * values + offset, atol=0.5)
-        assert (slope > 0) == rises and (places >= 0).all() and (places <= length).all()
+def test_every_metric_has_its_curves(tmp_path):
+    write_curves(recorded(tmp_path, point(16, 0, metrics={"fid": 9.0, "kid": 0.5})), {})
+    assert {tag for tag in read(tmp_path) if tag.endswith("_vs_nfe")} == {"fid_vs_nfe", "kid_vs_nfe"}
 
 
-PAGES = {
-    "scalars": f"/#scalars&_smoothingWeight=0&tagFilter={METRIC}_vs_",
-    "custom_scalars": "/#custom_scalars&_smoothingWeight=0",
-}
+def test_a_point_is_the_mean_over_checkpoints_and_seeds(tmp_path):
+    points = [point(16, 4.0), point(16, 6.0, seconds_per_image=0.002, **at(2000)), point(16, 8.0, seed=1)]
+    write_curves(recorded(tmp_path, *points, mean(points)), HPARAMS)
+    tags = read(tmp_path)
+    assert tags["fd_digits_vs_nfe"] == [(16, 6.0)] and tags["fd_digits_vs_seconds"] == [(3333, 6.0)]
+    assert tags["fd_digits_at_nfe_16"] == [(2000, 6.0)]
 
 
-@needs_browser
-@pytest.mark.parametrize("page", PAGES)
-def test_every_curve_is_drawn(page, board, logdir, window):
-    runs = measured(logdir)
-    window.open(board.url + PAGES[page])
-
-    def every_curve_is_drawn() -> None:
-        window.untick("paper-checkbox", OUTLIERS)
-        legend, charts = window.legend(), {chart.title.split()[0]: chart for chart in window.charts()}
-        assert set(legend) == set(runs) and {f"{METRIC}_vs_{axis}" for axis in AXES} <= set(charts)
-        for axis in AXES:
-            curves = {run: curve(points, axis) for run, points in runs.items()}
-            assert_drawn(charts[f"{METRIC}_vs_{axis}"], legend, curves, every_mark=page == "custom_scalars")
-
-    until(every_curve_is_drawn)
-    keep(window, page)
+def test_other_samplers_guidances_and_weights_have_tags_that_say_so(tmp_path):
+    recorded(tmp_path, point(16, 4.0), point(32, 3.0), point(16, 2.0, sampler="unipc"), point(16, 6.0, guidance=1.5))
+    recorded(tmp_path, point(16, 7.0, weights="model"), point(16, 1.0, num_samples=9))
+    recorded(tmp_path, point(16, 0, sampler="unipc", metrics={"fid": 5.0}, **INCEPTION))
+    write_curves(tmp_path, {})
+    assert {tag: pairs for tag, pairs in read(tmp_path).items() if "_vs_nfe" in tag} == {
+        "fd_digits_vs_nfe": [(16, 4.0), (32, 3.0)],
+        "fd_digits_vs_nfe/unipc": [(16, 2.0)],
+        "fd_digits_vs_nfe/guidance 1.5": [(16, 6.0)],
+        "fd_digits_vs_nfe/raw weights": [(16, 7.0)],
+        "fid_vs_nfe/unipc": [(16, 5.0)],
+    }
 
 
-@needs_browser
-def test_the_time_series_have_a_colour_for_all_seeds_of_a_cell(board, logdir, window):
-    """They are drawn as pixels, not as shapes: each colour must be there."""
-    runs = measured(logdir)
-    window.open(f"{board.url}/?smoothing=0&tagFilter={METRIC}_vs_&runColorGroup={quote('regex:(.*)-s')}#timeseries")
-
-    def every_colour_is_drawn() -> None:
-        legend, cells = window.legend(), {run.rpartition("-s")[0] for run in runs}
-        assert set(legend) == set(runs) and len(set(legend.values())) == min(len(cells), 7), "TensorBoard has seven colours"
-        pixels = np.asarray(Image.open(io.BytesIO(window.picture("line-chart"))).convert("RGB")).astype(int)
-        for colour in set(legend.values()):
-            near = np.abs(pixels - [int(part) for part in colour[4:-1].split(",")]).max(2) < 16  # no grey is
-            assert near.any(0).sum() > pixels.shape[1] / 20, colour  # a line, of which others may hide the most
-
-    def set_and_drawn() -> None:
-        window.untick("mat-checkbox", OUTLIERS)
-        window.untick("mat-checkbox", "Enable step selection and data table")
-        every_colour_is_drawn()
-
-    until(set_and_drawn)
-    window.click("button", "Settings")
-    until(every_colour_is_drawn)
-    keep(window, "time_series")
+def test_diagnostics_are_drawn_by_timestep_and_by_block(tmp_path):
+    write_curves(recorded(tmp_path, diagnostics(4), diagnostics(1, **at(2000), condition_explains=None)), {})
+    assert read(tmp_path) == {
+        "diagnostics/loss_by_timestep": [(49, 0.125), (499, 0.25), (949, 0.5)],
+        "diagnostics/loss_by_block": [(0, 0.375), (1, 0.25)],
+        "diagnostics/exposure_gap_by_block": [(0, 0.0), (1, 0.25)],
+    }
+    write_curves(recorded(tmp_path, point(16, 72.0), diagnostics(**at(2000))), {})
+    tags = read(tmp_path)
+    assert tags["diagnostics/condition_explains_by_block"] == [(0, 0.25), (1, 0.75)] and tags["fd_digits_vs_nfe"]
 
 
-def keep(window: Browser, name: str) -> None:
-    path = PICTURES / f"{name}.png"
-    path.write_bytes(window.picture())
-    print(path.relative_to(ROOT))
+def test_the_table_of_hyperparameters_has_the_frechet_distances_alone(tmp_path):
+    write_curves(
+        recorded(tmp_path / "many", point(16, 0, metrics={"kid": 1.0, "fid": 2.0, "recall": 3.0, "fd_dinov2": 4.0})), {}
+    )
+    assert {tag for tag in read(tmp_path / "many") if "_at_" in tag} == {"fid_at_nfe_16", "fd_dinov2_at_nfe_16"}
+    write_curves(recorded(tmp_path / "none", point(16, 0, metrics={"kid": 1.0, "recall": 3.0})), {})
+    assert {tag for tag in read(tmp_path / "none") if "_at_" in tag} == {"kid_at_nfe_16"}
+
+
+def test_a_run_without_evaluations_has_no_curves(tmp_path):
+    write_curves(recorded(tmp_path, point(16, 72.0)), HPARAMS)
+    record_path(tmp_path).unlink()
+    write_curves(tmp_path, HPARAMS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_s_events_stay_as_they_are(tmp_path):
+    path = train(tmp_path, range(1, 6))
+    before = path.read_bytes()
+    for _ in range(2):
+        write_curves(recorded(tmp_path, point(16, 72.0)), HPARAMS)
+    assert path.read_bytes() == before
+    assert [step for step, _ in read(tmp_path)["loss"]] == [1, 2, 3, 4, 5]
+
+
+def test_a_failure_leaves_the_former_curves(tmp_path):
+    write_curves(recorded(tmp_path, point(16, 72.0)), HPARAMS)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(TypeError):
+        write_curves(tmp_path, {"unet.channels": [16, 32]})  # type: ignore[dict-item]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_half_written_files_are_not_for_tensorboard(tmp_path, monkeypatch):
+    seen: list[str] = []
+    write = curves._write_events
+
+    def spy(path: Path, events: Any) -> None:
+        write(path, events)
+        seen.extend(entry.name for entry in path.parent.iterdir())
+
+    monkeypatch.setattr(curves, "_write_events", spy)
+    write_curves(recorded(tmp_path, point(16, 72.0)), HPARAMS)
+    assert len(seen) == 2 and not [name for name in seen if "tfevents" in name]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5, 30])
+def test_orphans_of_a_killed_run_vanish(tmp_path, cut):
+    write_curves(recorded(tmp_path, point(16, 72.0)), HPARAMS)
+    drawn = next(tmp_path.glob("*.curves"))
+    path, untouched = train(tmp_path, range(1, 11)), drawn.read_bytes()
+    with path.open("rb+") as file:
+        file.truncate(path.stat().st_size - cut)
+    drop_orphans(tmp_path, 6)
+    tags = read(tmp_path)
+    assert tags["loss"] == [(step, pytest.approx(1 / step)) for step in range(1, 7)]
+    assert tags["preview"] == [(4, 0.0)] and tags["fd_digits_vs_nfe"] == [(16, 72.0)]
+    assert drawn.read_bytes() == untouched
+    train(tmp_path, range(7, 9))
+    assert [step for step, _ in read(tmp_path)["loss"]] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_whole_records_before_a_torn_one_stay(tmp_path):
+    path = train(tmp_path, range(1, 4))
+    whole = path.read_bytes()
+    drop_orphans(tmp_path, 2)
+    two = path.read_bytes()
+    assert [step for step, _ in read(tmp_path)["loss"]] == [1, 2] and whole.startswith(two)
+    for cut in range(len(two), len(whole)):
+        path.write_bytes(whole[:cut])
+        drop_orphans(tmp_path, 100)
+        assert path.read_bytes() == two
+    path.write_bytes(whole + b"\0" * 40)
+    drop_orphans(tmp_path, 100)
+    assert path.read_bytes() == whole
+
+
+def test_a_file_of_which_nothing_stays_is_removed(tmp_path):
+    for path in (train(tmp_path, range(7, 9)), tmp_path / "events.out.tfevents.0.empty"):
+        path.touch()
+    kept = train(tmp_path, range(1, 3))
+    drop_orphans(tmp_path, 6)
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize("options", [[], ["--load_fast=false"]], ids=["fast", "slow"])
+def test_a_server_shows_the_curves_of_two_runs(tmp_path, options):
+    for depth in (2, 4):
+        metrics = [{"fd_digits": value + depth, "kid": 0.5} for value in (72.0, 20.0)]
+        recorded(tmp_path / f"d{depth}", point(16, 0, metrics=metrics[0]), point(128, 0, metrics=metrics[1]), diagnostics())
+        recorded(tmp_path / f"d{depth}", point(16, 60.0, sampler="unipc"))
+        write_curves(tmp_path / f"d{depth}", HPARAMS | {"model.diffusion_depth": depth})
+        train(tmp_path / f"d{depth}", range(1, 3))
+
+    with tensorboard(tmp_path, *options) as board:
+        until(lambda: [len(tags) for tags in board.ask("plugin/scalars/tags").values()] == [19, 19])
+        shown = board.ask("plugin/scalars/scalars?run=d4&tag=fd_digits_vs_seconds")
+        assert [(step, value) for _, step, value in shown] == [(4000, 76.0), (32000, 24.0)]
+
+        experiment = board.ask("plugin/hparams/experiment", {"experimentName": ""})
+        assert {info["name"] for info in experiment["hparamInfos"]} == set(HPARAMS)
+        metrics = [info["name"]["tag"] for info in experiment["metricInfos"]]
+        assert metrics == ["fd_digits_at_nfe_16", "fd_digits_at_nfe_128"]
+        query = {"allowedStatuses": ["STATUS_SUCCESS"], "colParams": [], "startIndex": 0, "sliceSize": 9}
+        table = {group["name"]: group for group in board.ask("plugin/hparams/session_groups", query)["sessionGroups"]}
+        assert set(table) == {"d2", "d4"} and table["d4"]["hparams"] == HPARAMS | {"model.diffusion_depth": 4}
+        assert [entry["value"] for entry in table["d4"]["metricValues"]] == [76.0, 24.0]
+
+        distance, other, errors = board.ask("plugin/custom_scalars/layout")["category"]
+        charts = {chart["multiline"]["tag"][0]: chart["title"] for chart in distance["chart"]}
+        assert "MFLOPs per image" in charts["^fd_digits_vs_tflops(/.*)?$"] and not distance.get("closed")
+        assert list(charts) == [f"^fd_digits_vs_{axis}(/.*)?$" for axis in ("nfe", "log2_nfe", "tflops", "seconds")]
+        assert other["title"].startswith("kid") and other["closed"]
+        assert errors["chart"][0]["title"] == "loss_by_timestep (axis: timestep)"
+        for run in ("d2", "d4"):
+            found = board.ask(f"plugin/custom_scalars/scalars?run={run}&tag={quote(next(iter(charts)))}")["tag_to_events"]
+            assert np.array(found["fd_digits_vs_nfe"])[:, 1].tolist() == [16, 128]
+            assert set(found) == {"fd_digits_vs_nfe", "fd_digits_vs_nfe/unipc"}
+            tag = errors["chart"][2]["multiline"]["tag"][0]
+            found = board.ask(f"plugin/custom_scalars/scalars?run={run}&tag={quote(tag)}")["tag_to_events"]
+            assert np.array(found["diagnostics/exposure_gap_by_block"])[:, 1:].tolist() == [[0, 0.0], [1, 0.25]]
+
+
+def test_a_running_server_takes_new_curves_in_place_of_the_former(tmp_path):
+    run = recorded(tmp_path / "d2", point(16, 72.0), point(128, 20.0))
+    write_curves(run, HPARAMS)
+
+    def shown() -> list[tuple[int, float]]:
+        return [(step, value) for _, step, value in board.ask("plugin/scalars/scalars?run=d2&tag=fd_digits_vs_nfe")]
+
+    with tensorboard(tmp_path) as board:
+        until(lambda: shown() == [(16, 72.0), (128, 20.0)])
+        write_curves(recorded(run, point(16, 71.0), point(32, 30.0)), HPARAMS)
+        until(lambda: len(shown()) == 3)
+        assert shown() == [(16, 71.0), (32, 30.0), (128, 20.0)]

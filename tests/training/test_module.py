@@ -17,7 +17,7 @@ from madformer.model.embedding import to_blocks
 from madformer.randomness import keyed_generator
 from madformer.training.module import LitMADFormer, parameter_groups, wsd_factor
 from tests.conftest import build, tiny
-from tests.runs import scalars, tiny_run
+from tests.tiny_runs import scalars, tiny_run
 
 
 def fit(config, **options):

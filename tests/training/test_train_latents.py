@@ -8,8 +8,8 @@ import torch
 from madformer.data.encode import encode
 from madformer.runs.checkpoints import checkpoint_path
 from tests.pictures import experiment, overrides, write_parquet
-from tests.runs import DIGITS, command, differences, perform, run_until, scalars
-from tests.training.test_resume import LAST, loaded
+from tests.tiny_runs import DIGITS, command, differences, perform, run_until, scalars
+from tests.training.test_train_resume import LAST, loaded
 
 TEXT = ("model.text.vocab_size=2048", "model.text.pad_token_id=0", "model.text.length=6", "data.tokenizer=builtin")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from madformer.runs.checkpoints import checkpoint_path
-from tests.runs import differences, execute, perform, scalars, train_command
+from tests.tiny_runs import differences, execute, perform, scalars, train_command
 
 SETTINGS = ("trainer.max_steps=8", "trainer.checkpoint_every=4", "optimizer.lr=1e-4", "loss.lambda_clean_tower=0.1")
 

@@ -10,7 +10,7 @@ import torch
 from madformer.progress import read_progress
 from madformer.runs.checkpoints import checkpoint_path, list_checkpoints
 from madformer.runs.folder import progress_path, read_previews
-from tests.runs import command, differences, perform, run_until, scalars, tiny_run, train_command
+from tests.tiny_runs import command, differences, perform, run_until, scalars, tiny_run, train_command
 
 LAST = 24
 

@@ -31,7 +31,7 @@ from tests.conftest import ROOT
 from tests.data.test_datamodule import TEXT
 from tests.evaluation.test_evaluate import make_run
 from tests.pictures import overrides, write_parquet
-from tests.runs import command, environment, perform
+from tests.tiny_runs import command, environment, perform
 
 
 @pytest.fixture(scope="module")

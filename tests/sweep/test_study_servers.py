@@ -13,9 +13,9 @@ import yaml
 from optuna.trial import TrialState
 
 from tests.conftest import ROOT
-from tests.runs import DIGITS, TINY, command, execute
 from tests.sweep.servers import database, needs_servers, script, slurm
 from tests.sweep.test_queue import trials
+from tests.tiny_runs import DIGITS, TINY, command, execute
 
 pytestmark = needs_servers
 

@@ -1,6 +1,6 @@
 """A real sweep whose trials and drivers are killed at random moments ends with the table of one that was left alone.
 
-`KILLS=100 pytest -s tests/sweep/test_killed.py` kills more often, and says how it went.
+`KILLS=100 pytest -s tests/sweep/test_driver_killed.py` kills more often, and says how it went.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import yaml
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.trial import trial_commands
 from tests.conftest import ROOT
-from tests.runs import DIGITS, TINY, command, environment, perform
+from tests.tiny_runs import DIGITS, TINY, command, environment, perform
 
 KILLS = int(os.environ.get("KILLS", "2"))
 LEAST_STEPS = 120

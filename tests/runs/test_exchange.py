@@ -13,8 +13,8 @@ from madformer.model.official import from_released
 from madformer.runs.checkpoints import checkpoint_path, load_model
 from madformer.runs.exchange import export_run, import_run
 from tests.data.vaes import KL
-from tests.model.test_released import WEIGHTS
-from tests.runs import command, differences, perform
+from tests.model.test_official import WEIGHTS
+from tests.tiny_runs import command, differences, perform
 
 SWITCHES = {"clear_clean": False, "clear_cond": False, "denoising_mlp": False, "diff_depth": 2, "ar_len": 4}
 

@@ -45,7 +45,7 @@ TINY = (
 )
 
 
-PRELOADED = ["tests.runs", "madformer.training.train", "madformer.evaluation.write_samples", "torch.utils.tensorboard"]
+PRELOADED = ["tests.tiny_runs", "madformer.training.train", "madformer.evaluation.write_samples", "torch.utils.tensorboard"]
 """What the commands that are killed import, once for all of them."""
 
 

@@ -10,8 +10,8 @@ import pytest
 from madformer.sweep.cells import Cell
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.trial import DONE, Outcome, TrialProcesses, failure, last_lines, log_path, read_outcome, trial_commands
-from tests.runs import DIGITS, TINY, environment
 from tests.sweep.claimer import finish, freeze
+from tests.tiny_runs import DIGITS, TINY, environment
 
 
 def run(cell, command):

@@ -9,7 +9,7 @@ from madformer.sweep.forecast import print_suite
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.needs import CPU_CORE
 from tests.conftest import ROOT
-from tests.runs import command, perform
+from tests.tiny_runs import command, perform
 
 DEPTHS = f"experiment: {ROOT}/experiments/digits.yaml\ngrid: {{model.diffusion_depth: [2, 4]}}\nevaluate: {{nfe: [16, 32]}}\n"
 SEARCH = f"experiment: {ROOT}/experiments/digits.yaml\nsearch: {{space: {{optimizer.lr: [0.1, 0.2]}}, nfe: [16], trials: 2}}\n"

@@ -11,7 +11,7 @@ import pytest
 
 from madformer.data.loader import prefetch
 from tests.conftest import ROOT
-from tests.runs import environment
+from tests.tiny_runs import environment
 
 
 def uneven(number):

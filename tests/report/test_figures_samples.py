@@ -11,7 +11,7 @@ from madformer.errors import InputError
 from madformer.report import build_report, curves_of_runs
 from madformer.report.figures import draw_samples
 from tests.points import at, point, recorded
-from tests.runs import command, perform, train_command
+from tests.tiny_runs import command, perform, train_command
 
 
 @pytest.fixture(scope="module")
