@@ -24,7 +24,7 @@ import optuna
 import yaml
 
 from benchmarks.harness import cpu_name, positive, table
-from madformer.config import freeze
+from madformer.config import write_config
 from madformer.evaluation.record import append_point
 from madformer.runs.checkpoints import checkpoint_path
 from madformer.sweep.cells import Cell
@@ -109,7 +109,7 @@ def time_driver(path: Path, folder: Path) -> float:
 
 def make_run(cell: Cell, folder: Path) -> Path:
     """What a trial leaves of a cell, as far as a sweep looks at it."""
-    freeze(cell.config, folder)
+    write_config(cell.config, folder)
     checkpoint_path(folder, cell.max_steps).parent.mkdir()
     checkpoint_path(folder, cell.max_steps).touch()
     evaluation = cell.config.evaluation

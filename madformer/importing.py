@@ -13,10 +13,10 @@ from torch import nn
 
 from madformer.errors import InputError
 
-__all__ = ["build_own", "describe", "first_line", "modules_of"]
+__all__ = ["build_custom", "describe", "first_line", "modules_of"]
 
 
-def build_own(place: str, kind: str) -> Any:
+def build_custom(place: str, kind: str) -> Any:
     """An object of a class of one's own, built without arguments.
 
     Args:

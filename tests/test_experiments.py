@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from madformer.config import TextConfig, freeze, load_experiment
+from madformer.config import TextConfig, load_experiment, write_config
 from madformer.diffusion.samplers import build_sampler
 from madformer.model.generation import generate
 from madformer.sweep.forecast import print_plan
@@ -144,7 +144,7 @@ def test_the_paper_s_tables_share_their_models(tmp_path):
     assert [cell.budgets for cell in first] == [(21 + 7 * 250,), (14 + 14 * 250,), (7 + 21 * 250,), (28 * 250,)]
     # what is trained for one table is there for the next
     run = tmp_path / "table1" / first[1].name
-    freeze(replace(first[1].config, name=run.name, output_dir=str(run.parent)), run)
+    write_config(replace(first[1].config, name=run.name, output_dir=str(run.parent)), run)
     with contextlib.chdir(ROOT):
         again = load_sweep(ROOT / "sweeps/paper/ffhq1024_table2_length.yaml", [f"output_dir={tmp_path}"]).cells()
     assert [cell.run == run for cell in again] == [False, True, False]

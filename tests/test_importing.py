@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from madformer.errors import InputError
-from madformer.importing import build_own, describe, first_line, modules_of
+from madformer.importing import build_custom, describe, first_line, modules_of
 
 CODE = """
 from __future__ import annotations
@@ -37,7 +37,7 @@ def package(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("place", ["own_file.py", "own_file", "own_package/module.py", "own_package.module"])
 def test_built_without_arguments(place):
-    built = build_own(place, "Own")
+    built = build_custom(place, "Own")
     assert is_dataclass(built) and built.number == 3
 
 
@@ -54,7 +54,7 @@ def test_built_without_arguments(place):
 )
 def test_what_cannot_be_built(place, kind, words):
     with pytest.raises(InputError) as error:
-        build_own(place, kind)
+        build_custom(place, kind)
     assert str(error.value).startswith(words) and "\n" not in str(error.value)
 
 

@@ -65,7 +65,7 @@ def config_path(run: Path) -> Path:
     return run / "config.yaml"
 
 
-def freeze(config: ExperimentConfig, run: Path) -> None:
+def write_config(config: ExperimentConfig, run: Path) -> None:
     """Write a run's configuration, with the code version and the hash."""
     write_text(config_path(run), to_yaml(config))
 

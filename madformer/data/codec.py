@@ -17,7 +17,7 @@ from madformer.config.model import ModelConfig
 from madformer.config.validation import is_integer
 from madformer.data.autoencoders import DiffusersAutoencoder, load_autoencoder
 from madformer.errors import ConfigError, InputError
-from madformer.importing import build_own, modules_of
+from madformer.importing import build_custom, modules_of
 from madformer.runs.fingerprint import weights_sha256
 
 __all__ = ["Autoencoder", "Codec", "build_codec", "require_fit"]
@@ -280,7 +280,7 @@ def _build_own(name: str) -> tuple[Autoencoder, str]:
     place, _, kind = name.rpartition(":")
     if not place or not kind.isidentifier():
         raise InputError(f"must be {PIXELS}, vae:HUB_ID_OR_FOLDER, module.path:Class or file.py:Class")
-    autoencoder = build_own(place, kind)
+    autoencoder = build_custom(place, kind)
     for attribute in ("latent_channels", "downsampling"):
         value: Any = getattr(autoencoder, attribute, None)
         if not is_integer(value) or value < 1:

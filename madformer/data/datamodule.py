@@ -16,8 +16,8 @@ from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.data.digits import digits_sha256
 from madformer.data.image_files import to_unit
 from madformer.data.latents import Manifest, ShardReader, read_manifest
-from madformer.data.loader import Batch, Captions, DigitSamples, Finishing, ImageSamples, MicroBatches, Samples, ShardSamples
-from madformer.data.order import EndlessPlaces, Portion, SampleOrder
+from madformer.data.loader import Batch, Captions, Collator, DigitSamples, ImageSamples, MicroBatches, Samples, ShardSamples
+from madformer.data.order import BatchShard, EndlessPlaces, SampleOrder
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts
 from madformer.data.sources import open_source
 from madformer.data.stream import ImageStream
@@ -74,7 +74,7 @@ class LatentDataModule(pl.LightningDataModule):
         if config.model.text and self.class_prompts is not None and data.source != DIGITS:
             self._fingerprint["class names"] = hashlib.sha256("\n".join(self.class_prompts).encode()).hexdigest()
         self.tokenizer = PromptTokenizer(data.tokenizer, config.model.text) if config.model.text else None
-        self._finishing = Finishing(config.seed, data.flip, self.tokenizer)
+        self._finishing = Collator(config.seed, data.flip, self.tokenizer)
 
     def setup(self, stage: str) -> None:
         """Share the batch out among the devices.
@@ -85,7 +85,7 @@ class LatentDataModule(pl.LightningDataModule):
         if self.trainer is None:
             return
         data = self.config.data
-        self._portion = Portion.of(
+        self._portion = BatchShard.of(
             data.batch_size, data.batch_size_per_device, self.trainer.global_rank, self.trainer.world_size
         )
         self.trainer.accumulate_grad_batches = self._portion.accumulation

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from madformer.runs.files import replacing
+from madformer.runs.files import atomic_write
 
 __all__ = ["BadImage", "decode_image", "load_square", "square_image", "to_unit"]
 
@@ -149,7 +149,7 @@ def save_png(pixels_YX3: np.ndarray, path: Path, settings: Mapping[str, Any] | N
     chunks = PngInfo()
     if settings is not None:
         chunks.add_text(SETTINGS, json.dumps(settings))
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         Image.fromarray(pixels_YX3).save(temporary, format="PNG", pnginfo=chunks)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from madformer.errors import DataError, InputError
-from madformer.runs.files import replacing, write_text
+from madformer.runs.files import atomic_write, write_text
 
 FORMAT = 1
 """Of the files; another number, another layout."""
@@ -291,7 +291,7 @@ class ShardWriter:
             features[column] = List(Value("float16"), length=size)
             table[column] = pa.FixedSizeListArray.from_arrays(pa.array(array_NChw.reshape(-1)), size)
         rows_per_record = max(1, RECORD_BYTES // (2 * size * len(arrays)))
-        with replacing(self.folder / f"{self.name}.arrow") as temporary:
+        with atomic_write(self.folder / f"{self.name}.arrow") as temporary:
             writer = ArrowWriter(path=str(temporary), features=Features(features))
             writer.write_table(pa.table(table), writer_batch_size=rows_per_record)
             writer.finalize()

@@ -18,7 +18,7 @@ from torch import Tensor
 from madformer.data.digits import load_digits
 from madformer.data.image_files import BadImage, load_square
 from madformer.data.latents import ShardReader
-from madformer.data.order import Places
+from madformer.data.order import BatchIndex
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer
 from madformer.data.sources import ImageSource, Row
 from madformer.errors import DataError, InputError
@@ -287,26 +287,26 @@ def collate(images: Sequence[ReadImage], flipped_B: np.ndarray, captions: Captio
 
 
 @dataclass(frozen=True)
-class Finishing:
+class Collator:
     """What every micro-batch gets: its keys, its mirrored samples, its tokens."""
 
     seed: int
     flip: bool
     tokenizer: PromptTokenizer | None
 
-    def flipped(self, places: Places) -> np.ndarray:
+    def flipped(self, places: BatchIndex) -> np.ndarray:
         """Which samples are mirrored: a function of seed and place."""
         if not self.flip:
             return np.zeros(len(places.indices), dtype=bool)
         generators = (keyed_generator(self.seed, "flip", places.step, index) for index in places.indices)
         return np.array([bool(torch.rand(1, generator=generator) < 0.5) for generator in generators])
 
-    def read(self, samples: Samples, places: Places) -> Batch:
+    def read(self, samples: Samples, places: BatchIndex) -> Batch:
         """The micro-batch at its places."""
         batch, captions = samples.read(places.samples, self.flipped(places))
         return self.finish(batch, captions, places)
 
-    def finish(self, batch: Batch, captions: Sequence[str], places: Places) -> Batch:
+    def finish(self, batch: Batch, captions: Sequence[str], places: BatchIndex) -> Batch:
         """Add `keys` [B, 2] (step, place in the global batch) and, for a model with text, `text` [B, T]."""
         indices = torch.tensor(list(places.indices))
         batch["keys"] = torch.stack([torch.full_like(indices, places.step), indices], dim=1)

@@ -13,7 +13,7 @@ from madformer.randomness import keyed_generator
 
 
 @dataclass(frozen=True)
-class Portion:
+class BatchShard:
     """What one device takes of each global batch, and in how many micro-batches."""
 
     micro_batch: int
@@ -22,7 +22,7 @@ class Portion:
     world_size: int
 
     @staticmethod
-    def of(batch_size: int, limit: int | None, rank: int, world_size: int) -> Portion:
+    def of(batch_size: int, limit: int | None, rank: int, world_size: int) -> BatchShard:
         """The largest equal micro-batches of at most `limit` images.
 
         Raises:
@@ -32,7 +32,7 @@ class Portion:
             raise ConfigError(f"data.batch_size = {batch_size}: must be a multiple of the {world_size} devices")
         share = batch_size // world_size
         accumulation = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= (limit or share))
-        return Portion(share // accumulation, accumulation, rank, world_size)
+        return BatchShard(share // accumulation, accumulation, rank, world_size)
 
     def indices(self, part: int) -> range:
         """Places in the global batch of this device's micro-batch `part`."""
@@ -41,7 +41,7 @@ class Portion:
 
 
 @dataclass(frozen=True)
-class Places:
+class BatchIndex:
     """A micro-batch before it is read: where in training it stands, and which samples it is made of."""
 
     step: int
@@ -81,14 +81,14 @@ class SampleOrder:
 class EndlessPlaces:
     """The endless micro-batches of one device before they are read, from step `first_step` on."""
 
-    def __init__(self, order: SampleOrder, portion: Portion, first_step: int) -> None:
+    def __init__(self, order: SampleOrder, portion: BatchShard, first_step: int) -> None:
         self.order, self.portion, self.first_step = order, portion, first_step
 
-    def __iter__(self) -> Iterator[Places]:
+    def __iter__(self) -> Iterator[BatchIndex]:
         """Where they stand, and their samples."""
         step = self.first_step
         while True:
             for part in range(self.portion.accumulation):
                 indices = self.portion.indices(part)
-                yield Places(step, indices, self.order(step, indices))
+                yield BatchIndex(step, indices, self.order(step, indices))
             step += 1

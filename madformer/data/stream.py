@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from madformer.data.loader import Batch, Captions, Finishing, collate, first_good
-from madformer.data.order import Places, Portion
+from madformer.data.loader import Batch, Captions, Collator, collate, first_good
+from madformer.data.order import BatchIndex, BatchShard
 from madformer.data.sources import ImageSource, Row
 from madformer.errors import InputError
 from madformer.randomness import keyed_generator
@@ -26,10 +26,10 @@ WINDOW = 512
 
 
 @dataclass(frozen=True)
-class Undecoded:
+class RawBatch:
     """A micro-batch before it is decoded."""
 
-    places: Places
+    places: BatchIndex
     rows: list[tuple[list[Row], int]]
     """For each image its window of rows, and which one of them it is."""
     epoch_size: int | None
@@ -43,10 +43,10 @@ class ImageStream:
         self,
         source: ImageSource,
         captions: Captions,
-        finishing: Finishing,
+        finishing: Collator,
         image_size: int,
         batch_size: int,
-        portion: Portion,
+        portion: BatchShard,
         first_step: int,
         epoch_size: int | None,
         max_skipped: int,
@@ -55,7 +55,7 @@ class ImageStream:
         self.source, self.captions, self.finishing, self.image_size = source, captions, finishing, image_size
         self.batch_size, self.portion, self.first_step, self.epoch_size = batch_size, portion, first_step, epoch_size
 
-    def __iter__(self) -> Iterator[Undecoded]:
+    def __iter__(self) -> Iterator[RawBatch]:
         """Micro-batches before they are decoded."""
         start = self.first_step * self.batch_size
         epoch, offset = divmod(start, self.epoch_size) if self.epoch_size else (0, start)
@@ -63,10 +63,10 @@ class ImageStream:
         for step in itertools.count(self.first_step):
             rows = list(itertools.islice(stream, self.batch_size))
             for part in range(self.portion.accumulation):
-                places = Places(step, self.portion.indices(part), np.arange(0))
-                yield Undecoded(places, [rows[index] for index in places.indices], self.epoch_size)
+                places = BatchIndex(step, self.portion.indices(part), np.arange(0))
+                yield RawBatch(places, [rows[index] for index in places.indices], self.epoch_size)
 
-    def read(self, undecoded: Undecoded) -> Batch:
+    def read(self, undecoded: RawBatch) -> Batch:
         """Decode a micro-batch; a broken image is replaced by the next good one of its window."""
         images = [first_good(_from(window, place), self.image_size, self.max_skipped) for window, place in undecoded.rows]
         batch, captions = collate(images, self.finishing.flipped(undecoded.places), self.captions)

@@ -21,7 +21,7 @@ from madformer.errors import NonFiniteError
 from madformer.evaluation.feature_networks import FeatureNetwork
 from madformer.evaluation.sampling import sample_batches, tokenize
 from madformer.model import MADFormer
-from madformer.runs.files import replacing
+from madformer.runs.files import atomic_write
 
 if TYPE_CHECKING:
     from madformer.evaluation.tasks import Task
@@ -39,7 +39,7 @@ def write_part(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one part, with `INDICES` among its tensors."""
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     first = int(tensors[INDICES][0])
-    with replacing(folder / f"part-{first:020d}-{secrets.token_hex(4)}.safetensors") as temporary:
+    with atomic_write(folder / f"part-{first:020d}-{secrets.token_hex(4)}.safetensors") as temporary:
         save_file(contiguous, temporary)
 
 

@@ -35,7 +35,7 @@ from madformer.evaluation.metrics import Moments
 from madformer.evaluation.neighbours import Within, pairs_within
 from madformer.progress import ProgressDisplay
 from madformer.randomness import keyed_generator
-from madformer.runs.files import replacing
+from madformer.runs.files import atomic_write
 
 KEPT = 50_000
 """Images of a reference whose features are kept, chosen by chance but always the same ones: as many as are usually sampled."""
@@ -210,7 +210,7 @@ def _compute(network: FeatureNetwork, images: _Images, described: dict[str, Any]
                 write_part(folder, {INDICES: unit * _UNIT + torch.arange(len(features_ND)), FEATURES: features_ND})
     moments, features_MD = _gather(folder)
     tensors = {"sum": moments.sum_D, "outer": moments.outer_DD, FEATURES: features_MD}
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         metadata = {METADATA: json.dumps({**described, "images": moments.count})}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
     remove_parts(folder)

@@ -13,7 +13,7 @@ from madformer.config import ExperimentConfig
 from madformer.config.evaluation import MAX_SAMPLES, SamplerName
 from madformer.errors import ConfigError, InputError
 from madformer.model import cost
-from madformer.runs.checkpoints import Weights, checkpoint_path, find_flaw, list_checkpoints, newest_intact
+from madformer.runs.checkpoints import Weights, checkpoint_path, find_flaw, list_checkpoints, newest_intact, parse_weights
 
 
 @dataclass(frozen=True)
@@ -194,17 +194,6 @@ def _check_steps(config: ExperimentConfig, steps: int) -> int:
     if not 1 <= steps <= most:
         raise ConfigError(f"steps = {steps}: must be in 1..{most}, the noise schedule's timesteps")
     return steps
-
-
-def parse_weights(name: str) -> Weights:
-    """Which of a checkpoint's weights.
-
-    Raises:
-        InputError: neither `ema` nor `model`.
-    """
-    if name not in get_args(Weights):
-        raise InputError(f"--weights {name}: must be one of {', '.join(get_args(Weights))}")
-    return cast(Weights, name)
 
 
 def _checkpoints(run: Path, which: str) -> tuple[Path, ...]:

@@ -36,7 +36,7 @@ from tensorboard.plugins.scalar import metadata as scalar_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from madformer.evaluation.record import Point, RunCurve, mean_known, newest_diagnostics, run_curves, variants
-from madformer.runs.files import replacing
+from madformer.runs.files import atomic_write
 
 Scalar = bool | int | float | str
 
@@ -83,7 +83,7 @@ def write_curves(run: Path, hparams: Mapping[str, Scalar]) -> None:
     events = [*_curves(curves), *_hparams(curves, hparams), *_diagnostics(diagnostics), *_layout(curves, diagnostics)]
     if events:
         # Under a new name, else a running TensorBoard goes on with the file that it has open.
-        with _replacing(run / f"{_PREFIX}{time.time():017.6f}{_SUFFIX}") as temporary:
+        with _atomic_write(run / f"{_PREFIX}{time.time():017.6f}{_SUFFIX}") as temporary:
             _write_events(temporary, events)
     for path in former:
         path.unlink(missing_ok=True)
@@ -106,7 +106,7 @@ def drop_orphans(run: Path, step: int) -> None:
 
 def _keep_steps(path: Path, step: int) -> None:
     empty = True
-    with path.open("rb") as source, _replacing(path) as temporary, temporary.open("wb") as target:
+    with path.open("rb") as source, _atomic_write(path) as temporary, temporary.open("wb") as target:
         for record, event in _records(source):
             if event.step <= step:
                 target.write(record)
@@ -116,10 +116,10 @@ def _keep_steps(path: Path, step: int) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """`replacing`, by way of names without tfevents: TensorBoard reads whatever has it in its name."""
+def _atomic_write(path: Path) -> Iterator[Path]:
+    """`atomic_write`, by way of names without tfevents: TensorBoard reads whatever has it in its name."""
     whole = path.with_name(f"unread-{os.getpid()}")
-    with replacing(whole) as temporary:
+    with atomic_write(whole) as temporary:
         yield temporary
     whole.replace(path)
 

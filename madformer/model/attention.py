@@ -28,7 +28,7 @@ Towers = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Pattern:
+class AttentionPattern:
     """The attention pattern of a layer in training: shapes alone, so masks are cached by it."""
 
     queries: tuple[str, ...]
@@ -50,7 +50,7 @@ class Pattern:
 class TrainingContext:
     """Context of a layer in training: all blocks of the image at once."""
 
-    pattern: Pattern
+    pattern: AttentionPattern
     block_mask: BlockMask | None = None
     """FlexAttention's mask; None selects scaled_dot_product_attention."""
 
@@ -66,7 +66,7 @@ class TrainingContext:
         return _flex_attention(queries, keys, values, self.pattern, self.block_mask)
 
 
-def training_context(pattern: Pattern, backend: str, device: torch.device) -> TrainingContext:
+def training_context(pattern: AttentionPattern, backend: str, device: torch.device) -> TrainingContext:
     """The context of a layer with a backend, `flex` or `sdpa`."""
     return TrainingContext(pattern, _block_mask(pattern, device) if backend == "flex" else None)
 
@@ -104,7 +104,7 @@ def sdpa(q_BHNK: Tensor, k_BGMK: Tensor, v_BGMK: Tensor, causal: bool = False) -
 # ---- scaled_dot_product_attention: one unmasked call for each block of queries
 
 
-def _sdpa_attention(q: Towers, k: Towers, v: Towers, pattern: Pattern) -> Towers:
+def _sdpa_attention(q: Towers, k: Towers, v: Towers, pattern: AttentionPattern) -> Towers:
     attended = {}
     if "text" in q:
         attended["text"] = sdpa(q["text"], k["text"], v["text"], causal=True)
@@ -115,7 +115,7 @@ def _sdpa_attention(q: Towers, k: Towers, v: Towers, pattern: Pattern) -> Towers
     return attended
 
 
-def _attend_itself(tower: str, q_BHNK: Tensor, k: Towers, v: Towers, pattern: Pattern) -> Tensor:
+def _attend_itself(tower: str, q_BHNK: Tensor, k: Towers, v: Towers, pattern: AttentionPattern) -> Tensor:
     """Text and the block itself: blocks are a batch axis."""
     blocks = q_BHNK.shape[2] // pattern.block_tokens
 
@@ -130,7 +130,7 @@ def _attend_itself(tower: str, q_BHNK: Tensor, k: Towers, v: Towers, pattern: Pa
     return rearrange(attended, "(b l) h s k -> b h (l s) k", l=blocks)
 
 
-def _attend_before(tower: str, q_BHNK: Tensor, k: Towers, v: Towers, pattern: Pattern) -> Tensor:
+def _attend_before(tower: str, q_BHNK: Tensor, k: Towers, v: Towers, pattern: AttentionPattern) -> Tensor:
     """Text, earlier blocks, the block itself: one call for each block, over exactly the keys that it sees."""
     size, text = pattern.block_tokens, k["text"].shape[2] if "text" in k else 0
     earlier = "clean" if "clean" in k else "noise"
@@ -170,7 +170,7 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def _flex_attention(q: Towers, k: Towers, v: Towers, pattern: Pattern, block_mask: BlockMask) -> Towers:
+def _flex_attention(q: Towers, k: Towers, v: Towers, pattern: AttentionPattern, block_mask: BlockMask) -> Towers:
     queries, keys, values = (_join(x, pattern.draws) for x in (q, k, v))
     grouped = queries.shape[1] != keys.shape[1]
     attended = _compiled_flex_attention()(queries, keys, values, block_mask=block_mask, enable_gqa=grouped)
@@ -187,7 +187,7 @@ def _join(x: Towers, draws: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _block_mask(pattern: Pattern, device: torch.device) -> BlockMask:
+def _block_mask(pattern: AttentionPattern, device: torch.device) -> BlockMask:
     # The cached mask must serve training, also if validation under inference mode comes first.
     with torch.inference_mode(False), torch.no_grad():
         queries, keys = (_token_table(pattern, towers, device) for towers in (pattern.queries, pattern.keys))
@@ -198,7 +198,7 @@ def _block_mask(pattern: Pattern, device: torch.device) -> BlockMask:
         return create_block_mask(mask_mod, None, None, len(queries[0]), len(keys[0]), device=str(device))
 
 
-def dense_mask(pattern: Pattern, device: torch.device | str = "cpu") -> Tensor:
+def dense_mask(pattern: AttentionPattern, device: torch.device | str = "cpu") -> Tensor:
     """The pattern as a boolean matrix [queries, keys], for pictures and for checks; True: sees."""
     queries, keys = _token_table(pattern, pattern.queries, device), _token_table(pattern, pattern.keys, device)
     return _sees(pattern, tuple(column[:, None] for column in queries), keys)
@@ -207,7 +207,7 @@ def dense_mask(pattern: Pattern, device: torch.device | str = "cpu") -> Tensor:
 _TEXT, _CLEAN, _NOISE = range(3)
 
 
-def _token_table(pattern: Pattern, towers: tuple[str, ...], device: torch.device | str) -> tuple[Tensor, ...]:
+def _token_table(pattern: AttentionPattern, towers: tuple[str, ...], device: torch.device | str) -> tuple[Tensor, ...]:
     """Kind, place (index of text tokens, block of image tokens) and noise draw of every token, a column [tokens] each."""
     size = pattern.block_tokens
     rows = {
@@ -221,7 +221,7 @@ def _token_table(pattern: Pattern, towers: tuple[str, ...], device: torch.device
     return tuple(torch.tensor(column, dtype=torch.int32, device=device) for column in columns)
 
 
-def _sees(pattern: Pattern, query: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
+def _sees(pattern: AttentionPattern, query: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
     """Whether tokens see tokens; entries of `_token_table`, broadcast against each other."""
     (q_kind, q_place, q_draw), (k_kind, k_place, k_draw) = query, key
     earlier = _CLEAN if "clean" in pattern.keys else _NOISE

@@ -208,7 +208,7 @@ def _image_layer_flops(config: ModelConfig, blocks: int, text: int, local: bool,
 
 
 @dataclass
-class Network:
+class CostCounter:
     """Sums over the modules of one U-Net half, for one block."""
 
     flops: int = 0
@@ -263,9 +263,9 @@ class Network:
         self.flops += 4 * rows**4 * channels
 
 
-def downsampler(config: ModelConfig) -> Network:
+def downsampler(config: ModelConfig) -> CostCounter:
     """The downsampler for one block."""
-    unet, rows, network = config.unet, config.block_size, Network()
+    unet, rows, network = config.unet, config.block_size, CostCounter()
     network.conv(config.latent_channels, unet.channels[0], rows)
     network.time_embedding(unet.time_embed_dim)
     for level, channels in enumerate(unet.channels):
@@ -281,9 +281,9 @@ def downsampler(config: ModelConfig) -> Network:
     return network
 
 
-def upsampler(config: ModelConfig) -> Network:
+def upsampler(config: ModelConfig) -> CostCounter:
     """The upsampler for one block."""
-    unet, rows, network = config.unet, config.token_rows, Network()
+    unet, rows, network = config.unet, config.token_rows, CostCounter()
     network.conv(config.width, unet.channels[-1], rows)
     network.time_embedding(unet.time_embed_dim)
     for level in reversed(range(len(unet.channels))):

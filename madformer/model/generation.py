@@ -25,7 +25,7 @@ from madformer.model.madformer import MADFormer
 
 
 @dataclass
-class Slot:
+class CacheSlot:
     """Context of a layer when sampling: one tower's tokens go to [start, end) of the buffers and see [0, end)."""
 
     keys_BGMK: Tensor
@@ -65,7 +65,7 @@ class KeyValueCache:
         local = self.config.local_denoising and layer >= self.config.ar_depth
         return 1 if local else self.config.ar_length
 
-    def slot(self, layer: int, tower: str, block: int = 0, rows: int | None = None, with_queries: bool = True) -> Slot:
+    def slot(self, layer: int, tower: str, block: int = 0, rows: int | None = None, with_queries: bool = True) -> CacheSlot:
         """Where a tower's tokens of `block` go in `layer`; `rows`: the first rows of the batch alone."""
         keys, values = self.layers[layer][:, :rows]
         if tower == "text":
@@ -73,7 +73,7 @@ class KeyValueCache:
         else:
             start = self.text_tokens + min(block, self._blocks(layer) - 1) * self.config.block_tokens
             end = start + self.config.block_tokens
-        return Slot(keys, values, start, end, (tower,) if with_queries else ())
+        return CacheSlot(keys, values, start, end, (tower,) if with_queries else ())
 
     @property
     def bytes(self) -> int:

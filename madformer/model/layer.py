@@ -55,7 +55,7 @@ def rope(positions_N2: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
 
 
 class Context(Protocol):
-    """What a layer attends over: `attention.TrainingContext` in training, `cache.Slot` when sampling."""
+    """What a layer attends over: `attention.TrainingContext` in training, `cache.CacheSlot` when sampling."""
 
     @property
     def queries(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from madformer.config import ModelConfig
-from madformer.model.attention import Pattern, Towers, allow_many_shapes, choose_backend, training_context
+from madformer.model.attention import AttentionPattern, Towers, allow_many_shapes, choose_backend, training_context
 from madformer.model.embedding import (
     Downsampler,
     Skips,
@@ -258,7 +258,7 @@ class MADFormer(nn.Module):
 
     def _run(self, layer: int, x: Towers, ropes: dict[str, Rope], plan: LayerPlan, blocks: int, draws: int) -> Towers:
         config = self.config
-        pattern = Pattern(
+        pattern = AttentionPattern(
             plan.queries,
             plan.keys,
             text_tokens=len(ropes["text"].cos_NK),

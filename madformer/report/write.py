@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from madformer.report.formatting import AGAINST, csv_text, parse_against
 from madformer.report.points import Curve, curves_of_runs, curves_of_sweep
 from madformer.report.tables import Report, build_report
-from madformer.runs.files import replacing
+from madformer.runs.files import atomic_write
 from madformer.sweep.load_sweep import load_sweep
 
 _TYPES = {"svg": "image/svg+xml", "png": "image/png"}
@@ -99,7 +99,7 @@ def write_report(report: Report, folder: Path, stem: str, against: Sequence[str]
         texts[f"{stem}-paper.csv"] = csv_text(lines)
     contents = {**{name: text.encode() for name, text in texts.items()}, **drawn}
     for name, content in contents.items():
-        with replacing(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             temporary.write_bytes(content)
     for ending in _SOMETIMES:
         if (name := stem + ending) not in contents:

@@ -12,11 +12,11 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from madformer.config import ExperimentConfig
 from madformer.errors import InputError
-from madformer.runs.files import replacing
+from madformer.runs.files import atomic_write
 
 if TYPE_CHECKING:
     from madformer.model import MADFormer
@@ -91,7 +91,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     """
     import torch
 
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:
@@ -140,3 +140,14 @@ def load_model(path: Path, config: ExperimentConfig, weights: Weights = "ema") -
     except RuntimeError as error:
         raise InputError(f"{path}: not of this run's model: {str(error).splitlines()[-1].strip()}") from error
     return model.eval()
+
+
+def parse_weights(name: str) -> Weights:
+    """Which of a checkpoint's weights.
+
+    Raises:
+        InputError: neither `ema` nor `model`.
+    """
+    if name not in get_args(Weights):
+        raise InputError(f"--weights {name}: must be one of {', '.join(get_args(Weights))}")
+    return cast(Weights, name)

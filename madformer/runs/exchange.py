@@ -20,19 +20,27 @@ from madformer.config import (
     LossConfig,
     ModelConfig,
     config_hash,
-    freeze,
     load_experiment,
     load_run,
+    write_config,
 )
 from madformer.config.data import DIGITS, PIXELS
 from madformer.config.identity import to_container, to_yaml
 from madformer.config.loading import build_experiment
 from madformer.errors import InputError
-from madformer.evaluation.request import parse_weights
 from madformer.model import MADFormer, cost
 from madformer.model.official import from_released
-from madformer.runs.checkpoints import EMA, MODEL_PREFIX, Weights, checkpoint_path, load_model, newest_intact, save_checkpoint
-from madformer.runs.files import replacing, write_text
+from madformer.runs.checkpoints import (
+    EMA,
+    MODEL_PREFIX,
+    Weights,
+    checkpoint_path,
+    load_model,
+    newest_intact,
+    parse_weights,
+    save_checkpoint,
+)
+from madformer.runs.files import atomic_write, write_text
 
 _SWITCHES = ("clear_clean", "clear_cond", "denoising_mlp", "diff_depth", "ar_len")
 """What a released checkpoint's `args` must say: the weights do not."""
@@ -67,7 +75,7 @@ def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) 
         "config_hash": config_hash(config),
     }
     save_checkpoint(checkpoint, checkpoint_path(run, 0))
-    freeze(config, run)
+    write_config(config, run)
     print(f"{run}: {sum(tensor.numel() for tensor in state.values()):,} parameters of {source}")
 
 
@@ -84,7 +92,7 @@ def export_run(run: Path, out: Path, weights: str) -> None:
     if checkpoint is None:
         raise InputError(f"{run}: no intact checkpoint")
     model = load_model(checkpoint, config, parse_weights(weights))
-    with replacing(out) as temporary:
+    with atomic_write(out) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
     write_text(out.with_suffix(".yaml"), to_yaml(config))
     print(f"{out}, {out.with_suffix('.yaml')}: {weights} weights of {checkpoint}")

@@ -132,7 +132,7 @@ class Driver:
 
     def _start_what_fits(self) -> bool:
         """Claim and start trials; whether there is, or may be, something left to start."""
-        if self._is_braked:
+        if self._too_many_quick_failures:
             return False
         if time.monotonic() - self._asked < _SECONDS_BETWEEN_LOOKS:
             return self._may_be_more
@@ -178,7 +178,7 @@ class Driver:
         self._say(f"{trial.cell.name}: {event} after {seconds:.0f} s, {self._progress()}")
 
     @property
-    def _is_braked(self) -> bool:
+    def _too_many_quick_failures(self) -> bool:
         """Whether trial after trial fails at once: then it is the machine, or what all of them have in common."""
         return len(self._quick) >= max(_QUICK_FAILURES, 2 * self._at_once)
 
@@ -219,25 +219,25 @@ class Driver:
         return f"{len(self._done)}/{search.trials if search else len(cells)} cells done"
 
     def _summarise(self) -> int:
-        cells, standings = self._queue.cells, self._queue.standings()
+        cells, cell_statuses = self._queue.cells, self._queue.cell_statuses()
         left = [(cell, flaw) for cell in cells if (flaw := _flaw(cell)) is not None]
         self._say(f"{self._sweep.name}: {len(cells) - len(left)} of {len(cells)} cells are done")
         for cell, flaw in left:
-            standing = standings.get(cell.key)
+            standing = cell_statuses.get(cell.key)
             if standing is None or standing.state != "pruned":
                 lines = standing.reason.splitlines() if standing and standing.reason else [flaw]
                 kind = f"{standing.kind}, " if standing and standing.kind else ""
                 self._say(f"  {cell.name}: {kind}{' ... '.join(dict.fromkeys((lines[0], lines[-1])))}, log {log_path(cell)}")
         for line in self._queue.findings():
             self._say(f"  {line}")
-        failed = any(standing.state == "failed" for standing in standings.values())
-        if self._is_braked:
+        failed = any(standing.state == "failed" for standing in cell_statuses.values())
+        if self._too_many_quick_failures:
             what = f"{len(self._quick)} cells in a row failed within {_QUICK_SECONDS:.0f} s, no more were started"
             self._say(f"{self._sweep.name}: {what}: look for what they have in common")
         if failed:
             self._say(f"{self._sweep.name}: what has failed is tried again with --retry-failed")
         enough = len(left) < len(cells) if self._sweep.search is not None else not left
-        return 0 if enough and not failed and not self._is_braked else 1
+        return 0 if enough and not failed and not self._too_many_quick_failures else 1
 
 
 def _flaw(cell: Cell) -> str | None:

@@ -23,7 +23,7 @@ from madformer.sweep.needs import (
     training_flops,
 )
 from madformer.sweep.spec import Search, Sweep
-from madformer.sweep.status import Grid, duration, show, with_unit
+from madformer.sweep.status import TextTable, duration, show, with_unit
 
 _DRAWN = 64
 """Trials of a search that are drawn to see what one costs."""
@@ -57,11 +57,11 @@ def assumed_device(sweep: Sweep, tflops: float | None, mfu: float | None) -> Dev
     return Device(tflops or device.peak_tflops, mfu or device.mfu, device.name if tflops is None else "the device named")
 
 
-def plan_grid(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates) -> Grid:
+def plan_grid(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates) -> TextTable:
     """Every cell with its size, its FLOPs in training and per sampled image, its time, and what is left of it to do."""
     budgets = sorted({nfe for cell in cells for nfe in cell.budgets})
     headings = ["cell", "parameters", "training FLOPs", *(f"NFE {nfe}" for nfe in budgets), hours_unit(sweep), "state"]
-    grid = Grid(f"{sweep.name}: {sweep.experiment}", headings, frozenset(("cell", "state")))
+    grid = TextTable(f"{sweep.name}: {sweep.experiment}", headings, frozenset(("cell", "state")))
     for cell, left in zip(cells, needs, strict=True):
         costs = {nfe: f"{with_unit(flops)} ({steps} steps)" for nfe, (flops, steps) in sampling(cell).items()}
         row = [cell.name, with_unit(parameter_count(cell.config.model)), with_unit(training_flops(cell.config))]
@@ -164,7 +164,7 @@ def print_suite(sweeps: Sequence[Sweep], tflops: float | None = None, mfu: float
     device = assumed_device(sweeps[0], tflops, mfu)
     suite = _Suite(device)
     headings = ["sweep", "cells", "new models", "parameters", "training FLOPs", "evaluation FLOPs", hours_unit(sweeps[0])]
-    grid = Grid(f"{len(sweeps)} sweeps", headings, frozenset(["sweep"]))
+    grid = TextTable(f"{len(sweeps)} sweeps", headings, frozenset(["sweep"]))
     for sweep in sweeps:
         grid.rows.append([sweep.name, *suite.add(sweep.cells())])
     grid.rows.append(["together", *suite.total()])

@@ -64,12 +64,12 @@ def hold(gpus: Group) -> list[int] | None:
         try:
             fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            let_go(held)
+            release(held)
             return None
     return held
 
 
-def let_go(held: list[int]) -> None:
+def release(held: list[int]) -> None:
     """Close files that `hold` has opened."""
     for number in held:
         with contextlib.suppress(OSError):
@@ -133,7 +133,7 @@ class LocalLauncher:
             with _interrupts_later():  # what runs and is not known to run would not be stopped
                 self._running.append(_Running(trial, processes, self._pool.submit(processes.run), gpus, held))
         for held in self._reserved.values():
-            let_go(held)
+            release(held)
         self._reserved.clear()
 
     def ended(self, seconds: float) -> Iterator[tuple[Trial, Outcome]]:
@@ -143,7 +143,7 @@ class LocalLauncher:
         wait([running.future for running in self._running], timeout=seconds, return_when=FIRST_COMPLETED)
         for running in [running for running in self._running if running.future.done()]:
             self._running.remove(running)
-            let_go(running.held)
+            release(running.held)
             yield running.trial, running.future.result()
 
     def end(self, trial: Trial) -> bool:

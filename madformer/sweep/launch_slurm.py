@@ -17,7 +17,7 @@ from madformer.sweep.cells import Cell
 from madformer.sweep.needs import progress
 from madformer.sweep.queue import Queue, Trial
 from madformer.sweep.spec import Sweep
-from madformer.sweep.trial import DONE, INTERRUPTED, Commands, Outcome, TrialProcesses, note, read_outcome
+from madformer.sweep.trial import DONE, INTERRUPTED, Commands, Outcome, TrialProcesses, append_log, read_outcome
 
 try:
     import submitit
@@ -187,7 +187,7 @@ class SlurmTrial:
             environment |= dict.fromkeys(names, str(self.threads))
         rank, alone = int(os.environ.get("SLURM_PROCID", "0")), os.environ.get("SLURM_NTASKS", "1") == "1"
         self._before = progress(self.cell)
-        note(self.cell, _begin(self.job), rank)
+        append_log(self.cell, _begin(self.job), rank)
         self._processes = TrialProcesses(self.cell, self.commands, print, environment, None if alone else rank)
         signal.signal(signal.SIGTERM, self._end)
         if rank:  # submitit answers on the first task alone
@@ -210,9 +210,9 @@ class SlurmTrial:
             self._processes.stop(signal.SIGUSR2)
             self._processes.wait()
         if progress(self.cell) <= self._before:
-            note(self.cell, "the job's time was over before anything was done; slurm.minutes is too short")
+            append_log(self.cell, "the job's time was over before anything was done; slurm.minutes is too short")
             return None
-        note(self.cell, "the job's time is over, it is queued again")
+        append_log(self.cell, "the job's time is over, it is queued again")
         return submitit.helpers.DelayedSubmission(_call, SlurmTrial(self.cell, self.job, self.commands, self.threads))
 
     def _end(self, *_: object) -> None:

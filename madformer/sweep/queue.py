@@ -59,7 +59,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Standing:
+class CellStatus:
     """How a cell stands, by its newest trial."""
 
     state: Literal["waiting", "running", "failed", "pruned", "complete"]
@@ -67,7 +67,7 @@ class Standing:
     """Of a failure."""
     reason: str = ""
     """Of a failure."""
-    strikes: int = 0
+    failed_attempts: int = 0
     """How often in a row it has died without having got any further."""
 
 
@@ -98,11 +98,11 @@ class Queue:
 
     def claim(self, most: int = 1) -> Claim:
         """Waiting trials, from now on this driver's; fewer than it asks for where there are no more."""
-        return self.storage.patiently(lambda: self._claim(most))
+        return self.storage.retry(lambda: self._claim(most))
 
     def retry_failed(self) -> None:
         """Forget that cells have failed."""
-        self.storage.patiently(self._retry_failed)
+        self.storage.retry(self._retry_failed)
 
     def complete(self, trial: Trial) -> None:
         """Tell that a claimed trial is done: its value is the main metric at the largest budget, attributes have the others."""
@@ -133,11 +133,11 @@ class Queue:
 
     def remember_job(self, trial: Trial, job: str) -> None:
         """Note where a trial is about to run, for a driver that finds this one dead."""
-        self.storage.patiently(lambda: self.storage.rdb.set_trial_user_attr(trial.id, JOB, job))
+        self.storage.retry(lambda: self.storage.rdb.set_trial_user_attr(trial.id, JOB, job))
 
-    def standings(self) -> dict[str, Standing]:
+    def cell_statuses(self) -> dict[str, CellStatus]:
         """How the cells stand that ever had a trial, by their keys."""
-        return standings(self.storage.patiently(self._trials), self._sweep.retries, self._cells)
+        return cell_statuses(self.storage.retry(self._trials), self._sweep.retries, self._cells)
 
     def _claim(self, most: int) -> Claim:
         with self.storage.lock():
@@ -177,9 +177,9 @@ class Queue:
                 continue
             if not self._needs_work(cell):
                 continue
-            standing = standing_of(last, self._sweep.retries, cell) if last is not None else Standing("waiting")
+            standing = standing_of(last, self._sweep.retries, cell) if last is not None else CellStatus("waiting")
             if standing.state not in ("failed", "pruned"):
-                self._add(cell, {STRIKES: standing.strikes, **job_of(last)})
+                self._add(cell, {STRIKES: standing.failed_attempts, **job_of(last)})
                 added = True
         return added
 
@@ -213,7 +213,7 @@ class Queue:
         if not others:
             return trials
         # Not soon after trouble with the database: nobody's heart could be heard.
-        if self.storage.troubled + GRACE_SECONDS < time.monotonic():
+        if self.storage.last_error_at + GRACE_SECONDS < time.monotonic():
             with quiet():
                 fail_stale_trials(self.storage.study)
         for trial in others:
@@ -231,7 +231,7 @@ class Queue:
                     self.storage.rdb.set_trial_user_attr(trial.id, name, value)
                 self.storage.rdb.set_trial_state_values(trial.id, state, values)
 
-        self.storage.patiently(tell)
+        self.storage.retry(tell)
         self._claimed.discard(trial.id)
 
     def _beat(self) -> None:
@@ -249,7 +249,7 @@ class Queue:
         return [trial for trial in trials if trial.user_attrs.get(KEY) in self._cells]
 
 
-def standings(trials: Sequence[FrozenTrial], retries: int, cells: Mapping[str, Cell]) -> dict[str, Standing]:
+def cell_statuses(trials: Sequence[FrozenTrial], retries: int, cells: Mapping[str, Cell]) -> dict[str, CellStatus]:
     """How cells stand, by their newest trials."""
     return {key: standing_of(trial, retries, cells[key]) for key, trial in newest_trials(trials).items() if key in cells}
 
@@ -259,23 +259,23 @@ def newest_trials(trials: Sequence[FrozenTrial]) -> dict[str, FrozenTrial]:
     return {trial.user_attrs[KEY]: trial for trial in trials if KEY in trial.user_attrs}
 
 
-def standing_of(trial: FrozenTrial, retries: int, cell: Cell) -> Standing:
+def standing_of(trial: FrozenTrial, retries: int, cell: Cell) -> CellStatus:
     """How a cell stands whose newest trial this is."""
     facts = trial.user_attrs
-    strikes = facts.get(STRIKES, 0)
+    failed_attempts = facts.get(STRIKES, 0)
     if trial.state == TrialState.RUNNING and JOB not in facts and (OWNER not in facts or is_gone(facts[OWNER])):
-        return Standing("waiting", strikes=strikes)  # its driver has died
+        return CellStatus("waiting", failed_attempts=failed_attempts)  # its driver has died
     if trial.state != TrialState.FAIL:
-        return Standing(_STATES[trial.state], strikes=strikes)
+        return CellStatus(_STATES[trial.state], failed_attempts=failed_attempts)
     kind, reason = facts.get(KIND, "driver died"), facts.get(REASON, "")
     if kind == "interrupted" or (KIND not in facts and JOB in facts):  # its job goes on without a driver
-        return Standing("waiting", strikes=strikes)
+        return CellStatus("waiting", failed_attempts=failed_attempts)
     if kind in TRANSIENT:
-        strikes = 0 if progress(cell) > facts.get(PROGRESS, []) else strikes + 1
-        if strikes <= retries:
-            return Standing("waiting", strikes=strikes)
-        reason = f"{reason}\nit died {strikes} times in a row without having got any further".strip()
-    return Standing("failed", kind, reason, strikes)
+        failed_attempts = 0 if progress(cell) > facts.get(PROGRESS, []) else failed_attempts + 1
+        if failed_attempts <= retries:
+            return CellStatus("waiting", failed_attempts=failed_attempts)
+        reason = f"{reason}\nit died {failed_attempts} times in a row without having got any further".strip()
+    return CellStatus("failed", kind, reason, failed_attempts)
 
 
 def job_of(trial: FrozenTrial | None) -> dict[str, str]:

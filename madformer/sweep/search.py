@@ -81,17 +81,17 @@ class SearchQueue(Queue):
                 continue
             value = next(iter(preview["metrics"].values()))
             try:
-                self.storage.patiently(lambda value=value, step=preview["step"]: asked.report(value, step))  # type: ignore[misc]
+                self.storage.retry(lambda value=value, step=preview["step"]: asked.report(value, step))  # type: ignore[misc]
             except UpdateFinishedTrialError:
                 return False
             self._reported[trial.number] = preview["step"]
-            if self.storage.patiently(asked.should_prune):
+            if self.storage.retry(asked.should_prune):
                 return True
         return False
 
     def findings(self) -> list[str]:
         """The best trials: one, or those of the Pareto front."""
-        return describe_best(self.storage.patiently(lambda: self.storage.study.best_trials), self._search)
+        return describe_best(self.storage.retry(lambda: self.storage.study.best_trials), self._search)
 
     def _next(self, trials: Sequence[FrozenTrial], most: int) -> Iterator[Trial]:
         self._end_unnamed()
@@ -133,7 +133,7 @@ class SearchQueue(Queue):
             if last.state == TrialState.FAIL:
                 standing = standing_of(last, self._sweep.retries, self._cells[key])
                 if standing.state == "waiting":
-                    self._add(self._cells[key], {STRIKES: standing.strikes})
+                    self._add(self._cells[key], {STRIKES: standing.failed_attempts})
 
     def _add(self, cell: Cell, facts: Mapping[str, Any]) -> None:
         last = newest_trials(self._trials())[cell.key]

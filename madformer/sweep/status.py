@@ -25,12 +25,12 @@ from madformer.sweep.trial import last_lines, log_path
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from madformer.sweep.queue import Standing
+    from madformer.sweep.queue import CellStatus
     from madformer.sweep.study import Storage
 
 
 @dataclass
-class Grid:
+class TextTable:
     """A table: for a terminal, or as lines of a log, which are not cut and take no time however many there are."""
 
     title: str
@@ -61,7 +61,7 @@ class Grid:
         return "\n".join([self.title, line(self.headings), rule, *map(line, self.rows)])
 
 
-def show(grid: Grid, lines: Sequence[str]) -> None:
+def show(grid: TextTable, lines: Sequence[str]) -> None:
     """Print a table, and lines below it."""
     if sys.stdout.isatty():
         Console().print(grid.rich())
@@ -179,11 +179,11 @@ class Watch:
 
     def _rows(self, cells: Sequence[Cell], needs: Sequence[Needs]) -> list[Row]:
         open_cells = {cell.key: cell for cell, left in zip(cells, needs, strict=True) if left}
-        known: dict[str, Standing] = {}
+        known: dict[str, CellStatus] = {}
         if open_cells and (trials := self._trials()):
-            from madformer.sweep.queue import standings
+            from madformer.sweep.queue import cell_statuses
 
-            known = standings(trials, self._sweep.retries, open_cells)
+            known = cell_statuses(trials, self._sweep.retries, open_cells)
         rows = []
         for cell, left in zip(cells, needs, strict=True):
             standing = known.get(cell.key)
@@ -204,7 +204,7 @@ class Watch:
             self._storage = Storage(self._sweep, only_look=True)
             self._storage.patient = False
         study = self._storage.study
-        return self._storage.patiently(lambda: study.get_trials(deepcopy=False))
+        return self._storage.retry(lambda: study.get_trials(deepcopy=False))
 
 
 def below(overview: Overview) -> list[str]:
@@ -216,10 +216,10 @@ def below(overview: Overview) -> list[str]:
     return lines
 
 
-def status_grid(overview: Overview, rows: Sequence[Row]) -> Grid:
+def status_grid(overview: Overview, rows: Sequence[Row]) -> TextTable:
     """Every cell with its state, how far its training and its evaluations are, and why it failed."""
     headings = ("cell", "state", "step", "rate", "points", "metric", "reason")
-    grid = Grid(overview.sweep.name, headings, frozenset(("cell", "state", "metric", "reason")))
+    grid = TextTable(overview.sweep.name, headings, frozenset(("cell", "state", "metric", "reason")))
     for row in rows:
         cell, total = row.cell, len(row.cell.budgets) * cell_ways(row.cell)
         reason = f"{row.kind}: {row.reason.splitlines()[0]}" if row.reason and row.state == "failed" else ""

@@ -104,7 +104,7 @@ class Storage:
     def __init__(self, sweep: Sweep, say: Callable[[str], None] = lambda line: None, only_look: bool = False) -> None:
         self.name, self.say, self._path = sweep.name, say, None
         self.patient = True
-        """Whether `patiently` waits for a database that does not answer."""
+        """Whether `retry` waits for a database that does not answer."""
         self._is_made = False
         self._url = make_url(sweep.storage) if sweep.storage else make_url(f"sqlite:///{study_path(sweep).resolve()}")
         backend = self._url.get_backend_name()
@@ -116,7 +116,7 @@ class Storage:
             raise ConfigError(f"storage = {self._shown}: must be a database of sqlite, {', '.join(_LOCKS)}")
         elif self._url.drivername in _DRIVERS:
             self._url = self._url.set(drivername=_DRIVERS[backend][0])
-        self.troubled = float("-inf")
+        self.last_error_at = float("-inf")
         """When the database was last found gone, by the monotonic clock."""
         try:
             timeouts = _TIMEOUTS.get(backend, {})
@@ -152,7 +152,7 @@ class Storage:
             with contextlib.suppress(DatabaseError, InterfaceError):  # it is gone with the connection
                 connection.execute(text(release), name)
 
-    def patiently(self, operation: Callable[[], Result]) -> Result:
+    def retry(self, operation: Callable[[], Result]) -> Result:
         """Do something that may be done again, for as long as the database does not answer.
 
         Raises:
@@ -167,10 +167,10 @@ class Storage:
                     raise
                 if not self.patient:
                     raise self._unusable(error) from error
-                self.troubled = time.monotonic()
-                if self.troubled - said >= _SECONDS_BETWEEN_WORDS:
+                self.last_error_at = time.monotonic()
+                if self.last_error_at - said >= _SECONDS_BETWEEN_WORDS:
                     self.say(f"{self.name}: the storage does not answer, trials go on, waiting ({first_line(error)})")
-                    said = self.troubled
+                    said = self.last_error_at
                 self.rdb.remove_session()
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_WAIT_SECONDS)

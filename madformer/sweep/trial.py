@@ -35,7 +35,7 @@ Kind = Literal[
     "interrupted",
     "hindered",
 ]
-"""Of a failure: `killed` by a signal, `lost` with its machine or job; `hindered` are commands that say that they can go on, as
+"""Of a failure: `killed` by a signal, `lost` with its machine or job; `retryable` are commands that say that they can go on, as
 after a full disk; `error` is a program's own, such as a defect."""
 
 TRANSIENT = frozenset(("killed", "lost", "driver died", "hindered"))
@@ -257,7 +257,7 @@ class _Stopped(Exception):  # noqa: N818 - no error: it was asked for
     """The trial is not wanted any more."""
 
 
-def note(cell: Cell, line: str, rank: int = 0) -> None:
+def append_log(cell: Cell, line: str, rank: int = 0) -> None:
     """Add a line to a cell's log."""
     path = log_path(cell, rank)
     path.parent.mkdir(parents=True, exist_ok=True)

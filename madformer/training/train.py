@@ -17,9 +17,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from madformer.config import ExperimentConfig, TrainerConfig, config_hash, freeze
+from madformer.config import ExperimentConfig, TrainerConfig, config_hash, write_config
 from madformer.data.datamodule import LatentDataModule
-from madformer.data.order import Portion
+from madformer.data.order import BatchShard
 from madformer.errors import InputError, Interrupted
 from madformer.evaluation.tensorboard import drop_orphans
 from madformer.parallel import find_devices
@@ -70,7 +70,7 @@ def train(config: ExperimentConfig, kind: type[LitMADFormer] = LitMADFormer) -> 
             return run
         if _rank() == 0:
             if not is_run(run):
-                freeze(config, run)
+                write_config(config, run)
             drop_orphans(run, step)
             drop_previews(run, step)
         goal = f"{config.trainer.max_steps} steps (config hash {config_hash(config)})"
@@ -104,7 +104,7 @@ def build_trainer(config: ExperimentConfig) -> tuple[pl.Trainer, RunCheckpoints]
     """
     settings = config.trainer
     devices = find_devices(settings)
-    Portion.of(config.data.batch_size, config.data.batch_size_per_device, 0, len(devices) * settings.num_nodes)
+    BatchShard.of(config.data.batch_size, config.data.batch_size_per_device, 0, len(devices) * settings.num_nodes)
     checkpoints = RunCheckpoints(config)
     trainer = pl.Trainer(
         accelerator=devices[0].split(":")[0],

@@ -17,9 +17,9 @@ from madformer.config import (
     TextConfig,
     UNetConfig,
     config_hash,
-    freeze,
     load_experiment,
     load_run,
+    write_config,
 )
 from madformer.errors import ConfigError, InputError
 from tests.conftest import ROOT
@@ -233,7 +233,7 @@ def test_the_hash_is_over_what_changes_the_weights():
 
 def test_a_frozen_configuration_reads_back(tmp_path):
     config = load_experiment(DIGITS, [f"output_dir={tmp_path}", "model.num_kv_heads=2", "name=mine"])
-    freeze(config, config.run_dir)
+    write_config(config, config.run_dir)
     assert load_run(tmp_path / "mine") == config == load_experiment(tmp_path / "mine/config.yaml")
     frozen = yaml.safe_load((tmp_path / "mine/config.yaml").read_text())["frozen"]
     assert frozen == {"madformer": __version__, "config_hash": config_hash(config)}
@@ -290,7 +290,7 @@ def test_an_experiment_changes_its_base(tmp_path, monkeypatch):
     assert (made.name, made.model.diffusion_depth, made.model.width, made.seed) == ("one", 2, 64, 3)
     assert made.model.unet.channels == (32,) and made.model.unet.layers == digits.model.unet.layers
     assert made.data == digits.data
-    freeze(made, made.run_dir)
+    write_config(made, made.run_dir)
     assert load_run(made.run_dir) == made
     (tmp_path / "three.yaml").write_text("base: runs/one/config.yaml\nname: three\n")
     assert load_experiment(tmp_path / "three.yaml") == replace(made, name="three")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from madformer.data.order import EndlessPlaces, Portion, SampleOrder
+from madformer.data.order import BatchShard, EndlessPlaces, SampleOrder
 from madformer.errors import ConfigError
 
 
@@ -16,7 +16,7 @@ def stream(samples, batch_size, limit, world_size, steps, first_step=0):
     order = SampleOrder(samples, batch_size, seed=3)
     found: dict[tuple[int, int], int] = {}
     for rank in range(world_size):
-        portion = Portion.of(batch_size, limit, rank, world_size)
+        portion = BatchShard.of(batch_size, limit, rank, world_size)
         batches = itertools.islice(EndlessPlaces(order, portion, first_step), steps * portion.accumulation)
         for places in batches:
             for index, sample in zip(places.indices, places.samples.tolist(), strict=True):
@@ -48,9 +48,9 @@ def test_every_epoch_has_every_sample_once_in_another_order():
 
 
 def test_micro_batches_are_equal_and_as_large_as_allowed():
-    assert Portion.of(64, None, 0, 1) == Portion(64, 1, 0, 1)
-    assert Portion.of(64, 24, 1, 2) == Portion(16, 2, 1, 2)
-    assert Portion.of(7, 3, 0, 1) == Portion(1, 7, 0, 1)
+    assert BatchShard.of(64, None, 0, 1) == BatchShard(64, 1, 0, 1)
+    assert BatchShard.of(64, 24, 1, 2) == BatchShard(16, 2, 1, 2)
+    assert BatchShard.of(7, 3, 0, 1) == BatchShard(1, 7, 0, 1)
     message = "data.batch_size = 9: must be a multiple of the 2 devices"
     with pytest.raises(ConfigError, match=re.escape(message)):
-        Portion.of(9, None, 0, 2)
+        BatchShard.of(9, None, 0, 2)

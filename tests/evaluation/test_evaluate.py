@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from madformer.cli import app
-from madformer.config import freeze, load_run
+from madformer.config import load_run, write_config
 from madformer.data.digits import load_digits
 from madformer.errors import ConfigError, InputError, NonFiniteError
 from madformer.evaluation import evaluate as module
@@ -35,7 +35,7 @@ def make_run(folder, *overrides, seed=0, scale=1.0, steps=(6,)):
     torch.manual_seed(seed)
     for step in steps:
         raw, average = save_random_checkpoint(config, step, scale)
-    freeze(config, config.run_dir)
+    write_config(config, config.run_dir)
     return config, raw, average
 
 

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from madformer.model.attention import Pattern, _compiled_flex_attention, choose_backend, dense_mask, training_context
+from madformer.model.attention import AttentionPattern, _compiled_flex_attention, choose_backend, dense_mask, training_context
 from tests.conftest import tiny
 
 HEADS, WIDTH = 4, 16
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def pattern(text=2, clean=3, noisy=3, size=2, draws=1, local=False, queries=("text", "clean", "noise")):
     there = {"text": text, "clean": clean, "noise": noisy}
     keys = tuple(tower for tower in there if there[tower] and not (local and tower == "clean" and tower not in queries))
-    return Pattern(tuple(tower for tower in queries if tower in keys), keys, text, clean, noisy, size, draws, local)
+    return AttentionPattern(tuple(tower for tower in queries if tower in keys), keys, text, clean, noisy, size, draws, local)
 
 
 def towers(pattern, names, heads, batch=2, seed=0, dtype=torch.float64):

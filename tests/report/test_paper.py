@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-from madformer.config import ExperimentConfig, LossConfig, freeze, load_experiment
+from madformer.config import ExperimentConfig, LossConfig, load_experiment, write_config
 from madformer.report import Curve, build_report, write_report
 from madformer.report.paper import design_of, paper
 from madformer.report.statistics import Estimate, differ
@@ -21,7 +21,7 @@ def run(root, label, *values, seed=0, nfe=64, steps=None, base=DIGITS, lambda_hi
     config = replace(base, model=replace(base.model, **model), loss=LossConfig(lambda_hidden=lambda_hidden), seed=seed)
     points = [point(nfe * 2**index, value, **({} if steps is None else {"steps": steps})) for index, value in enumerate(values)]
     folder = recorded(root / f"{label}-s{seed}", *points)
-    freeze(config, folder)
+    write_config(config, folder)
     return Curve(label, folder, {}, seed)
 
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from madformer.cli import app
-from madformer.config import ExperimentConfig, ModelConfig, freeze
+from madformer.config import ExperimentConfig, ModelConfig, write_config
 from madformer.errors import InputError
 from madformer.report import Curve, build_report, curves_of_runs, write_report
 from madformer.report.formatting import higher_is_better, natural, number
@@ -233,7 +233,7 @@ def test_a_metric_that_a_run_lacks_is_named(tmp_path):
 def test_any_runs_stand_side_by_side_under_their_names(tmp_path):
     paths = [tmp_path / "a/d2", tmp_path / "b/d2", tmp_path / "b/d4"]
     for seed, path in enumerate(paths):
-        freeze(replace(ExperimentConfig(), seed=seed), path)
+        write_config(replace(ExperimentConfig(), seed=seed), path)
     made = curves_of_runs(paths)
     assert [(entry.label, entry.run, entry.seed) for entry in made] == [
         ("a/d2", paths[0], 0), ("b/d2", paths[1], 1), ("d4", paths[2], 2),
@@ -248,7 +248,7 @@ def test_runs_that_differ_in_the_seed_alone_share_a_line(tmp_path):
     names = {"x/d2-s0": 0, "x/d2-s1": 1, "x/d2": 2, "x/s3": 3, "y/d2-s0": 0, "x/d4-s0": 0, "x/d4-s1": 1}
     for name, seed in names.items():
         depth = 4 if name == "x/d4-s1" else 2
-        freeze(replace(ExperimentConfig(), seed=seed, model=ModelConfig(diffusion_depth=7 * depth)), tmp_path / name)
+        write_config(replace(ExperimentConfig(), seed=seed, model=ModelConfig(diffusion_depth=7 * depth)), tmp_path / name)
     labels = [curve.label for curve in curves_of_runs([tmp_path / name for name in names])]
     assert labels == ["d2", "d2", "d2", "s3", "d2-s0", "d4-s0", "d4-s1"]
 
@@ -298,7 +298,7 @@ def test_diagnosed_runs_have_a_second_picture(tmp_path):
 
 def test_the_command_takes_a_metric_and_panels(tmp_path):
     run = recorded(tmp_path / "d2", point(16, 0, metrics={"fid": 9.0, "recall": 0.5}, seconds_per_block=None))
-    freeze(ExperimentConfig(), run)
+    write_config(ExperimentConfig(), run)
     asked = ["report", str(run), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, [*asked, "--metric", "recall", "--against", "nfe, memory"], catch_exceptions=False)
     assert result.exit_code == 0 and "| recall ↑ | NFE 16 |" in result.output

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from madformer.config import freeze
+from madformer.config import write_config
 from madformer.errors import InputError
 from madformer.report.write import report_on
 from madformer.sweep.load_sweep import load_sweep
@@ -26,7 +26,7 @@ def here(tmp_path, monkeypatch):
 
 
 def measure(cell, value):
-    freeze(cell.config, cell.run)
+    write_config(cell.config, cell.run)
     recorded(cell.run, *(point(nfe, value) for nfe in (16, 32)))
 
 

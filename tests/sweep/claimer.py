@@ -3,7 +3,7 @@
 import os
 import sys
 
-from madformer.config import freeze
+from madformer.config import write_config
 from madformer.evaluation.record import append_point
 from madformer.runs.checkpoints import checkpoint_path
 from madformer.sweep.load_sweep import load_sweep
@@ -17,7 +17,7 @@ def open_queue(sweep):
 
 
 def train(cell):
-    freeze(cell.config, cell.run)
+    write_config(cell.config, cell.run)
     checkpoint_path(cell.run, cell.max_steps).parent.mkdir(exist_ok=True)
     checkpoint_path(cell.run, cell.max_steps).touch()
 

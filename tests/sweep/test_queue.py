@@ -15,14 +15,14 @@ import pytest
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
-from madformer.config import freeze
+from madformer.config import write_config
 from madformer.errors import InputError
 from madformer.evaluation.record import append_point
 from madformer.runs.checkpoints import checkpoint_path
 from madformer.sweep import study as storage_module
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.needs import Needs, cell_needs, main_metrics, progress
-from madformer.sweep.queue import OWNER, Queue, Standing
+from madformer.sweep.queue import OWNER, CellStatus, Queue
 from madformer.sweep.study import Storage
 from madformer.sweep.trial import Outcome
 from tests.conftest import ROOT
@@ -75,7 +75,7 @@ def sweep(sweep_file, storage_url):
 def test_needs_follow_the_run_s_folder(sweep):
     cell = sweep.cells()[0]
     assert cell_needs(cell) == Needs(training=True, budgets=(16, 24), points=2) and str(cell_needs(cell)) == "to train"
-    freeze(cell.config, cell.run)
+    write_config(cell.config, cell.run)
     assert cell_needs(cell).training
     train(cell)
     assert (
@@ -138,7 +138,7 @@ def test_what_a_killed_driver_of_this_machine_had_is_another_s_at_once(sweep, sw
     [first, _] = trials(sweep)
     assert (first.user_attrs["cell"], first.state) == ("d2-s0", TrialState.RUNNING)
     with open_queue(sweep) as queue:
-        assert queue.standings()[first.user_attrs["config_hash"]].state == "waiting"
+        assert queue.cell_statuses()[first.user_attrs["config_hash"]].state == "waiting"
         assert sorted(claim_all(queue)) == ["d2-s0", "d4-s0"]
 
 
@@ -155,7 +155,7 @@ def test_what_a_lost_machine_had_is_another_s_when_its_heart_is_silent(sweep, mo
         time.sleep(3)
         assert claim(queue).cell == trial.cell
         lost.complete(trial)  # it lived after all: what it says comes too late, and does no harm
-        assert queue.standings()[trial.cell.key].state == "running"
+        assert queue.cell_statuses()[trial.cell.key].state == "running"
 
 
 def test_a_heart_is_not_listened_to_soon_after_trouble_with_the_database(sweep, monkeypatch):
@@ -165,7 +165,7 @@ def test_a_heart_is_not_listened_to_soon_after_trouble_with_the_database(sweep, 
         lost._claimed.clear()
         lost.storage.rdb.set_trial_user_attr(trial.id, OWNER, json.dumps(["another machine", 1, 0.0, ""]))
         time.sleep(3)
-        queue.storage.troubled = time.monotonic()
+        queue.storage.last_error_at = time.monotonic()
         assert claim_all(queue) == ["d4-s0"]
 
 
@@ -196,7 +196,7 @@ def test_a_failed_cell_is_tried_again_when_asked(sweep):
         trial, other = queue.claim(2).trials
         queue.fail(trial, MISFORTUNE)
         queue.put_back(other)
-        assert queue.standings()[trial.cell.key] == Standing("failed", "error", "out of luck")
+        assert queue.cell_statuses()[trial.cell.key] == CellStatus("failed", "error", "out of luck")
     with open_queue(sweep) as queue:
         assert claim_all(queue) == ["d4-s0"]
         queue.retry_failed()
@@ -207,19 +207,19 @@ def test_a_failed_cell_is_tried_again_when_asked(sweep):
 def test_strikes_are_counted_until_a_cell_gets_further(sweep, kind):
     died = Outcome("failed", kind, "a reason")
     with Queue(sweep, Storage(sweep), sweep.cells()[:1]) as queue:
-        for strikes in (1, 2, 3):
+        for failed_attempts in (1, 2, 3):
             trial = claim(queue)
             queue.fail(trial, died)
-            assert queue.standings()[trial.cell.key] == Standing("waiting", strikes=strikes)
+            assert queue.cell_statuses()[trial.cell.key] == CellStatus("waiting", failed_attempts=failed_attempts)
         trial = claim(queue)
         train(trial.cell)
         queue.fail(trial, died)
-        assert queue.standings()[trial.cell.key] == Standing("waiting", strikes=0)
+        assert queue.cell_statuses()[trial.cell.key] == CellStatus("waiting", failed_attempts=0)
         for _ in range(4):
             trial = claim(queue)
             queue.fail(trial, died)
-        standing = queue.standings()[trial.cell.key]
-        assert (standing.state, standing.kind, standing.strikes) == ("failed", kind, 4)
+        standing = queue.cell_statuses()[trial.cell.key]
+        assert (standing.state, standing.kind, standing.failed_attempts) == ("failed", kind, 4)
         assert standing.reason == "a reason\nit died 4 times in a row without having got any further"
         assert claim_all(queue) == []
 
@@ -227,7 +227,7 @@ def test_strikes_are_counted_until_a_cell_gets_further(sweep, kind):
 def test_progress_rises_with_what_is_not_done_again(sweep):
     cell = sweep.cells()[0]
     seen = [progress(cell)]
-    freeze(cell.config, cell.run)
+    write_config(cell.config, cell.run)
     checkpoint_path(cell.run, 5).parent.mkdir()
     checkpoint_path(cell.run, 5).touch()
     seen.append(progress(cell))
@@ -249,7 +249,7 @@ def test_what_an_interrupted_driver_puts_back_falls_to_another(sweep):
         assert claim(second).cell.name == "d4-s0"
         first.put_back(trial)
         assert claim(second).cell.name == "d2-s0"
-        assert {standing.state for standing in second.standings().values()} == {"running"}
+        assert {standing.state for standing in second.cell_statuses().values()} == {"running"}
 
 
 def test_the_study_tells_the_story(sweep):
@@ -305,7 +305,7 @@ def test_a_job_without_a_driver_is_no_strike_and_one_that_is_done_is_no_job(swee
             trial = claim(queue)
             queue.remember_job(trial, "array/0")
             queue._claimed.clear()
-        assert queue.standings()[trial.cell.key].state == "running"
+        assert queue.cell_statuses()[trial.cell.key].state == "running"
         trial = claim(queue)
         assert trial.job == "array/0"
         finish(trial.cell)

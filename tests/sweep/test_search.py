@@ -195,7 +195,7 @@ def test_an_objective_that_was_not_measured_fails_and_says_what_was(search_file)
         train(trial.cell)
         append_point(trial.cell.run, point(trial.cell.config, 16))
         queue.complete(trial)
-        assert queue.standings()[trial.cell.key].reason == "search.objectives: no fid was measured, but fd_digits"
+        assert queue.cell_statuses()[trial.cell.key].reason == "search.objectives: no fid was measured, but fd_digits"
 
 
 def test_a_pruner_ends_hopeless_trials_early_by_their_previews(search_file, monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
-from madformer.config import config_hash, freeze, load_experiment
+from madformer.config import config_hash, load_experiment, write_config
 from madformer.errors import ConfigError
 from madformer.runs.checkpoints import checkpoint_path
 from madformer.sweep.load_sweep import load_sweep
@@ -234,19 +234,19 @@ def test_steps_are_budgets_of_each_cell_s_own(sweep_file):
 def test_a_run_of_the_same_weights_is_a_cell_s_run(sweep_file):
     cell = load_sweep(sweep_file).cells()[0]
     by_hand = load_experiment(DIGITS, ["name=mine", "trainer.max_steps=10", "model.diffusion_depth=2", "trainer.log_every=3"])
-    freeze(by_hand, by_hand.run_dir)
+    write_config(by_hand, by_hand.run_dir)
     found, other = load_sweep(sweep_file).cells()
     assert (found.name, found.run, found.config_hash) == ("d2-s0", Path("runs/mine"), cell.config_hash)
     assert found.overrides[-3:-1] == ("output_dir=runs", "trainer.devices=1") and "name=mine" in found.overrides
     assert other.run == Path("runs/small/d4-s0")
-    freeze(cell.config, cell.run)
+    write_config(cell.config, cell.run)
     assert load_sweep(sweep_file).cells()[0].run == cell.run, "its own folder comes first"
 
 
 def test_of_several_runs_the_one_that_got_furthest_is_it(sweep_file):
     for name, step in (("aborted", 5), ("mine", 10), ("other", 7)):
         by_hand = load_experiment(DIGITS, [f"name={name}", "trainer.max_steps=10", "model.diffusion_depth=2"])
-        freeze(by_hand, by_hand.run_dir)
+        write_config(by_hand, by_hand.run_dir)
         checkpoint_path(by_hand.run_dir, step).parent.mkdir()
         checkpoint_path(by_hand.run_dir, step).touch()
     assert load_sweep(sweep_file).cells()[0].run == Path("runs/mine")
@@ -254,7 +254,7 @@ def test_of_several_runs_the_one_that_got_furthest_is_it(sweep_file):
 
 def test_cells_of_another_sweep_are_not_trained_again(sweep_file):
     theirs = load_sweep(sweep_file, ["name=first", "grid.optimizer.lr=[0.003]"]).cells()[1]
-    freeze(theirs.config, theirs.run)
+    write_config(theirs.config, theirs.run)
     assert [cell.run for cell in load_sweep(sweep_file).cells()] == [Path("runs/small/d2-s0"), Path("runs/first/d4-lr0.003-s0")]
 
 

@@ -10,7 +10,7 @@ import pytest
 from madformer.sweep.cells import Cell
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.trial import DONE, Outcome, TrialProcesses, failure, last_lines, log_path, read_outcome, trial_commands
-from tests.sweep.claimer import finish, freeze
+from tests.sweep.claimer import finish, write_config
 from tests.tiny_runs import DIGITS, TINY, environment
 
 
@@ -76,21 +76,21 @@ def test_a_run_that_is_done_has_not_failed_whatever_its_log_says(cell):
 
 
 def test_a_log_without_an_end_is_that_of_a_lost_machine(cell):
-    freeze(cell.config, cell.run)
+    write_config(cell.config, cell.run)
     log_path(cell).write_text("$ madformer train\nstep 1\n[exit status 0 after 1 s]\n$ madformer evaluate\nsampled 1")
     outcome = read_outcome(cell)
     assert outcome.kind == "lost" and "sampled 1" in outcome.reason
 
 
 def test_of_several_processes_the_one_that_failed_by_itself_says_why(cell):
-    freeze(cell.config, cell.run)
+    write_config(cell.config, cell.run)
     log_path(cell).write_text("[job a/0]\n$ madformer train\n[exit status -9 after 5 s]\n")
     log_path(cell, 1).write_text("[job a/0]\n$ madformer train\nmadformer: out of memory: 1 GiB\n[exit status 1 after 4 s]\n")
     assert read_outcome(cell, "job a/0").kind == "out of memory"
 
 
 def test_what_an_earlier_job_left_in_the_log_does_not_count(cell):
-    freeze(cell.config, cell.run)
+    write_config(cell.config, cell.run)
     log_path(cell).write_text("[job a/0]\n$ madformer train\nmadformer: out of memory: 1 GiB\n[exit status 1 after 4 s]\n")
     assert read_outcome(cell, "job a/1", "; see there") == Outcome("failed", "lost", "it left no log; see there")
 

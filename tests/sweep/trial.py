@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from madformer.config import config_hash, freeze, load_experiment, load_run
+from madformer.config import config_hash, load_experiment, load_run, write_config
 from madformer.errors import InputError
 from madformer.evaluation.record import append_point
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
@@ -25,7 +25,7 @@ def train(experiment, *overrides):
         checkpoint = checkpoint_path(config.run_dir, config.trainer.max_steps)
         if checkpoint.exists():
             return
-        freeze(config, config.run_dir)
+        write_config(config, config.run_dir)
         if config.evaluation.preview_every:
             append_preview(config.run_dir, 5, {"fd_digits": config.optimizer.lr})
         work(config.name, f"train {config.name}", 60.0 if config.optimizer.lr > 0.5 else 0.0)

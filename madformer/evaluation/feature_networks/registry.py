@@ -17,11 +17,11 @@ from madformer.errors import InputError
 from madformer.evaluation.feature_networks.digits_network import build_digits
 from madformer.evaluation.feature_networks.network import FeatureNetwork, make_label, network_error
 from madformer.evaluation.feature_networks.pretrained import build_inception, build_pretrained, build_torchscript
-from madformer.importing import build_own, modules_of
+from madformer.importing import build_custom, modules_of
 from madformer.runs.fingerprint import weights_sha256
 
 
-class _Own(nn.Module):
+class _Custom(nn.Module):
     def __init__(self, own: Any) -> None:
         super().__init__()
         self.own = own
@@ -31,7 +31,7 @@ class _Own(nn.Module):
         return self.own(images_BCYX.float().clamp(-1, 1))
 
 
-def build_own_network(name: str) -> FeatureNetwork:
+def build_custom_network(name: str) -> FeatureNetwork:
     """The class that `module.path:Class` or `file.py:Class` names, built without arguments; an nn.Module or not.
 
     It is called with images [B, C, Y, X] float32 in [-1, 1] and gives features [B, d]. Where it has an attribute
@@ -42,13 +42,13 @@ def build_own_network(name: str) -> FeatureNetwork:
         InputError: it cannot be imported or built, or is no feature network.
     """
     place, _, kind = name.rpartition(":")
-    own = build_own(place, kind)
+    own = build_custom(place, kind)
     if not callable(own):
         raise InputError(f"{kind} cannot be called: it needs forward or __call__")
     width = getattr(own, "num_features", None)
     if width is not None and not (is_integer(width) and width >= 1):
         raise InputError(f"{kind}.num_features must be an integer of at least 1, not {width!r}")
-    module = _Own(own)
+    module = _Custom(own)
     parts = (kind, _source_sha256(type(own)), weights_sha256(module.weights))
     sha256 = hashlib.sha256(repr(parts).encode()).hexdigest()
     return FeatureNetwork(name, make_label("own", kind), module, sha256, width)
@@ -103,4 +103,4 @@ def _build(name: str) -> FeatureNetwork:
         return build_torchscript(name, Path(location).expanduser())
     if kind == "hf":
         return build_pretrained(name, location)
-    return build_own_network(name)
+    return build_custom_network(name)
