@@ -31,15 +31,13 @@ from madformer.data.codec import Codec, build_codec
 from madformer.data.image_files import load_square
 from madformer.diffusion.samplers import build_sampler
 from madformer.errors import ConfigError
-from madformer.evaluation.feature_cache import PHASES, SIZES, read_parts, sample_features
+from madformer.evaluation.feature_cache import PHASES, SIZES, SampleRequest, read_parts, sample_features
 from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_network
 from madformer.evaluation.feature_networks.pretrained import _quiet
+from madformer.evaluation.measurement import Sampling
 from madformer.evaluation.metrics import Moments, frechet_distance
 from madformer.evaluation.neighbours import NEIGHBOURS, Within, compare_pairs, pairs_within
-from madformer.evaluation.record import IDENTITY
 from madformer.evaluation.reference import KEPT
-from madformer.evaluation.request import Budget
-from madformer.evaluation.tasks import Task
 from madformer.model import MADFormer, cost
 from madformer.model.generation import _Sampler
 
@@ -125,7 +123,7 @@ class Bench:
     size: Size
     config: ExperimentConfig
     """Its output folder takes whatever has to lie in files."""
-    budget: Budget
+    sampling: Sampling
     device: torch.device
     images: int
     """That run through an evaluation as a whole; 0: parts of it are timed one by one."""
@@ -173,7 +171,7 @@ def prepare(size: Size, nfe: int, batch: int, images: int, device: str, folder: 
     config = load_experiment(_EXPERIMENT, [*size.overrides, *settings])
     count = config.evaluation.num_samples
     points = (count, min(count, KEPT)) if device == "cuda" else size.points
-    return Bench(size, config, Budget.of_nfe(config, nfe), torch.device(device), images, points)
+    return Bench(size, config, Sampling.of_nfe(config, nfe), torch.device(device), images, points)
 
 
 class Judge(NamedTuple):
@@ -215,7 +213,7 @@ def sampling_parts(bench: Bench, model: MADFormer) -> list[Part]:
     A block costs more than the one before by the keys of one block, always the same, but that block 0 has no clean tower: so
     blocks 1 .. L - 1 together cost L - 1 times block L / 2.
     """
-    c, evaluation, steps = bench.config.model, bench.config.evaluation, bench.budget.steps
+    c, evaluation, steps = bench.config.model, bench.config.evaluation, bench.sampling.steps
     scheduler = build_sampler(bench.config.diffusion, c.prediction_type, evaluation.sampler)
     sampler = _Sampler(model, scheduler, bench.batch, None, 1.0, None)
     sampler.set_timesteps(steps)
@@ -242,7 +240,7 @@ def time_sampling(bench: Bench) -> dict[str, float]:
 def sampling_flops(bench: Bench) -> dict[str, int]:
     """FLOPs an image by stage."""
     flops = cost.sampling_flops(bench.config.model)
-    total, ar_stage = flops.total(bench.budget.steps), flops.total(0)
+    total, ar_stage = flops.total(bench.sampling.steps), flops.total(0)
     return {"AR stage": ar_stage, "denoising": total - ar_stage}
 
 
@@ -301,10 +299,10 @@ def photograph(side: int) -> bytes:
 
 def evaluate(bench: Bench, model: MADFormer, codec: Codec, network: FeatureNetwork) -> dict[str, float]:
     """Seconds an image by phase, as `madformer evaluate` records them, without those of the first batch."""
-    described = dict.fromkeys(IDENTITY) | {"feature_networks": network.name}
-    task = Task(bench.config, Path("random weights"), bench.budget, ("",) * bench.images, (), described)
-    sample_features(task, model, codec, [network], range(bench.images), lambda _: None)
-    parts = list(read_parts(task.folder))
+    folder = bench.folder / "features" / network.label
+    request = SampleRequest(bench.config, bench.sampling, ("",) * bench.images, "random weights")
+    sample_features(folder, request, model, codec, [network], range(bench.images), lambda _: None)
+    parts = list(read_parts(folder))
     later = int(torch.cat([part[SIZES] for part in parts])[1:].sum())
     return {phase: float(torch.cat([part[phase] for part in parts])[1:].sum()) / later for phase in PHASES}
 
@@ -332,7 +330,7 @@ def run_whole(bench: Bench) -> Iterator[list[str]]:
 
 def report_sampling(bench: Bench, seconds: Mapping[str, float], flops: Mapping[str, int]) -> list[str]:
     """Seconds beside FLOPs: stages that are scaled rightly compute at about the same speed."""
-    steps, blocks = bench.budget.steps, bench.config.model.ar_length
+    steps, blocks = bench.sampling.steps, bench.config.model.ar_length
     how = f"run, {bench.images - bench.batch} images after a first batch that does not count"
     if not bench.images:
         parts = f"one start of the AR stage and one denoising step, in block 0 and in block {blocks // 2}"
@@ -393,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             bench = prepare(size, given.nfe, batch, images, given.device, temporary)
         except ConfigError as error:
             parser.error(str(error))
-        what = f"NFE {given.nfe} = {bench.budget.steps} steps, batch {batch}, load {os.getloadavg()[0]:.1f} before"
+        what = f"NFE {given.nfe} = {bench.sampling.steps} steps, batch {batch}, load {os.getloadavg()[0]:.1f} before"
         print(header(Setup(bench.config.model, bench.device, torch.float32), what), flush=True)
         for lines in (run_whole if images else time_parts)(bench):
             print("\n".join(["", *lines]), flush=True)

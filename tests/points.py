@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from madformer.evaluation.measurement import DIGITS_SHA256
+
 INCEPTION = {"feature_networks": [{"name": "inception", "label": "inception", "width": 2048, "sha256": "1c"}]}
 """What other points than those of the digits' network have."""
 
@@ -29,7 +31,7 @@ def point(nfe: int, value: float, **changes: Any) -> dict[str, Any]:
         "prompts": None,
         "precision": "32-true",
         "codec": {"name": "pixels", "sha256": "0e", "dtype": "float32"},
-        "feature_networks": [{"name": "digits", "label": "digits", "width": 64, "sha256": "0c"}],
+        "feature_networks": [{"name": "digits", "label": "digits", "width": 64, "sha256": DIGITS_SHA256}],
         "references": [{"source": "digits", "images": 1797, "sha256": "0b"}],
         "bias": {"fd_digits": 0.02},
         "batch_size": 256,
@@ -55,7 +57,7 @@ def at(step: int, **changes: Any) -> dict[str, Any]:
 
 
 def mean(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean line of points of one budget, measured in one manner."""
+    """The mean line of points of one budget, of one curve."""
     first = points[0]
     names = ("nfe", "steps", "weights", "sampler", "guidance", "num_samples", "prompts", "precision", "codec")
     return {

@@ -27,6 +27,7 @@ from madformer.evaluation.feature_cache import (
     PHASES,
     SIZES,
     WARM,
+    SampleRequest,
     features_name,
     logits_name,
     read_indices,
@@ -34,13 +35,13 @@ from madformer.evaluation.feature_cache import (
     remove_parts,
     sample_features,
 )
-from madformer.evaluation.feature_networks import build_feature_networks
 from madformer.evaluation.held_out import describe_held_out, require_held_out
+from madformer.evaluation.measurement import Measurement
 from madformer.evaluation.metrics import measure
-from madformer.evaluation.record import MANNER, append_point, find_point, manner, read_diagnostics, read_means, read_points
+from madformer.evaluation.record import SHARED, append_point, find_point, read_diagnostics, read_means, read_points
 from madformer.evaluation.request import EvaluationRequest
 from madformer.evaluation.sampling import inference_devices
-from madformer.evaluation.tasks import Judges, Task, complete_tasks, draft_tasks, open_codec, warn_of_bias
+from madformer.evaluation.tasks import Instruments, Task, complete_tasks, make_tasks
 from madformer.evaluation.tensorboard import write_curves
 from madformer.model import cost
 from madformer.parallel import Share, cluster_rank, device_name, own_device, share_out
@@ -70,66 +71,73 @@ def evaluate(request: EvaluationRequest) -> list[Point]:
         NonFiniteError: the model's samples are not finite.
     """
     config, rank = request.config, cluster_rank()
-    run, devices = config.run_dir, inference_devices(request.config, request.devices)
+    run, devices = config.run_dir, inference_devices(config, request.devices)
+    device = own_device(devices)
     with claim_folder(run, "evaluate", rank or 0):
-        tasks = _prepare(request, own_device(devices), silent=bool(rank))
+        instruments: Instruments | None
+        instruments, tasks = prepare(request, device, silent=bool(rank))
         missing: dict[Path, Task] = {}
         for task in tasks:
             if not _report_recorded(task):
                 missing.setdefault(task.folder, task)  # budgets of as many steps have the same samples
         if missing:
-            before = sum(len(_done(task)) for task in missing.values())
+            alone = len(devices) == 1 or rank is not None
+            if not alone:  # the processes open their own
+                instruments = None
+                torch.cuda.empty_cache()
+            before = sum(len(_sampled(task)) for task in missing.values())
             total = sum(task.described["num_samples"] for task in missing.values())
             file = ProgressFile(progress_path(run), {"device": device_name(torch.device(devices[0]))})
             with ProgressDisplay("sampled", "images", total, before, silent=bool(rank), file=file) as display:
-                share_out(evaluate_share, (request, list(missing.values())), devices, display, before)
+                share_out(evaluate_share, (request, list(missing.values()), instruments), devices, display, before)
         with FileLock(run / ".record.lock"):
-            return _conclude(request, tasks, own_device(devices))
+            return _conclude(request, tasks, torch.device(device))
 
 
-def _prepare(request: EvaluationRequest, device: str, silent: bool) -> list[Task]:
-    """All points that are asked for; the cheap mistakes show before the costly references are computed."""
-    codec = open_codec(request.config, device)
-    networks = build_feature_networks(request.config.evaluation.feature_networks, device)
-    drafts = draft_tasks(request, codec, networks)
+def prepare(request: EvaluationRequest, device: str, silent: bool = False) -> tuple[Instruments, list[Task]]:
+    """Open and check everything before the first sample: cheap mistakes show before the costly references are computed."""
+    instruments = Instruments.open(request, device)
+    tasks = make_tasks(request, instruments)
     if request.diagnostics:
         require_held_out(request.config)
-    tasks = complete_tasks(drafts, Judges.of(request, codec, networks))
-    if not silent:
-        warn_of_bias(networks, tasks[0])
-    del codec, networks
-    torch.cuda.empty_cache()  # it is the processes' now
-    return tasks
+    instruments = instruments.with_references(request)
+    return instruments, complete_tasks(tasks, instruments, silent)
 
 
-def evaluate_share(share: Share, request: EvaluationRequest, tasks: Sequence[Task]) -> None:
-    """Sample every `world_size`-th image of each task; whoever finds that all of a task are there measures and records it."""
-    codec = open_codec(request.config, share.device)
-    judges = Judges.of(request, codec, build_feature_networks(request.config.evaluation.feature_networks, share.device))
+def evaluate_share(
+    share: Share, request: EvaluationRequest, tasks: Sequence[Task], instruments: Instruments | None = None
+) -> None:
+    """Sample every `world_size`-th image of each task; whoever finds that all of a task are there measures and records it.
+
+    Args:
+        instruments: those of this process, if they are open already.
+    """
+    opened = instruments or Instruments.open(request, share.device).with_references(request)
     done, path, model = 0, None, None
     for task in tasks:
         if task.checkpoint != path or model is None:
             path, model = task.checkpoint, None  # two models need not fit
-            model = load_model(path, request.config, request.weights).to(share.device)
-        so_far, indices = done, range(share.rank, task.described["num_samples"], share.world_size)
+            model = load_model(path, request.config, task.sampling.weights).to(share.device)
+        earlier, indices = done, range(share.rank, task.described["num_samples"], share.world_size)
 
-        def show(count: int, so_far: int = so_far) -> None:
+        def show(count: int, earlier: int = earlier) -> None:
             nonlocal done
-            done = so_far + count
+            done = earlier + count
             share.count(done)
 
-        sample_features(task, model, codec, judges.networks, indices, show)
+        samples = SampleRequest(task.config, task.sampling, task.prompts, task.title)
+        sample_features(task.folder, samples, model, opened.codec, opened.networks, indices, show)
         with FileLock(task.config.run_dir / ".record.lock"):
-            _measure_if_complete(task, judges, share)
+            _measure_if_complete(task, opened, share)
 
 
-def _measure_if_complete(task: Task, judges: Judges, share: Share) -> None:
+def _measure_if_complete(task: Task, instruments: Instruments, share: Share) -> None:
     run, count = task.config.run_dir, task.described["num_samples"]
-    if find_point(read_points(run), task.described) or len(_done(task)) < count:
+    if find_point(read_points(run), task.measurement) or len(_sampled(task)) < count:
         return
     parts = list(read_parts(task.folder))
     before, metrics = time.perf_counter(), dict[str, float]()
-    for number, (network, reference) in enumerate(zip(judges.networks, judges.references, strict=True)):
+    for number, (network, reference) in enumerate(zip(instruments.networks, instruments.references, strict=True)):
         features_ND = _in_order(parts, features_name(number), count)
         logits_NK = _in_order(parts, logits_name(number), count) if logits_name(number) in parts[0] else None
         metrics |= measure(network.label, features_ND.to(share.device), logits_NK, reference)
@@ -138,7 +146,7 @@ def _measure_if_complete(task: Task, judges: Judges, share: Share) -> None:
     point = {
         "kind": "point",
         **task.described,
-        "nfe_actual": cost.nfe(task.config.model, task.budget.steps),
+        "nfe_actual": cost.nfe(task.config.model, task.sampling.steps),
         "metrics": metrics,
         **_costs(task, parts),
         "seconds": seconds["sampling"],
@@ -152,12 +160,12 @@ def _measure_if_complete(task: Task, judges: Judges, share: Share) -> None:
     try:
         append_point(run, point)
     except ValueError as error:
-        raise NonFiniteError(f"{task.checkpoint} at NFE {task.budget.nfe}: {error}") from error
+        raise NonFiniteError(f"{task.title}: {error}") from error
     remove_parts(task.folder)
     _report(task, point)
 
 
-def _done(task: Task) -> set[int]:
+def _sampled(task: Task) -> set[int]:
     """Its samples that have features."""
     return {index for index in read_indices(task.folder) if index < task.described["num_samples"]}
 
@@ -178,9 +186,9 @@ def _costs(task: Task, parts: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
     if (chosen_K & warm_K).any():
         chosen_K &= warm_K
     size, memory = int(sizes_K.max()), float(memory_K[chosen_K].max())
-    flops = cost.sampling_flops(task.config.model, guidance=task.config.evaluation.guidance != 1)
+    flops = cost.sampling_flops(task.config.model, guidance=task.sampling.guidance != 1)
     return {
-        "tflops_per_image": flops.total(task.budget.steps) / 1e12,
+        "tflops_per_image": flops.total(task.sampling.steps) / 1e12,
         "seconds_per_image": float(sampling_K[chosen_K].median()) / size,
         "seconds_per_block": (blocks_KL[chosen_K].median(dim=0).values / size).tolist(),
         "peak_memory_gib": memory if math.isfinite(memory) else None,
@@ -199,12 +207,12 @@ def _report_recorded(task: Task) -> bool:
 
 def _find(task: Task) -> Point | None:
     points = read_points(task.config.run_dir)
-    same_budget = [point for point in points if point["nfe"] == task.budget.nfe]
-    return find_point(same_budget, task.described) or find_point(points, task.described)
+    same_budget = [point for point in points if point["nfe"] == task.sampling.nfe]
+    return find_point(same_budget, task.measurement) or find_point(points, task.measurement)
 
 
 def _report(task: Task, point: Point, note: str = "") -> None:
-    how = [f"{task.config.run_dir.name} {task.checkpoint.stem}", f"NFE {task.budget.nfe}", f"steps {point['steps']}"]
+    how = [f"{task.config.run_dir.name} {task.checkpoint.stem}", f"NFE {task.sampling.nfe}", f"steps {point['steps']}"]
     if (point["sampler"], point["guidance"], point["seed"]) != ("ddim", 1.0, 0):
         how.append(f"{point['sampler']}, guidance {point['guidance']:g}, seed {point['seed']}")
     how += [f"{name} {value:.4g}" for name, value in point["metrics"].items()]
@@ -212,21 +220,21 @@ def _report(task: Task, point: Point, note: str = "") -> None:
     print("  ".join([*how, costs]) + note, flush=True)
 
 
-def _conclude(request: EvaluationRequest, tasks: Sequence[Task], device: str) -> list[Point]:
+def _conclude(request: EvaluationRequest, tasks: Sequence[Task], device: torch.device) -> list[Point]:
     """Means, diagnostics and curves, once all points are there."""
     run, points = request.config.run_dir, list[Point]()
     for task in tasks:
         if (point := _find(task)) is None:
             print(f"{run}: this process has done its share; the last one records the rest", flush=True)
             return points
-        if point["nfe"] != task.budget.nfe:  # another budget of as many steps: the same samples
-            point = {**point, "nfe": task.budget.nfe, "command": task.described["command"]}
+        if point["nfe"] != task.sampling.nfe:  # another budget of as many steps: the same samples
+            point = {**point, "nfe": task.sampling.nfe, "command": task.described["command"]}
             append_point(run, point)
         points.append(point)
     _record_means(run, points)
     hparams = _hparams(request.config)
     write_curves(run, hparams)
-    if request.diagnostics and _record_diagnostics(request, tasks[-1], torch.device(device)):
+    if request.diagnostics and _record_diagnostics(request, tasks[-1], device):
         write_curves(run, hparams)
     return points
 
@@ -235,7 +243,7 @@ def _record_means(run: Path, points: Iterable[Point]) -> None:
     """The mean over checkpoints and seeds of each way of sampling at each budget, with the spread."""
     groups: dict[tuple[int, str], list[Point]] = {}
     for point in points:
-        groups.setdefault((point["nfe"], manner(point)), []).append(point)
+        groups.setdefault((point["nfe"], Measurement.of_point(point).curve_key), []).append(point)
     before = [{key: value for key, value in line.items() if key != "time"} for line in read_means(run)]
     for group in groups.values():
         if len(group) == 1:
@@ -244,7 +252,7 @@ def _record_means(run: Path, points: Iterable[Point]) -> None:
         values = {name: [point["metrics"][name] for point in group] for name in names}
         summary = {
             "kind": "mean",
-            **{key: group[0][key] for key in ("nfe", "steps", *MANNER, "config_hash")},
+            **{key: group[0][key] for key in ("nfe", "steps", *SHARED, "config_hash")},
             "checkpoints": list(dict.fromkeys(point["checkpoint"] for point in group)),
             "seeds": list(dict.fromkeys(point["seed"] for point in group)),
             "metrics": {name: mean(numbers) for name, numbers in values.items()},
@@ -257,16 +265,16 @@ def _record_means(run: Path, points: Iterable[Point]) -> None:
 
 def _record_diagnostics(request: EvaluationRequest, task: Task, device: torch.device) -> bool:
     """Look into the newest checkpoint, at the first of the budgets; whether there is something that was not recorded."""
-    config, path = next(request.manners()), request.checkpoints[-1]
-    budget, count = request.budgets[0], min(IMAGES_LOOKED_AT, config.evaluation.num_samples)
+    sampling, path = request.samplings[0], request.checkpoints[-1]
+    config, count = sampling.apply(request.config), min(IMAGES_LOOKED_AT, request.config.evaluation.num_samples)
     known = {key: task.described[key] for key in ("checkpoint", "step", "weights", "weights_sha256", "config_hash", "codec")}
-    wanted = {**known, "nfe": budget.nfe, "steps": budget.steps, "sampler": config.evaluation.sampler}
-    wanted |= {"seed": config.evaluation.seed, "most_images": count, **describe_held_out(config)}
+    wanted = {**known, "nfe": sampling.nfe, "steps": sampling.steps, "sampler": sampling.sampler}
+    wanted |= {"seed": sampling.seed, "most_images": count, **describe_held_out(config)}
     if any(wanted.items() <= line.items() for line in read_diagnostics(config.run_dir)):
         return False
-    model = load_model(path, config, request.weights).to(device)
+    model = load_model(path, config, sampling.weights).to(device)
     with ProgressDisplay("diagnosed", "images", count) as display:
-        found = diagnose(model, config, path, budget.steps, device, count, display.show)
+        found = diagnose(model, config, path, sampling.steps, device, count, display.show)
     where = {"device": device_name(device), "versions": _versions(), "time": _now()}
     append_point(config.run_dir, {"kind": "diagnostics", **wanted, **found, **where})
     return True

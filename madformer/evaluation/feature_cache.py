@@ -8,23 +8,23 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from madformer.config import ExperimentConfig
 from madformer.data.codec import Codec
 from madformer.errors import NonFiniteError
 from madformer.evaluation.feature_networks import FeatureNetwork
+from madformer.evaluation.measurement import Sampling
 from madformer.evaluation.sampling import sample_batches, tokenize
 from madformer.model import MADFormer
 from madformer.runs.files import atomic_write
-
-if TYPE_CHECKING:
-    from madformer.evaluation.tasks import Task
 
 Content = TypeVar("Content")
 
@@ -57,7 +57,7 @@ def read_indices(folder: Path) -> set[int]:
 
 
 def remove_parts(folder: Path) -> None:
-    """They have served."""
+    """Delete the cached features."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -98,15 +98,28 @@ def logits_name(network: int) -> str:
     return f"logits.{network}"
 
 
+@dataclass(frozen=True)
+class SampleRequest:
+    """Which samples of a model are looked at."""
+
+    config: ExperimentConfig
+    sampling: Sampling
+    prompts: Sequence[str]
+    """One for each sample."""
+    title: str
+    """Names the model and the budget in messages."""
+
+
 def sample_features(
-    task: Task,
+    folder: Path,
+    request: SampleRequest,
     model: MADFormer,
     codec: Codec,
     networks: Sequence[FeatureNetwork],
     indices: Sequence[int],
     show: Callable[[int], None],
 ) -> None:
-    """Sample those of `indices` that are not there yet, and keep their features.
+    """Sample those of `indices` that have no features in the folder yet, and keep their features there.
 
     Args:
         model: in evaluation mode, on the device where all of it happens.
@@ -115,28 +128,26 @@ def sample_features(
     Raises:
         NonFiniteError: the model has diverged.
     """
-    there = read_indices(task.folder)
-    mine = [index for index in indices if index not in there]
-    text_BT = tokenize(task.config, [task.prompts[index] for index in mine])
-    part = _Part(task.folder, model.boi_SD.device)
-    batch_size = task.config.evaluation.batch_size
-    batches = sample_batches(model, task.config, task.budget.steps, mine, batch_size, text_BT, part.on_block)
+    existing, sampling = read_indices(folder), request.sampling
+    missing = [index for index in indices if index not in existing]
+    text_BT = tokenize(request.config, [request.prompts[index] for index in missing], sampling.guidance)
+    part = _Part(folder, model.boi_SD.device)
+    batches = sample_batches(model, request.config, sampling, missing, text_BT, part.on_block)
     done = 0
     part.start()
     for latents_BChw in batches:
         part.lap("sampling")
         if not bool(latents_BChw.isfinite().all()):
-            diverged = "its samples are NaN or infinite, the run has diverged"
-            raise NonFiniteError(f"{task.checkpoint} at NFE {task.budget.nfe}: {diverged}")
+            raise NonFiniteError(f"{request.title}: its samples are NaN or infinite, the run has diverged")
         images_BCYX = codec.decode(latents_BChw)
         if not bool(images_BCYX.isfinite().all()):
             overflow = f"codec {codec.name} decodes samples to NaN or infinity: set data.codec_dtype=float32"
-            raise NonFiniteError(f"{task.checkpoint} at NFE {task.budget.nfe}: {overflow}, or the run has diverged")
+            raise NonFiniteError(f"{request.title}: {overflow}, or the run has diverged")
         part.lap("decoding")
-        looked = [network(images_BCYX) for network in networks]
-        rows = {features_name(number): features.features_BD for number, features in enumerate(looked)}
-        rows |= {logits_name(number): f.logits_BK for number, f in enumerate(looked) if f.logits_BK is not None}
-        part.add(mine[done : done + len(latents_BChw)], rows)
+        features = [network(images_BCYX) for network in networks]
+        rows = {features_name(number): each.features_BD for number, each in enumerate(features)}
+        rows |= {logits_name(number): each.logits_BK for number, each in enumerate(features) if each.logits_BK is not None}
+        part.add(missing[done : done + len(latents_BChw)], rows)
         part.lap("features")
         done += len(latents_BChw)
         part.write_if_due()

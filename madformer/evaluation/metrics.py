@@ -6,6 +6,7 @@ Sampling and the networks are elsewhere: features come in, numbers go out. What 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from madformer.errors import InputError
-from madformer.evaluation.feature_networks import metric_name
+from madformer.evaluation.measurement import METRICS, metric_name
 from madformer.evaluation.neighbours import Within, compare_pairs
 
 SPLITS = 10
@@ -96,31 +97,77 @@ class Reference(Protocol):
         """`pairs.pairs_within` of the first `count` of them, computed there."""
 
 
-def measure(label: str, features_ND: Tensor, logits_NK: Tensor | None, reference: Reference) -> dict[str, float]:
-    """All metrics that can be had.
+@dataclass(frozen=True)
+class MetricInputs:
+    """What the metrics of one network are computed from."""
 
-    Metrics over pairs are taken against as many reference images as there are generated ones, if there are as many: coverage
-    and its kin depend on both numbers.
+    features_ND: Tensor
+    """Of the generated images; computed where they are."""
+    logits_NK: Tensor | None
+    """Of a classifier of the same images; None: the network is none."""
+    reference: Reference
+
+    @cached_property
+    def pairs(self) -> dict[str, float]:
+        """`neighbours.compare_pairs` with as many reference images as generated ones, if there are as many.
+
+        Coverage and its kin depend on both numbers.
+        """
+        count = min(len(self.features_ND), len(self.reference.features_MD))
+        reference_MD, within = self.reference.features_MD[:count], self.reference.within(count, self.features_ND.device)
+        return compare_pairs(self.features_ND, reference_MD, within)
+
+
+Compute = Callable[[MetricInputs], float | None]
+_COMPUTE: dict[str, Compute] = {}
+
+
+def computes(metric: str) -> Callable[[Compute], Compute]:
+    """Register the function that computes an entry of `METRICS`; it gives None where there are too few images.
+
+    Metrics over pairs come from `neighbours.compare_pairs`, all in one pass.
+    """
+
+    def register(compute: Compute) -> Compute:
+        _COMPUTE[metric] = compute
+        return compute
+
+    return register
+
+
+def measure(label: str, features_ND: Tensor, logits_NK: Tensor | None, reference: Reference) -> dict[str, float]:
+    """All metrics that can be had, in the order of `METRICS`.
 
     Args:
-        label: the network's, metrics are named after it (`features.metric_name`).
+        label: the network's, metrics are named after it (`measurement.metric_name`).
         features_ND: [N, D] of the generated images; computed where they are.
         logits_NK: [N, K] of a classifier of the same images; None: there is no inception score.
 
     Returns:
-        By name: the Fréchet distance, `pairs.compare_pairs`' kernel distance, the inception score, and `compare_pairs`' other
-        metrics. A few images do for the distances; what needs more than there are is left out.
+        By name. A few images do for the distances; what needs more than there are is left out.
 
     Raises:
         InputError: fewer than two images, or features that are not finite.
     """
-    distance = frechet_distance(Moments.of(features_ND), reference.moments)
-    count = min(len(features_ND), len(reference.features_MD))
-    pairs = compare_pairs(features_ND, reference.features_MD[:count], reference.within(count, features_ND.device))
-    metrics = {"fd": distance, "kid": pairs.pop("kid")}
-    if logits_NK is not None and len(logits_NK) >= SPLITS:
-        metrics["inception_score"] = inception_score(logits_NK)
-    return {metric_name(metric, label): value for metric, value in {**metrics, **pairs}.items()}
+    inputs = MetricInputs(features_ND, logits_NK, reference)
+    values: dict[str, float | None] = {}
+    for name, metric in METRICS.items():
+        if metric.needs_pairs:
+            values[name] = inputs.pairs.get(name)
+        elif logits_NK is not None or not metric.needs_logits:
+            values[name] = _COMPUTE[name](inputs)
+    return {metric_name(name, label): value for name, value in values.items() if value is not None}
+
+
+@computes("fd")
+def _frechet(inputs: MetricInputs) -> float:
+    return frechet_distance(Moments.of(inputs.features_ND), inputs.reference.moments)
+
+
+@computes("inception_score")
+def _inception_score(inputs: MetricInputs) -> float | None:
+    logits_NK = inputs.logits_NK
+    return inception_score(logits_NK) if logits_NK is not None and len(logits_NK) >= SPLITS else None
 
 
 def frechet_distance(generated: Moments, reference: Moments) -> float:

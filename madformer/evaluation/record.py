@@ -12,36 +12,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from madformer.errors import InputError
+from madformer.evaluation.measurement import Measurement, Point, Sampling
 from madformer.runs.files import append_line
 
-Point = Mapping[str, Any]
-"""A line of the record."""
-
-IDENTITY = (
-    "steps",
-    "weights_sha256",
-    "weights",
-    "sampler",
-    "guidance",
-    "num_samples",
-    "seed",
-    "prompts",
-    "precision",
-    "codec",
-    "references",
-    "feature_networks",
-)
-"""What makes two points the same measurement; of codec, networks and references not where they lay."""
-
-MANNER = tuple(key for key in IDENTITY if key not in ("steps", "weights_sha256", "seed"))
-"""What the points of one curve have in common, over its budgets, checkpoints and seeds."""
+SHARED = ("weights", "sampler", "guidance", "num_samples", "prompts", "precision", "codec", "references", "feature_networks")
+"""Keys that the points of one curve have in common, and a mean over them has too."""
 
 _REQUIRED = {
-    "point": frozenset(IDENTITY) | {"metrics", "nfe", "nfe_actual", "checkpoint", "step", "time"},
-    "mean": frozenset(MANNER) | {"metrics", "nfe", "checkpoints", "seeds"},
+    "point": frozenset(SHARED)
+    | {"steps", "seed", "weights_sha256", "metrics", "nfe", "nfe_actual", "checkpoint", "step", "time"},
+    "mean": frozenset(SHARED) | {"steps", "metrics", "nfe", "checkpoints", "seeds"},
     "diagnostics": frozenset(
         ("step", "weights", "timesteps", "loss_by_timestep", "loss_by_block", "exposure", "condition_explains", "time")
     ),
@@ -51,30 +34,17 @@ _REQUIRED = {
 _log = logging.getLogger(__name__)
 
 
-class Variant(NamedTuple):
-    """How images were sampled from a model: what one compares within a run."""
-
-    sampler: str
-    guidance: float
-    weights: str
-
-    def beside(self, main: Variant) -> str:
-        """What sets it apart from another variant, such as `unipc, guidance 1.5`; empty: nothing."""
-        names = (self.sampler, f"guidance {self.guidance:g}", "EMA weights" if self.weights == "ema" else "raw weights")
-        return ", ".join(name for name, own, other in zip(names, self, main, strict=True) if own != other)
-
-
 @dataclass(frozen=True)
 class RunCurve:
-    """Quality against compute: a run's points that were measured in one manner."""
+    """Quality against compute: a run's points of one `Measurement.curve_key`."""
 
     points: Mapping[int, Sequence[Point]]
     """NFE budget -> its points over checkpoints and seeds; budgets rise, none is without a point."""
 
     @property
-    def variant(self) -> Variant:
-        """How all points were sampled."""
-        return _variant(self._any)
+    def sampling(self) -> Sampling:
+        """How all points were sampled, but for budget and seed."""
+        return Sampling.of_point(self._any)
 
     @property
     def num_samples(self) -> int:
@@ -159,24 +129,18 @@ def append_point(run: Path, point: Mapping[str, Any]) -> None:
     append_line(path, line)
 
 
-def find_point(points: Sequence[dict[str, Any]], wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The last point that is the measurement `wanted`, if there is one.
-
-    Args:
-        points: of one run.
-        wanted: the keys of `IDENTITY`.
-    """
-    sought = identity(wanted)
-    return next((point for point in reversed(points) if identity(point) == sought), None)
+def find_point(points: Sequence[dict[str, Any]], wanted: Measurement) -> dict[str, Any] | None:
+    """The last of a run's points that is this measurement, if there is one."""
+    return next((point for point in reversed(points) if Measurement.of_point(point).key == wanted.key), None)
 
 
 def run_curves(run: Path) -> list[RunCurve]:
-    """A run's curves at its newest evaluated step, one for each manner of measuring; the main one comes first.
+    """A run's curves at its newest evaluated step, one for each `Measurement.curve_key`; the main one comes first.
 
     Points of different samplers, sample counts, weights, networks, ... make no curve together. The main curve is one of the
     moving average, the one of the most samples, the one with the most budgets, the one sampled in the way that was measured
     first (a sampler that is tried later does not take its place), the one measured last, in this order, and so on for the
-    others. A manner that the newest step was not measured in is left out: it would compare stages of training.
+    others. A curve that the newest step was not measured for is left out: it would compare stages of training.
 
     Raises:
         InputError: as `read_points`.
@@ -185,24 +149,29 @@ def run_curves(run: Path) -> list[RunCurve]:
     newest = max((point["step"] for point in points), default=None)
     groups: dict[str, list[Point]] = {}
     for point in points:
-        key = manner(point)
+        key = Measurement.of_point(point).curve_key
         groups[key] = [*groups.pop(key, []), point]
     lasting = {key: group for key, group in groups.items() if any(point["step"] == newest for point in group)}
-    curves = [_curve(group, [mean for mean in means if manner(mean) == key]) for key, group in reversed(lasting.items())]
-    first = list(dict.fromkeys(map(_variant, points)))
+    mean_keys = [Measurement.of_point(mean).curve_key for mean in means]
+    curves = [
+        _curve(group, [mean for mean, mean_key in zip(means, mean_keys, strict=True) if mean_key == key])
+        for key, group in reversed(lasting.items())
+    ]
+    first = list(dict.fromkeys(Sampling.of_point(point).curve_key for point in points))
 
     def rank(curve: RunCurve) -> tuple[Any, ...]:
-        return curve.variant.weights != "ema", -curve.num_samples, -len(curve.points), first.index(curve.variant)
+        sampling = curve.sampling
+        return sampling.weights != "ema", -curve.num_samples, -len(curve.points), first.index(sampling.curve_key)
 
     return sorted(curves, key=rank)
 
 
-def variants(curves: Sequence[RunCurve], metric: str) -> list[RunCurve]:
-    """Of a run's curves those with a metric, one for each variant: where several were measured otherwise, the first."""
-    chosen: dict[Variant, RunCurve] = {}
+def curves_by_sampling(curves: Sequence[RunCurve], metric: str) -> list[RunCurve]:
+    """Of a run's curves those with a metric, one for each way of sampling: where several were measured, the first."""
+    chosen: dict[str, RunCurve] = {}
     for curve in curves:
         if metric in curve.metrics:
-            chosen.setdefault(curve.variant, curve)
+            chosen.setdefault(curve.sampling.curve_key, curve)
     return list(chosen.values())
 
 
@@ -234,27 +203,6 @@ def _curve(points: Sequence[Point], means: Sequence[Point]) -> RunCurve:
             if any(checkpoint == newest for checkpoint, _ in measured)
         }
     )
-
-
-def _variant(point: Point) -> Variant:
-    return Variant(point["sampler"], point["guidance"], point["weights"])
-
-
-def identity(point: Point) -> dict[str, Any]:
-    """What tells a point from others, by `IDENTITY`."""
-    return {key: content(point[key]) for key in IDENTITY}
-
-
-def manner(entry: Point) -> str:
-    """The same text for points and means that were measured in the same manner."""
-    return json.dumps([content(entry[key]) for key in MANNER], sort_keys=True)
-
-
-def content(value: Any) -> Any:
-    """A value of a point; of what has a hash, that and the type that it computes in."""
-    if isinstance(value, list):
-        return [content(entry) for entry in value]
-    return [value["sha256"], value.get("dtype")] if isinstance(value, dict) else value
 
 
 def _whole_length(content: bytes) -> int:

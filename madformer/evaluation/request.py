@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -12,49 +11,18 @@ from typing import Any, cast, get_args
 from madformer.config import ExperimentConfig
 from madformer.config.evaluation import MAX_SAMPLES, SamplerName
 from madformer.errors import ConfigError, InputError
-from madformer.model import cost
-from madformer.runs.checkpoints import Weights, checkpoint_path, find_flaw, list_checkpoints, newest_intact, parse_weights
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Denoising steps per block, and the layer evaluations that were asked for."""
-
-    nfe: int
-    """The budget, or the actual number when steps were asked for."""
-    steps: int
-
-    @staticmethod
-    def of_nfe(config: ExperimentConfig, nfe: int) -> Budget:
-        """The most steps that a budget allows.
-
-        Raises:
-            ConfigError: none, or more than the noise schedule has.
-        """
-        return Budget(nfe, _check_steps(config, cost.steps_for_nfe(config.model, nfe)))
-
-    @staticmethod
-    def of_steps(config: ExperimentConfig, steps: int) -> Budget:
-        """What so many steps cost.
-
-        Raises:
-            ConfigError: none, or more than the noise schedule has.
-        """
-        return Budget(cost.nfe(config.model, _check_steps(config, steps)), steps)
+from madformer.evaluation.measurement import Sampling, all_samplings
+from madformer.runs.checkpoints import checkpoint_path, find_flaw, list_checkpoints, newest_intact, parse_weights
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """Checkpoints x samplers x guidance x seeds x budgets of a run."""
+    """Checkpoints of a run x ways of sampling them."""
 
     config: ExperimentConfig
     """The run's, with what was asked for instead."""
     checkpoints: tuple[Path, ...]
-    budgets: tuple[Budget, ...]
-    weights: Weights
-    samplers: tuple[SamplerName, ...]
-    guidances: tuple[float, ...]
-    seeds: tuple[int, ...]
+    samplings: tuple[Sampling, ...]
     references: tuple[Path, ...] = ()
     """Files of statistics of reference images; empty: those that are kept, or are computed."""
     devices: int | None = None
@@ -62,23 +30,16 @@ class EvaluationRequest:
     diagnostics: bool = False
     """Whether the newest of the checkpoints is looked into as well."""
 
-    def manners(self) -> Iterator[ExperimentConfig]:
-        """The configuration of each way of sampling: `evaluation` has its sampler, guidance and seed."""
-        for sampler, guidance, seed in itertools.product(self.samplers, self.guidances, self.seeds):
-            evaluation = replace(self.config.evaluation, sampler=sampler, guidance=guidance, seed=seed)
-            yield replace(self.config, evaluation=evaluation)
-
 
 @dataclass(frozen=True)
 class SamplingRequest:
     """Images of one checkpoint."""
 
     config: ExperimentConfig
-    """The run's, with the sampler, guidance and seed that were asked for."""
+    """The run's."""
     checkpoint: Path
-    steps: int
+    sampling: Sampling
     num: int
-    weights: Weights
     classes: str | None = None
     """Numbers or names of classes, with commas."""
     prompt: str | None = None
@@ -114,24 +75,23 @@ def parse_request(
         raise ConfigError(f"evaluation.feature_networks = []: nothing to measure with; name some, {legal}")
     if num_samples is not None:
         config = replace(config, evaluation=replace(config.evaluation, num_samples=num_samples))
+    chosen = parse_weights(weights)
     if steps is not None:
-        budgets = [Budget.of_steps(config, number) for number in _integers("--steps", steps)]
+        budgets = [Sampling.of_steps(config, number, chosen) for number in _integers("--steps", steps)]
     else:
-        asked = config.evaluation.nfe if nfe is None else _integers("--nfe", nfe)
-        budgets = [Budget.of_nfe(config, number) for number in asked]
-    evaluation = config.evaluation
-    request = EvaluationRequest(
-        config,
-        _checkpoints(config.run_dir, checkpoints),
-        tuple(budgets),
-        parse_weights(weights),
-        tuple(map(_sampler, _list(sampler))) if sampler is not None else (evaluation.sampler,),
-        tuple(dict.fromkeys(map(_guidance, _list(guidance)))) if guidance is not None else (evaluation.guidance,),
-        tuple(_integers("--seeds", seeds)) if seeds is not None else (evaluation.seed,),
-        **options,
+        budgets = [
+            Sampling.of_nfe(config, number, chosen)
+            for number in (config.evaluation.nfe if nfe is None else _integers("--nfe", nfe))
+        ]
+    samplings = all_samplings(
+        budgets,
+        tuple(map(_sampler, _list(sampler))) if sampler is not None else (),
+        tuple(dict.fromkeys(map(_guidance, _list(guidance)))) if guidance is not None else (),
+        _integers("--seeds", seeds) if seeds is not None else (),
     )
-    list(request.manners())  # what cannot be had shows now
-    return request
+    for sampling in samplings:
+        sampling.apply(config)  # what the run cannot do shows now
+    return EvaluationRequest(config, _checkpoints(config.run_dir, checkpoints), samplings, **options)
 
 
 def parse_sampling(
@@ -154,16 +114,12 @@ def parse_sampling(
         raise InputError("give one of --steps and --nfe")
     if num > MAX_SAMPLES:
         raise InputError(f"--num {num}: must be at most {MAX_SAMPLES:,}, each image has a seed of its own")
-    budget = Budget.of_nfe(config, nfe) if nfe is not None else Budget.of_steps(config, cast(int, steps))
-    evaluation = replace(config.evaluation, seed=seed)
-    if sampler is not None:
-        evaluation = replace(evaluation, sampler=_sampler(sampler))
-    if guidance is not None:
-        evaluation = replace(evaluation, guidance=guidance)
-    config = replace(config, evaluation=evaluation)
-    return SamplingRequest(
-        config, _checkpoints(config.run_dir, "newest")[0], budget.steps, num, parse_weights(weights), **options
-    )
+    chosen = parse_weights(weights)
+    budget = Sampling.of_nfe(config, nfe, chosen) if nfe is not None else Sampling.of_steps(config, cast(int, steps), chosen)
+    samplers = () if sampler is None else (_sampler(sampler),)
+    [sampling] = all_samplings([budget], samplers, () if guidance is None else (guidance,), (seed,))
+    sampling.apply(config)  # what the run cannot do shows now
+    return SamplingRequest(config, _checkpoints(config.run_dir, "newest")[0], sampling, num, **options)
 
 
 def _list(text: str) -> list[str]:
@@ -187,13 +143,6 @@ def _integers(option: str, text: str) -> Sequence[int]:
     if not re.fullmatch(r"\d+(,\d+)*", text.replace(" ", "")):
         raise InputError(f"{option} {text}: must be integers with commas between them")
     return list(dict.fromkeys(int(number) for number in text.split(",")))
-
-
-def _check_steps(config: ExperimentConfig, steps: int) -> int:
-    most = config.diffusion.train_timesteps
-    if not 1 <= steps <= most:
-        raise ConfigError(f"steps = {steps}: must be in 1..{most}, the noise schedule's timesteps")
-    return steps
 
 
 def _checkpoints(run: Path, which: str) -> tuple[Path, ...]:

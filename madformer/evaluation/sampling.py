@@ -16,6 +16,7 @@ from madformer.config.data import DIGITS
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts, parse_classes
 from madformer.diffusion.samplers import build_sampler
 from madformer.errors import InputError
+from madformer.evaluation.measurement import Sampling
 from madformer.model import MADFormer
 from madformer.model.embedding import to_image
 from madformer.model.generation import generate
@@ -45,6 +46,7 @@ def choose_prompts(
     classes: str | None,
     prompt: str | None,
     indices: Sequence[int],
+    guidance: float = 1.0,
 ) -> list[Prompt]:
     """The prompts of samples: the classes in turn, the one prompt for all, or, without either, all classes in turn.
 
@@ -52,18 +54,18 @@ def choose_prompts(
         InputError: prompts for a model without text, both kinds of them, classes that nobody has named, or guidance without
             prompts.
     """
-    asked = [option for option, value in (("--classes", classes), ("--prompt", prompt)) if value is not None]
+    given = [option for option, value in (("--classes", classes), ("--prompt", prompt)) if value is not None]
     if config.model.text is None:
-        if asked:
-            raise InputError(f"{asked[0]}: {config.run_dir} has a model without text (model.text = null); leave it out")
+        if given:
+            raise InputError(f"{given[0]}: {config.run_dir} has a model without text (model.text = null); leave it out")
         return [Prompt("")] * len(indices)
-    if len(asked) > 1:
+    if len(given) > 1:
         raise InputError("--classes and --prompt: give one of them")
     if prompt is not None:
         return [Prompt(prompt)] * len(indices)
     names = known_classes(config, checkpoint)
     if names is None:
-        if classes is not None or config.evaluation.guidance != 1:
+        if classes is not None or guidance != 1:
             remedy = "sample takes a --prompt; without one leave --guidance out"
             raise InputError(f"{config.run_dir}: it was trained without names of classes: {remedy}")
         _log.warning("%s: it was trained without names of classes: sampled without prompts", config.run_dir)
@@ -73,22 +75,22 @@ def choose_prompts(
     return [Prompt(names[label], label) for label in labels]
 
 
-def tokenize(config: ExperimentConfig, prompts: Sequence[str]) -> Tensor | None:
+def tokenize(config: ExperimentConfig, prompts: Sequence[str], guidance: float = 1.0) -> Tensor | None:
     """Token ids [B, T] of prompts; None: a model without text, or nothing but the null text, which needs no tokenizer.
 
     Raises:
         ConfigError: the tokenizer cannot be had, or is not the model's.
     """
-    if config.model.text is None or not (any(prompts) or config.evaluation.guidance != 1):
+    if config.model.text is None or not (any(prompts) or guidance != 1):
         return None
     return PromptTokenizer(config.data.tokenizer, config.model.text)(prompts)
 
 
 def known_classes(config: ExperimentConfig, checkpoint: Path) -> tuple[str, ...] | None:
     """The class names that a run was trained with: the checkpoint remembers them; None: nobody named them."""
-    remembered = load_checkpoint(checkpoint).get(DATA, {}).get(CLASS_PROMPTS)
-    if remembered is not None:
-        return tuple(remembered)
+    recorded = load_checkpoint(checkpoint).get(DATA, {}).get(CLASS_PROMPTS)
+    if recorded is not None:
+        return tuple(recorded)
     return DIGIT_NAMES if config.data.source == DIGITS else class_prompts(config.data.class_names, None)
 
 
@@ -115,27 +117,27 @@ def default_prompts(class_prompts: Sequence[str] | None, indices: Sequence[int])
 def sample_batches(
     model: MADFormer,
     config: ExperimentConfig,
-    steps: int,
+    sampling: Sampling,
     indices: Sequence[int],
-    batch_size: int,
     text_BT: Tensor | None = None,
     on_block: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Latents [B, C, h, w] of the samples `indices`, at most `batch_size` at once, in their order.
+    """Latents [B, C, h, w] of the samples `indices`, at most `evaluation.batch_size` at once, in their order.
 
     Args:
-        config: its evaluation says by which sampler, with how much guidance and of which seed.
+        config: the run's.
+        sampling: how they are sampled; whose weights they are is the model's affair.
         text_BT: token ids, a row for each index; None: no text.
         on_block: called after each block, as by `generate`.
     """
-    evaluation, device = config.evaluation, model.boi_SD.device
-    sampler = build_sampler(config.diffusion, config.model.prediction_type, evaluation.sampler)
+    batch_size, device = config.evaluation.batch_size, model.boi_SD.device
+    sampler = build_sampler(config.diffusion, config.model.prediction_type, sampling.sampler)
     for start in range(0, len(indices), batch_size):
         part = slice(start, start + batch_size)
-        seeds = [sample_seed(evaluation.seed, index) for index in indices[part]]
+        seeds = [sample_seed(sampling.seed, index) for index in indices[part]]
         text = None if text_BT is None else text_BT[part]
         with torch.autocast(device.type, torch.bfloat16, enabled=sampling_precision(config, device) == "bf16-mixed"):
             latents_BLCYX = generate(
-                model, sampler, steps, seeds=seeds, text=text, guidance=evaluation.guidance, on_block=on_block
+                model, sampler, sampling.steps, seeds=seeds, text=text, guidance=sampling.guidance, on_block=on_block
             )
         yield to_image(latents_BLCYX)

@@ -1,4 +1,4 @@
-"""What an evaluation consists of: a task for each number, with all that makes it."""
+"""What an evaluation consists of: the instruments, opened once, and a task for each number with all that decides it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 from madformer.config import ExperimentConfig, config_hash
 from madformer.data.codec import Codec, build_codec, require_fit
-from madformer.evaluation.feature_networks import FeatureNetwork, metric_name
+from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_networks
+from madformer.evaluation.measurement import Measurement, Sampling, metric_name
 from madformer.evaluation.metrics import frechet_bias
-from madformer.evaluation.record import identity
 from madformer.evaluation.reference import Reference, find_reference
-from madformer.evaluation.request import Budget, EvaluationRequest
+from madformer.evaluation.request import EvaluationRequest
 from madformer.evaluation.sampling import choose_prompts, sampling_precision, tokenize
 from madformer.runs.checkpoints import DATA, checkpoint_step, load_checkpoint, load_model
 from madformer.runs.fingerprint import weights_sha256
@@ -29,79 +29,92 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Task:
-    """One point of a record: samples to be taken and measured."""
+class Instruments:
+    """What samples are decoded and measured with, on one device."""
 
-    config: ExperimentConfig
-    """The run's; its `evaluation` says how this is sampled."""
-    checkpoint: Path
-    budget: Budget
-    prompts: tuple[str, ...]
-    """One for each sample; empty texts for a model without text."""
-    references: tuple[Path, ...]
-    """Files that were given."""
-    described: dict[str, Any]
-    """The point as far as it is known before anything is sampled."""
-
-    @property
-    def folder(self) -> Path:
-        """Where features are kept until all are there; the first samples of many are those of few."""
-        made_by = {key: value for key, value in identity(self.described).items() if key != "num_samples"}
-        name = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
-        return self.config.run_dir / "features" / name
-
-
-@dataclass(frozen=True)
-class Judges:
-    """The networks that look at samples, and what each compares them with."""
-
+    codec: Codec
     networks: tuple[FeatureNetwork, ...]
-    references: tuple[Reference, ...]
+    references: tuple[Reference, ...] = ()
+    """One for each network; none yet while a plan is checked."""
 
     @staticmethod
-    def of(request: EvaluationRequest, codec: Codec, networks: Sequence[FeatureNetwork]) -> Judges:
-        """Find the networks' references, or compute them.
+    def open(request: EvaluationRequest, device: str) -> Instruments:
+        """The run's codec and the feature networks, without references: those are costly, mistakes are cheap.
+
+        Raises:
+            ConfigError: a codec or network that cannot be had, or a codec that is not the model's.
+        """
+        data = request.config.data
+        codec = build_codec(data.codec, data.codec_dtype, device)
+        require_fit(codec, request.config.model)
+        return Instruments(codec, build_feature_networks(request.config.evaluation.feature_networks, device))
+
+    def with_references(self, request: EvaluationRequest) -> Instruments:
+        """With the networks' references, found or computed.
 
         Raises:
             ConfigError: no reference images.
             InputError: references that are not of the run's images.
         """
-        config = request.config
-        size, trained_on = config.model.latent_size * codec.downsampling, source_sha256(request.checkpoints[-1])
-        references = (find_reference(network, config, size, trained_on, request.references) for network in networks)
-        return Judges(tuple(networks), tuple(references))
-
-    def bias(self, count: int) -> dict[str, float]:
-        """What the Fréchet distances of so many perfect samples would be."""
-        pairs = zip(self.networks, self.references, strict=True)
-        return {metric_name("fd", network.label): frechet_bias(reference.moments, count) for network, reference in pairs}
+        config, trained_on = request.config, source_sha256(request.checkpoints[-1])
+        size = config.model.latent_size * self.codec.downsampling
+        found = (find_reference(network, config, size, trained_on, request.references) for network in self.networks)
+        return replace(self, references=tuple(found))
 
 
-def draft_tasks(request: EvaluationRequest, codec: Codec, networks: Sequence[FeatureNetwork]) -> list[Task]:
-    """All points that are asked for, as far as they are known without references: those are costly, mistakes are cheap.
+@dataclass(frozen=True)
+class Task:
+    """One point of a record: samples to be taken and measured."""
+
+    config: ExperimentConfig
+    """The run's."""
+    checkpoint: Path
+    sampling: Sampling
+    prompts: tuple[str, ...]
+    """One for each sample; empty texts for a model without text."""
+    described: dict[str, Any]
+    """The point as far as it is known before anything is sampled."""
+
+    @property
+    def measurement(self) -> Measurement:
+        """What the point will be a measurement of, once its references are known."""
+        return Measurement.of_point(self.described)
+
+    @property
+    def folder(self) -> Path:
+        """Where features are kept until all are there; the first samples of many are those of few."""
+        key = replace(self.measurement, num_samples=0).key
+        return self.config.run_dir / "features" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return f"{self.checkpoint} at NFE {self.sampling.nfe}"
+
+
+def make_tasks(request: EvaluationRequest, instruments: Instruments) -> list[Task]:
+    """All points that are asked for, without references.
 
     Raises:
-        ConfigError: a codec that is not the model's, or a tokenizer that cannot be had.
+        ConfigError: a tokenizer that cannot be had.
         InputError: a torn checkpoint or one of another model, or prompts that the run cannot have.
     """
-    require_fit(codec, request.config.model)
-    return [task for path in request.checkpoints for task in _tasks_of(request, path, codec, networks)]
+    return [task for path in request.checkpoints for task in _tasks_of(request, path, instruments)]
 
 
-def complete_tasks(tasks: Sequence[Task], judges: Judges) -> list[Task]:
-    """The same with the references."""
-    bias = judges.bias(tasks[0].described["num_samples"])
-    known = {"references": [reference.pedigree for reference in judges.references], "bias": bias}
-    return [replace(task, described={**task.described, **known}) for task in tasks]
-
-
-def warn_of_bias(networks: Sequence[FeatureNetwork], task: Task) -> None:
-    """Say what to expect of few samples for wide features."""
-    count = task.described["num_samples"]
-    for network, (name, bias) in zip(networks, task.described["bias"].items(), strict=True):
-        if count < FEW * network.width:
+def complete_tasks(tasks: Sequence[Task], instruments: Instruments, silent: bool = False) -> list[Task]:
+    """The same with the references, and the bias to expect; few samples for wide features are warned of, unless `silent`."""
+    count, networks, references = tasks[0].described["num_samples"], instruments.networks, instruments.references
+    bias = {
+        metric_name("fd", network.label): frechet_bias(reference.moments, count)
+        for network, reference in zip(networks, references, strict=True)
+    }
+    known = {"references": [reference.pedigree for reference in references], "bias": bias}
+    for network, (name, value) in zip(networks, bias.items(), strict=True):
+        if count < FEW * network.width and not silent:
             few = f"{count:,} samples for features of width {network.width:,} are few"
-            _log.warning("%s: %s of perfect samples would be %.3g, not 0: compare only numbers of as many", few, name, bias)
+            _log.warning("%s: %s of perfect samples would be %.3g, not 0: compare only numbers of as many", few, name, value)
+    return [replace(task, described={**task.described, **known}) for task in tasks]
 
 
 def source_sha256(checkpoint: Path) -> str | None:
@@ -110,41 +123,42 @@ def source_sha256(checkpoint: Path) -> str | None:
     return found
 
 
-def open_codec(config: ExperimentConfig, device: str) -> Codec:
-    """The run's codec."""
-    return build_codec(config.data.codec, config.data.codec_dtype, device)
-
-
-def _tasks_of(request: EvaluationRequest, path: Path, codec: Codec, networks: Sequence[FeatureNetwork]) -> Iterator[Task]:
-    data = request.config.data
+def _tasks_of(request: EvaluationRequest, path: Path, instruments: Instruments) -> Iterator[Task]:
+    config, codec = request.config, instruments.codec
+    weights = request.samplings[0].weights
     described = {
         "checkpoint": path.name,
         "step": checkpoint_step(path),
-        "weights": request.weights,
-        "weights_sha256": weights_sha256(load_model(path, request.config, request.weights)),
-        "config_hash": config_hash(request.config),
-        "num_samples": request.config.evaluation.num_samples,
-        "codec": {"name": data.codec, "sha256": codec.sha256, "dtype": data.codec_dtype},
+        "weights": weights,
+        "weights_sha256": weights_sha256(load_model(path, config, weights)),
+        "config_hash": config_hash(config),
+        "num_samples": config.evaluation.num_samples,
+        "codec": {"name": config.data.codec, "sha256": codec.sha256, "dtype": config.data.codec_dtype},
         "feature_networks": [
             {"name": network.name, "label": network.label, "width": network.width, "sha256": network.sha256}
-            for network in networks
+            for network in instruments.networks
         ],
     }
-    for config in request.manners():
-        evaluation = config.evaluation
-        prompts = tuple(prompt.text for prompt in choose_prompts(config, path, None, None, range(evaluation.num_samples)))
-        tokenize(config, prompts[:1])  # if there is a mistake, better now
-        manner = {
-            "sampler": evaluation.sampler,
-            "guidance": evaluation.guidance,
-            "seed": evaluation.seed,
+    prompts_by_guidance: dict[float, tuple[str, ...]] = {}
+    for sampling in request.samplings:
+        if sampling.guidance not in prompts_by_guidance:
+            indices = range(config.evaluation.num_samples)
+            chosen = tuple(prompt.text for prompt in choose_prompts(config, path, None, None, indices, sampling.guidance))
+            tokenize(config, chosen[:1], sampling.guidance)  # if there is a mistake, better now
+            prompts_by_guidance[sampling.guidance] = chosen
+        prompts = prompts_by_guidance[sampling.guidance]
+        point = {
+            **described,
+            "sampler": sampling.sampler,
+            "guidance": sampling.guidance,
+            "seed": sampling.seed,
             "prompts": _sha256_of_texts(prompts) if any(prompts) else None,
             "precision": sampling_precision(config, codec.device),
+            "nfe": sampling.nfe,
+            "steps": sampling.steps,
         }
-        for budget in request.budgets:
-            point = {**described, **manner, "nfe": budget.nfe, "steps": budget.steps}
-            point["command"] = _command(config, point, request.references)
-            yield Task(config, path, budget, prompts, request.references, point)
+        point["command"] = _command(config, point, request.references)
+        yield Task(config, path, sampling, prompts, point)
 
 
 def _command(config: ExperimentConfig, point: dict[str, Any], references: Sequence[Path]) -> str:

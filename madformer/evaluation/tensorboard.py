@@ -35,7 +35,8 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.scalar import metadata as scalar_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from madformer.evaluation.record import Point, RunCurve, mean_known, newest_diagnostics, run_curves, variants
+from madformer.evaluation.measurement import Point, metric_key
+from madformer.evaluation.record import RunCurve, curves_by_sampling, mean_known, newest_diagnostics, run_curves
 from madformer.runs.files import atomic_write
 
 Scalar = bool | int | float | str
@@ -153,10 +154,10 @@ def _write_events(path: Path, events: Sequence[Event]) -> None:
 
 
 def _curves(curves: Sequence[RunCurve]) -> Iterator[Event]:
-    """One scalar for each metric, variant, axis and budget; steps rise, else TensorBoard forgets points."""
+    """One scalar for each metric, way of sampling, axis and budget; steps rise, else TensorBoard forgets points."""
     for metric in _metrics(curves):
-        for curve in variants(curves, metric):
-            name = curve.variant.beside(curves[0].variant)
+        for curve in curves_by_sampling(curves, metric):
+            name = curve.sampling.difference(curves[0].sampling)
             points = _means(curve)
             for axis, (step_of, unit) in AXES.items():
                 tag = f"{metric}_vs_{axis}" + (f"/{name}" if name else "")
@@ -212,7 +213,7 @@ def _hparams(curves: Sequence[RunCurve], hparams: Mapping[str, Scalar]) -> Itera
         return
     points = _means(curves[0])
     ends = {point["nfe"]: point for point in (points[0], points[-1])}
-    distances = [metric for metric in curves[0].metrics if _is_frechet(metric)] or curves[0].metrics[:1]
+    distances = [metric for metric in curves[0].metrics if metric_key(metric) == "fd"] or curves[0].metrics[:1]
     metrics = {f"{metric}_at_nfe_{nfe}": (metric, point) for metric in distances for nfe, point in ends.items()}
     for tag, (metric, point) in metrics.items():
         description = f"{metric} at NFE {point['nfe']}; step: training step"
@@ -235,10 +236,6 @@ def _hparams(curves: Sequence[RunCurve], hparams: Mapping[str, Scalar]) -> Itera
         yield Event(wall_time=_when(points[0]), summary=Summary(value=[value]))
 
 
-def _is_frechet(metric: str) -> bool:
-    return metric.split("_")[0] in ("fid", "fd")
-
-
 def _hparam_type(value: Scalar) -> int:
     if isinstance(value, bool):
         return api_pb2.DATA_TYPE_BOOL
@@ -252,7 +249,7 @@ def _hparam_value(value: Scalar) -> Any:
 
 
 def _layout(curves: Sequence[RunCurve], diagnostics: Point | None) -> Iterator[Event]:
-    """The custom-scalars page: one chart for each metric and axis, with a marker for each point of each run and variant."""
+    """The custom-scalars page: one chart for each metric and axis, with a marker for each point."""
     categories = [
         layout_pb2.Category(
             title=f"{metric}: quality against compute",
@@ -260,7 +257,7 @@ def _layout(curves: Sequence[RunCurve], diagnostics: Point | None) -> Iterator[E
                 _chart(f"{metric}_vs_{name} (axis: {unit})", f"^{re.escape(metric)}_vs_{name}(/.*)?$")
                 for name, (_, unit) in AXES.items()
             ],
-            closed=not (index == 0 or _is_frechet(metric)),
+            closed=not (index == 0 or metric_key(metric) == "fd"),
         )
         for index, metric in enumerate(_metrics(curves))
     ]

@@ -46,38 +46,40 @@ def write_samples(request: SamplingRequest, folder: Path) -> None:
     """
     config, rank = request.config, cluster_rank()
     devices = inference_devices(config, request.devices)
-    prompts = choose_prompts(config, request.checkpoint, request.classes, request.prompt, range(request.num))
-    settings = _settings(request)
-    every = [{**settings, "index": index, **prompt.settings} for index, prompt in enumerate(prompts)]
-    tokenize(config, [prompt.text for prompt in prompts])  # if there is a mistake, better now
+    prompts = choose_prompts(
+        config, request.checkpoint, request.classes, request.prompt, range(request.num), request.sampling.guidance
+    )
+    sampling, settings = request.sampling, _settings(request)
+    images = [{**settings, "index": index, **prompt.settings} for index, prompt in enumerate(prompts)]
+    tokenize(config, [prompt.text for prompt in prompts], sampling.guidance)  # if there is a mistake, better now
     with claim_folder(folder, "sample", rank or 0):
-        missing = frozenset(wanted["index"] for wanted in every if not _is_there(folder, wanted))
+        missing = frozenset(wanted["index"] for wanted in images if not _is_there(folder, wanted))
         if rank is None:
             for left in folder.glob(".*.png.*.tmp"):  # by a process that was killed
                 left.unlink()
         before = request.num - len(missing)
         if missing:
             with ProgressDisplay("sampled", "images", request.num, before, silent=bool(rank)) as display:
-                share_out(sample_share, (request, folder, every, missing), devices, display, before)
-        if rank is not None and not all(_is_there(folder, wanted) for wanted in every):
+                share_out(sample_share, (request, folder, images, missing), devices, display, before)
+        if rank is not None and not all(_is_there(folder, wanted) for wanted in images):
             print(f"{folder}: this process has done its share; the last one makes the grid", flush=True)
             return
-        _show(request, folder, every[:IN_GRID])
-    what = f"{request.num} samples of {request.checkpoint}, {request.steps} steps, seed {config.evaluation.seed}"
+        _show(request, folder, images[:IN_GRID])
+    what = f"{request.num} samples of {request.checkpoint}, {sampling.steps} steps, seed {sampling.seed}"
     print(f"{folder}/grid.png: {what}" + ("" if missing else " (there already)"))
 
 
 def sample_share(
-    share: Share, request: SamplingRequest, folder: Path, every: Sequence[dict[str, Any]], missing: Collection[int]
+    share: Share, request: SamplingRequest, folder: Path, images: Sequence[dict[str, Any]], missing: Collection[int]
 ) -> None:
     """Sample and write those missing among every `world_size`-th image, whatever other processes have written meanwhile."""
     config = request.config
-    mine = [wanted for wanted in every[share.rank :: share.world_size] if wanted["index"] in missing]
-    model = load_model(request.checkpoint, config, request.weights).to(share.device)
+    mine = [wanted for wanted in images[share.rank :: share.world_size] if wanted["index"] in missing]
+    model = load_model(request.checkpoint, config, request.sampling.weights).to(share.device)
     codec = build_codec(config.data.codec, config.data.codec_dtype, share.device)
     done, indices = 0, [wanted["index"] for wanted in mine]
-    text_BT = tokenize(config, [wanted["prompt"] for wanted in mine])
-    for latents_BChw in sample_batches(model, config, request.steps, indices, config.evaluation.batch_size, text_BT):
+    text_BT = tokenize(config, [wanted["prompt"] for wanted in mine], request.sampling.guidance)
+    for latents_BChw in sample_batches(model, config, request.sampling, indices, text_BT):
         if not bool(latents_BChw.isfinite().all()):
             raise NonFiniteError(f"{request.checkpoint}: its samples are NaN or infinite, the run has diverged")
         for pixels_YX3, wanted in zip(to_pixels(codec.decode(latents_BChw)), mine[done:], strict=False):
@@ -93,20 +95,20 @@ def sample_path(folder: Path, index: int) -> Path:
 
 def _settings(request: SamplingRequest) -> dict[str, Any]:
     """What makes all samples, beside their prompts."""
-    config = request.config
+    config, sampling = request.config, request.sampling
     codec = build_codec(config.data.codec, config.data.codec_dtype)
     require_fit(codec, config.model)
     return {
         "run": config.name,
         "checkpoint": request.checkpoint.name,
-        "weights": request.weights,
-        "weights_sha256": weights_sha256(load_model(request.checkpoint, config, request.weights)),
+        "weights": sampling.weights,
+        "weights_sha256": weights_sha256(load_model(request.checkpoint, config, request.sampling.weights)),
         "config_hash": config_hash(config),
-        "sampler": config.evaluation.sampler,
-        "steps": request.steps,
-        "nfe": cost.nfe(config.model, request.steps),
-        "guidance": config.evaluation.guidance,
-        "seed": config.evaluation.seed,
+        "sampler": sampling.sampler,
+        "steps": sampling.steps,
+        "nfe": cost.nfe(config.model, sampling.steps),
+        "guidance": sampling.guidance,
+        "seed": sampling.seed,
         "codec": codec.name,
         "codec_sha256": codec.sha256,
     }
@@ -144,11 +146,11 @@ def _show(request: SamplingRequest, folder: Path, shown: Sequence[dict[str, Any]
 
 def _draw(request: SamplingRequest, grid_YX3: np.ndarray, prompts: Sequence[str]) -> None:
     """An event file of its own for each kind of samples: it takes the place of a former one, training's stay as they are."""
-    run, step, seed = request.config.run_dir, checkpoint_step(request.checkpoint), request.config.evaluation.seed
-    guidance, sampler = request.config.evaluation.guidance, request.config.evaluation.sampler
-    how = (f", {sampler}" if sampler != "ddim" else "") + (f", guidance {guidance:g}" if guidance != 1 else "")
-    asked = textwrap.shorten(request.prompt or request.classes or "", 60, placeholder=" ...")
-    tag = f"samples/{request.weights}, {request.steps} steps{how}, seed {seed}" + (f", {asked}" if asked else "")
+    run, step, sampling = request.config.run_dir, checkpoint_step(request.checkpoint), request.sampling
+    how = f", {sampling.sampler}" if sampling.sampler != "ddim" else ""
+    how += f", guidance {sampling.guidance:g}" if sampling.guidance != 1 else ""
+    content = textwrap.shorten(request.prompt or request.classes or "", 60, placeholder=" ...")
+    tag = f"samples/{sampling.weights}, {sampling.steps} steps{how}, seed {sampling.seed}" + (f", {content}" if content else "")
     kind = hashlib.sha256(f"{step} {tag} {request.prompt} {request.classes}".encode()).hexdigest()[:8]
     former = list(run.glob(f"events.out.tfevents.*.{kind}.samples"))
     if not os.access(run, os.W_OK):

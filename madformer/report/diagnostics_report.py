@@ -12,7 +12,7 @@ from madformer.report.notes import incomparable, trained_for
 from madformer.report.points import Curve
 from madformer.report.statistics import Estimate, over_training
 
-_SAME = ("weights", "images", "held_out", "source", "nfe", "sampler", "timesteps")
+_CONDITIONS = ("weights", "images", "held_out", "source", "nfe", "sampler", "timesteps")
 """Keys that must agree for two runs' diagnostics to be compared."""
 
 
@@ -109,5 +109,5 @@ def _notes(entries: Sequence[dict[str, Any]]) -> list[str]:
         f"model's own blocks than after real ones; 0 at the first block; sampled at NFE {nfe} with {sampler}{error}.",
         "The condition explains this share of the blocks' variance before any denoising (the mean over blocks); 1 is all, "
         "below 0 is worse than the mean image.",
-        *incomparable(entries, _SAME, "diagnostics"),
+        *incomparable([{key: entry.get(key) for key in _CONDITIONS} for entry in entries], "diagnostics"),
     ]

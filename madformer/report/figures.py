@@ -21,7 +21,7 @@ from PIL import Image
 from madformer.config import load_run
 from madformer.data.image_files import to_tiles
 from madformer.errors import InputError
-from madformer.evaluation.request import parse_sampling
+from madformer.evaluation.request import SamplingRequest
 from madformer.report.diagnostics_report import Diagnosis, Diagnostics
 from madformer.report.formatting import AGAINST, NFE
 from madformer.report.points import Row, common_columns
@@ -77,13 +77,13 @@ def looks(labels: Mapping[str, tuple[str, str]]) -> dict[str, Look]:
         labels: label -> its base, and what sets it apart from other labels of this base.
     """
     bases = list(dict.fromkeys(base for base, _ in labels.values()))
-    asides = list(dict.fromkeys(aside for _, aside in labels.values()))
-    hues = asides if len(bases) == 1 else bases
+    differences = list(dict.fromkeys(difference for _, difference in labels.values()))
+    hues = differences if len(bases) == 1 else bases
     colors = _colors(len(hues))
     made = {}
-    for label, (base, aside) in labels.items():
-        hue = hues.index(aside if len(bases) == 1 else base)
-        marker, dashes = _MARKERS[hue % len(_MARKERS)], _LINES[asides.index(aside) % len(_LINES)]
+    for label, (base, difference) in labels.items():
+        hue = hues.index(difference if len(bases) == 1 else base)
+        marker, dashes = _MARKERS[hue % len(_MARKERS)], _LINES[differences.index(difference) % len(_LINES)]
         made[label] = Look(colors[hue], marker, dashes, min(0.18, 0.9 / len(labels)))
     return made
 
@@ -195,7 +195,7 @@ def draw(report: Report, against: Sequence[str] = AGAINST) -> dict[str, bytes]:
         report: what to draw.
         against: a panel for each, `nfe` or a name in `COSTS`.
     """
-    chosen = looks({group.label: (group.base, group.aside) for group in report.groups})
+    chosen = looks({group.label: (group.base, group.difference) for group in report.groups})
 
     def fill(panels: Sequence[Axes]) -> None:
         for panel, cost in zip(panels, against, strict=True):
@@ -348,15 +348,14 @@ def _samples(row: Row, count: int) -> np.ndarray:
     """Images [B, Y, X, 3] of a row's first run, sampled as its points were, from the newest of their checkpoints."""
     from madformer.evaluation.write_samples import sample_path, write_samples
 
-    first, variant = row.group.seeds.index(row.seeds[0]), row.group.variant
+    first, sampling = row.group.seeds.index(row.seeds[0]), replace(row.group.sampling, nfe=row.nfe, steps=row.steps, seed=0)
     run, points = row.group.runs[first], row.group.curves[first].points[row.nfe]
     path = checkpoint_path(run, max(point["step"] for point in points))
     if not path.is_file():
         raise InputError(f"--samples: {path} was evaluated and is gone; evaluate one that is there: madformer evaluate {run}")
-    ways: dict[str, Any] = {"weights": variant.weights, "sampler": variant.sampler, "guidance": variant.guidance}
-    request = replace(parse_sampling(load_run(run), count, row.steps, None, **ways), checkpoint=path)
-    folder = run / "samples/compared" / "-".join([request.checkpoint.stem, *map(str, variant), f"{row.steps}steps"])
-    write_samples(request, folder)
+    name = f"{path.stem}-{sampling.sampler}-{sampling.guidance}-{sampling.weights}-{row.steps}steps"
+    folder = run / "samples/compared" / name
+    write_samples(SamplingRequest(load_run(run), path, sampling, count), folder)
     return np.stack([_read(sample_path(folder, index)) for index in range(count)])
 
 

@@ -11,18 +11,11 @@ from statistics import fmean
 from typing import Any
 
 from madformer.errors import InputError
-from madformer.evaluation.record import Point
+from madformer.evaluation.measurement import Point, higher_is_better
 from madformer.report.statistics import MARKS, Estimate
 
 NOTHING = "–"
 """In place of what was not measured."""
-
-_HIGHER = ("inception_score", "precision", "recall", "density", "coverage")
-
-
-def higher_is_better(metric: str) -> bool:
-    """Whether a metric is to be maximised, of whatever network it is (`precision`, `precision_digits`)."""
-    return any(metric == name or metric.startswith(f"{name}_") for name in _HIGHER)
 
 
 def arrow(metric: str) -> str:

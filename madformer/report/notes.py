@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from madformer.evaluation.record import Point, content
-from madformer.report.formatting import counted, distinct, higher_is_better
+from madformer.evaluation.measurement import Measurement, Point, differing, higher_is_better
+from madformer.report.formatting import counted, distinct
 from madformer.report.points import Group, Row
 from madformer.report.statistics import Over
-
-_SAME = ("num_samples", "prompts", "precision", "codec", "references", "feature_networks")
-"""Keys of a point that must agree for two curves to be compared; sampler, guidance and weights are in the labels."""
 
 _SPREADS: dict[Over, str] = {
     "training seeds": "± is the 95 % confidence interval of the mean over training seeds (Student's t).",
@@ -33,15 +30,15 @@ def notes(groups: Sequence[Group], rows: Sequence[Row], metric: str) -> list[str
         *(text for over, text in _SPREADS.items() if over in used),
         _sampled(groups, points),
         measured(points),
-        *incomparable(points, _SAME, "points"),
+        *incomparable([Measurement.of_point(point).conditions for point in points], "points"),
         *_biases(rows),
     ]
 
 
-def incomparable(entries: Sequence[Mapping[str, Any]], keys: Sequence[str], noun: str) -> list[str]:
-    """A warning that lines of the record differ in keys that should agree, if they do."""
-    differing = [key for key in keys if len({repr(content(entry.get(key))) for entry in entries}) > 1]
-    return [f"**Not all {noun} are comparable**: they differ in {', '.join(differing)}."] if differing else []
+def incomparable(conditions: Sequence[Mapping[str, Any]], noun: str) -> list[str]:
+    """A warning if lines of the record were made under conditions that differ."""
+    names = differing(conditions)
+    return [f"**Not all {noun} are comparable**: they differ in {', '.join(names)}."] if names else []
 
 
 def trained_for(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -61,11 +58,12 @@ def _repeated(groups: Sequence[Group]) -> str:
 
 
 def _sampled(groups: Sequence[Group], points: Sequence[Point]) -> str:
-    sampler, guidance, weights = next(group.variant for group in groups if not group.aside)
-    otherwise = " unless a label says otherwise" if any(group.aside for group in groups) else ""
+    main = next(group.sampling for group in groups if not group.difference)
+    otherwise = " unless a label says otherwise" if any(group.difference for group in groups) else ""
     return (
-        f"{distinct(point['num_samples'] for point in points)} samples a point; {sampler} sampler, guidance {guidance:g}, "
-        f"{'EMA' if weights == 'ema' else 'raw'} weights{otherwise}; {trained_for(points)}."
+        f"{distinct(point['num_samples'] for point in points)} samples a point; {main.sampler} sampler, "
+        f"guidance {main.guidance:g}, "
+        f"{'EMA' if main.weights == 'ema' else 'raw'} weights{otherwise}; {trained_for(points)}."
     )
 
 

@@ -15,7 +15,8 @@ import yaml
 
 from madformer.config import ExperimentConfig, load_run, trained_fields
 from madformer.config.identity import config_path
-from madformer.report.formatting import arrow, higher_is_better, number, show, table
+from madformer.evaluation.measurement import higher_is_better
+from madformer.report.formatting import arrow, number, show, table
 from madformer.report.points import Column, Group, Row, common_columns
 from madformer.report.statistics import Estimate, differ
 
@@ -203,7 +204,7 @@ def compare(groups: Sequence[Group], rows: Sequence[Row], metric: str) -> Compar
     Returns:
         None: there is nothing to compare.
     """
-    configs = _configs([group for group in groups if not group.aside])
+    configs = _configs([group for group in groups if not group.difference])
     designs = {label: design_of(config) for label, config in configs.items()}
     if not designs:
         return None

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from madformer.config import ExperimentConfig, load_run, trained_fields
 from madformer.errors import InputError
-from madformer.evaluation.record import Point, RunCurve, Variant, mean_known, read_points, run_curves
+from madformer.evaluation.measurement import Point, Sampling
+from madformer.evaluation.record import RunCurve, mean_known, read_points, run_curves
 from madformer.report.formatting import COSTS, natural
 from madformer.report.statistics import Estimate, estimate
 from madformer.sweep.cells import Cell
@@ -130,14 +131,15 @@ def _shortest(paths: Sequence[Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one configuration, sampled in one way."""
+    """The runs of one configuration, sampled in one way (`Sampling.curve_key`)."""
 
     base: str
     """The label of the runs."""
-    aside: str
+    difference: str
     """What sets it apart from how most runs of the report were sampled, such as `unipc`; empty: nothing."""
     axes: Mapping[str, Any]
-    variant: Variant
+    sampling: Sampling
+    """How all its points were sampled, but for budget and seed."""
     curves: tuple[RunCurve, ...]
     """One for each training seed."""
     runs: tuple[Path, ...]
@@ -148,7 +150,7 @@ class Group:
     @property
     def label(self) -> str:
         """Its name in tables and legends."""
-        return f"{self.base} · {self.aside}" if self.aside else self.base
+        return f"{self.base} · {self.difference}" if self.difference else self.base
 
     @property
     def points(self) -> list[Point]:
@@ -181,7 +183,7 @@ class Row:
 
 
 def gather(curves: Sequence[Curve], metric: str | None = None) -> tuple[str, list[Group]]:
-    """The newest evaluations of runs, every sampler, guidance and kind of weights that any of them was evaluated with.
+    """The newest evaluations of runs, in every way of sampling that any of them was evaluated with.
 
     Returns:
         The metric, by default the first one that all runs have, and the groups in the order of a table.
@@ -249,28 +251,29 @@ def _value(metric: str, point: Point) -> float:
 
 
 def _groups(chosen: Sequence[tuple[Curve, Sequence[RunCurve]]]) -> list[Group]:
-    """Runs of one label and variant together; the variant that most runs have needs no name."""
-    each = (dict.fromkeys(measured.variant for measured in curves) for _, curves in chosen)
-    main = Counter(itertools.chain.from_iterable(each)).most_common(1)[0][0]
-    members: dict[tuple[str, Variant], list[tuple[Curve, RunCurve]]] = {}
+    """Runs of one label and one way of sampling together; the one that most runs have needs no name."""
+    samplings = {measured.sampling.curve_key: measured.sampling for _, curves in chosen for measured in curves}
+    by_run = (dict.fromkeys(measured.sampling.curve_key for measured in curves) for _, curves in chosen)
+    main = samplings[Counter(itertools.chain.from_iterable(by_run)).most_common(1)[0][0]]
+    members: dict[tuple[str, str], list[tuple[Curve, RunCurve]]] = {}
     for curve, curves in chosen:
         for measured in curves:
-            members.setdefault((curve.label, measured.variant), []).append((curve, measured))
+            members.setdefault((curve.label, measured.sampling.curve_key), []).append((curve, measured))
     groups = []
-    for (label, variant), entries in members.items():
+    for (label, curve_key), entries in members.items():
         runs = _alike(entries)
         groups.append(
             Group(
                 label,
-                variant.beside(main),
+                samplings[curve_key].difference(main),
                 runs[0][0].axes,
-                variant,
+                samplings[curve_key],
                 tuple(measured for _, measured in runs),
                 tuple(curve.run for curve, _ in runs),
                 tuple(curve.seed for curve, _ in runs),
             )
         )
-    return sorted(groups, key=lambda group: (natural(group.base), natural(group.aside)))
+    return sorted(groups, key=lambda group: (natural(group.base), natural(group.difference)))
 
 
 def _alike(entries: Sequence[tuple[Curve, RunCurve]]) -> list[tuple[Curve, RunCurve]]:
@@ -278,10 +281,10 @@ def _alike(entries: Sequence[tuple[Curve, RunCurve]]) -> list[tuple[Curve, RunCu
 
     Of several steps it is the newest, then the number of samples that most runs have, then the greatest.
     """
-    manners: dict[tuple[int, int], dict[Path, tuple[Curve, RunCurve]]] = {}
+    by_conditions: dict[tuple[int, int], dict[Path, tuple[Curve, RunCurve]]] = {}
     for curve, measured in entries:
-        manners.setdefault((measured.step, measured.num_samples), {}).setdefault(curve.run, (curve, measured))
-    (step, samples), kept = max(manners.items(), key=lambda item: (item[0][0], len(item[1]), item[0][1]))
+        by_conditions.setdefault((measured.step, measured.num_samples), {}).setdefault(curve.run, (curve, measured))
+    (step, samples), kept = max(by_conditions.items(), key=lambda item: (item[0][0], len(item[1]), item[0][1]))
     for run in dict.fromkeys(curve.run for curve, _ in entries if curve.run not in kept):
         _log.warning("%s: left out: not evaluated at step %d with %d samples, as others of its label", run, step, samples)
     return list(kept.values())

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 from scipy.special import stdtr, stdtrit  # type: ignore[import-untyped]  # scipy.stats takes a second to import
 
-from madformer.evaluation.record import Point
+from madformer.evaluation.measurement import Point
 
 Over = Literal["training seeds", "evaluation seeds", "checkpoints"]
 """What was repeated. Only training seeds say how much another training would differ."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from madformer.evaluation.measurement import higher_is_better
 from madformer.report.diagnostics_report import Diagnostics, gather_diagnostics
-from madformer.report.formatting import COSTS, NFE, NOTHING, Unit, arrow, csv_text, higher_is_better, show, table
+from madformer.report.formatting import COSTS, NFE, NOTHING, Unit, arrow, csv_text, show, table
 from madformer.report.notes import notes
 from madformer.report.paper import Comparison, compare
 from madformer.report.points import Column, Curve, Group, Row, columns_of, gather, make_rows
@@ -99,7 +100,7 @@ class Report:
         lines: list[list[Any]] = [[*heading, *counted, *(cost.column for cost in COSTS.values()), measured]]
         for row in self.rows:
             chosen = row.quality[self.metric]
-            values = [*(row.group.axes.get(name) for name in axes), *row.group.variant, row.nfe, row.steps, len(row.seeds)]
+            values = [*(row.group.axes.get(name) for name in axes), *_sampled(row), row.nfe, row.steps, len(row.seeds)]
             values += [chosen.over, len(chosen.values)]
             for metric in self.metrics:
                 values += _numbers(row, metric)
@@ -155,6 +156,11 @@ def build_report(curves: Sequence[Curve], title: str, metric: str | None = None)
     rows = [row for group in groups for row in make_rows(group)]
     said, diagnostics = tuple(notes(groups, rows, metric)), gather_diagnostics(curves)
     return Report(title, metric, tuple(rows), said, diagnostics, compare(groups, rows, metric))
+
+
+def _sampled(row: Row) -> tuple[str, float, str]:
+    sampling = row.group.sampling
+    return sampling.sampler, sampling.guidance, sampling.weights
 
 
 _COLUMNS = ("ci_low", "ci_high", "min", "max", "sd_over_checkpoints", "bias")

@@ -13,9 +13,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from madformer.config import ExperimentConfig, ModelConfig, budget_flaw, config_hash, frozen_hash, load_experiment
+from madformer.config.evaluation import SamplerName
 from madformer.config.identity import config_path
 from madformer.config.validation import require
 from madformer.errors import ConfigError
+from madformer.evaluation.measurement import Sampling, all_samplings
 from madformer.model import cost
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.sweep.spec import VARIANT, InferenceAxes, Search, Sweep, as_text, label
@@ -59,9 +61,9 @@ class Cell:
         return self.config.evaluation.nfe
 
     @property
-    def samplers(self) -> tuple[str, ...]:
+    def samplers(self) -> tuple[SamplerName, ...]:
         """Samplers that it is evaluated with, the main one first."""
-        return self.inference.samplers or (self.config.evaluation.sampler,)
+        return cast("tuple[SamplerName, ...]", self.inference.samplers) or (self.config.evaluation.sampler,)
 
     @property
     def guidances(self) -> tuple[float, ...]:
@@ -72,6 +74,12 @@ class Cell:
     def sampling_seeds(self) -> tuple[int, ...]:
         """Seeds of sampling."""
         return self.inference.seeds or (self.config.evaluation.seed,)
+
+    @cached_property
+    def samplings(self) -> tuple[Sampling, ...]:
+        """All ways that each of its checkpoints is sampled in, the main sampler and guidance first."""
+        budgets = [Sampling.of_nfe(self.config, nfe) for nfe in self.budgets]
+        return all_samplings(budgets, self.samplers, self.guidances, self.sampling_seeds)
 
     @property
     def max_steps(self) -> int:

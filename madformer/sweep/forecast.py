@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -15,6 +14,7 @@ from madformer.sweep.needs import (
     Device,
     Estimates,
     Needs,
+    cell_measurement,
     cell_needs,
     device_count,
     evaluation_flops,
@@ -208,16 +208,17 @@ class _Suite:
 
 
 def _points(cell: Cell) -> dict[tuple[object, ...], float]:
-    """Every point of a cell, by what it is known by in the run's record (`needs.cell_points`) -> its FLOPs."""
-    evaluation = cell.config.evaluation
-    measured = (cell.config_hash, evaluation.num_samples, evaluation.feature_networks)
-    # Checkpoints count from the newest: which steps they are of is not known before there is a run.
-    ways = list(itertools.product(cell.samplers, cell.sampling_seeds, range(cell.inference.last)))
+    """Every point of a cell, by what it is a measurement of -> its FLOPs.
+
+    Checkpoints count from the newest: which steps they are of is not known before there is a run.
+    """
+    flops = {guidance: sampling(cell, guidance) for guidance in cell.guidances}
     return {
-        (*measured, budget, guidance, *way): flops * evaluation.num_samples
-        for guidance in cell.guidances
-        for budget, (flops, _) in sampling(cell, guidance).items()
-        for way in ways
+        (cell.config_hash, checkpoint, chosen.nfe, cell_measurement(cell, chosen).key): (
+            flops[chosen.guidance][chosen.nfe][0] * cell.config.evaluation.num_samples
+        )
+        for chosen in cell.samplings
+        for checkpoint in range(cell.inference.last)
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +11,7 @@ from typing import Any
 
 from madformer.config import ExperimentConfig, ModelConfig, frozen_hash, load_experiment, require_same_weights, wanted_outputs
 from madformer.config.identity import config_path
+from madformer.evaluation.measurement import Measurement, Sampling, network_sha256
 from madformer.model import cost
 from madformer.progress import read_progress
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
@@ -38,16 +39,6 @@ class Needs:
         return f"to evaluate at {', '.join(map(str, self.budgets))}" if self.budgets else "done"
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way of sampling a checkpoint."""
-
-    step: int
-    sampler: str
-    guidance: float
-    seed: int
-
-
 def cell_needs(cell: Cell) -> Needs:
     """What is left to do of a cell.
 
@@ -55,11 +46,10 @@ def cell_needs(cell: Cell) -> Needs:
         InputError: its folder holds a run of another experiment; the message names the first field that differs.
     """
     if not is_trained(cell):
-        return Needs(True, cell.budgets, len(cell.budgets) * cell.inference.last * _ways_each(cell))
-    ways, there = _ways(cell), cell_points(cell)
-    missing = {budget: sum((way, budget) not in there for way in ways) for budget in cell.budgets}
-    budgets = tuple(budget for budget, count in missing.items() if count)
-    return Needs(False, budgets, sum(missing.values()))
+        return Needs(True, cell.budgets, len(cell.samplings) * cell.inference.last)
+    points = cell_points(cell)
+    missing = Counter(sampling.nfe for step, sampling in _requested(cell) if (step, sampling) not in points)
+    return Needs(False, tuple(budget for budget in cell.budgets if missing[budget]), missing.total())
 
 
 def is_trained(cell: Cell) -> bool:
@@ -76,43 +66,43 @@ def is_trained(cell: Cell) -> bool:
     return checkpoint_path(cell.run, cell.max_steps).is_file()
 
 
-def cell_points(cell: Cell) -> dict[tuple[Way, int], dict[str, Any]]:
-    """The evaluations of a trained cell that were asked for: way and budget -> the newest point."""
+def cell_points(cell: Cell) -> dict[tuple[int, Sampling], dict[str, Any]]:
+    """The evaluations of a trained cell that its sweep requests: checkpoint's step and sampling -> the newest point."""
     from madformer.evaluation.record import read_points
 
-    evaluation = cell.config.evaluation
-    wanted = {"weights": "ema", "num_samples": evaluation.num_samples, "config_hash": cell.config_hash}
-    networks, ways = list(evaluation.feature_networks), set(_ways(cell))
-    found = {}
+    measurements = {sampling: cell_measurement(cell, sampling) for sampling in cell.samplings}
+    requested, found = set(_requested(cell)), {}
     for point in read_points(cell.run):
-        way = Way(point["step"], point["sampler"], point["guidance"], point["seed"])
-        judged_by = [network["name"] for network in point["feature_networks"]]
-        asked_for = way in ways and point["nfe"] in cell.budgets and judged_by == networks
-        if asked_for and all(point.get(key) == value for key, value in wanted.items()):
-            found[way, point["nfe"]] = point
+        measured = Measurement.of_point(point)
+        key = point["step"], measured.sampling
+        if key in requested and point.get("config_hash") == cell.config_hash and measurements[key[1]].matches(measured):
+            found[key] = point
     return found
+
+
+def cell_measurement(cell: Cell, sampling: Sampling) -> Measurement:
+    """What a point of a cell is to be a measurement of, as far as that is known before the evaluation."""
+    evaluation = cell.config.evaluation
+    networks = tuple((name, network_sha256(name)) for name in evaluation.feature_networks)
+    return Measurement(sampling, evaluation.num_samples, networks)
+
+
+def main_points(cell: Cell) -> dict[int, list[dict[str, Any]]]:
+    """Budget -> the points of the first sampler and guidance, over checkpoints and seeds; complete budgets alone."""
+    points, main = cell_points(cell), cell.samplings[0].curve_key
+    requested: dict[int, list[tuple[int, Sampling]]] = {}
+    for step, sampling in _requested(cell):
+        if sampling.curve_key == main:
+            requested.setdefault(sampling.nfe, []).append((step, sampling))
+    return {nfe: [points[key] for key in keys] for nfe, keys in requested.items() if all(key in points for key in keys)}
 
 
 def main_metrics(cell: Cell) -> dict[int, Mapping[str, float]]:
-    """Budget -> metrics, of the first sampler and guidance, means over checkpoints and seeds; complete budgets alone."""
-    there, ways = cell_points(cell), _ways(cell)
-    first = [way for way in ways if (way.sampler, way.guidance) == (ways[0].sampler, ways[0].guidance)]
-    found: dict[int, Mapping[str, float]] = {}
-    for budget in cell.budgets:
-        points = [there[way, budget]["metrics"] for way in first if (way, budget) in there]
-        if len(points) == len(first):
-            found[budget] = {name: fmean(point[name] for point in points) for name in points[0]}
-    return found
-
-
-def main_points(cell: Cell, budget: int) -> list[dict[str, Any]]:
-    """The points of the first sampler and guidance at one budget."""
-    ways = _ways(cell)
-    return [
-        point
-        for (way, nfe), point in cell_points(cell).items()
-        if nfe == budget and (way.sampler, way.guidance) == (ways[0].sampler, ways[0].guidance)
-    ]
+    """Budget -> the mean metrics of its `main_points`."""
+    return {
+        nfe: {name: fmean(point["metrics"][name] for point in points) for name in points[0]["metrics"]}
+        for nfe, points in main_points(cell).items()
+    }
 
 
 def progress(cell: Cell) -> list[int]:
@@ -123,18 +113,12 @@ def progress(cell: Cell) -> list[int]:
     return [checkpoint_step(checkpoints[-1]) if checkpoints else 0, points, parts]
 
 
-def _ways(cell: Cell) -> list[Way]:
-    """All ways that a trained cell is to be sampled in."""
-    if cell.inference.checkpoints == "newest":
-        steps = [cell.max_steps]
-    else:
+def _requested(cell: Cell) -> list[tuple[int, Sampling]]:
+    """All points that a trained cell is to have, by its checkpoint's step and the sampling."""
+    steps = [cell.max_steps]
+    if cell.inference.checkpoints != "newest":
         steps = [checkpoint_step(path) for path in list_checkpoints(cell.run)[-cell.inference.last :]]
-    combinations = itertools.product(cell.samplers, cell.guidances, cell.sampling_seeds, steps)
-    return [Way(step, sampler, float(guidance), seed) for sampler, guidance, seed, step in combinations]
-
-
-def _ways_each(cell: Cell) -> int:
-    return len(cell.samplers) * len(cell.guidances) * len(cell.sampling_seeds)
+    return [(step, sampling) for sampling in cell.samplings for step in steps]
 
 
 @dataclass(frozen=True)

@@ -266,7 +266,7 @@ def objective(name: str, cell: Cell, budget: int) -> float:
     if name == "nfe":
         return float(budget)
     if name == "tflops":
-        return max(float(point["tflops_per_image"]) for point in main_points(cell, budget))
+        return max(float(point["tflops_per_image"]) for point in main_points(cell)[budget])
     metrics = main_metrics(cell)[budget]
     return next(iter(metrics.values())) if name == DISTANCE else metrics[name]
 

@@ -21,6 +21,7 @@ from madformer.config.evaluation import SamplerName
 from madformer.config.loading import all_keys, nearest
 from madformer.config.validation import is_integer, require
 from madformer.errors import ConfigError
+from madformer.evaluation.measurement import METRICS, metric_key
 
 if TYPE_CHECKING:
     from madformer.sweep.cells import Cell
@@ -165,7 +166,8 @@ class Search:
         require(1 <= len(objectives) <= 2, "search.objectives", objectives, "must be one or two, such as [distance, nfe]")
         require_distinct("search.objectives", self.objectives)
         for name in objectives:
-            legal = name in COSTS or re.fullmatch(rf"{DISTANCE}|fid|(fd|kid)(_.+)?", name) is not None
+            key = metric_key(name)
+            legal = name in (DISTANCE, *COSTS) or (key is not None and METRICS[key].is_distance)
             remedy = f"must be {DISTANCE}, {', '.join(COSTS)}, or a distance such as fid or fd_digits"
             require(legal, "search.objectives", name, remedy)
         legal = any(name not in COSTS for name in objectives)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from madformer.config import ExperimentConfig
 from madformer.data.image_files import save_png, to_grid
-from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_networks, metric_name
+from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_networks
+from madformer.evaluation.measurement import Sampling, metric_name
 from madformer.evaluation.metrics import FrechetDistance
 from madformer.evaluation.reference import find_reference
 from madformer.evaluation.sampling import default_prompts, sample_batches
-from madformer.model import cost
 from madformer.parallel import device_name
 from madformer.progress import ProgressDisplay, ProgressFile
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints, save_checkpoint
@@ -166,12 +166,12 @@ class Preview(Callback):
         evaluation = self.config.evaluation
         share = max(2, evaluation.preview_samples // trainer.world_size)
         indices = range(trainer.global_rank * share, (trainer.global_rank + 1) * share)
-        steps = cost.steps_for_nfe(self.config.model, evaluation.preview_nfe)
+        sampling = Sampling.of_nfe(self.config, evaluation.preview_nfe)
         data = trainer.datamodule  # type: ignore[attr-defined]
         prompts = default_prompts(data.class_prompts, indices) if self.config.model.text else None
         text_BT = data.tokenizer(prompts) if prompts else None
         with module.sampling_weights() as model:
-            batches = sample_batches(model, self.config, steps, indices, evaluation.batch_size, text_BT)
+            batches = sample_batches(model, self.config, sampling, indices, text_BT)
             return torch.cat([data.codec.to(batch.device).decode(batch).cpu() for batch in batches])
 
     def _measure(self, trainer: pl.Trainer, step: int, images_BCYX: Tensor) -> dict[str, float]:

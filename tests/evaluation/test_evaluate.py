@@ -14,11 +14,12 @@ from madformer.config import load_run, write_config
 from madformer.data.digits import load_digits
 from madformer.errors import ConfigError, InputError, NonFiniteError
 from madformer.evaluation import evaluate as module
-from madformer.evaluation.evaluate import evaluate, evaluate_share
+from madformer.evaluation.evaluate import evaluate, evaluate_share, prepare
 from madformer.evaluation.feature_networks import build_feature_network
+from madformer.evaluation.measurement import Sampling
 from madformer.evaluation.metrics import FrechetDistance, Moments
 from madformer.evaluation.record import read_diagnostics, read_means, read_points, record_path
-from madformer.evaluation.request import Budget, parse_request, parse_sampling
+from madformer.evaluation.request import parse_request, parse_sampling
 from madformer.evaluation.sampling import sample_batches
 from madformer.model import MADFormer, cost
 from madformer.parallel import Share
@@ -70,8 +71,12 @@ def only_metrics(points):
     return [pytest.approx(point["metrics"], rel=1e-5) for point in points]
 
 
+def budgets(request):
+    return [(sampling.nfe, sampling.steps) for sampling in request.samplings]
+
+
 def tasks_of(request):
-    return module._prepare(request, "cpu", silent=True)
+    return prepare(request, "cpu", silent=True)[1]
 
 
 def test_the_number_is_the_distance_of_the_averaged_models_samples(tmp_path):
@@ -81,7 +86,9 @@ def test_the_number_is_the_distance_of_the_averaged_models_samples(tmp_path):
         model = MADFormer(config.model)
         model.load_state_dict(weights)
         distance = FrechetDistance(Moments.of(network(load_digits()[0]).features_BD))
-        distance.update(network(torch.cat(list(sample_batches(model, config, 2, range(16), 16)))).features_BD)
+        distance.update(
+            network(torch.cat(list(sample_batches(model, config, Sampling.of_steps(config, 2), range(16))))).features_BD
+        )
         expected[name] = distance.compute()
     for name in ("ema", "model"):
         [point] = evaluate(parse_request(config, steps="2", weights=name))
@@ -326,9 +333,9 @@ def test_a_checkpoint_of_another_model(tmp_path):
 
 def test_requests(tmp_path):
     config, *_ = make_run(tmp_path)
-    assert parse_request(config).budgets == (Budget(3, 1), Budget(5, 2))
-    assert parse_request(config, nfe="6, 6,7").budgets == (Budget(6, 2), Budget(7, 3))
-    assert parse_request(config, steps="4").budgets == (Budget(9, 4),)
+    assert budgets(parse_request(config)) == [(3, 1), (5, 2)]
+    assert budgets(parse_request(config, nfe="6, 6,7")) == [(6, 2), (7, 3)]
+    assert budgets(parse_request(config, steps="4")) == [(9, 4)]
     assert parse_sampling(config, 3, None, 8, sampler="unipc").config.evaluation.sampler == "unipc"
     assert parse_request(config, sampler="ddim, unipc", seeds="1,2").samplers == ("ddim", "unipc")
     assert parse_request(config, guidance="1,1.0").guidances == (1.0,)

@@ -10,10 +10,10 @@ import sys
 import pytest
 
 from madformer.errors import InputError
+from madformer.evaluation.measurement import Measurement, Sampling
 from madformer.evaluation.record import (
-    IDENTITY,
-    Variant,
     append_point,
+    curves_by_sampling,
     find_point,
     mean_known,
     newest_diagnostics,
@@ -22,7 +22,6 @@ from madformer.evaluation.record import (
     read_points,
     record_path,
     run_curves,
-    variants,
 )
 from tests.conftest import ROOT
 from tests.points import at, diagnostics, mean, point, recorded
@@ -105,14 +104,37 @@ def test_what_is_not_finite_is_not_recorded(tmp_path, value):
     assert record_path(tmp_path).read_bytes() == before
 
 
-@pytest.mark.parametrize("key", IDENTITY)
-def test_every_key_of_the_identity_tells_two_points_apart(key):
-    assert find_point([point(32, 30.1)], {**point(32, 30.1), key: "another"}) is None
+OTHERS = {
+    "steps": 5,
+    "weights_sha256": "ff",
+    "weights": "model",
+    "sampler": "unipc",
+    "guidance": 1.5,
+    "num_samples": 9,
+    "seed": 1,
+    "prompts": "ab",
+    "precision": "bf16-mixed",
+    "codec": {"name": "pixels", "sha256": "0e", "dtype": "bfloat16"},
+    "references": [{"source": "digits", "images": 1797, "sha256": "ff"}],
+    "feature_networks": [{"name": "digits", "label": "digits", "width": 64, "sha256": "ff"}],
+}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_what_decides_a_number_tells_two_points_apart(key):
+    other = Measurement.of_point(point(32, 30.1, **{key: OTHERS[key]}))
+    assert find_point([point(32, 30.1)], other) is None
+    assert find_point([point(32, 30.1, **{key: OTHERS[key]})], other) is not None
+
+
+def test_places_and_names_do_not_tell_points_apart():
+    moved = {**point(33, 30.1), "steps": 4, "codec": {"name": "vae:elsewhere", "sha256": "0e", "dtype": "float32"}}
+    assert find_point([point(32, 30.1)], Measurement.of_point(moved)) is not None
 
 
 def test_the_last_of_equal_points_is_found_whatever_else_differs():
     points = [point(32, 30.1), point(32, 29.0, batch_size=8, threads=2, device="cuda"), point(16, 72.0)]
-    wanted = {**{key: points[0][key] for key in IDENTITY}, "guidance": 1}
+    wanted = Measurement.of_point({**points[0], "guidance": 1})
     assert find_point(points, wanted) is points[1]
 
 
@@ -120,7 +142,7 @@ def test_the_curve_is_the_newest_checkpoint_s_by_nfe(tmp_path):
     recorded(tmp_path, point(64, 9.0, **at(2000)), point(16, 7.0, **at(2000)), point(32, 1.0), point(16, 8.0, **at(2000)))
     [curve] = run_curves(tmp_path)
     assert list(values(curve).items()) == [(16, [8.0]), (64, [9.0])]
-    assert curve.metrics == ("fd_digits",) and curve.variant == Variant("ddim", 1.0, "ema")
+    assert curve.metrics == ("fd_digits",) and curve.sampling.curve_key == Sampling(1, 1, "ddim", 1.0, "ema").curve_key
 
 
 @pytest.mark.parametrize(
@@ -157,25 +179,25 @@ def test_checkpoints_of_the_last_mean_stand_side_by_side_while_it_has_the_newest
     recorded(tmp_path, newer[0])
     assert values(run_curves(tmp_path)[0]) == {16: [3.0]}, "the mean is of an older stage"
     recorded(tmp_path, mean([new[0], newer[0]]), mean([point(16, 1.0, sampler="unipc"), point(16, 2.0, sampler="unipc")]))
-    assert values(run_curves(tmp_path)[0]) == {16: [2.0, 3.0]}, "another manner's mean says nothing of this one"
+    assert values(run_curves(tmp_path)[0]) == {16: [2.0, 3.0]}, "another curve's mean says nothing of this one"
     recorded(tmp_path, point(16, 3.5, seed=1, **at(3000)), mean([newer[0], point(16, 3.5, seed=1, **at(3000))]))
     assert values(run_curves(tmp_path)[0]) == {16: [3.0, 3.5]}, "the last mean is of the newest alone"
 
 
-def test_a_manner_of_an_older_step_is_left_out(tmp_path):
+def test_a_curve_of_an_older_step_is_left_out(tmp_path):
     recorded(tmp_path, point(16, 1.0, sampler="unipc"), point(32, 1.0, sampler="unipc"), point(16, 2.0, **at(2000)))
     assert [values(curve) for curve in run_curves(tmp_path)] == [{16: [2.0]}]
 
 
-def test_variants_are_one_for_each_way_to_sample_and_named_by_what_differs(tmp_path):
+def test_curves_are_one_for_each_way_to_sample_and_named_by_what_differs(tmp_path):
     recorded(tmp_path, point(16, 1.0), point(32, 1.0), point(16, 2.0, num_samples=9, metrics={"fid": 2.0, "fd_digits": 2.0}))
     recorded(tmp_path, point(16, 3.0, sampler="unipc"), point(16, 4.0, guidance=1.5, weights="model"))
     curves = run_curves(tmp_path)
-    main = curves[0].variant
-    assert [values(curve)[16] for curve in variants(curves, "fd_digits")] == [[1.0], [3.0], [4.0]]
-    assert [values(curve)[16] for curve in variants(curves, "fid")] == [[2.0]]
-    assert [curve.variant.beside(main) for curve in curves] == ["", "unipc", "", "guidance 1.5, raw weights"]
-    assert main.beside(curves[-1].variant) == "guidance 1, EMA weights"
+    main = curves[0].sampling
+    assert [values(curve)[16] for curve in curves_by_sampling(curves, "fd_digits")] == [[1.0], [3.0], [4.0]]
+    assert [values(curve)[16] for curve in curves_by_sampling(curves, "fid")] == [[2.0]]
+    assert [curve.sampling.difference(main) for curve in curves] == ["", "unipc", "", "guidance 1.5, raw weights"]
+    assert main.difference(curves[-1].sampling) == "guidance 1, EMA weights"
 
 
 def test_a_curve_has_the_metrics_of_all_its_points(tmp_path):

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from madformer.config import config_hash, load_experiment, load_run, write_config
 from madformer.errors import InputError
+from madformer.evaluation.measurement import network_sha256
 from madformer.evaluation.record import append_point
+from madformer.model import cost
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
 from madformer.runs.files import append_line
 from madformer.runs.folder import append_preview, claim_folder
@@ -68,15 +70,17 @@ def evaluate(run, *words):
 
 def point(config, nfe, **changes):
     made_by = {"step": config.trainer.max_steps, "seed": config.evaluation.seed, "config_hash": config_hash(config)}
-    manner = {
+    sampled = {
         "weights": "ema",
         "num_samples": config.evaluation.num_samples,
         "sampler": config.evaluation.sampler,
         "guidance": config.evaluation.guidance,
+        "steps": cost.steps_for_nfe(config.model, nfe),
+        "feature_networks": [{"name": name, "sha256": network_sha256(name)} for name in config.evaluation.feature_networks],
+        "codec": {"sha256": None, "dtype": "float32"},
+        "references": [],
     }
-    networks = {"feature_networks": [{"name": name} for name in config.evaluation.feature_networks]}
-    unread = dict.fromkeys(("weights_sha256", "prompts", "precision", "codec", "references", "checkpoint", "time"))
-    ignored = {**networks, **unread, "steps": 1, "nfe_actual": nfe}
+    unread = dict.fromkeys(("weights_sha256", "prompts", "precision", "checkpoint", "time"))
     distance = 1000 / nfe + 100 * abs(config.optimizer.lr - 0.003)  # 0.003: the experiment's
     return {
         "kind": "point",
@@ -84,8 +88,9 @@ def point(config, nfe, **changes):
         "metrics": {"fd_digits": distance},
         "tflops_per_image": nfe / 1e6,
         **made_by,
-        **manner,
-        **ignored,
+        **sampled,
+        **unread,
+        "nfe_actual": nfe,
         **changes,
     }
 

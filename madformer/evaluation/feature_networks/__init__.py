@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from madformer.evaluation.feature_networks.digits_network import DigitsFeatures, digits_classifier
-from madformer.evaluation.feature_networks.network import FeatureNetwork, Features, metric_name
+from madformer.evaluation.feature_networks.network import FeatureNetwork, Features
 from madformer.evaluation.feature_networks.registry import build_feature_network, build_feature_networks
 
 __all__ = [
@@ -13,5 +13,4 @@ __all__ = [
     "build_feature_network",
     "build_feature_networks",
     "digits_classifier",
-    "metric_name",
 ]

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from madformer.errors import ConfigError, InputError
+from madformer.evaluation.measurement import INCEPTION
 from madformer.importing import describe
-
-INCEPTION = "inception"
-"""Label of the one network whose Fréchet distance is called FID, with its published weights."""
 
 _RESERVED = (INCEPTION, "digits", "dinov2")
 """Labels that promise a certain network."""
@@ -104,21 +102,6 @@ class FeatureNetwork:
         if not torch.allclose(once_BD, again_BD, rtol=1e-3, atol=1e-3 * float(once_BD.abs().max())):
             raise InputError("gives other features each time it sees the same images")
         return once_BD.shape[1]
-
-
-def metric_name(metric: str, label: str) -> str:
-    """What a metric over a network's features is called in records, curves and tables.
-
-    Args:
-        metric: `fd` (the Fréchet distance), `kid`, `precision`, ...
-        label: the network's.
-
-    Returns:
-        `fid`, `kid`, `precision` over Inception's features, and over no others: `fd_digits`, `kid_dinov2`.
-    """
-    if label == INCEPTION:
-        return "fid" if metric == "fd" else metric
-    return f"{metric}_{label}"
 
 
 def make_label(kind: str, text: str) -> str:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madformer.errors import InputError
-from madformer.evaluation.feature_networks.network import INCEPTION, FeatureNetwork, Features, as_files, make_label
+from madformer.evaluation.feature_networks.network import FeatureNetwork, Features, as_files, make_label
+from madformer.evaluation.measurement import INCEPTION
 from madformer.hub import explain, list_files
 from madformer.importing import describe, first_line
 from madformer.runs.fingerprint import weights_sha256

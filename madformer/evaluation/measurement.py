@@ -1,0 +1,288 @@
+"""What is measured: metrics, ways of sampling, and what makes two numbers the same measurement. No torch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from madformer.config import ExperimentConfig
+from madformer.config.evaluation import SamplerName
+from madformer.errors import ConfigError, InputError
+from madformer.model import cost
+from madformer.runs.checkpoints import Weights
+
+Point = Mapping[str, Any]
+"""A line of a run's record."""
+
+INCEPTION = "inception"
+"""Label of the one feature network whose Fréchet distance is called FID, with its published weights."""
+
+DIGITS_SHA256 = "fe8de8929b8f8c1d5fdde1a39ba44f83b8557c62b49066cd7583d0009697a32f"
+"""SHA-256 of the digits network that ships with the package, known without torch; a test compares it with the weights."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric over the features of one network. `metrics.computes` marks the function behind it."""
+
+    title: str
+    higher_is_better: bool = False
+    is_distance: bool = False
+    """Whether it is a distance to the reference images, 0 at best: what runs are ranked by."""
+    needs_logits: bool = False
+    """Whether only a classifier with logits has it."""
+    needs_pairs: bool = False
+    """Whether it compares all pairs of features, of as many reference images as samples (`neighbours.compare_pairs`)."""
+
+
+METRICS = {
+    "fd": Metric("Fréchet distance", is_distance=True),
+    "kid": Metric("kernel distance", is_distance=True, needs_pairs=True),
+    "inception_score": Metric("inception score", higher_is_better=True, needs_logits=True),
+    "precision": Metric("precision", higher_is_better=True, needs_pairs=True),
+    "recall": Metric("recall", higher_is_better=True, needs_pairs=True),
+    "density": Metric("density", higher_is_better=True, needs_pairs=True),
+    "coverage": Metric("coverage", higher_is_better=True, needs_pairs=True),
+}
+"""All metrics, in the order of records and tables."""
+
+
+def metric_name(metric: str, label: str) -> str:
+    """What a metric over a network's features is called in records, curves and tables.
+
+    Args:
+        metric: a key of `METRICS`.
+        label: the network's.
+
+    Returns:
+        `fid`, `kid`, `precision` over Inception's features, and over no others: `fd_digits`, `kid_dinov2`.
+    """
+    if label == INCEPTION:
+        return "fid" if metric == "fd" else metric
+    return f"{metric}_{label}"
+
+
+def metric_key(name: str) -> str | None:
+    """The key in `METRICS` of a recorded metric, of whatever network it is; None: there is no such metric."""
+    if name == "fid":
+        return "fd"
+    return next((key for key in METRICS if name.startswith(f"{key}_") or (name == key and key != "fd")), None)
+
+
+def higher_is_better(name: str) -> bool:
+    """Whether a recorded metric is to be maximised."""
+    key = metric_key(name)
+    return key is not None and METRICS[key].higher_is_better
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled from a checkpoint: everything about inference that one chooses.
+
+    A new inference axis is one more field. Its default is what was done before there was a choice.
+    """
+
+    nfe: int
+    """The budget in layer evaluations per block, as requested."""
+    steps: int
+    """Denoising steps per block: as many as the budget allows."""
+    sampler: SamplerName = "ddim"
+    guidance: float = 1.0
+    """Scale of classifier-free guidance; 1: none."""
+    weights: Weights = "ema"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "guidance", float(self.guidance))  # 1 and 1.0 have the same key
+
+    @classmethod
+    def of_nfe(cls, config: ExperimentConfig, nfe: int, weights: Weights = "ema") -> Sampling:
+        """As `config.evaluation` says, with as many steps as a budget allows.
+
+        Raises:
+            ConfigError: none, or more than the noise schedule has.
+        """
+        return cls._of(config, nfe, cost.steps_for_nfe(config.model, nfe), weights)
+
+    @classmethod
+    def of_steps(cls, config: ExperimentConfig, steps: int, weights: Weights = "ema") -> Sampling:
+        """As `config.evaluation` says, in a number of steps; the budget is what they cost.
+
+        Raises:
+            ConfigError: none, or more than the noise schedule has.
+        """
+        return cls._of(config, cost.nfe(config.model, steps), steps, weights)
+
+    @classmethod
+    def _of(cls, config: ExperimentConfig, nfe: int, steps: int, weights: Weights) -> Sampling:
+        most, evaluation = config.diffusion.train_timesteps, config.evaluation
+        if not 1 <= steps <= most:
+            raise ConfigError(f"steps = {steps}: must be in 1..{most}, the noise schedule's timesteps")
+        return cls(nfe, steps, evaluation.sampler, evaluation.guidance, weights, evaluation.seed)
+
+    @classmethod
+    def of_point(cls, point: Point) -> Sampling:
+        """That of a line of the record; a field that the line lacks has its default."""
+        return cls(**{field.name: point[field.name] for field in fields(cls) if field.name in point})
+
+    @property
+    def key(self) -> str:
+        """Names a point: equal keys, equal samples of equal weights. Budgets of as many steps share it."""
+        return f"{self.curve_key} steps={self.steps} seed={self.seed}"
+
+    @property
+    def curve_key(self) -> str:
+        """The key without steps and seed: what all points of a curve have in common."""
+        names = (field.name for field in fields(self) if field.name not in ("nfe", "steps", "seed"))
+        return " ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def difference(self, main: Sampling) -> str:
+        """What sets its curve apart from another one, such as `unipc, guidance 1.5`; empty: nothing."""
+        pairs = zip(self._names(), main._names(), strict=True)
+        return ", ".join(name for name, other in pairs if name != other)
+
+    def _names(self) -> tuple[str, ...]:
+        return self.sampler, f"guidance {self.guidance:g}", f"{'EMA' if self.weights == 'ema' else 'raw'} weights"
+
+    def apply(self, config: ExperimentConfig) -> ExperimentConfig:
+        """The configuration with this sampler, guidance and seed.
+
+        Raises:
+            ConfigError: the run cannot be sampled like this.
+        """
+        chosen = replace(config.evaluation, sampler=self.sampler, guidance=self.guidance, seed=self.seed)
+        return replace(config, evaluation=chosen)
+
+
+def all_samplings(
+    budgets: Sequence[Sampling], samplers: Sequence[SamplerName], guidances: Sequence[float], seeds: Sequence[int]
+) -> tuple[Sampling, ...]:
+    """All combinations of the inference axes, budgets fastest; an empty axis is as the budgets have it."""
+    axes = {"sampler": samplers, "guidance": guidances, "seed": seeds}
+    varied = {name: values for name, values in axes.items() if values}
+    combinations = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
+    return tuple(replace(budget, **changes) for changes in combinations for budget in budgets)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Everything that decides a point's metrics: the only place that says which two numbers are the same measurement.
+
+    A point of the record is known in full. Of a sweep's cell that is not evaluated yet, what is None is not known.
+    """
+
+    sampling: Sampling
+    num_samples: int
+    feature_networks: tuple[tuple[str, str | None], ...]
+    """Name and SHA-256 of each."""
+    weights_sha256: str | None = None
+    """Of the checkpoint's weights."""
+    prompts: str | None = None
+    """SHA-256 of the prompts; empty: without text."""
+    precision: str | None = None
+    codec: tuple[str | None, str] | None = None
+    """SHA-256, and the type that it computes in."""
+    references: tuple[str, ...] | None = None
+    """SHA-256 of each network's reference images."""
+
+    @classmethod
+    def of_point(cls, point: Point) -> Measurement:
+        """That of a point, or of a mean over points, which has no seed and no weights of its own."""
+        return cls(
+            Sampling.of_point(point),
+            point["num_samples"],
+            tuple((network["name"], network["sha256"]) for network in point["feature_networks"]),
+            point.get("weights_sha256"),
+            point["prompts"] or "",
+            point["precision"],
+            (point["codec"]["sha256"], point["codec"]["dtype"]),
+            tuple(reference["sha256"] for reference in point["references"]),
+        )
+
+    @property
+    def key(self) -> str:
+        """Equal keys, the same measurement: a point that is recorded need not be measured again."""
+        return json.dumps([self.sampling.key, self.weights_sha256, self.conditions])
+
+    @property
+    def curve_key(self) -> str:
+        """What all points of a curve have in common, over its budgets, checkpoints and seeds."""
+        return json.dumps([self.sampling.curve_key, self.conditions])
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What must agree for two curves to be compared, whatever their models and their sampling. Places do not count."""
+        return {
+            "num_samples": self.num_samples,
+            "prompts": self.prompts,
+            "precision": self.precision,
+            "codec": self.codec,
+            "references": self.references,
+            "feature_networks": [sha256 or name for name, sha256 in self.feature_networks],
+        }
+
+    def matches(self, point: Measurement) -> bool:
+        """Whether a point is this measurement at this budget, as far as this one is known."""
+        known = ("weights_sha256", "prompts", "precision", "codec", "references")
+        values = ((getattr(self, name), getattr(point, name)) for name in known)
+        return (
+            (self.sampling, self.num_samples) == (point.sampling, point.num_samples)
+            and len(self.feature_networks) == len(point.feature_networks)
+            and all(map(_same_network, self.feature_networks, point.feature_networks))
+            and all(value in (None, other) for value, other in values)
+        )
+
+
+def differing(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The keys in which mappings of the same keys differ."""
+    listed = list(entries)
+    return [key for key in listed[0] if len({repr(entry[key]) for entry in listed}) > 1] if listed else []
+
+
+def _same_network(network: tuple[str, str | None], other: tuple[str, str | None]) -> bool:
+    """By hash, which neither a moved file nor a new name changes; by name where the hash is not known."""
+    return network[1] == other[1] if network[1] is not None else network[0] == other[0]
+
+
+def network_sha256(name: str) -> str | None:
+    """The SHA-256 of a feature network that lies on this machine; None: it is the hub's, or it cannot be built here.
+
+    So a network whose code or weights have changed is known for another one before anything is evaluated.
+    """
+    if name == "digits":
+        return DIGITS_SHA256
+    kind, _, location = name.partition(":")
+    published = kind in (INCEPTION, "torchscript", "hf")
+    path = Path(location if published else _source_file(name.rpartition(":")[0])).expanduser()
+    if not location or not path.exists():
+        return None
+    state = path.stat()
+    return _built_sha256(name, (state.st_mtime_ns, state.st_size))
+
+
+def _source_file(place: str) -> str:
+    """The file of a custom network's class: that of a module, or the file itself."""
+    if place.endswith(".py"):
+        return place
+    try:
+        spec = find_spec(place)
+    except (ImportError, ValueError):
+        spec = None
+    return (spec and spec.origin) or ""
+
+
+@lru_cache(maxsize=64)
+def _built_sha256(name: str, state: tuple[int, int]) -> str | None:
+    """Built once for each state of its file: torch and the network's code take seconds."""
+    from madformer.evaluation.feature_networks import build_feature_network
+
+    try:
+        return build_feature_network(name).sha256
+    except InputError:
+        return None  # the evaluation says why

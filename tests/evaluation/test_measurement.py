@@ -1,0 +1,76 @@
+"""Metrics by name, ways of sampling, and what makes two numbers the same measurement."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+from madformer.evaluation.feature_networks import build_feature_network
+from madformer.evaluation.measurement import (
+    DIGITS_SHA256,
+    METRICS,
+    Measurement,
+    Sampling,
+    all_samplings,
+    higher_is_better,
+    metric_key,
+    metric_name,
+)
+from madformer.evaluation.metrics import _COMPUTE
+from tests.points import point
+
+MAIN = Sampling(nfe=32, steps=4)
+
+
+def test_the_digits_network_is_the_one_that_ships():
+    assert build_feature_network("digits").sha256 == DIGITS_SHA256
+
+
+@pytest.mark.parametrize("label", ["inception", "digits", "fd_kid"])
+def test_names_of_metrics_are_read_back(label):
+    assert [metric_key(metric_name(key, label)) for key in METRICS] == list(METRICS)
+    assert [higher_is_better(metric_name(key, label)) for key in METRICS] == [m.higher_is_better for m in METRICS.values()]
+
+
+def test_what_is_no_metric_has_no_key():
+    assert [metric_key(name) for name in ("loss", "fd", "fidelity", "nfe")] == [None] * 4
+
+
+def test_every_metric_is_computed():
+    assert set(_COMPUTE) == {key for key, metric in METRICS.items() if not metric.needs_pairs}
+
+
+def test_a_key_names_the_samples_and_a_curve_key_the_curve():
+    assert replace(MAIN, nfe=35).key == MAIN.key, "budgets of as many steps have the same samples"
+    changes = {"steps": 5, "sampler": "unipc", "guidance": 1.5, "weights": "model", "seed": 1}
+    assert set(changes) == {field.name for field in fields(Sampling)} - {"nfe"}
+    for name, value in changes.items():
+        other = replace(MAIN, **{name: value})
+        assert other.key != MAIN.key, name
+        assert (other.curve_key == MAIN.curve_key) == (name in ("steps", "seed")), name
+    assert Sampling(32, 4, guidance=1).key == MAIN.key
+
+
+def test_all_combinations_of_axes_come_with_budgets_fastest():
+    budgets = [MAIN, replace(MAIN, nfe=64, steps=8)]
+    found = all_samplings(budgets, ("ddim", "unipc"), (), (0, 1))
+    assert [(each.sampler, each.seed, each.nfe) for each in found] == [
+        (sampler, seed, nfe) for sampler in ("ddim", "unipc") for seed in (0, 1) for nfe in (32, 64)
+    ]
+    assert all_samplings(budgets, (), (), ()) == tuple(budgets)
+
+
+def test_a_measurement_matches_as_far_as_it_is_known():
+    recorded = Measurement.of_point(point(32, 1.0))
+    expected = Measurement(MAIN, 1024, (("digits", DIGITS_SHA256),))
+    assert expected.matches(recorded) and replace(expected, feature_networks=(("digits", None),)).matches(recorded)
+    assert replace(expected, feature_networks=(("moved", DIGITS_SHA256),)).matches(recorded)
+    others = [
+        {"feature_networks": (("digits", "ff"),)},
+        {"feature_networks": (("other", None),)},
+        {"feature_networks": ()},
+        {"num_samples": 9},
+        {"sampling": replace(MAIN, nfe=33)},
+        {"weights_sha256": "ff"},
+        {"prompts": "ff"},
+    ]
+    assert not any(replace(expected, **other).matches(recorded) for other in others)

@@ -1,0 +1,65 @@
+"""What a cell needs, by the record of its run: real evaluations of random weights."""
+
+import torch
+
+from madformer.config import write_config
+from madformer.evaluation.evaluate import evaluate
+from madformer.evaluation.measurement import network_sha256
+from madformer.evaluation.request import parse_request
+from madformer.model import MADFormer
+from madformer.runs.checkpoints import EMA, checkpoint_path
+from madformer.sweep.load_sweep import load_sweep
+from madformer.sweep.needs import cell_needs, main_metrics
+from madformer.sweep.status import print_status
+from tests.tiny_runs import TINY
+
+NETWORK = """
+import torch
+
+
+class Brightness(torch.nn.Module):
+    num_features = 2
+
+    def forward(self, images):
+        return torch.stack([{scale} * images.mean((1, 2, 3)), images.std((1, 2, 3))], 1)
+"""
+
+
+def trained_cell(sweep_file, tmp_path):
+    """A cell of a sweep with a custom network, trained but for its weights, which are random."""
+    network = tmp_path / "brightness.py"
+    network.write_text(NETWORK.format(scale=10))
+    overrides = [*(field for field in TINY if "nfe=" not in field), f"evaluation.feature_networks=[{network}:Brightness]"]
+    sweep = load_sweep(sweep_file, [*overrides, "grid.model.diffusion_depth=[2]", "evaluate.nfe=[5]"])
+    [cell] = sweep.cells()
+    write_config(cell.config, cell.run)
+    weights = MADFormer(cell.config.model).state_dict()
+    path = checkpoint_path(cell.run, cell.max_steps)
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in weights.items()}, EMA: weights}, path)
+    return sweep, cell, network
+
+
+def test_a_feature_network_whose_code_changes_is_measured_again(sweep_file, tmp_path, capsys):
+    sweep, cell, network = trained_cell(sweep_file, tmp_path)
+    [before] = evaluate(parse_request(cell.config, nfe="5"))
+    assert not cell_needs(cell) and main_metrics(cell)[5] == before["metrics"]
+    network.write_text(NETWORK.format(scale=20))
+    assert cell_needs(cell).budgets == (5,) and main_metrics(cell) == {}, "the old number is of another network"
+    capsys.readouterr()
+    print_status(sweep)
+    shown = capsys.readouterr().out
+    assert f"{before['metrics']['fd_brightness']:.3g}" not in shown
+    [after] = evaluate(parse_request(cell.config, nfe="5"))
+    assert after["metrics"]["fd_brightness"] != before["metrics"]["fd_brightness"]
+    assert not cell_needs(cell) and main_metrics(cell)[5] == after["metrics"]
+    network.write_text(NETWORK.format(scale=10))
+    assert main_metrics(cell)[5] == before["metrics"], "the first network again: its number is recorded"
+
+
+def test_a_network_that_is_not_on_this_machine_is_known_by_name_alone(tmp_path):
+    assert network_sha256("hf:owner/name") is None and network_sha256("inception") is None
+    assert network_sha256(f"{tmp_path / 'gone.py'}:Gone") is None and network_sha256("no.such.module:Gone") is None
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_of_this_name")
+    assert network_sha256(f"{broken}:Broken") is None, "the evaluation says what is wrong"
