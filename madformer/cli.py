@@ -89,9 +89,9 @@ def evaluate(
     """Measure samples of a run; what is recorded already is not computed again."""
     from madformer.evaluation.request import parse_request
 
-    asked = {"references": tuple(reference or ()), "devices": devices, "diagnostics": diagnostics}
-    config = load_run(run, overrides or [])
-    request = parse_request(config, nfe, steps, num_samples, checkpoints, weights, sampler, guidance, seeds, **asked)
+    options = {"references": tuple(reference or ()), "devices": devices, "diagnostics": diagnostics}
+    axes = {"sampler": sampler, "guidance": guidance, "seed": seeds}
+    request = parse_request(load_run(run, overrides or []), nfe, steps, num_samples, checkpoints, weights, axes, **options)
     from madformer.evaluation.evaluate import evaluate
 
     with _going_on_later():
@@ -116,8 +116,9 @@ def sample(
     """Write images, and a grid of them; those that are there already are left alone."""
     from madformer.evaluation.request import parse_sampling
 
-    asked = {"classes": classes, "prompt": prompt, "devices": devices}
-    request = parse_sampling(load_run(run), num, steps, nfe, seed, weights, sampler, guidance, **asked)
+    axes = {"sampler": sampler, "guidance": guidance, "seed": seed}
+    options = {"classes": classes, "prompt": prompt, "devices": devices}
+    request = parse_sampling(load_run(run), num, steps, nfe, weights, axes, **options)
     from madformer.evaluation.write_samples import write_samples
 
     with _going_on_later():

@@ -13,11 +13,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from madformer.config import ExperimentConfig, ModelConfig, budget_flaw, config_hash, frozen_hash, load_experiment
-from madformer.config.evaluation import SamplerName
 from madformer.config.identity import config_path
 from madformer.config.validation import require
 from madformer.errors import ConfigError
-from madformer.evaluation.measurement import Sampling, all_samplings
+from madformer.evaluation.measurement import AXES, Sampling, all_samplings
 from madformer.model import cost
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.sweep.spec import VARIANT, InferenceAxes, Search, Sweep, as_text, label
@@ -60,26 +59,11 @@ class Cell:
         """NFE budgets that it is evaluated at."""
         return self.config.evaluation.nfe
 
-    @property
-    def samplers(self) -> tuple[SamplerName, ...]:
-        """Samplers that it is evaluated with, the main one first."""
-        return cast("tuple[SamplerName, ...]", self.inference.samplers) or (self.config.evaluation.sampler,)
-
-    @property
-    def guidances(self) -> tuple[float, ...]:
-        """Scales of guidance that it is evaluated with, the main one first."""
-        return self.inference.guidance or (self.config.evaluation.guidance,)
-
-    @property
-    def sampling_seeds(self) -> tuple[int, ...]:
-        """Seeds of sampling."""
-        return self.inference.seeds or (self.config.evaluation.seed,)
-
     @cached_property
     def samplings(self) -> tuple[Sampling, ...]:
         """All ways that each of its checkpoints is sampled in, the main sampler and guidance first."""
         budgets = [Sampling.of_nfe(self.config, nfe) for nfe in self.budgets]
-        return all_samplings(budgets, self.samplers, self.guidances, self.sampling_seeds)
+        return all_samplings(budgets, {name: getattr(self.inference, axis.sweep_key) for name, axis in AXES.items()})
 
     @property
     def max_steps(self) -> int:
@@ -181,8 +165,9 @@ class CellMaker:
     def _check_inference(self, config: ExperimentConfig) -> None:
         """Refuse samples that the run will not be able to give."""
         axes, trainer = self._sweep.evaluate, config.trainer
-        for scale in axes.guidance:
-            replace(config, evaluation=replace(config.evaluation, guidance=scale))
+        for name, axis in AXES.items():
+            for value in getattr(axes, axis.sweep_key):
+                replace(config, evaluation=replace(config.evaluation, **{name: value}))
         kept = min(trainer.keep_checkpoints, -(-trainer.max_steps // trainer.checkpoint_every))
         remedy = f"there will be {kept} (trainer.keep_checkpoints, trainer.checkpoint_every)"
         require(axes.last <= kept, "evaluate.checkpoints", axes.checkpoints, remedy)

@@ -212,7 +212,7 @@ def _points(cell: Cell) -> dict[tuple[object, ...], float]:
 
     Checkpoints count from the newest: which steps they are of is not known before there is a run.
     """
-    flops = {guidance: sampling(cell, guidance) for guidance in cell.guidances}
+    flops = {guidance: sampling(cell, guidance) for guidance in {each.guidance for each in cell.samplings}}
     return {
         (cell.config_hash, checkpoint, chosen.nfe, cell_measurement(cell, chosen).key): (
             flops[chosen.guidance][chosen.nfe][0] * cell.config.evaluation.num_samples

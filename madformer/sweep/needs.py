@@ -193,7 +193,7 @@ class Estimates:
 
 def cell_ways(cell: Cell) -> int:
     """Points of a cell at each budget."""
-    return len(cell.samplers) * len(cell.guidances) * len(cell.sampling_seeds) * cell.inference.last
+    return len(cell.samplings) // len(cell.budgets) * cell.inference.last
 
 
 def device_count(cell: Cell) -> int:
@@ -209,16 +209,18 @@ def training_flops(config: ExperimentConfig) -> float:
 
 def sampling(cell: Cell, guidance: float | None = None) -> dict[int, tuple[float, int]]:
     """Budget -> FLOPs of an image, denoising steps; with the first scale of guidance, or another one."""
-    model, guided = cell.config.model, (cell.guidances[0] if guidance is None else guidance) != 1
+    model, guided = cell.config.model, (cell.samplings[0].guidance if guidance is None else guidance) != 1
     steps = {budget: cost.steps_for_nfe(model, budget) for budget in cell.budgets}
     return {budget: (_sampling_flops(model, guided).total(count), count) for budget, count in steps.items()}
 
 
 def evaluation_flops(cell: Cell) -> dict[int, float]:
     """Budget -> FLOPs of all its points."""
-    each = cell_ways(cell) // len(cell.guidances) * cell.config.evaluation.num_samples
-    costs = [sampling(cell, guidance) for guidance in cell.guidances]
-    return {budget: each * sum(cost[budget][0] for cost in costs) for budget in cell.budgets}
+    samples, flops = cell.inference.last * cell.config.evaluation.num_samples, dict.fromkeys(cell.budgets, 0.0)
+    costs = {chosen.guidance: sampling(cell, chosen.guidance) for chosen in cell.samplings}
+    for chosen in cell.samplings:
+        flops[chosen.nfe] += samples * costs[chosen.guidance][chosen.nfe][0]
+    return flops
 
 
 @cache

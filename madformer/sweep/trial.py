@@ -19,6 +19,7 @@ from typing import Literal
 
 from madformer.config import load_run
 from madformer.errors import InputError
+from madformer.evaluation.measurement import AXES
 from madformer.runs.folder import is_run
 from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_needs
@@ -121,7 +122,7 @@ def trial_commands(cell: Cell) -> list[list[str]]:
 def _evaluation_options(cell: Cell) -> list[str]:
     """What the sweep asks for, and fields of the evaluation that the run was not begun with: they may change at any time."""
     axes = cell.inference
-    given = {"--sampler": axes.samplers, "--guidance": axes.guidance, "--seeds": axes.seeds}
+    given = {axis.option: getattr(axes, axis.sweep_key) for axis in AXES.values()}
     words = [word for option, values in given.items() if values for word in (option, ",".join(map(str, values)))]
     if axes.checkpoints != "newest":
         words += ["--checkpoints", axes.checkpoints]

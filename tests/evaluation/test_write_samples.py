@@ -47,7 +47,8 @@ def text(tmp_path_factory):
 
 
 def sample(config, folder, num=3, steps=2, nfe=None, seed=0, **options):
-    write_samples(parse_sampling(config, num, steps, nfe, seed, **options), folder)
+    axes = {"seed": seed, **{name: options.pop(name) for name in ("sampler", "guidance") if name in options}}
+    write_samples(parse_sampling(config, num, steps, nfe, axes=axes, **options), folder)
 
 
 def pixels(folder):

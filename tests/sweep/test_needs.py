@@ -29,7 +29,10 @@ def trained_cell(sweep_file, tmp_path):
     """A cell of a sweep with a custom network, trained but for its weights, which are random."""
     network = tmp_path / "brightness.py"
     network.write_text(NETWORK.format(scale=10))
-    overrides = [*(field for field in TINY if "nfe=" not in field), f"evaluation.feature_networks=[{network}:Brightness]"]
+    overrides = [
+        *(field for field in TINY if "nfe=" not in field and "diffusion_depth" not in field),
+        f"evaluation.feature_networks=[{network}:Brightness]",
+    ]
     sweep = load_sweep(sweep_file, [*overrides, "grid.model.diffusion_depth=[2]", "evaluate.nfe=[5]"])
     [cell] = sweep.cells()
     write_config(cell.config, cell.run)
