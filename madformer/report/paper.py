@@ -286,16 +286,16 @@ def _figure(designs: Mapping[str, Design], rows: Sequence[Row], metric: str) -> 
     if len(lengths) != 1 or higher_is_better(metric):
         return None
     [length] = lengths
-    few, every = labels[length, FEW], labels[length, ALL]
-    at = {label: {row.nfe: row.quality[metric].mean for row in rows if row.label == label} for label in (few, every)}
-    shared = sorted(at[few].keys() & at[every].keys())
-    if len(shared) < 2 or min(*at[few].values(), *at[every].values()) <= 0:  # a kernel distance may be below zero
+    few, full = labels[length, FEW], labels[length, ALL]
+    at = {label: {row.nfe: row.quality[metric].mean for row in rows if row.label == label} for label in (few, full)}
+    shared = sorted(at[few].keys() & at[full].keys())
+    if len(shared) < 2 or min(*at[few].values(), *at[full].values()) <= 0:  # a kernel distance may be below zero
         return None
     ends = []
     for nfe in (shared[0], shared[-1]):
-        change = at[few][nfe] / at[every][nfe] - 1
+        change = at[few][nfe] / at[full][nfe] - 1
         ends.append(f"{number(100 * abs(change))} % {'below' if change < 0 else 'above'} it at NFE {nfe}")
     return (
         "**Figure 4** of the paper: with few layer evaluations, models in which 7 of 28 layers iterate are up to 60–75 % below "
-        f"those in which all do; with many, the latter win. Here {few} is set against {every}: {' and '.join(ends)}."
+        f"those in which all do; with many, the latter win. Here {few} is set against {full}: {' and '.join(ends)}."
     )

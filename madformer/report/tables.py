@@ -118,10 +118,10 @@ class Report:
         lines = [[arrow(self.metric), *map(str, self.columns)]]
         best = {column: min(self._loss(row) for row in self.rows if column.holds(row)) for column in self.columns}
         for group in self.groups:
-            own = [row for row in self.rows if row.label == group.label]
+            group_rows = [row for row in self.rows if row.label == group.label]
             line = [group.label]
             for column in self.columns:
-                row = next((row for row in own if column.holds(row)), None)
+                row = next((row for row in group_rows if column.holds(row)), None)
                 text = NOTHING if row is None else show(row.quality[self.metric])
                 line.append(f"**{text}**" if row and self._loss(row) == best[column] and len(self.groups) > 1 else text)
             lines.append(line)
