@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
@@ -25,8 +25,8 @@ from madformer.config import (
     write_config,
 )
 from madformer.config.data import DIGITS, PIXELS
-from madformer.config.identity import to_container, to_yaml
-from madformer.config.loading import build_experiment
+from madformer.config.identity import to_yaml
+from madformer.config.loading import build
 from madformer.errors import InputError
 from madformer.model import MADFormer, cost
 from madformer.model.official import from_released
@@ -106,7 +106,7 @@ def _adopt(config: ExperimentConfig, run: Path, overrides: Sequence[str]) -> Exp
         evaluation = replace(config.evaluation, feature_networks=("digits",))
         config = replace(config, data=data, evaluation=evaluation)
     config = replace(config, name=run.resolve().name, output_dir=str(run.parent))
-    return build_experiment(DictConfig(to_container(config)), overrides, str(run))
+    return build(ExperimentConfig, OmegaConf.structured(config), overrides, f"{run}: ")
 
 
 def _experiment(model: ModelConfig) -> ExperimentConfig:

@@ -82,7 +82,7 @@ def _reads_back(text: str) -> bool:
         return False
 
 
-OWN = {
+SET_BY_SWEEP = {
     "seed": "set seeds",
     "name": "cells are named by their axes",
     "output_dir": "set output_dir of the sweep",
@@ -200,7 +200,7 @@ class Slurm:
     """Memory on each machine; null: the cluster's default."""
     parallel: int | None = None
     """The most trials that wait or run at once; null: as many as Slurm takes, of a search ten."""
-    setup: tuple[str, ...] = ()
+    setup: tuple[str, ...] = field(default=(), metadata={"entries": "shell lines"})
     """Shell lines before the trial, such as `module load cuda`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Any other option of sbatch -> value, such as `constraint: a100` or `gres: gpu:a100:4`."""
@@ -284,8 +284,8 @@ class Sweep:
         for where, values in places.items():
             for key, value in values.items():
                 require_known(key, where)
-                if key in OWN:
-                    raise ConfigError(f"{where}.{key} = {value!r}: {OWN[key]}")
+                if key in SET_BY_SWEEP:
+                    raise ConfigError(f"{where}.{key} = {value!r}: {SET_BY_SWEEP[key]}")
                 remedy = "inference never makes a new cell: set it in overrides, or under evaluate"
                 legal = where == "overrides" or not key.startswith("evaluation")
                 require(legal, f"{where}.{key}", value, remedy)
@@ -325,8 +325,8 @@ class Sweep:
             require(not getattr(self, name), name, getattr(self, name), "a sweep is a grid or a search: leave one of them out")
         require(len(self.seeds) == 1, "seeds", list(self.seeds), "trials of a search have one seed")
         for name in ("nfe", "steps"):
-            asked = list(getattr(self.evaluate, name))
-            require(not asked, f"evaluate.{name}", asked, "trials of a search have search.nfe")
+            values = list(getattr(self.evaluate, name))
+            require(not values, f"evaluate.{name}", values, "trials of a search have search.nfe")
         for key in self.search.space:
             if key in self.overrides:
                 raise ConfigError(f"overrides.{key} = {self.overrides[key]!r}: the search varies it; leave one of them out")
@@ -346,8 +346,8 @@ class Sweep:
     @cached_property
     def accelerator(self) -> str:
         """Kind of device that trials run on, as `trainer.accelerator` says it."""
-        own = load_experiment(self.experiment).trainer.accelerator
-        return str(self.overrides.get("trainer.accelerator", own))
+        default = load_experiment(self.experiment).trainer.accelerator
+        return str(self.overrides.get("trainer.accelerator", default))
 
     @property
     def axes(self) -> list[str]:

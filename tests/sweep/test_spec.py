@@ -36,7 +36,7 @@ BAD = {
     "seeds=[]": "seeds = []: must be a list of integers of at least 0",
     "seeds=[-1]": "seeds = [-1]: must be a list of integers of at least 0",
     "seeds=[1,1]": "seeds = [1, 1]: a value occurs twice",
-    "seeds=[a]": "a list entry: the value could not be converted to Integer",
+    "seeds=[a]": "a list's entry: the value could not be converted to Integer",
     "seed=3": "overrides.seed = 3: set seeds",
     "overrides.name=a": "overrides.name = 'a': cells are named by their axes",
     "overrides.output_dir=a": "overrides.output_dir = 'a': set output_dir of the sweep",
