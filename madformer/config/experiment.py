@@ -10,7 +10,7 @@ from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY, DIGITS, PIXELS, D
 from madformer.config.evaluation import EvaluationConfig
 from madformer.config.model import ModelConfig
 from madformer.config.training import OptimizerConfig, TrainerConfig
-from madformer.config.validation import is_integer, require, require_at_least, setting
+from madformer.config.validation import is_folder_name, is_integer, require, require_at_least, setting
 from madformer.errors import ConfigError
 
 
@@ -78,13 +78,12 @@ class ExperimentConfig:
     """How weights move."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """How long, and on what."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"new_run": False})
+    evaluation: EvaluationConfig = setting(EvaluationConfig(), new_run=False)
     """What is measured."""
 
     def __post_init__(self) -> None:
         require(is_integer(self.seed) and self.seed >= 0, "seed", self.seed, "must be an integer of at least 0")
-        legal = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\n\0")
-        require(legal, "name", self.name, "must be the name of a folder")
+        require(is_folder_name(self.name), "name", self.name, "must be the name of a folder")
         check_losses(self.model, self.loss)
         legal = self.diffusion.draws_per_image == 1 or self.model.clean_timestep == "zero"
         remedy = "several draws share the clean blocks: set diffusion.draws_per_image=1 or model.clean_timestep=zero"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -29,14 +28,14 @@ def trained_fields(config: ExperimentConfig) -> dict[str, Any]:
     return _collect(config, leave_out_neutral=True)
 
 
-def _collect(section: Any, leave_out_neutral: bool, prefix: str = "") -> dict[str, Any]:
+def _collect(section: object, leave_out_neutral: bool, prefix: str = "") -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for field in _fields(type(section)):
+    for field in _fields(section):
         name, value = f"{prefix}{field.name}", getattr(section, field.name)
         new_run, neutral = field.metadata.get("new_run", True), field.metadata.get("neutral", MISSING)
         if not new_run or (leave_out_neutral and value == neutral):
             continue
-        if _fields(cast(Hashable, type(value))):
+        if _fields(value):
             values |= _collect(value, leave_out_neutral, f"{name}.")
         else:
             values[name] = value is not None if new_run == "presence" else _plain(value)
@@ -105,17 +104,16 @@ def read_config_hash(run: Path) -> str | None:
 
 def to_container(config: ExperimentConfig) -> dict[str, Any]:
     """All fields, nested by section, as plain values."""
-    return {field.name: _plain(getattr(config, field.name)) for field in _fields(ExperimentConfig)}
+    return {field.name: _plain(getattr(config, field.name)) for field in _fields(config)}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """A section as a mapping, tuples as lists; unlike `dataclasses.asdict` it copies no number, a sweep has many."""
-    if section := _fields(cast(Hashable, type(value))):
+    if section := _fields(value):
         return {field.name: _plain(getattr(value, field.name)) for field in section}
     return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
-@cache
-def _fields(kind: Any) -> tuple[Field[Any], ...]:
+def _fields(value: object) -> tuple[Field[Any], ...]:
     """Fields of a section; none of a plain value."""
-    return fields(kind) if is_dataclass(kind) else ()
+    return fields(value) if is_dataclass(value) else ()

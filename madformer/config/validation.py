@@ -21,7 +21,7 @@ def setting(default: T, *, new_run: bool | Literal["presence"] = True, neutral: 
             whether there is a value matters.
         neutral: a value that does not count. Give one to a field that you add, so that existing runs keep their hashes.
     """
-    return cast(T, field(default=default, metadata={"new_run": new_run, "neutral": neutral}))
+    return field(default=default, metadata={"new_run": new_run, "neutral": neutral})
 
 
 def require(legal: bool, name: str, value: object, remedy: str) -> None:
@@ -60,3 +60,8 @@ def type_hints(kind: Any) -> dict[str, Any]:
 def is_integer(value: object) -> bool:
     """Whether it is an integer, and not a boolean."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether it can be the name of one folder."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\n\0")

@@ -45,7 +45,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         for override in overrides:
             check_keys(fields, Sweep)
             _apply(fields, override)
-        sweep = build(Sweep, merge(defaults(Sweep), DictConfig({"name": path.stem, **fields})))
+        fields.setdefault("name", path.stem)
+        sweep = build(Sweep, merge(defaults(Sweep), DictConfig(fields)))
         if sweep.output_dir is None:
             sweep = replace(sweep, output_dir=load_experiment(sweep.experiment).output_dir)
         sweep.cells()

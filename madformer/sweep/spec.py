@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from madformer.config import ExperimentConfig, load_experiment
 from madformer.config.evaluation import SamplerName
 from madformer.config.loading import all_keys, nearest
-from madformer.config.validation import is_integer, require
+from madformer.config.validation import is_folder_name, is_integer, require
 from madformer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,16 +43,6 @@ def as_text(value: Any) -> str:
 def label(key: str, value: Any) -> str:
     """An axis in a cell's name: d7, width64, channels16x32."""
     return ALIASES.get(key, key.rpartition(".")[2]) + _UNFIT.sub("_", "x".join(_words(value)))
-
-
-def is_folder_name(name: str) -> bool:
-    """Whether a folder can be called so, and a part of a cell's name."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\\n\0")
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether it stands in a cell's name as it is."""
-    return bool(name) and not _UNFIT.search(name)
 
 
 def read_value(text: str) -> Any:
@@ -276,7 +266,8 @@ class Sweep:
     def _check_fields(self) -> None:
         places: dict[str, Mapping[str, Any]] = {"overrides": self.overrides, "grid": self.grid, "zip": self.zip}
         for name, changes in self.variants.items():
-            require(is_plain_name(name), "variants", name, "a variant's name must be of letters, digits, '.', '_', '+' and '-'")
+            legal = bool(name) and not _UNFIT.search(name)
+            require(legal, "variants", name, "a variant's name must be of letters, digits, '.', '_', '+' and '-'")
             require(isinstance(changes, Mapping), f"variants.{name}", changes, "must be a mapping of fields to values")
             places[f"variants.{name}"] = changes
         if self.search is not None:
@@ -308,13 +299,14 @@ class Sweep:
 
     def _check_once(self) -> None:
         """No field is set in two places."""
-        varied = dict.fromkeys(self.zip, "zip") | dict.fromkeys(self.grid, "grid")
-        if both := self.zip.keys() & self.grid.keys():
-            raise ConfigError(f"zip.{min(both)}: the grid varies it too; name it once")
-        changed = {key: f"variants.{name}" for name, changes in self.variants.items() for key in changes}
-        if both := changed.keys() & varied.keys():
-            raise ConfigError(f"{changed[min(both)]}.{min(both)}: the {varied[min(both)]} varies it too; name it once")
-        for key, where in varied.items():
+        if overlap := self.zip.keys() & self.grid.keys():
+            raise ConfigError(f"zip.{min(overlap)}: the grid varies it too; name it once")
+        axes = dict.fromkeys(self.zip, "zip") | dict.fromkeys(self.grid, "grid")
+        switches = {key: f"variants.{name}" for name, changes in self.variants.items() for key in changes}
+        if overlap := switches.keys() & axes.keys():
+            key = min(overlap)
+            raise ConfigError(f"{switches[key]}.{key}: the {axes[key]} varies it too; name it once")
+        for key, where in axes.items():
             if key in self.overrides:
                 raise ConfigError(f"overrides.{key} = {self.overrides[key]!r}: the {where} varies it; set {where}.{key}")
 

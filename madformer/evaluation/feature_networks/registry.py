@@ -18,7 +18,7 @@ from madformer.evaluation.feature_networks.digits_network import build_digits
 from madformer.evaluation.feature_networks.network import FeatureNetwork, make_label, network_error
 from madformer.evaluation.feature_networks.pretrained import build_inception, build_pretrained, build_torchscript
 from madformer.importing import build_custom, modules_of
-from madformer.runs.fingerprint import weights_sha256
+from madformer.runs.checkpoints import weights_sha256
 
 
 class _Custom(nn.Module):

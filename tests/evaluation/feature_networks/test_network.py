@@ -10,7 +10,7 @@ from madformer.data.digits import load_digits
 from madformer.errors import ConfigError
 from madformer.evaluation.feature_networks import DigitsFeatures, FeatureNetwork, build_feature_network, metric_name
 from madformer.evaluation.feature_networks.network import as_files, make_label
-from madformer.runs.fingerprint import weights_sha256
+from madformer.runs.checkpoints import weights_sha256
 from tests.networks import complaint
 
 OWN = """
