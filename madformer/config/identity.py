@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -116,4 +117,9 @@ def _plain(value: object) -> Any:
 
 def _fields(value: object) -> tuple[Field[Any], ...]:
     """Fields of a section; none of a plain value."""
-    return fields(value) if is_dataclass(value) else ()
+    return _fields_of_type(cast(Hashable, type(value)))
+
+
+@cache
+def _fields_of_type(kind: Any) -> tuple[Field[Any], ...]:
+    return fields(kind) if is_dataclass(kind) else ()
