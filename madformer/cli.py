@@ -264,8 +264,7 @@ def _going_on_later() -> Iterator[None]:
 
 def _fail_if_expected(error: RuntimeError) -> None:
     """Commands that end as they must: interrupted, diverged, killed. Anything else is a defect and shows where."""
-    from madformer.errors import Interrupted, NonFiniteError
-    from madformer.parallel import ProcessKilledError
+    from madformer.errors import Interrupted, NonFiniteError, ProcessKilledError
 
     if isinstance(error, Interrupted):
         _fail(str(error), 128 + error.signal_number)

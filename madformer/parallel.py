@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from madformer.config import TrainerConfig
-from madformer.errors import ConfigError
+from madformer.errors import ConfigError, ProcessKilledError, StoppedError
 from madformer.progress import ProgressDisplay
 
 if TYPE_CHECKING:
@@ -39,14 +39,6 @@ class Share:
 
 Work = Callable[..., None]
 """Called with a `Share` and further arguments; a function of a module, so that another process finds it."""
-
-
-class StoppedError(RuntimeError):
-    """The work is not wanted any more: another process has failed, or the program that started this one was interrupted."""
-
-
-class ProcessKilledError(RuntimeError):
-    """A process ended without a word, as when the system kills it for want of memory."""
 
 
 def find_devices(settings: TrainerConfig) -> list[str]:

@@ -16,13 +16,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from madformer.errors import BadImage
 from madformer.runs.files import atomic_write
 
-__all__ = ["BadImage", "decode_image", "load_square", "square_image", "to_unit"]
-
-
-class BadImage(ValueError):  # noqa: N818  # a row's state that the reader counts and skips, not the end of a program
-    """A row without a readable image; the message is the reason, in one line."""
+__all__ = ["decode_image", "load_square", "square_image", "to_unit"]
 
 
 def decode_image(content: bytes) -> Image.Image:

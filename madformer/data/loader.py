@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from madformer.data.digits import load_digits
-from madformer.data.image_files import BadImage, load_square
+from madformer.data.image_files import load_square
 from madformer.data.latents import ShardReader
 from madformer.data.order import BatchIndex
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer
 from madformer.data.sources import ImageSource, Row
-from madformer.errors import DataError, InputError
+from madformer.errors import BadImage, DataError, InputError
 from madformer.randomness import keyed_generator
 
 SECONDS_TO_END = 10

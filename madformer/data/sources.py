@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madformer.config import DataConfig
-from madformer.data.image_files import BadImage
 from madformer.data.open_dataset import Columns, Opened, explained, find_columns, open_data_set, quiet
-from madformer.errors import ConfigError, InputError
+from madformer.errors import BadImage, ConfigError, InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -19,8 +19,7 @@ from madformer.evaluation.metrics import frechet_bias
 from madformer.evaluation.reference import Reference, find_reference
 from madformer.evaluation.request import EvaluationRequest
 from madformer.evaluation.sampling import choose_prompts, sampling_precision, tokenize
-from madformer.runs.checkpoints import DATA, checkpoint_step, load_checkpoint, load_model
-from madformer.runs.fingerprint import weights_sha256
+from madformer.runs.checkpoints import DATA, checkpoint_step, load_checkpoint, load_model, weights_sha256
 
 FEW = 10
 """Samples for each feature, below which the bias of the Fréchet distance is worth a warning."""

@@ -12,7 +12,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from madformer.config import ExperimentConfig, ModelConfig, budget_flaw, config_hash, frozen_hash, load_experiment
+from madformer.config import ExperimentConfig, ModelConfig, budget_flaw, config_hash, load_experiment, read_config_hash
 from madformer.config.identity import config_path
 from madformer.config.validation import require
 from madformer.errors import ConfigError
@@ -190,7 +190,7 @@ class KnownRuns:
     def _all(self) -> dict[str, Path]:
         found: dict[str, Path] = {}
         for path in sorted(itertools.chain(self._folder.glob("*/config.yaml"), self._folder.glob("*/*/config.yaml"))):
-            if key := frozen_hash(path.parent):
+            if key := read_config_hash(path.parent):
                 other = found.setdefault(key, path.parent)
                 if other != path.parent and _newest_step(path.parent) > _newest_step(other):
                     found[key] = path.parent

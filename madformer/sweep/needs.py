@@ -9,7 +9,14 @@ from functools import cache
 from statistics import fmean
 from typing import Any
 
-from madformer.config import ExperimentConfig, ModelConfig, frozen_hash, load_experiment, require_same_weights, wanted_outputs
+from madformer.config import (
+    ExperimentConfig,
+    ModelConfig,
+    load_experiment,
+    read_config_hash,
+    require_same_weights,
+    wanted_outputs,
+)
 from madformer.config.identity import config_path
 from madformer.evaluation.measurement import Measurement, Sampling, network_sha256
 from madformer.model import cost
@@ -58,7 +65,7 @@ def is_trained(cell: Cell) -> bool:
     Raises:
         InputError: its folder holds a run of another experiment.
     """
-    before = frozen_hash(cell.run)
+    before = read_config_hash(cell.run)
     if before is None:
         return False
     if before != cell.config_hash:  # also where a version of old lacked a field, with the same weights

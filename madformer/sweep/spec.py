@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from madformer.config import ExperimentConfig, load_experiment
 from madformer.config.evaluation import SamplerName
 from madformer.config.loading import all_keys, nearest
-from madformer.config.validation import is_integer, require
+from madformer.config.validation import is_folder_name, is_integer, require
 from madformer.errors import ConfigError
 from madformer.evaluation.measurement import METRICS, metric_key
 
@@ -44,16 +44,6 @@ def as_text(value: Any) -> str:
 def label(key: str, value: Any) -> str:
     """An axis in a cell's name: d7, width64, channels16x32."""
     return ALIASES.get(key, key.rpartition(".")[2]) + _UNFIT.sub("_", "x".join(_words(value)))
-
-
-def is_folder_name(name: str) -> bool:
-    """Whether a folder can be called so, and a part of a cell's name."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\\n\0")
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether it stands in a cell's name as it is."""
-    return bool(name) and not _UNFIT.search(name)
 
 
 def read_value(text: str) -> Any:
@@ -83,7 +73,7 @@ def _reads_back(text: str) -> bool:
         return False
 
 
-OWN = {
+SET_BY_SWEEP = {
     "seed": "set seeds",
     "name": "cells are named by their axes",
     "output_dir": "set output_dir of the sweep",
@@ -202,7 +192,7 @@ class Slurm:
     """Memory on each machine; null: the cluster's default."""
     parallel: int | None = None
     """The most trials that wait or run at once; null: as many as Slurm takes, of a search ten."""
-    setup: tuple[str, ...] = ()
+    setup: tuple[str, ...] = field(default=(), metadata={"entries": "shell lines"})
     """Shell lines before the trial, such as `module load cuda`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Any other option of sbatch -> value, such as `constraint: a100` or `gres: gpu:a100:4`."""
@@ -278,7 +268,8 @@ class Sweep:
     def _check_fields(self) -> None:
         places: dict[str, Mapping[str, Any]] = {"overrides": self.overrides, "grid": self.grid, "zip": self.zip}
         for name, changes in self.variants.items():
-            require(is_plain_name(name), "variants", name, "a variant's name must be of letters, digits, '.', '_', '+' and '-'")
+            legal = bool(name) and not _UNFIT.search(name)
+            require(legal, "variants", name, "a variant's name must be of letters, digits, '.', '_', '+' and '-'")
             require(isinstance(changes, Mapping), f"variants.{name}", changes, "must be a mapping of fields to values")
             places[f"variants.{name}"] = changes
         if self.search is not None:
@@ -286,8 +277,8 @@ class Sweep:
         for where, values in places.items():
             for key, value in values.items():
                 require_known(key, where)
-                if key in OWN:
-                    raise ConfigError(f"{where}.{key} = {value!r}: {OWN[key]}")
+                if key in SET_BY_SWEEP:
+                    raise ConfigError(f"{where}.{key} = {value!r}: {SET_BY_SWEEP[key]}")
                 remedy = "inference never makes a new cell: set it in overrides, or under evaluate"
                 legal = where == "overrides" or not key.startswith("evaluation")
                 require(legal, f"{where}.{key}", value, remedy)
@@ -310,13 +301,14 @@ class Sweep:
 
     def _check_once(self) -> None:
         """No field is set in two places."""
-        varied = dict.fromkeys(self.zip, "zip") | dict.fromkeys(self.grid, "grid")
-        if both := self.zip.keys() & self.grid.keys():
-            raise ConfigError(f"zip.{min(both)}: the grid varies it too; name it once")
-        changed = {key: f"variants.{name}" for name, changes in self.variants.items() for key in changes}
-        if both := changed.keys() & varied.keys():
-            raise ConfigError(f"{changed[min(both)]}.{min(both)}: the {varied[min(both)]} varies it too; name it once")
-        for key, where in varied.items():
+        if overlap := self.zip.keys() & self.grid.keys():
+            raise ConfigError(f"zip.{min(overlap)}: the grid varies it too; name it once")
+        axes = dict.fromkeys(self.zip, "zip") | dict.fromkeys(self.grid, "grid")
+        switches = {key: f"variants.{name}" for name, changes in self.variants.items() for key in changes}
+        if overlap := switches.keys() & axes.keys():
+            key = min(overlap)
+            raise ConfigError(f"{switches[key]}.{key}: the {axes[key]} varies it too; name it once")
+        for key, where in axes.items():
             if key in self.overrides:
                 raise ConfigError(f"overrides.{key} = {self.overrides[key]!r}: the {where} varies it; set {where}.{key}")
 
@@ -327,8 +319,8 @@ class Sweep:
             require(not getattr(self, name), name, getattr(self, name), "a sweep is a grid or a search: leave one of them out")
         require(len(self.seeds) == 1, "seeds", list(self.seeds), "trials of a search have one seed")
         for name in ("nfe", "steps"):
-            asked = list(getattr(self.evaluate, name))
-            require(not asked, f"evaluate.{name}", asked, "trials of a search have search.nfe")
+            values = list(getattr(self.evaluate, name))
+            require(not values, f"evaluate.{name}", values, "trials of a search have search.nfe")
         for key in self.search.space:
             if key in self.overrides:
                 raise ConfigError(f"overrides.{key} = {self.overrides[key]!r}: the search varies it; leave one of them out")
@@ -348,8 +340,8 @@ class Sweep:
     @cached_property
     def accelerator(self) -> str:
         """Kind of device that trials run on, as `trainer.accelerator` says it."""
-        own = load_experiment(self.experiment).trainer.accelerator
-        return str(self.overrides.get("trainer.accelerator", own))
+        default = load_experiment(self.experiment).trainer.accelerator
+        return str(self.overrides.get("trainer.accelerator", default))
 
     @property
     def axes(self) -> list[str]:

@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from madformer.data.image_files import BadImage, decode_image, load_square, square_image, to_unit
+from madformer.data.image_files import decode_image, load_square, square_image, to_unit
+from madformer.errors import BadImage
 from tests.pictures import as_bytes, picture
 
 

@@ -5,8 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from madformer.data.image_files import BadImage
-from madformer.errors import ConfigError
+from madformer.errors import BadImage, ConfigError
 from tests.data.layouts import all_rows, comparable, rows_of_table, source_of, table, write_folder, write_raw
 from tests.pictures import as_bytes, picture
 

@@ -244,7 +244,8 @@ class Refusals(BaseHTTPRequestHandler):
 
 ASK = """
 import sys, time
-from madformer.config import ConfigError, TextConfig
+from madformer.config import TextConfig
+from madformer.errors import ConfigError
 from madformer.data.prompts import PromptTokenizer
 for name in sys.argv[1:]:
     start = time.monotonic()

@@ -25,8 +25,7 @@ from madformer.evaluation.request import parse_sampling
 from madformer.evaluation.sampling import choose_prompts
 from madformer.evaluation.tensorboard import drop_orphans, write_curves
 from madformer.evaluation.write_samples import write_samples
-from madformer.runs.checkpoints import DATA, list_checkpoints, load_model
-from madformer.runs.fingerprint import weights_sha256
+from madformer.runs.checkpoints import DATA, list_checkpoints, load_model, weights_sha256
 from tests.conftest import ROOT
 from tests.data.test_datamodule import TEXT
 from tests.evaluation.test_evaluate import make_run

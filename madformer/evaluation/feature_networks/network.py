@@ -18,7 +18,7 @@ from madformer.config.validation import is_integer
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.measurement import INCEPTION
 from madformer.importing import build_custom, describe, modules_of
-from madformer.runs.fingerprint import weights_sha256
+from madformer.runs.checkpoints import weights_sha256
 
 _RESERVED = (INCEPTION, "digits", "dinov2")
 """Labels that promise a certain network."""

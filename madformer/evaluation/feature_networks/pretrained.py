@@ -22,7 +22,7 @@ from madformer.evaluation.feature_networks.network import FeatureNetwork, Featur
 from madformer.evaluation.measurement import INCEPTION
 from madformer.hub import explain, list_files
 from madformer.importing import describe, first_line
-from madformer.runs.fingerprint import weights_sha256
+from madformer.runs.checkpoints import weights_sha256
 
 _FIDELITY_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 """torch-fidelity's file. Its name holds the first digits of its SHA-256, as is torch.hub's custom."""
