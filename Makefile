@@ -53,9 +53,10 @@ test-cluster: $(DEV) ## run the tests that start databases and a Slurm of their 
 	@command -v mariadbd mariadb-install-db >/dev/null || bash tests/sweep/servers/mariadb.sh install
 	SERVERS=1 REPETITIONS=20 $(BIN)/python -m pytest -s tests/sweep/test_queue.py tests/sweep/test_study_servers.py $(ARGS)
 
-lint: $(DEV) ## check style, format and types
+lint: $(DEV) ## check style, format, spelling and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 docs: $(DEV) ## write docs/configuration.md and draw the figures of docs/concepts.md anew

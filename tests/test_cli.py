@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in processes of their own."""
+"""The command line as a user meets it: each command once in a process of its own, here or in its module's tests."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from madformer.evaluation.evaluate import evaluate
 from madformer.evaluation.request import parse_request
 from madformer.runs.checkpoints import checkpoint_path
 from tests.conftest import ROOT
-from tests.tiny_runs import DIGITS, command, execute, perform, scalars, train_command
+from tests.tiny_runs import DIGITS, command, environment, execute, perform, scalars, train_command
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +63,12 @@ LIKE_OTHERS = {
     "train {digits} data.batch_size=9 trainer.devices=2",
     "train {digits} output_dir={tmp}/broken.yaml",
     "train {digits} output_dir=/proc/1",
+    "import {tmp}/nowhere.pt --out {tmp}/new",
     "import {tmp}/broken.yaml --out {tmp}/new",
     "import {tmp}/broken.yaml --out {run}",
+    "export {run} --out {tmp}/weights.bin",
 }
-"""Mistakes that show behind slow imports, as another of their command does; that one has a process of its own."""
+"""Mistakes that show after torch's slow import, as `data.source=null` does; that one has a process of its own."""
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
@@ -87,7 +89,8 @@ def test_mistakes_are_one_clear_line_and_leave_nothing_behind(arguments, run, tm
 def test_what_needs_no_torch_does_not_import_it(arguments):
     words = arguments.format(digits=DIGITS).split()
     code = f"import sys\nsys.argv = ['madformer', *{words!r}]\nfrom madformer.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
-    printed = subprocess.run([command()[0], "-c", code], capture_output=True, text=True, cwd=ROOT, check=False).stdout
+    argv = [command()[0], "-c", code]
+    printed = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False).stdout
     assert printed.strip().splitlines()[-1] == "False"
 
 
@@ -123,7 +126,7 @@ def test_evaluate_records_and_draws_each_point_once(run, tmp_path):
 def test_an_exported_run_comes_back_as_one_that_is_measured_the_same(run, tmp_path):
     mine, again = tmp_path / "run", tmp_path / "again"
     shutil.copytree(run, mine)
-    execute(command("export", mine, "--out", tmp_path / "weights.safetensors"))
+    perform(command("export", mine, "--out", tmp_path / "weights.safetensors"))
     perform(command("import", tmp_path / "weights.safetensors", "--out", again))
     points = [evaluate(parse_request(load_run(folder), steps="2"))[0] for folder in (mine, again)]
     assert points[0]["metrics"] == points[1]["metrics"] and points[0]["weights_sha256"] == points[1]["weights_sha256"]
@@ -131,7 +134,7 @@ def test_an_exported_run_comes_back_as_one_that_is_measured_the_same(run, tmp_pa
 
 
 def test_sample_writes_images_that_do_not_depend_on_their_number(run, tmp_path):
-    execute(command("sample", run, "--num", 5, "--steps", 2, "--out", tmp_path / "five"))
+    perform(command("sample", run, "--num", 5, "--steps", 2, "--out", tmp_path / "five"))
     perform(command("sample", run, "--num", 2, "--nfe", 5, "--out", tmp_path / "two"))
     names = {path.name for path in (tmp_path / "five").iterdir()}
     assert names == {".sample.lock", "grid.png", *(f"{i:06d}.png" for i in range(5))}
@@ -164,7 +167,7 @@ def test_full_disk(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False, capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        printed = execute(train_command(folder), status=1)
+        printed = perform(train_command(folder), status=1)
         assert "No space left on device" in printed and "Traceback" not in printed, printed
         assert not list(folder.rglob("*.tmp"))
     finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from madformer import __version__
 from madformer.config import ModelConfig, load_experiment
 from madformer.config.experiment import ExperimentConfig
 from madformer.config.loading import all_keys
@@ -56,6 +57,22 @@ def test_yaml_is_legal(document, block, tmp_path, monkeypatch):
         path.write_text(block if "experiment" in keys else f"{block}\nexperiment: experiments/digits.yaml\n")
         sweep = load_sweep(path)
         assert sweep.search is not None or sweep.cells()
+
+
+def test_the_citation_and_the_changelog_are_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__ and citation["license"] == "Apache-2.0"
+    [paper] = citation["references"]
+    assert paper["url"] in (ROOT / "README.md").read_text()
+    assert re.search(
+        rf"^## \[{re.escape(__version__)}\] - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+
+
+def test_the_files_that_contributing_names_exist():
+    words = re.findall(r"[\w./-]+", (ROOT / "CONTRIBUTING.md").read_text())
+    paths = {word.rstrip(".") for word in words if word.startswith((".ci/", ".github/", "docs/", "madformer/", "tests/"))}
+    assert len(paths) > 8 and [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_the_reference_of_the_configuration_is_current():

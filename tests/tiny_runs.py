@@ -62,7 +62,9 @@ def train_command(output_dir: Path, *overrides: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    """The caller's variables, with one thread, and this checkout in front of the caller's `PYTHONPATH`."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def execute(argv: Sequence[str], status: int = 0, **options: Any) -> str:

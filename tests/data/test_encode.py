@@ -235,9 +235,9 @@ def test_two_machines_write_what_one_writes(tmp_path):
         "GROUP_RANK": "0",
         "MASTER_ADDR": "x",
         "MASTER_PORT": "1",
+        "TORCHELASTIC_RUN_ID": "test",
     }
-    torchrun |= {"TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen(both, cwd=ROOT, env={**os.environ, **torchrun, "RANK": str(rank)}) for rank in range(2)]
+    ranks = [subprocess.Popen(both, cwd=ROOT, env={**environment(), **torchrun, "RANK": str(rank)}) for rank in range(2)]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
