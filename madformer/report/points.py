@@ -16,7 +16,7 @@ from madformer.errors import InputError
 from madformer.evaluation.record import Point, RunCurve, Variant, mean_known, read_points, run_curves
 from madformer.report.formatting import COSTS, natural
 from madformer.report.statistics import Estimate, estimate
-from madformer.sweep.cells import Cell
+from madformer.sweep.cells import Cell, sweep_cells
 from madformer.sweep.spec import Sweep
 
 _log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def curves_of_sweep(sweep: Sweep) -> list[Curve]:
         InputError: none is evaluated; the message says how to do that.
     """
     if sweep.search is None:
-        cells = sweep.cells()
+        cells = sweep_cells(sweep)
         budgets = {cell.run: frozenset(cell.budgets) for cell in cells}
     else:
         from madformer.sweep.search import tried_cells

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -208,16 +209,29 @@ def _newest_step(run: Path) -> int:
     return max(map(checkpoint_step, list_checkpoints(run)), default=-1)
 
 
-def make_cells(sweep: Sweep) -> tuple[Cell, ...]:
-    """All cells of a grid.
+def sweep_cells(sweep: Sweep) -> list[Cell]:
+    """All cells of a grid: variants vary slowest, then the grid's axes in order, then the tied axes, the seed fastest.
+
+    A search has none: its trials are in the study. The cells are made once for each `Sweep` object.
 
     Raises:
-        ConfigError: a cell is not legal, two would be the same run, or what is excluded is not there.
+        FileNotFoundError: there is no such experiment file.
+        ConfigError: a cell is not legal (the message names it), two cells would be the same run, or `exclude` names a
+            combination that does not exist.
     """
-    if sweep.search is not None:
-        CellMaker(sweep).check_search(sweep.search)
-        return ()
+    if sweep not in _CELLS:
+        _CELLS[sweep] = _make_cells(sweep)
+    return list(_CELLS[sweep])
+
+
+_CELLS = WeakKeyDictionary[Sweep, tuple[Cell, ...]]()
+
+
+def _make_cells(sweep: Sweep) -> tuple[Cell, ...]:
     maker = CellMaker(sweep)
+    if sweep.search is not None:
+        maker.check_search(sweep.search)
+        return ()
     cells = tuple(
         maker.make(axes, seed, changes, sweep.evaluate.nfe) for axes, changes in _points(sweep) for seed in sweep.seeds
     )

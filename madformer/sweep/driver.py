@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from madformer.errors import ConfigError, InputError
-from madformer.sweep.cells import Cell
+from madformer.sweep.cells import Cell, sweep_cells
 from madformer.sweep.needs import cell_needs
 from madformer.sweep.spec import Sweep
 from madformer.sweep.trial import DONE, INTERRUPTED, TRANSIENT, Commands, Outcome, log_path, trial_commands
@@ -74,7 +74,7 @@ def run_sweep(
         InputError: a cell has no data, its folder holds another experiment's run, or there is no storage; nothing was started.
     """
     say = say or _print
-    cells = sweep.cells()
+    cells = sweep_cells(sweep)
     needs = [cell_needs(cell) for cell in cells]
     if cells and not any(needs):
         say(f"{sweep.name}: all {len(cells)} cells are done, nothing to do")

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from madformer.errors import ConfigError, InputError
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
-from madformer.sweep.cells import Cell
+from madformer.sweep.cells import Cell, sweep_cells
 from madformer.sweep.needs import (
     A100,
     CPU_CORE,
@@ -41,7 +41,7 @@ def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = No
     """
     device = assumed_device(sweep, tflops, mfu)
     if sweep.search is None:
-        cells = sweep.cells()
+        cells = sweep_cells(sweep)
         needs, estimates = [cell_needs(cell) for cell in cells], Estimates(cells, device)
         totals = _totals(sweep, cells, needs, estimates, device)
         show(plan_grid(sweep, cells, needs, estimates), [*totals, *skipped_budgets(cells)])
@@ -166,7 +166,7 @@ def print_suite(sweeps: Sequence[Sweep], tflops: float | None = None, mfu: float
     headings = ["sweep", "cells", "new models", "parameters", "training FLOPs", "evaluation FLOPs", hours_unit(sweeps[0])]
     grid = TextTable(f"{len(sweeps)} sweeps", headings, frozenset(["sweep"]))
     for sweep in sweeps:
-        grid.rows.append([sweep.name, *suite.add(sweep.cells())])
+        grid.rows.append([sweep.name, *suite.add(sweep_cells(sweep))])
     grid.rows.append(["together", *suite.total()])
     show(grid, [f"What a sweep shares with one above it is counted there. {basis(suite.measured, device)}"])
 

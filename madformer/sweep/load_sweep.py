@@ -15,6 +15,7 @@ from madformer.config import ExperimentConfig, load_experiment
 from madformer.config.loading import all_keys, nearest, read_mapping
 from madformer.config.validation import require
 from madformer.errors import ConfigError
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.spec import InferenceAxes, Search, Slurm, Sweep, read_value, require_known
 
 _SECTIONS = {"evaluate": InferenceAxes, "search": Search, "slurm": Slurm}
@@ -57,7 +58,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         sweep = _build({"name": path.stem, **given})
         if sweep.output_dir is None:
             sweep = replace(sweep, output_dir=load_experiment(sweep.experiment).output_dir)
-        sweep.cells()
+        sweep_cells(sweep)
         return sweep
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -21,9 +21,6 @@ from madformer.config.evaluation import SamplerName
 from madformer.config.loading import all_keys, nearest
 from madformer.config.validation import is_integer, require
 from madformer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from madformer.sweep.cells import Cell
 
 ALIASES = {"model.diffusion_depth": "d", "model.ar_length": "l", "loss.lambda_hidden": "h", "loss.lambda_clean_tower": "c"}
 """Short names of axes in the names of cells; another axis is called by the last part of its key."""
@@ -215,7 +212,7 @@ class Slurm:
         require(legal, "slurm.signal_seconds", self.signal_seconds, f"must be in 1..{60 * self.minutes - 1} (slurm.minutes)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sweep:
     """Runs of one experiment: a grid, or a search."""
 
@@ -353,23 +350,6 @@ class Sweep:
     def axes(self) -> list[str]:
         """Names of what cells differ in, but for the seed."""
         return [*([VARIANT] if self.variants else []), *self.grid, *self.zip]
-
-    def cells(self) -> list[Cell]:
-        """All cells of the grid: variants vary slowest, then the grid's axes in order, the tied ones, the seed fastest.
-
-        None for a search: its trials are in the study.
-
-        Raises:
-            FileNotFoundError: no such experiment file.
-            ConfigError: a cell's configuration is not legal (the message names the cell), or two cells would be the same run.
-        """
-        return list(self._cells)
-
-    @cached_property
-    def _cells(self) -> tuple[Cell, ...]:
-        from madformer.sweep.cells import make_cells
-
-        return make_cells(self)
 
 
 def require_known(key: str, where: str, also: Sequence[str] = ()) -> None:

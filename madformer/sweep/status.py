@@ -17,7 +17,7 @@ from rich.text import Text
 from madformer.progress import read_progress
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.runs.folder import progress_path, read_previews
-from madformer.sweep.cells import Cell
+from madformer.sweep.cells import Cell, sweep_cells
 from madformer.sweep.needs import A100, Estimates, Needs, cell_needs, cell_ways, device_count, main_metrics
 from madformer.sweep.spec import Search, Sweep
 from madformer.sweep.trial import last_lines, log_path
@@ -164,7 +164,7 @@ class Watch:
         """How it is now."""
         if self._sweep.search is not None:
             return self._look_at_search(self._sweep.search)
-        cells = self._sweep.cells()
+        cells = sweep_cells(self._sweep)
         return Overview(self._sweep, self._rows(cells, [cell_needs(cell) for cell in cells]))
 
     def _look_at_search(self, search: Search) -> Overview:

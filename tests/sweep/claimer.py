@@ -6,6 +6,7 @@ import sys
 from madformer.config import write_config
 from madformer.evaluation.record import append_point
 from madformer.runs.checkpoints import checkpoint_path
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.queue import Queue
 from madformer.sweep.study import Storage
@@ -13,7 +14,7 @@ from tests.sweep.trial import point
 
 
 def open_queue(sweep):
-    return Queue(sweep, Storage(sweep), sweep.cells())
+    return Queue(sweep, Storage(sweep), sweep_cells(sweep))
 
 
 def train(cell):

@@ -20,6 +20,7 @@ from madformer.errors import InputError
 from madformer.evaluation.record import append_point
 from madformer.runs.checkpoints import checkpoint_path
 from madformer.sweep import study as storage_module
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.needs import Needs, cell_needs, main_metrics, progress
 from madformer.sweep.queue import OWNER, CellStatus, Queue
@@ -73,7 +74,7 @@ def sweep(sweep_file, storage_url):
 
 
 def test_needs_follow_the_run_s_folder(sweep):
-    cell = sweep.cells()[0]
+    cell = sweep_cells(sweep)[0]
     assert cell_needs(cell) == Needs(training=True, budgets=(16, 24), points=2) and str(cell_needs(cell)) == "to train"
     write_config(cell.config, cell.run)
     assert cell_needs(cell).training
@@ -92,7 +93,7 @@ def test_needs_follow_the_run_s_folder(sweep):
     "change", [{"step": 9}, {"weights": "model"}, {"num_samples": 9}, {"seed": 1}, {"config_hash": "0" * 16}, {"nfe": 17}]
 )
 def test_another_measurement_does_not_count(sweep, change):
-    cell = sweep.cells()[0]
+    cell = sweep_cells(sweep)[0]
     train(cell)
     append_point(cell.run, point(cell.config, 16))
     assert cell_needs(cell).budgets == (24,)
@@ -101,21 +102,21 @@ def test_another_measurement_does_not_count(sweep, change):
 
 
 def test_a_checkpoint_before_the_last_step_is_no_training(sweep):
-    cell = sweep.cells()[0]
+    cell = sweep_cells(sweep)[0]
     train(cell)
     checkpoint_path(cell.run, cell.max_steps).rename(checkpoint_path(cell.run, cell.max_steps - 1))
     assert cell_needs(cell).training
 
 
 def test_a_run_of_another_experiment_is_refused_by_field(sweep, sweep_file):
-    finish(sweep.cells()[0])
-    other = load_sweep(sweep_file, ["optimizer.lr=0.5"]).cells()[0]
+    finish(sweep_cells(sweep)[0])
+    other = sweep_cells(load_sweep(sweep_file, ["optimizer.lr=0.5"]))[0]
     with pytest.raises(InputError, match=r"runs/small/d2-s0 .* optimizer.lr = 0.003 there, 0.5 asked for"):
         cell_needs(other)
 
 
 def test_each_cell_that_needs_work_is_claimed_once(sweep):
-    finish(sweep.cells()[0])
+    finish(sweep_cells(sweep)[0])
     with open_queue(sweep) as queue:
         assert claim_all(queue) == ["d4-s0"]
         [trial] = trials(sweep)
@@ -206,7 +207,7 @@ def test_a_failed_cell_is_tried_again_when_asked(sweep):
 @pytest.mark.parametrize("kind", ["killed", "lost"])
 def test_strikes_are_counted_until_a_cell_gets_further(sweep, kind):
     died = Outcome("failed", kind, "a reason")
-    with Queue(sweep, Storage(sweep), sweep.cells()[:1]) as queue:
+    with Queue(sweep, Storage(sweep), sweep_cells(sweep)[:1]) as queue:
         for failed_attempts in (1, 2, 3):
             trial = claim(queue)
             queue.fail(trial, died)
@@ -225,7 +226,7 @@ def test_strikes_are_counted_until_a_cell_gets_further(sweep, kind):
 
 
 def test_progress_rises_with_what_is_not_done_again(sweep):
-    cell = sweep.cells()[0]
+    cell = sweep_cells(sweep)[0]
     seen = [progress(cell)]
     write_config(cell.config, cell.run)
     checkpoint_path(cell.run, 5).parent.mkdir()
@@ -289,18 +290,18 @@ def test_a_claim_that_breaks_in_the_middle_strands_nothing(sweep, monkeypatch):
 
 
 def test_a_run_that_cannot_be_read_does_not_hold_up_the_others(sweep, sweep_file):
-    bad = sweep.cells()[0]
+    bad = sweep_cells(sweep)[0]
     train(bad)
     (bad.run / "evaluations.jsonl").write_text("{}\ngarbage\n{}\n")
     said = []
-    with Queue(sweep, Storage(sweep, said.append), sweep.cells()) as queue:
+    with Queue(sweep, Storage(sweep, said.append), sweep_cells(sweep)) as queue:
         assert claim_all(queue) == ["d4-s0"] and claim_all(queue) == []
     assert said == ["d2-s0: runs/small/d2-s0/evaluations.jsonl, line 2: not a JSON object; delete the line or restore the file"]
 
 
 def test_a_job_without_a_driver_is_no_strike_and_one_that_is_done_is_no_job(sweep, monkeypatch):
     monkeypatch.setattr("madformer.sweep.queue.is_gone", lambda owner: True)
-    with Queue(sweep, Storage(sweep), sweep.cells()[:1]) as queue:
+    with Queue(sweep, Storage(sweep), sweep_cells(sweep)[:1]) as queue:
         for _ in range(6):  # drivers that are stopped while it waits in Slurm's queue
             trial = claim(queue)
             queue.remember_job(trial, "array/0")
