@@ -76,9 +76,9 @@ def curves_of_sweep(sweep: Sweep) -> list[Curve]:
         cells = sweep_cells(sweep)
         budgets = {cell.run: frozenset(cell.budgets) for cell in cells}
     else:
-        from madformer.sweep.search import tried_cells
+        from madformer.sweep.search import study_cells
 
-        cells = list({cell.run: cell for cell in tried_cells(sweep)}.values())  # of several budgets, one for each
+        cells = list({cell.run: cell for cell in study_cells(sweep)}.values())  # of several budgets, one for each
         budgets = {cell.run: frozenset(sweep.search.nfe) for cell in cells}
     measured = [cell for cell in cells if _is_measured(cell, budgets[cell.run])]
     remedy = "madformer sweep run does that, and goes on where it stopped"

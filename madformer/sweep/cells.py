@@ -75,6 +75,16 @@ class Cell:
         return self.inference.seeds or (self.config.evaluation.seed,)
 
     @property
+    def points_per_budget(self) -> int:
+        """Points of the record at each budget."""
+        return len(self.samplers) * len(self.guidances) * len(self.sampling_seeds) * self.inference.last
+
+    @property
+    def device_count(self) -> int:
+        """Devices of a trial, on all its machines."""
+        return (self.config.trainer.devices or 1) * self.config.trainer.num_nodes
+
+    @property
     def max_steps(self) -> int:
         """Training steps of the whole run."""
         return self.config.trainer.max_steps
