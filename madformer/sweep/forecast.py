@@ -58,7 +58,7 @@ class Time:
 
 
 class Estimates:
-    """Times of the cells of one sweep: by the cell's measured rates, else by those of other cells, else by the assumed device."""
+    """Times of the cells of a sweep: by the cell's measured rates, else those of other cells, else the assumed device's."""
 
     def __init__(self, cells: Sequence[Cell], device: Device) -> None:
         self._device = device
@@ -225,7 +225,9 @@ def _total_lines(
     training = sum(training_flops(cell.config) for cell in cells)
     evaluation = sum(sum(evaluation_flops(cell).values()) for cell in cells)
     times = [estimates.cell_time(cell) for cell in cells]
-    remaining = sum(estimates.remaining_time(cell, need, _newest_step(cell)).total for cell, need in zip(cells, needs, strict=True))
+    remaining = sum(
+        estimates.remaining_time(cell, need, _newest_step(cell)).total for cell, need in zip(cells, needs, strict=True)
+    )
     longest = max(time.total / cell.device_count for time, cell in zip(times, cells, strict=True))
     counts = {"to train": 0, "to evaluate": 0, "done": 0}
     for need in needs:

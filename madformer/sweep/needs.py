@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from statistics import fmean
 from typing import Any
 
-from madformer.config import ExperimentConfig, ModelConfig, frozen_hash, load_experiment, require_same_weights, wanted_outputs
+from madformer.config import frozen_hash, load_experiment, require_same_weights
 from madformer.config.identity import config_path
-from madformer.model import cost
-from madformer.progress import read_progress
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
-from madformer.runs.folder import progress_path
 from madformer.sweep.cells import Cell
 
 

@@ -108,7 +108,7 @@ class Queue:
         self.storage.retry(self._retry_failed)
 
     def complete(self, trial: Trial) -> None:
-        """Record that a trial is done. Its value is the main metric at the largest budget; attributes hold the other budgets."""
+        """Record that a trial is done. Its value is the main metric at the largest budget; its attributes hold all budgets."""
         metrics = {budget: next(iter(values.items())) for budget, values in main_metrics(trial.cell).items()}
         attributes = {f"{name}@{budget}": value for budget, (name, value) in metrics.items()}
         main = metrics.get(max(trial.cell.budgets))
@@ -172,7 +172,7 @@ class Queue:
         self._claimed.add(trial.id)
 
     def _enqueue(self, trials: Sequence[FrozenTrial]) -> bool:
-        """Add a waiting trial for each cell that needs work, has no open trial and has not failed for good; whether any was added."""
+        """Add a trial for each cell that needs work, has no open trial and did not fail for good; whether any was added."""
         newest, added = newest_trials(trials), False
         for key, cell in self._cells.items():
             trial = newest.get(key)

@@ -199,9 +199,13 @@ class Space:
                 if key in self._choices:
                     trial.suggest_categorical(key, list(self._choices[key]))
                 elif all(isinstance(number, int) for number in (choices["low"], choices["high"], choices.get("step", 1))):
-                    trial.suggest_int(key, choices["low"], choices["high"], step=choices.get("step", 1), log=_is_logarithmic(choices))
+                    trial.suggest_int(
+                        key, choices["low"], choices["high"], step=choices.get("step", 1), log=_is_logarithmic(choices)
+                    )
                 else:
-                    trial.suggest_float(key, choices["low"], choices["high"], step=choices.get("step"), log=_is_logarithmic(choices))
+                    trial.suggest_float(
+                        key, choices["low"], choices["high"], step=choices.get("step"), log=_is_logarithmic(choices)
+                    )
             if len(self._search.nfe) > 1:
                 trial.suggest_categorical(NFE, list(self._search.nfe))
         except ValueError as error:
@@ -219,7 +223,8 @@ class Space:
 
     def _make(self, params: Mapping[str, Any]) -> Cell:
         axes = {
-            key: self._choices[key][params[key]] if key in self._choices else _rounded(params[key]) for key in self._search.space
+            key: self._choices[key][params[key]] if key in self._choices else _rounded(params[key])
+            for key in self._search.space
         }
         budget = params[NFE] if len(self._search.nfe) > 1 else self._search.nfe[0]
         return self._maker.make(axes, self._seed, axes, [budget])

@@ -35,7 +35,7 @@ def work(overrides, repetitions, barrier, results):
         sweep, claimed = load_sweep("small.yaml", [*overrides, f"name=r{repetition}", f"output_dir=runs{repetition}"]), []
         barrier.wait()
         with open_queue(sweep) as queue:
-            while (claim := queue.claim()).trials or claim.others:
+            while (claim := queue.claim()).trials or claim.may_have_more:
                 for trial in claim.trials:
                     claimed.append(trial.cell.name)
                     finish(trial.cell)

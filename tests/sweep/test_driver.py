@@ -34,9 +34,8 @@ STARTED = []
 
 
 @pytest.fixture(autouse=True)
-def processes(monkeypatch):
-    """Drivers find this package, and none outlives its test."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def processes():
+    """No driver outlives its test."""
     yield
     while STARTED:
         STARTED.pop().kill()
@@ -173,12 +172,14 @@ def test_a_trial_that_cannot_start_is_a_failure(sweep_file):
 
 def test_gpus_are_shared_out_in_groups(sweep_file, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,8")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
     four = [FOUR, "trainer.accelerator=auto", "workers=null", "devices_per_trial=2"]
     monkeypatch.setenv("TRIAL_SECONDS", "0.3")
     assert run(sweep_file, *four)[0] == 0
     given = Counter(line.split()[2] for line in journal() if line.startswith("gpus"))
     assert given == {"4,5": 2, "6,7": 2}
-    assert {line.split()[2] for line in journal() if line.startswith("trained")} == {"None"}
+    threads = {line.split()[2] for line in journal() if line.startswith("trained")}
+    assert threads == {"5"}, "the user's: only trials on the CPU are pinned"
 
 
 def test_two_drivers_do_not_share_a_gpu(sweep_file):

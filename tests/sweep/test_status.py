@@ -6,11 +6,12 @@ import time
 import pytest
 
 from madformer.model.cost import nfe
+from madformer.progress import with_unit
 from madformer.runs.folder import append_preview, progress_path
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.forecast import print_plan
 from madformer.sweep.load_sweep import load_sweep
-from madformer.sweep.status import print_status, with_unit
+from madformer.sweep.status import print_status
 from madformer.sweep.trial import Outcome
 from tests.sweep.claimer import finish, open_queue, train
 
@@ -123,7 +124,7 @@ def test_the_trials_of_a_dead_driver_are_waiting(sweep_file, capsys, monkeypatch
         queue.claim(1)
     print_status(sweep)
     assert rows(capsys.readouterr().out)["d2-s0"][0] == "running"
-    monkeypatch.setattr("madformer.sweep.queue.is_gone", lambda owner: True)
+    monkeypatch.setattr("madformer.sweep.queue.is_dead", lambda owner: True)
     print_status(sweep)
     assert rows(capsys.readouterr().out)["d2-s0"][0] == "waiting"
 
