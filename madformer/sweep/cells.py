@@ -191,9 +191,9 @@ class CellMaker:
 
 
 class KnownRuns:
-    """Runs below a folder by their hash: one that was made by hand, or by another sweep, need not be made again.
+    """The runs below a folder by their hash, so that runs made by hand or by another sweep are not trained again.
 
-    Of several the one that has got furthest.
+    Of several runs with one hash, the one with the most steps counts.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -201,17 +201,17 @@ class KnownRuns:
 
     def find(self, config_hash: str) -> Path | None:
         """The run of a configuration; None: there is none."""
-        return self._all.get(config_hash)
+        return self._runs.get(config_hash)
 
     @cached_property
-    def _all(self) -> dict[str, Path]:
-        found: dict[str, Path] = {}
+    def _runs(self) -> dict[str, Path]:
+        runs: dict[str, Path] = {}
         for path in sorted(itertools.chain(self._folder.glob("*/config.yaml"), self._folder.glob("*/*/config.yaml"))):
             if key := frozen_hash(path.parent):
-                other = found.setdefault(key, path.parent)
+                other = runs.setdefault(key, path.parent)
                 if other != path.parent and _newest_step(path.parent) > _newest_step(other):
-                    found[key] = path.parent
-        return found
+                    runs[key] = path.parent
+        return runs
 
 
 def _newest_step(run: Path) -> int:
