@@ -193,12 +193,13 @@ def sweep_run(
     from madformer.sweep.load_sweep import load_sweep
 
     spec = load_sweep(sweep, overrides or [])
+    from madformer.sweep.cells import sweep_cells
     from madformer.sweep.driver import run_sweep
 
     status = run_sweep(spec, retry_failed)
     if status == 0:
         print(f"table and curves: madformer report {shlex.join([str(sweep), *(overrides or [])])}")
-        own = all(cell.run.parent == spec.folder for cell in spec.cells())
+        own = all(cell.run.parent == spec.folder for cell in sweep_cells(spec))
         print(f"in TensorBoard:   tensorboard --logdir {spec.folder if own else spec.folder.parent}")
     raise typer.Exit(status)
 

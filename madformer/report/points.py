@@ -17,7 +17,7 @@ from madformer.evaluation.measurement import Measurement, Point, Sampling
 from madformer.evaluation.record import RunCurve, mean_known, read_points, run_curves
 from madformer.report.formatting import COSTS, natural
 from madformer.report.statistics import Estimate, estimate
-from madformer.sweep.cells import Cell
+from madformer.sweep.cells import Cell, sweep_cells
 from madformer.sweep.needs import cell_measurement
 from madformer.sweep.spec import Sweep
 
@@ -75,12 +75,12 @@ def curves_of_sweep(sweep: Sweep) -> list[Curve]:
         InputError: none is evaluated; the message says how to do that.
     """
     if sweep.search is None:
-        cells = sweep.cells()
+        cells = sweep_cells(sweep)
         budgets = {cell.run: frozenset(cell.budgets) for cell in cells}
     else:
-        from madformer.sweep.search import tried_cells
+        from madformer.sweep.search import study_cells
 
-        cells = list({cell.run: cell for cell in tried_cells(sweep)}.values())  # of several budgets, one for each
+        cells = list({cell.run: cell for cell in study_cells(sweep)}.values())  # of several budgets, one for each
         budgets = {cell.run: frozenset(sweep.search.nfe) for cell in cells}
     measured = [cell for cell in cells if _is_measured(cell, budgets[cell.run])]
     remedy = "madformer sweep run does that, and goes on where it stopped"

@@ -16,6 +16,7 @@ from madformer.config import ExperimentConfig, load_experiment
 from madformer.config.loading import all_keys, build, check_keys, defaults, merge, read_yaml, resolve
 from madformer.config.validation import require
 from madformer.errors import ConfigError
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.spec import Sweep, read_value, require_known
 
 _KEYS = [field.name for field in dataclass_fields(Sweep)]
@@ -49,7 +50,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         sweep = build(Sweep, merge(defaults(Sweep), DictConfig(fields)))
         if sweep.output_dir is None:
             sweep = replace(sweep, output_dir=load_experiment(sweep.experiment).output_dir)
-        sweep.cells()
+        sweep_cells(sweep)
         return sweep
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

@@ -17,6 +17,7 @@ from madformer.errors import ConfigError, InputError
 from madformer.evaluation.record import read_points
 from madformer.runs.checkpoints import checkpoint_path
 from madformer.runs.folder import claim_folder
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.driver import run_sweep
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.needs import cell_needs
@@ -33,9 +34,8 @@ STARTED = []
 
 
 @pytest.fixture(autouse=True)
-def processes(monkeypatch):
-    """Drivers find this package, and none outlives its test."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def processes():
+    """No driver outlives its test."""
     yield
     while STARTED:
         STARTED.pop().kill()
@@ -70,7 +70,7 @@ def run(sweep_file, *overrides, retry_failed=False, commands=stand_ins):
 
 
 def test_the_commands_are_those_that_a_user_would_type(sweep_file):
-    cell = load_sweep(sweep_file).cells()[0]
+    cell = sweep_cells(load_sweep(sweep_file))[0]
     assert trial_commands(cell) == [
         [sys.executable, "-m", "madformer", "train", str(ROOT / "experiments/digits.yaml"), *cell.overrides],
         [sys.executable, "-m", "madformer", "evaluate", "runs/small/d2-s0", "--nfe", "16,24"],
@@ -80,7 +80,7 @@ def test_the_commands_are_those_that_a_user_would_type(sweep_file):
 def test_what_is_evaluated_may_change_after_a_run_has_begun(sweep_file):
     assert run(sweep_file)[0] == 0
     changed = "overrides.evaluation.sampler=unipc"
-    [*_, command] = trial_commands(load_sweep(sweep_file, [changed]).cells()[0])
+    [*_, command] = trial_commands(sweep_cells(load_sweep(sweep_file, [changed]))[0])
     assert command[3:] == ["evaluate", "runs/small/d2-s0", "--nfe", "16,24", 'evaluation.sampler="unipc"']
     before = len(journal())
     assert run(sweep_file, changed)[0] == 0
@@ -172,12 +172,14 @@ def test_a_trial_that_cannot_start_is_a_failure(sweep_file):
 
 def test_gpus_are_shared_out_in_groups(sweep_file, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,8")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
     four = [FOUR, "trainer.accelerator=auto", "workers=null", "devices_per_trial=2"]
     monkeypatch.setenv("TRIAL_SECONDS", "0.3")
     assert run(sweep_file, *four)[0] == 0
     given = Counter(line.split()[2] for line in journal() if line.startswith("gpus"))
     assert given == {"4,5": 2, "6,7": 2}
-    assert {line.split()[2] for line in journal() if line.startswith("trained")} == {"None"}
+    threads = {line.split()[2] for line in journal() if line.startswith("trained")}
+    assert threads == {"5"}, "the user's: only trials on the CPU are pinned"
 
 
 def test_two_drivers_do_not_share_a_gpu(sweep_file):
@@ -219,14 +221,14 @@ def test_every_way_of_sampling_is_evaluated(sweep_file):
         "evaluate.checkpoints=last2",
         "trainer.checkpoint_every=5",
     ]
-    cell = load_sweep(sweep_file, [*ways, "grid.model.diffusion_depth=[2]"]).cells()[0]
+    cell = sweep_cells(load_sweep(sweep_file, [*ways, "grid.model.diffusion_depth=[2]"]))[0]
     checkpoint = checkpoint_path(cell.run, 5)
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
     assert cell_needs(cell).points == 2 * 2 * 2 * 2
     assert run(sweep_file, *ways)[0] == 0
     assert len(read_points(cell.run)) == 16 and not cell_needs(cell)
-    [*_, command] = trial_commands(load_sweep(sweep_file, [*ways, "evaluate.seeds=[0,1,2]"]).cells()[0])
+    [*_, command] = trial_commands(sweep_cells(load_sweep(sweep_file, [*ways, "evaluate.seeds=[0,1,2]"]))[0])
     assert command[4:] == [
         "runs/small/d2-s0", "--nfe", "16,24", "--sampler", "ddim,unipc", "--seeds", "0,1,2", "--checkpoints", "last2"
     ]  # fmt: skip
@@ -296,7 +298,7 @@ def test_a_live_driver_takes_over_from_a_killed_one(sweep_file):
 
 def test_a_run_in_use_is_waited_for(sweep_file):
     sweep = load_sweep(sweep_file, ["grid.model.diffusion_depth=[2]"])
-    [cell] = sweep.cells()
+    [cell] = sweep_cells(sweep)
     lines, held = [], contextlib.ExitStack()
     held.enter_context(claim_folder(cell.run, "train"))
 
@@ -320,7 +322,7 @@ def test_an_interrupted_driver_interrupts_its_trials_and_the_next_goes_on(sweep_
     assert "small: interrupted; the same command goes on from here" in text and "Traceback" not in text
     assert sorted(journal())[:2] == ["interrupted d2-s0", "interrupted d4-s0"]
     assert run(sweep_file)[0] == 0
-    assert not any(cell_needs(cell) for cell in load_sweep(sweep_file).cells())
+    assert not any(cell_needs(cell) for cell in sweep_cells(load_sweep(sweep_file)))
 
 
 def test_a_second_interrupt_kills(sweep_file):

@@ -8,6 +8,7 @@ from madformer.evaluation.measurement import network_sha256
 from madformer.evaluation.request import parse_request
 from madformer.model import MADFormer
 from madformer.runs.checkpoints import EMA, checkpoint_path
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.needs import cell_needs, main_metrics
 from madformer.sweep.status import print_status
@@ -34,7 +35,7 @@ def trained_cell(sweep_file, tmp_path):
         f"evaluation.feature_networks=[{network}:Brightness]",
     ]
     sweep = load_sweep(sweep_file, [*overrides, "grid.model.diffusion_depth=[2]", "evaluate.nfe=[5]"])
-    [cell] = sweep.cells()
+    [cell] = sweep_cells(sweep)
     write_config(cell.config, cell.run)
     weights = MADFormer(cell.config.model).state_dict()
     path = checkpoint_path(cell.run, cell.max_steps)

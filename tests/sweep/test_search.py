@@ -39,7 +39,6 @@ workers: 2
 @pytest.fixture
 def search_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     path = tmp_path / "small.yaml"
     path.write_text(SEARCH)
     return path
@@ -95,7 +94,7 @@ def test_two_drivers_share_a_search_and_do_not_begin_alike(search_file):
     with open_queue(search_file) as one, open_queue(search_file) as other:
         claimed = [*one.claim(3).trials, *other.claim(9).trials]
         assert len(claimed) == 8 and len({trial.cell.key for trial in claimed}) == 8
-        assert one.claim().trials == [] and one.claim().others
+        assert one.claim().trials == [] and one.claim().may_have_more
 
 
 def test_a_trial_that_died_is_taken_up_with_the_values_that_it_had(search_file):
@@ -111,7 +110,7 @@ def test_a_trial_that_died_is_taken_up_with_the_values_that_it_had(search_file):
         assert last.cell == trial.cell
         finish(last.cell)
         queue.complete(last)
-        assert queue.findings() == [f"best: {trial.cell.name}, distance {trials(search_file)[-1].value:.4g}"]
+        assert queue.summary() == [f"best: {trial.cell.name}, distance {trials(search_file)[-1].value:.4g}"]
 
 
 def test_a_combination_that_is_not_legal_counts_and_says_why(search_file):
@@ -200,7 +199,7 @@ def test_an_objective_that_was_not_measured_fails_and_says_what_was(search_file)
 
 def test_a_pruner_ends_hopeless_trials_early_by_their_previews(search_file, monkeypatch):
     monkeypatch.setattr(
-        "madformer.sweep.driver._SECONDS_BETWEEN_LOOKS", 0.2
+        "madformer.sweep.driver._SECONDS_BETWEEN_QUERIES", 0.2
     )  # unseen, these short trials tell the pruner nothing
     monkeypatch.setenv("TRIAL_SECONDS", "1")
     median = ["search.pruner=median", "evaluation.preview_every=5", "evaluation.preview_nfe=16", "search.trials=7", "workers=1"]
@@ -230,7 +229,7 @@ def test_previews_are_reported_once_each(search_file):
         train(trial.cell)
         for step, value in ((5, 3.0), (10, 2.0)):
             append_preview(trial.cell.run, step, {"fd_digits": value, "fd_other": 7.0})
-            assert not queue.is_hopeless(trial) and not queue.is_hopeless(trial)
+            assert not queue.should_prune(trial) and not queue.should_prune(trial)
         assert trials(search_file)[0].intermediate_values == {5: 3.0, 10: 2.0}
 
 
