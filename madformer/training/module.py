@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -19,6 +19,8 @@ from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.errors import NonFiniteError
 from madformer.model import MADFormer
 from madformer.model.embedding import drop_text, to_blocks
+from madformer.model.layer import DecoderLayer
+from madformer.model.layer_plan import existing_outputs, layer_plans
 from madformer.randomness import keyed_generator
 from madformer.runs.checkpoints import EMA, TRAINED_BY
 from madformer.training.ema import MovingAverage
@@ -44,6 +46,26 @@ def parameter_groups(model: MADFormer) -> dict[str, list[nn.Parameter]]:
         if parameter.requires_grad:
             groups["kept" if parameter.ndim < 2 or parameter in embeddings else "decayed"].append(parameter)
     return groups
+
+
+def unused_parameters(model: MADFormer, outputs: Iterable[str] | None = None) -> list[nn.Parameter]:
+    """Parameters that get no gradient when these auxiliary outputs are the ones in the loss; None: all that exist.
+
+    Such are the clean tower's feed-forward in the last layer without its loss, or the noise tower's AR stage without the
+    condition. Freeze them, or DistributedDataParallel waits for their gradients.
+    """
+    outputs = existing_outputs(model.config, outputs)
+    used: set[nn.Parameter] = {*model.downsampler.parameters(), *model.upsampler.parameters()}
+    for layer, plan in zip(model.layers, layer_plans(model.config, outputs), strict=True):
+        for name in plan.keys:
+            tower = cast(DecoderLayer, layer).tower(name)
+            modules = [tower] if name in plan.queries else [tower.attention_norm, tower.qkv, tower.k_norm]
+            used.update(parameter for module in modules for parameter in module.parameters())
+    if model.config.use_condition:
+        used.add(model.boi_SD)
+    if model.text is not None:
+        used.update(model.text.parameters() if "text_logits" in outputs else model.text.embedding.parameters())
+    return [parameter for parameter in model.parameters() if parameter not in used]
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, max_steps: int) -> LambdaLR:
@@ -100,7 +122,7 @@ class LitMADFormer(pl.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = MADFormer(config.model)
-        for parameter in self.model.unused_parameters(wanted_outputs(config.loss)):
+        for parameter in unused_parameters(self.model, wanted_outputs(config.loss)):
             parameter.requires_grad_(False)
         self.schedule = NoiseSchedule(config.diffusion)
         self.throughput = Throughput(config)

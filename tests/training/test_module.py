@@ -3,6 +3,8 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
@@ -14,9 +16,10 @@ from madformer.diffusion.losses import compute_losses
 from madformer.errors import ConfigError, NonFiniteError
 from madformer.model import cost
 from madformer.model.embedding import to_blocks
+from madformer.model.layer_plan import AUXILIARY_OUTPUTS
 from madformer.randomness import keyed_generator
-from madformer.training.module import LitMADFormer, parameter_groups, wsd_factor
-from tests.conftest import build, tiny
+from madformer.training.module import LitMADFormer, parameter_groups, unused_parameters, wsd_factor
+from tests.conftest import SWITCHES, build, latents, prompts, timesteps, tiny
 from tests.tiny_runs import scalars, tiny_run
 
 
@@ -175,3 +178,20 @@ def test_a_diverged_run_stops_and_says_where(tmp_path):
 def test_nothing_to_train_on(tmp_path):
     with pytest.raises(ConfigError, match="data.source = null: nothing to train on"):
         LatentDataModule(tiny_run(tmp_path, "data.source=null"))
+
+
+@given(
+    st.sampled_from(SWITCHES),
+    st.sampled_from([1, 4]),
+    st.integers(1, 3),
+    st.sets(st.sampled_from(AUXILIARY_OUTPUTS)),
+)
+def test_unused_parameters_are_those_without_a_gradient(switches, ar_length, diffusion_depth, outputs):
+    config = tiny(ar_length=ar_length, diffusion_depth=diffusion_depth, **switches)
+    model = build(config)
+    out = model(latents(config), latents(config, seed=5), timesteps(config), text=prompts(config), outputs=outputs)
+    tensors = (out.denoised_BLCYX, out.condition_BLCYX, out.clean_tower_BLCYX, out.text_logits)
+    sum((x**2).sum() for x in tensors if x is not None).backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    unused = {id(parameter) for parameter in unused_parameters(model, outputs)}
+    assert without == {name for name, parameter in model.named_parameters() if id(parameter) in unused}
