@@ -56,11 +56,11 @@ def test_initialisation_depends_on_the_seed_and_leaves_the_global_state_alone(tm
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
     one_step = ("trainer.max_steps=1", "optimizer.grad_clip=1e9")
-    whole, _ = fit(tiny_run(tmp_path, *one_step))
-    parts, trainer = fit(tiny_run(tmp_path, *one_step, "data.batch_size_per_device=5"))
+    whole, _ = fit(tiny_run(tmp_path, *one_step), precision="64-true")
+    parts, trainer = fit(tiny_run(tmp_path, *one_step, "data.batch_size_per_device=5"), precision="64-true")
     assert trainer.accumulate_grad_batches == 4, "16 images, at most 5 at once: 4 parts of 4"
     for name, moment in first_moments(whole).items():
-        torch.testing.assert_close(first_moments(parts)[name], moment, rtol=1e-4, atol=5e-5)
+        torch.testing.assert_close(first_moments(parts)[name], moment, rtol=1e-7, atol=1e-9)
 
 
 def first_moments(module):
