@@ -85,7 +85,7 @@ def test_a_step_by_hand(tmp_path):
     with torch.no_grad():
         for parameter in trained:
             gradient = parameter.grad * min(1.0, 1.0 / (float(norm) + 1e-6))
-            decay = 0.05 if any(parameter is other for other in groups["decayed"]) else 0.0
+            decay = 0.05 if any(parameter is other for other in groups["decay"]) else 0.0
             parameter.mul_(1 - 3e-3 * decay).sub_(3e-3 * gradient / (gradient.abs() + 1e-8))
     for name, tensor in weights(module).items():
         torch.testing.assert_close(tensor, weights(hand)[name], rtol=1e-4, atol=1e-5)
@@ -119,7 +119,7 @@ def test_norms_biases_and_embeddings_do_not_decay():
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             decayed = isinstance(module, (nn.Linear, nn.Conv2d)) and name == "weight"
-            assert groups[id(parameter)] == ("decayed" if decayed else "kept"), (type(module), name)
+            assert groups[id(parameter)] == ("decay" if decayed else "no_decay"), (type(module), name)
 
 
 def test_unused_weights_are_frozen_and_every_other_one_moves(tmp_path):
