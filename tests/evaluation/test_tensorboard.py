@@ -1,5 +1,6 @@
 """Curves in TensorBoard: read back as TensorBoard reads them, and asked of a real server."""
 
+import re
 from pathlib import Path
 from urllib.parse import quote
 
@@ -7,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from torch.utils.tensorboard import RecordWriter, SummaryWriter
 
 from madformer.evaluation.record import record_path
 from madformer.evaluation.tensorboard import drop_orphans, write_curves
 from tests.board import tensorboard, until
+from tests.conftest import ROOT
+from tests.data.test_datamodule import TEXT
 from tests.points import INCEPTION, at, diagnostics, mean, point, recorded
+from tests.tiny_runs import command, perform, train_command
 
 HPARAMS = {"model.diffusion_depth": 2, "optimizer.lr": 3e-4, "model.rope": "axial", "model.use_condition": True}
 
@@ -243,3 +248,33 @@ def test_a_running_server_takes_new_curves_in_place_of_the_former(tmp_path):
         write_curves(recorded(run, point(16, 71.0), point(32, 30.0)), HPARAMS)
         until(lambda: len(shown()) == 3)
         assert shown() == [(16, 71.0), (32, 30.0), (128, 20.0)]
+
+
+PLACEHOLDERS = {
+    "QUARTER": "[0-3]",
+    "BLOCK": "[0-3]",
+    "METRIC": "(fd|kid|precision|recall|density|coverage)_digits",
+    "NFE": r"\d+",
+    "HOW": "unipc",
+    "SAMPLES": "ema, 2 steps, seed 0",
+}
+"""Words of docs/tensorboard.md that stand for a part that differs -> that part in the run below."""
+
+
+def test_the_page_lists_the_tags_of_a_run(tmp_path):
+    losses = ("loss.lambda_clean_tower=0.1", "trainer.max_steps=6", "evaluation.preview_samples=2")
+    perform(train_command(tmp_path, *TEXT, *losses))
+    run = tmp_path / "digits"
+    perform(command("evaluate", run, "--sampler", "ddim,unipc", "--num-samples", 8, "--diagnostics"))
+    perform(command("sample", run, "--num", 1, "--steps", 2, "--out", tmp_path / "samples"))
+    files = [LegacyEventFileLoader(str(path)) for path in run.glob("events*")]
+    tags = {value.tag for file in files for event in file.Load() for value in event.summary.value}
+
+    page = (ROOT / "docs/tensorboard.md").read_text()
+    rows = re.findall(r"^\| `(.*?)` .*\| (.*?) \|$", page, re.MULTILINE)
+    conditions = {tag: condition for tag, condition in rows if tag not in PLACEHOLDERS}
+    words = re.compile("|".join(PLACEHOLDERS))
+    patterns = {tag: words.sub(lambda word: PLACEHOLDERS[word[0]], tag) for tag in conditions}
+    assert {tag for tag in tags if not any(re.fullmatch(pattern, tag) for pattern in patterns.values())} == set()
+    missing = {row for row, pattern in patterns.items() if not any(re.fullmatch(pattern, tag) for tag in tags)}
+    assert missing == {row for row, condition in conditions.items() if condition.startswith("CUDA")}
