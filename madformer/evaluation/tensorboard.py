@@ -213,8 +213,8 @@ def _hparam_events(curves: Sequence[RunCurve], hparams: Mapping[str, Scalar]) ->
     values = {name: Value(**{_HPARAM_TYPES[type(value)][1]: value}) for name, value in hparams.items()}
     contents = {
         "experiment": {"hparam_infos": infos, "metric_infos": [{"name": {"tag": tag}} for tag in metrics]},
-        "session_start_info": {"hparams": values, "start_time_secs": _when(first)},
-        "session_end_info": {"status": "STATUS_SUCCESS", "end_time_secs": _when(last)},
+        "session_start_info": {"hparams": values, "start_time_secs": _wall_time(first)},
+        "session_end_info": {"status": "STATUS_SUCCESS", "end_time_secs": _wall_time(last)},
     }
     for name, content in contents.items():
         data = HParamsPluginData(**{name: content}).SerializeToString()
@@ -261,9 +261,9 @@ def _scalar(point: Point, tag: str, value: float, step: int, description: str) -
 
 def _event(point: Point, step: int = 0, **value: Any) -> Event:
     """An event at the point's wall time. Protobuf turns the dictionaries into messages."""
-    return Event(wall_time=_when(point), step=step, summary={"value": [value]})
+    return Event(wall_time=_wall_time(point), step=step, summary={"value": [value]})
 
 
-def _when(point: Point) -> float:
+def _wall_time(point: Point) -> float:
     """Seconds since 1970 at which the point was measured."""
     return datetime.fromisoformat(point["time"]).timestamp()
