@@ -7,9 +7,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, get_args
 
 from madformer.config import ExperimentConfig
@@ -23,9 +20,6 @@ Point = Mapping[str, Any]
 
 INCEPTION = "inception"
 """Label of the one feature network whose Fréchet distance is called FID, with its published weights."""
-
-DIGITS_SHA256 = "fe8de8929b8f8c1d5fdde1a39ba44f83b8557c62b49066cd7583d0009697a32f"
-"""SHA-256 of the digits network that ships with the package, known without torch; a test compares it with the weights."""
 
 
 @dataclass(frozen=True)
@@ -304,41 +298,3 @@ def differing(entries: Iterable[Mapping[str, Any]]) -> list[str]:
 def _same_network(network: tuple[str, str | None], other: tuple[str, str | None]) -> bool:
     """By hash, which neither a moved file nor a new name changes; by name where the hash is not known."""
     return network[1] == other[1] if network[1] is not None else network[0] == other[0]
-
-
-def network_sha256(name: str) -> str | None:
-    """The SHA-256 of a feature network that lies on this machine; None: it is the hub's, or it cannot be built here.
-
-    So a network whose code or weights have changed is known for another one before anything is evaluated.
-    """
-    if name == "digits":
-        return DIGITS_SHA256
-    kind, _, location = name.partition(":")
-    published = kind in (INCEPTION, "torchscript", "hf")
-    path = Path(location if published else _source_file(name.rpartition(":")[0])).expanduser()
-    if not location or not path.exists():
-        return None
-    state = path.stat()
-    return _built_sha256(name, (state.st_mtime_ns, state.st_size))
-
-
-def _source_file(place: str) -> str:
-    """The file of a custom network's class: that of a module, or the file itself."""
-    if place.endswith(".py"):
-        return place
-    try:
-        spec = find_spec(place)
-    except (ImportError, ValueError):
-        spec = None
-    return (spec and spec.origin) or ""
-
-
-@lru_cache(maxsize=64)
-def _built_sha256(name: str, state: tuple[int, int]) -> str | None:
-    """Built once for each state of its file: torch and the network's code take seconds."""
-    from madformer.evaluation.feature_networks import build_feature_network
-
-    try:
-        return build_feature_network(name).sha256
-    except InputError:
-        return None  # the evaluation says why

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from madformer.config import load_experiment, read_config_hash, require_same_weights
 from madformer.config.identity import config_path
-from madformer.evaluation.measurement import Measurement, Sampling, network_sha256
+from madformer.errors import InputError
+from madformer.evaluation.measurement import INCEPTION, Measurement, Sampling
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
 from madformer.sweep.cells import Cell
+
+DIGITS_SHA256 = "fe8de8929b8f8c1d5fdde1a39ba44f83b8557c62b49066cd7583d0009697a32f"
+"""SHA-256 of the digits network that ships with the package, known without torch; a test compares it with the weights."""
 
 
 @dataclass(frozen=True)
@@ -115,3 +122,41 @@ def _requested(cell: Cell) -> list[tuple[int, Sampling]]:
     if cell.inference.checkpoints != "newest":
         steps = [checkpoint_step(path) for path in list_checkpoints(cell.run)[-cell.inference.last :]]
     return [(step, sampling) for sampling in cell.samplings for step in steps]
+
+
+def network_sha256(name: str) -> str | None:
+    """The SHA-256 of a feature network that lies on this machine; None: it is the hub's, or it cannot be built here.
+
+    So a network whose code or weights have changed is known for another one before anything is evaluated.
+    """
+    if name == "digits":
+        return DIGITS_SHA256
+    kind, _, location = name.partition(":")
+    published = kind in (INCEPTION, "torchscript", "hf")
+    path = Path(location if published else _source_file(name.rpartition(":")[0])).expanduser()
+    if not location or not path.exists():
+        return None
+    state = path.stat()
+    return _built_sha256(name, (state.st_mtime_ns, state.st_size))
+
+
+def _source_file(place: str) -> str:
+    """The file of a custom network's class: that of a module, or the file itself."""
+    if place.endswith(".py"):
+        return place
+    try:
+        spec = find_spec(place)
+    except (ImportError, ValueError):
+        spec = None
+    return (spec and spec.origin) or ""
+
+
+@lru_cache(maxsize=64)
+def _built_sha256(name: str, state: tuple[int, int]) -> str | None:
+    """Built once for each state of its file: torch and the network's code take seconds."""
+    from madformer.evaluation.feature_networks import build_feature_network
+
+    try:
+        return build_feature_network(name).sha256
+    except InputError:
+        return None  # the evaluation says why

@@ -4,13 +4,12 @@ import torch
 
 from madformer.config import write_config
 from madformer.evaluation.evaluate import evaluate
-from madformer.evaluation.measurement import network_sha256
 from madformer.evaluation.request import parse_request
 from madformer.model import MADFormer
 from madformer.runs.checkpoints import EMA, checkpoint_path
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
-from madformer.sweep.needs import cell_needs, main_metrics
+from madformer.sweep.needs import cell_needs, main_metrics, network_sha256
 from madformer.sweep.status import print_status
 from tests.tiny_runs import TINY
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from madformer.config import config_hash, load_experiment, load_run, write_config
 from madformer.errors import InputError
-from madformer.evaluation.measurement import network_sha256
 from madformer.evaluation.record import append_point
 from madformer.model import cost
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
 from madformer.runs.files import append_line
 from madformer.runs.folder import append_preview, claim_folder
+from madformer.sweep.needs import network_sha256
 
 
 def train(experiment, *overrides):
