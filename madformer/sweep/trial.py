@@ -88,7 +88,7 @@ def failure(status: int, output: str) -> Outcome:
         status: exit status; negative: the signal that killed it.
         output: the end of its output.
     """
-    tail = "\n".join(_last_lines(output))
+    tail = "\n".join(_last_lines(output, _REASON_LINES))
     kinds = (kind for pattern, kind in _KIND_PATTERNS if pattern.search(tail))
     kind = next(kinds, "killed" if status < 0 else "mistake" if status == 2 else "error")
     how = f"exit status {status}" if status >= 0 else f"killed by {_signal_name(-status)}"
@@ -97,8 +97,8 @@ def failure(status: int, output: str) -> Outcome:
     return Outcome("failed", kind, f"{how}\n{tail}".strip()[:_REASON_CHARACTERS])
 
 
-def _last_lines(output: str) -> list[str]:
-    return [line.rstrip() for line in output.splitlines() if line.strip()][-_REASON_LINES:]
+def _last_lines(text: str, count: int) -> list[str]:
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]
 
 
 def _signal_name(number: int) -> str:
@@ -311,6 +311,6 @@ def last_lines(cell: Cell, count: int) -> list[str]:
     try:
         with log_path(cell).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _OUTPUT_BYTES))
-            return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()][-count:]
+            return _last_lines(file.read().decode(errors="replace"), count)
     except FileNotFoundError:
         return []

@@ -1,7 +1,7 @@
 """Stands in for `madformer train` and `madformer evaluate`: the same arguments, locks and files, and no training.
 
-Every step is a line in `journal`, in the working directory. A file `fail-CELL` there makes the training of a cell fail, one
-`die-CELL` has it killed.
+Every step is a line in `journal`, in the working directory. A file `fail-CELL` there makes the training of a cell fail, a file
+`die-CELL` kills it, a file `hold-CELL` holds both commands up until it is deleted.
 """
 
 import itertools
@@ -99,6 +99,9 @@ def work(cell, line, seconds=0.0):
     try:
         journal(line)
         time.sleep(seconds + float(os.environ.get("TRIAL_SECONDS", 0)))
+        end = time.monotonic() + 100
+        while Path(f"hold-{cell}").exists() and time.monotonic() < end:
+            time.sleep(0.02)
     except KeyboardInterrupt:
         journal(f"interrupted {cell}")
         sys.exit(130)
