@@ -3,7 +3,7 @@
 Clean and noisy blocks are one sequence, the clean ones first, and a type mask tells the tower of every token. Each norm,
 projection and SwiGLU gathers its tower's tokens with the mask and concatenates the results. Training runs all clean
 blocks through all of every layer and the upsampler three times. Sampling runs the previous clean block beside the noisy
-one, at every denoising step. The numbers are ours, the work is not. Tensor names as in `madformer.model`; here N counts
+one, at every denoising step. The numbers are ours, the work is not. Tensor names as in `madformer.model`; here P counts
 the tokens of both towers.
 """
 
@@ -26,21 +26,21 @@ from madformer.model.layer import DecoderLayer, Tower
 from madformer.model.madformer import MADFormer
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values [B, H, tokens, K] -> attended [B, H, N, K]."""
+"""Queries, keys and values [B, H, tokens, K] -> attended [B, H, P, K]."""
 
 KeysValues = tuple[Tensor, Tensor]
 CLEAN, NOISE = 0, 1
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines by token, axis and frequency, [N, 1, 2, K / 4]: the 1 is for the heads."""
+    """Cosines and sines by token, axis and frequency, [P, 1, 2, K / 4]: the 1 is for the heads."""
 
-    cos_N1af: Tensor
-    sin_N1af: Tensor
+    cos_P1af: Tensor
+    sin_P1af: Tensor
 
-    def __call__(self, x_BNHK: Tensor) -> Tensor:
+    def __call__(self, x_BPHK: Tensor) -> Tensor:
         """Rotate each axis within its half of the head."""
-        first, second = x_BNHK.unflatten(-1, (2, 2, -1)).unbind(-2)
+        first, second = x_BPHK.unflatten(-1, (2, 2, -1)).unbind(-2)
         cos, sin = self
         return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2).flatten(-3)
 
@@ -53,28 +53,28 @@ class BaselineLayer(nn.Module):
         self.towers = nn.ModuleList([layer.tower("clean"), layer.tower("noise")])
 
     def forward(
-        self, x_BND: Tensor, types_N: Tensor, rotation: Rotation, attend: Attend, past: KeysValues | None = None
+        self, x_BPD: Tensor, types_P: Tensor, rotation: Rotation, attend: Attend, past: KeysValues | None = None
     ) -> tuple[Tensor, KeysValues]:
         """The residual stream, and the keys and values of `past` and of all tokens."""
 
-        def each(function: Callable[[Tower, Tensor], Tensor], x_BN: Tensor) -> Tensor:
+        def each(function: Callable[[Tower, Tensor], Tensor], x_BP: Tensor) -> Tensor:
             towers = (cast(Tower, tower) for tower in self.towers)
-            return torch.cat([function(tower, x_BN[:, types_N == kind]) for kind, tower in enumerate(towers)], dim=1)
+            return torch.cat([function(tower, x_BP[:, types_P == kind]) for kind, tower in enumerate(towers)], dim=1)
 
-        y_BND = each(lambda tower, x: tower.attention_norm(x), x_BND)
-        qkv = each(lambda tower, x: tower.qkv(x), y_BND)
+        y_BPD = each(lambda tower, x: tower.attention_norm(x), x_BPD)
+        qkv = each(lambda tower, x: tower.qkv(x), y_BPD)
         head_width = cast(Tower, self.towers[0]).head_width
-        q, k, v = rearrange(qkv, "b n (qkv h k) -> qkv b n h k", qkv=3, k=head_width)
+        q, k, v = rearrange(qkv, "b p (qkv h k) -> qkv b p h k", qkv=3, k=head_width)
         # Norms and rotation in the weights' precision also under autocast, as ours.
-        q = rotation(each(lambda tower, x: tower.q_norm(x.to(x_BND.dtype)), q)).to(v.dtype)
-        k = rotation(each(lambda tower, x: tower.k_norm(x.to(x_BND.dtype)), k)).to(v.dtype)
-        q, k, v = (rearrange(x, "b n h k -> b h n k") for x in (q, k, v))
+        q = rotation(each(lambda tower, x: tower.q_norm(x.to(x_BPD.dtype)), q)).to(v.dtype)
+        k = rotation(each(lambda tower, x: tower.k_norm(x.to(x_BPD.dtype)), k)).to(v.dtype)
+        q, k, v = (rearrange(x, "b p h k -> b h p k") for x in (q, k, v))
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        attended_BND = rearrange(attend(q, k, v), "b h n k -> b n (h k)")
-        x_BND = x_BND + each(lambda tower, x: tower.out(x), attended_BND)
-        y_BND = each(lambda tower, x: tower.ffn_norm(x), x_BND)
-        return x_BND + each(lambda tower, x: tower.down(silu(tower.gate(x)) * tower.up(x)), y_BND), (k, v)
+        attended_BPD = rearrange(attend(q, k, v), "b h p k -> b p (h k)")
+        x_BPD = x_BPD + each(lambda tower, x: tower.out(x), attended_BPD)
+        y_BPD = each(lambda tower, x: tower.ffn_norm(x), x_BPD)
+        return x_BPD + each(lambda tower, x: tower.down(silu(tower.gate(x)) * tower.up(x)), y_BPD), (k, v)
 
 
 class Baseline:
@@ -97,31 +97,27 @@ class Baseline:
 
         The condition takes its own block's skips, ours the previous block's: the work is the same, the numbers are not.
         """
-        config, blocks = self.config, self.config.ar_length
-        tokens = blocks * config.block_tokens
-        types_N = self._types(tokens, tokens)
+        config, tokens = self.config, self.config.ar_length * self.config.block_tokens
+        types_P = self._types(tokens, tokens)
         rotation = Rotation(*(torch.cat([angles, angles]) for angles in self.rotation))
         attend = _sparse(config, self.device) if attention == "sparse" else _dense(config, self.device)
 
         clean_t_BL = torch.zeros_like(t_BL)
-        clean_BLSD, clean_skips = self.model.embed(clean_BLCYX, clean_t_BL)
-        noisy_BLSD, noisy_skips = self.model.embed(noisy_BLCYX, t_BL)
-        shifted_BLSD = torch.cat([self.model.boi_SD.expand(len(clean_BLSD), 1, -1, -1), clean_BLSD[:, :-1]], dim=1)
-        x_BND = torch.cat([clean_BLSD, shifted_BLSD], dim=1).flatten(1, 2)
+        clean_BPD, clean_skips = self.model.embed(clean_BLCYX, clean_t_BL)
+        noisy_BPD, noisy_skips = self.model.embed(noisy_BLCYX, t_BL)
+        boi_BSD = self.model.boi_SD.expand(len(clean_BPD), -1, -1)
+        x_BPD = torch.cat([clean_BPD, boi_BSD, clean_BPD[:, : -config.block_tokens]], dim=1)
         for layer in self.layers[: config.ar_depth]:
-            x_BND, _ = layer(x_BND, types_N, rotation, attend)
-        condition_BND = x_BND[:, types_N == NOISE]
-        noise_BND = noisy_BLSD.flatten(1, 2) + condition_BND
-        x_BND = torch.cat([x_BND[:, types_N == CLEAN], noise_BND], dim=1)
+            x_BPD, _ = layer(x_BPD, types_P, rotation, attend)
+        condition_BPD = x_BPD[:, types_P == NOISE]
+        noise_BPD = noisy_BPD + condition_BPD
+        x_BPD = torch.cat([x_BPD[:, types_P == CLEAN], noise_BPD], dim=1)
         for layer in self.layers[config.ar_depth :]:
-            x_BND, _ = layer(x_BND, types_N, rotation, attend)
+            x_BPD, _ = layer(x_BPD, types_P, rotation, attend)
 
-        def unembed(x_BND: Tensor, t_BL: Tensor, skips: Skips) -> Tensor:
-            return self.model.unembed(x_BND.unflatten(1, (blocks, -1)), t_BL, skips)
-
-        denoised_BLCYX = unembed(x_BND[:, types_N == NOISE], t_BL, noisy_skips)
-        condition_BLCYX = unembed(condition_BND, clean_t_BL, clean_skips)
-        clean_tower_BLCYX = unembed(x_BND[:, types_N == CLEAN], clean_t_BL, clean_skips)
+        denoised_BLCYX = self.model.unembed(x_BPD[:, types_P == NOISE], t_BL, noisy_skips)
+        condition_BLCYX = self.model.unembed(condition_BPD, clean_t_BL, clean_skips)
+        clean_tower_BLCYX = self.model.unembed(x_BPD[:, types_P == CLEAN], clean_t_BL, clean_skips)
         return denoised_BLCYX, condition_BLCYX, clean_tower_BLCYX
 
     @torch.no_grad()
@@ -134,16 +130,16 @@ class Baseline:
             scheduler.set_timesteps(steps)
             boi_BSD = self.model.boi_SD.expand(len(initial_noise_BLCYX), -1, -1)
             clean_BSD = self._embed(latents[-1], 0)[0] if latents else boi_BSD[:, :0]
-            context = types_N, *_ = self._sampling_context(block)
-            x_BND = torch.cat([clean_BSD, clean_BSD if latents else boi_BSD], dim=1)
-            x_BND, seen = self._run(ar_stage, x_BND, context, past)
-            clean_BSD, condition_BSD = x_BND[:, types_N == CLEAN], x_BND[:, types_N == NOISE]
+            context = types_P, *_ = self._sampling_context(block)
+            x_BPD = torch.cat([clean_BSD, clean_BSD if latents else boi_BSD], dim=1)
+            x_BPD, seen = self._run(ar_stage, x_BPD, context, past)
+            clean_BSD, condition_BSD = x_BPD[:, types_P == CLEAN], x_BPD[:, types_P == NOISE]
             noisy_BCYX = initial_noise_BLCYX[:, block] * scheduler.init_noise_sigma
             for t in scheduler.timesteps:
                 noise_BSD, skips = self._embed(scheduler.scale_model_input(noisy_BCYX, t), t)
-                x_BND = torch.cat([clean_BSD, noise_BSD + condition_BSD], dim=1)
-                x_BND, seen_again = self._run(diffusion_stage, x_BND, context, past)
-                prediction_BCYX = self._unembed(x_BND[:, types_N == NOISE], t, skips)
+                x_BPD = torch.cat([clean_BSD, noise_BSD + condition_BSD], dim=1)
+                x_BPD, seen_again = self._run(diffusion_stage, x_BPD, context, past)
+                prediction_BCYX = self._unembed(x_BPD[:, types_P == NOISE], t, skips)
                 noisy_BCYX = scheduler.step(prediction_BCYX, t, noisy_BCYX).prev_sample
             latents.append(noisy_BCYX)
             # Of the clean blocks alone, without the noisy one.
@@ -155,24 +151,24 @@ class Baseline:
         """Types, positions and attention of [clean block before, noisy block]; no clean block before the first."""
         size = self.config.block_tokens
         clean, start = (size if block else 0), block * size
-        mask_NM = torch.ones(clean + size, start + size, dtype=torch.bool, device=self.device)
-        mask_NM[:clean, start:] = False
+        mask_PM = torch.ones(clean + size, start + size, dtype=torch.bool, device=self.device)
+        mask_PM[:clean, start:] = False
         rotation = Rotation(*(angles[start - clean : start + size] for angles in self.rotation))
-        return self._types(clean, size), rotation, functools.partial(scaled_dot_product_attention, attn_mask=mask_NM)
+        return self._types(clean, size), rotation, functools.partial(scaled_dot_product_attention, attn_mask=mask_PM)
 
     def _run(
         self,
         layers: slice,
-        x_BND: Tensor,
+        x_BPD: Tensor,
         context: tuple[Tensor, Rotation, Attend],
         past: list[KeysValues | None],
     ) -> tuple[Tensor, list[KeysValues]]:
         """Tokens through some layers when sampling, and all keys and values that each of them saw."""
         seen = []
         for layer, layer_past in zip(self.layers[layers], past[layers], strict=True):
-            x_BND, keys_values = layer(x_BND, *context, layer_past)
+            x_BPD, keys_values = layer(x_BPD, *context, layer_past)
             seen.append(keys_values)
-        return x_BND, seen
+        return x_BPD, seen
 
     def _types(self, clean: int, noisy: int) -> Tensor:
         # On meta a mask with values is needed: how many tokens it gathers depends on them.
@@ -183,11 +179,10 @@ class Baseline:
         return torch.full((batch, 1), float(t), device=self.device)
 
     def _embed(self, latents_BCYX: Tensor, t: Tensor | int) -> tuple[Tensor, Skips]:
-        tokens_B1SD, skips = self.model.embed(latents_BCYX[:, None], self._timesteps(len(latents_BCYX), t))
-        return tokens_B1SD[:, 0], skips
+        return self.model.embed(latents_BCYX[:, None], self._timesteps(len(latents_BCYX), t))
 
     def _unembed(self, tokens_BSD: Tensor, t: Tensor, skips: Skips) -> Tensor:
-        return self.model.unembed(tokens_BSD[:, None], self._timesteps(len(tokens_BSD), t), skips)[:, 0]
+        return self.model.unembed(tokens_BSD, self._timesteps(len(tokens_BSD), t), skips)[:, 0]
 
 
 def _check(config: ModelConfig) -> None:
@@ -208,11 +203,11 @@ def _check(config: ModelConfig) -> None:
 
 
 def _rotation(config: ModelConfig, device: torch.device) -> Rotation:
-    positions_N2 = token_positions(config, device).flatten(0, 1).to(torch.float64)
+    positions_P2 = token_positions(config, device).flatten(0, 1).to(torch.float64)
     pairs = config.head_width // 4
     frequencies = torch.tensor([10_000.0 ** (-pair / pairs) for pair in range(pairs)], dtype=torch.float64, device=device)
-    angles_N1af = (positions_N2[..., None] * frequencies)[:, None]
-    return Rotation(angles_N1af.cos().float(), angles_N1af.sin().float())
+    angles_P1af = (positions_P2[..., None] * frequencies)[:, None]
+    return Rotation(angles_P1af.cos().float(), angles_P1af.sin().float())
 
 
 # ---- attention in training
@@ -234,9 +229,9 @@ def _sees(config: ModelConfig) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
 @functools.cache
 def _dense(config: ModelConfig, device: torch.device) -> Attend:
     """One call with a boolean mask over all [2 L S, 2 L S] pairs: masked work is done and thrown away."""
-    tokens_N = torch.arange(2 * config.ar_length * config.block_tokens, device=device)
-    mask_NN = _sees(config)(None, None, tokens_N[:, None], tokens_N[None])
-    return functools.partial(scaled_dot_product_attention, attn_mask=mask_NN)
+    tokens_P = torch.arange(2 * config.ar_length * config.block_tokens, device=device)
+    mask_PP = _sees(config)(None, None, tokens_P[:, None], tokens_P[None])
+    return functools.partial(scaled_dot_product_attention, attn_mask=mask_PP)
 
 
 @functools.cache
@@ -249,18 +244,18 @@ def _sparse(config: ModelConfig, device: torch.device) -> Attend:
     return functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=block_mask)
 
 
-def _attend_by_block(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, size: int) -> Tensor:
-    tokens = q_BHNK.shape[2] // 2
+def _attend_by_block(q_BHPK: Tensor, k_BHPK: Tensor, v_BHPK: Tensor, size: int) -> Tensor:
+    tokens = q_BHPK.shape[2] // 2
 
-    def seen(x_BHNK: Tensor, tower: int, start: int) -> Tensor:
+    def seen(x_BHPK: Tensor, tower: int, start: int) -> Tensor:
         if tower == CLEAN:
-            return x_BHNK[:, :, : start + size]
-        own = x_BHNK[:, :, tokens + start : tokens + start + size]
-        return torch.cat([x_BHNK[:, :, :start], own], dim=2)
+            return x_BHPK[:, :, : start + size]
+        own = x_BHPK[:, :, tokens + start : tokens + start + size]
+        return torch.cat([x_BHPK[:, :, :start], own], dim=2)
 
     attended = []
     for tower, start in itertools.product((CLEAN, NOISE), range(0, tokens, size)):
         first = tower * tokens + start
-        queries, keys, values = q_BHNK[:, :, first : first + size], seen(k_BHNK, tower, start), seen(v_BHNK, tower, start)
+        queries, keys, values = q_BHPK[:, :, first : first + size], seen(k_BHPK, tower, start), seen(v_BHPK, tower, start)
         attended.append(scaled_dot_product_attention(queries, keys, values))
     return torch.cat(attended, dim=2)

@@ -37,7 +37,7 @@ from madformer.data.datamodule import LatentDataModule
 from madformer.data.encode import encode_share
 from madformer.data.latents import Encoding, ShardWriter, read_manifest, read_shards, shard_name, summarise, write_manifest
 from madformer.data.loader import Batch
-from madformer.data.open_dataset import quiet
+from madformer.data.open_dataset import silence_datasets
 from madformer.data.prompts import imagenet_classes
 from madformer.data.sources import ROWS_PER_SHARD
 from madformer.model.cost import training_flops
@@ -242,7 +242,7 @@ def write_images(path: Path, images: int, copies: int) -> None:
         Image.fromarray(pixels_YXC).save(buffer, format="JPEG", quality=95)
         contents.append({"bytes": buffer.getvalue(), "path": f"{number:06d}.jpg"})
     features = datasets.Features({"image": datasets.Image()})
-    with quiet():
+    with silence_datasets():
         datasets.Dataset.from_dict({"image": contents * copies}, features=features).to_parquet(str(path))
 
 

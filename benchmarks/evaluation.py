@@ -39,7 +39,7 @@ from madformer.evaluation.metrics import Moments, frechet_distance
 from madformer.evaluation.neighbours import NEIGHBOURS, Within, compare_pairs, pairs_within
 from madformer.evaluation.reference import KEPT
 from madformer.model import MADFormer, cost
-from madformer.model.generation import _Sampler
+from madformer.model.generation import BlockSampler
 
 GOAL = 0.15
 """Share of an evaluation that everything but sampling may take."""
@@ -215,7 +215,7 @@ def sampling_parts(bench: Bench, model: MADFormer) -> list[Part]:
     """
     c, evaluation, steps = bench.config.model, bench.config.evaluation, bench.sampling.steps
     scheduler = build_sampler(bench.config.diffusion, c.prediction_type, evaluation.sampler)
-    sampler = _Sampler(model, scheduler, bench.batch, None, 1.0, None)
+    sampler = BlockSampler(model, scheduler, bench.batch, None, 1.0, None)
     sampler.set_timesteps(steps)
     for layer in sampler.cache.layers:
         layer.normal_()  # in place of blocks that were not sampled

@@ -27,7 +27,7 @@ from benchmarks.harness import cpu_name, positive, table
 from madformer.config import write_config
 from madformer.evaluation.record import append_point
 from madformer.runs.checkpoints import checkpoint_path
-from madformer.sweep.cells import Cell
+from madformer.sweep.cells import Cell, sweep_cells
 from madformer.sweep.driver import run_sweep
 from madformer.sweep.load_sweep import load_sweep
 
@@ -57,7 +57,7 @@ def measure(folder: Path, count: int, repeats: int) -> list[tuple[str, float, fl
     waiting = median(time_command("status", path) for _ in range(repeats))
     driver = time_driver(path, folder)
     done = median(time_command("status", path) for _ in range(repeats))
-    for cell in load_sweep(path).cells()[::2]:
+    for cell in sweep_cells(load_sweep(path))[::2]:
         shutil.rmtree(cell.run)
     half = median(time_command("status", path) for _ in range(repeats))
     return [
@@ -95,7 +95,7 @@ def time_command(verb: str, sweep: Path) -> float:
 def time_driver(path: Path, folder: Path) -> float:
     """Seconds of one worker for each trial, but for those of the trial's process."""
     sweep = load_sweep(path)
-    made = {cell.name: make_run(cell, folder / "made" / cell.name) for cell in sweep.cells()}
+    made = {cell.name: make_run(cell, folder / "made" / cell.name) for cell in sweep_cells(sweep)}
 
     def copy(cell: Cell) -> list[list[str]]:
         return [["cp", "-r", f"{made[cell.name]}/.", str(cell.run)]]

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from madformer import __version__
 from madformer.config import load_experiment, load_run
+from madformer.config.evaluation import SamplerName
 from madformer.errors import DataError, InputError
 
 app = typer.Typer(
@@ -26,6 +27,8 @@ app = typer.Typer(
 )
 sweep_app = typer.Typer(help="Grids of runs.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(sweep_app, name="sweep")
+
+_SAMPLERS = ", ".join(get_args(SamplerName))
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields that replace the file's.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
@@ -77,7 +80,7 @@ def evaluate(
     num_samples: Annotated[int | None, typer.Option(help="Images sampled for each number; default: the experiment's.")] = None,
     checkpoints: Annotated[str, typer.Option(help="newest, last5 (each, and their mean), or a step.")] = "newest",
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
-    sampler: Annotated[str | None, typer.Option(help="ddim, ddpm, dpmsolver++, unipc; several with commas.")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"{_SAMPLERS}; several with commas.")] = None,
     guidance: Annotated[str | None, typer.Option(help="Scales of classifier-free guidance, such as 1,1.5.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds of sampling, such as 0,1,2: each, and their mean.")] = None,
     reference: Annotated[
@@ -89,9 +92,9 @@ def evaluate(
     """Measure samples of a run; what is recorded already is not computed again."""
     from madformer.evaluation.request import parse_request
 
-    asked = {"references": tuple(reference or ()), "devices": devices, "diagnostics": diagnostics}
-    config = load_run(run, overrides or [])
-    request = parse_request(config, nfe, steps, num_samples, checkpoints, weights, sampler, guidance, seeds, **asked)
+    options = {"references": tuple(reference or ()), "devices": devices, "diagnostics": diagnostics}
+    axes = {"sampler": sampler, "guidance": guidance, "seed": seeds}
+    request = parse_request(load_run(run, overrides or []), nfe, steps, num_samples, checkpoints, weights, axes, **options)
     from madformer.evaluation.evaluate import evaluate
 
     with _going_on_later():
@@ -108,7 +111,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Image i depends on (seed, i) alone.")] = 0,
     classes: Annotated[str | None, typer.Option(metavar="207,360", help="Classes, in turn; default: all of them.")] = None,
     prompt: Annotated[str | None, typer.Option(help="A text for all images, instead of classes.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, ddpm, dpmsolver++ or unipc.")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"One of {_SAMPLERS}.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; 1: none.")] = None,
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
     devices: Annotated[int | None, typer.Option(min=1, help="Devices that share the work; default: all GPUs.")] = None,
@@ -116,8 +119,9 @@ def sample(
     """Write images, and a grid of them; those that are there already are left alone."""
     from madformer.evaluation.request import parse_sampling
 
-    asked = {"classes": classes, "prompt": prompt, "devices": devices}
-    request = parse_sampling(load_run(run), num, steps, nfe, seed, weights, sampler, guidance, **asked)
+    axes = {"sampler": sampler, "guidance": guidance, "seed": seed}
+    options = {"classes": classes, "prompt": prompt, "devices": devices}
+    request = parse_sampling(load_run(run), num, steps, nfe, weights, axes, **options)
     from madformer.evaluation.write_samples import write_samples
 
     with _going_on_later():
@@ -192,12 +196,13 @@ def sweep_run(
     from madformer.sweep.load_sweep import load_sweep
 
     spec = load_sweep(sweep, overrides or [])
+    from madformer.sweep.cells import sweep_cells
     from madformer.sweep.driver import run_sweep
 
     status = run_sweep(spec, retry_failed)
     if status == 0:
         print(f"table and curves: madformer report {shlex.join([str(sweep), *(overrides or [])])}")
-        own = all(cell.run.parent == spec.folder for cell in spec.cells())
+        own = all(cell.run.parent == spec.folder for cell in sweep_cells(spec))
         print(f"in TensorBoard:   tensorboard --logdir {spec.folder if own else spec.folder.parent}")
     raise typer.Exit(status)
 
@@ -263,8 +268,7 @@ def _going_on_later() -> Iterator[None]:
 
 def _fail_if_expected(error: RuntimeError) -> None:
     """Commands that end as they must: interrupted, diverged, killed. Anything else is a defect and shows where."""
-    from madformer.errors import Interrupted, NonFiniteError
-    from madformer.parallel import ProcessKilledError
+    from madformer.errors import Interrupted, NonFiniteError, ProcessKilledError
 
     if isinstance(error, Interrupted):
         _fail(str(error), 128 + error.signal_number)

@@ -1,4 +1,4 @@
-"""Errors that a user can meet; `cli` turns each into one line and an exit status."""
+"""Errors that a user can meet. `cli.main` prints each as one line and exits with the status that the class names."""
 
 from __future__ import annotations
 
@@ -6,24 +6,39 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """What was asked for cannot be done; the message says what is wrong, where, and what would be right."""
-
-
-class DataError(InputError):
-    """Data that cannot be learnt: broken images, files that are not what was written; the message says where and what to do."""
+    """A request that cannot be carried out. The message says what is wrong, where, and what to do. Exit status 2."""
 
 
 class ConfigError(InputError):
-    """A configuration that cannot be run; the message names the field, its value and the legal ones."""
+    """A configuration that cannot be run. The message names the field, its value and the legal ones. Exit status 2."""
+
+
+class DataError(InputError):
+    """Data that cannot be used: too many broken images, or files that were changed. Exit status 2."""
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite; the weights have not been touched by it."""
+    """A loss or a gradient is NaN or infinite. It is raised before the weights are changed. Exit status 1."""
 
 
-class Interrupted(RuntimeError):  # noqa: N818 - no error: it was asked for
-    """The run was asked to stop, and has saved its state."""
+class ProcessKilledError(RuntimeError):
+    """A process ended without an error of its own, as when the system kills it for want of memory. Exit status 1."""
+
+
+class Interrupted(RuntimeError):  # noqa: N818 - a request, not an error
+    """A signal stopped the run, which has saved its state. Exit status 128 + the number of the signal."""
 
     def __init__(self, run: Path, step: int, signal_number: int) -> None:
         super().__init__(f"stopped after step {step}, state saved; to go on: madformer train --resume {run}")
         self.signal_number = signal_number
+
+
+class StoppedError(RuntimeError):
+    """Nobody needs the rest of the work: another process failed, or the program that shares it was interrupted.
+
+    It ends a process of shared work, never the program: no exit status.
+    """
+
+
+class BadImage(ValueError):  # noqa: N818 - the state of a row, not an error of the program
+    """A row without a readable image. The message is the reason. Readers skip the row and count it: no exit status."""

@@ -1,34 +1,114 @@
-"""The Hugging Face hub: what a repository holds, or why it cannot be had."""
+"""The Hugging Face hub: the files of a model from its cache or by download, or why they cannot be had."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from madformer.errors import InputError
 from madformer.importing import first_line
 
-__all__ = ["explain", "list_files"]
+__all__ = ["CONFIG", "find_model", "list_files"]
+
+CONFIG = "config.json"
+"""File that says what a model is; it is in every folder of one."""
 
 _TIMEOUT = 10.0
 """Seconds until a hub that does not answer is given up."""
 
 
-def list_files(repository: str) -> frozenset[str]:
-    """Paths of all files of a model's repository.
+def list_files(repository: str, kind: Literal["model", "dataset"] = "model", revision: str | None = None) -> frozenset[str]:
+    """Paths of all files of a repository that may be read.
 
-    This is the one request that the library does not repeat for half a minute where there is no network.
+    Ask this before the hub's libraries: without a network they repeat their requests for half a minute or more.
 
     Raises:
-        Exception: the network's or the hub's; `explain` says what it means.
+        InputError: why the hub does not give it, for a name that is no local folder either; the reason alone.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    return frozenset(file.rfilename for file in HfApi().model_info(repository, timeout=_TIMEOUT).siblings or [])
+    try:
+        info: Any = HfApi().repo_info(repository, repo_type=kind, revision=revision, timeout=_TIMEOUT)
+        if info.gated:
+            HfApi().auth_check(repository, repo_type=kind)
+    except Exception as error:  # also those of the HTTP library, whose name changes
+        if isinstance(error, HFValidationError):
+            reason = "no hub id, which is owner/name"
+        elif isinstance(error, GatedRepoError):
+            reason = "the repository's owner must grant access first (accept the terms on its page, then `hf auth login`)"
+        elif isinstance(error, RepositoryNotFoundError):
+            reason = "the hub has no such repository, or it is private (`hf auth login`)"
+        elif isinstance(error, HfHubHTTPError):
+            reason = f"the hub refuses: {first_line(error)}"
+        else:
+            reason = f"it is not in the cache, and the hub is out of reach: {first_line(error)}"
+        raise InputError(f"no such folder, and {reason}") from error
+    return frozenset(file.rfilename for file in info.siblings or [])
 
 
-def explain(error: Exception) -> str:
-    """Why a repository cannot be had, in a line."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+def find_model(location: str, *groups: Sequence[str], part: str = "", remedy: str = "name a folder that exists") -> Path:
+    """The folder of a model: a local one, else one of the hub's cache, else one that is downloaded.
 
-    if isinstance(error, GatedRepoError):
-        return "its owner must grant access first (accept the terms on its page, then `hf auth login`)"
-    if isinstance(error, RepositoryNotFoundError):
-        return "the hub has no such repository, or it is private (`hf auth login`)"
-    return first_line(error)
+    Args:
+        location: a folder, or `owner/name` or `owner/name/subfolder` of the hub. The hub is not asked for what its cache holds.
+        groups: names of files beside `config.json`; one of each group must be there. The last group are the weights, best form
+            first: no second form is downloaded.
+        part: subfolder that is taken where the folder itself is of no model, such as the `vae` of a pipeline.
+        remedy: what to do where the model cannot be had.
+
+    Raises:
+        InputError: it cannot be had; the reason alone.
+    """
+    subfolders = ("", part) if part else ("",)
+    folder = Path(location).expanduser()
+    if folder.is_dir():
+        for subfolder in subfolders:
+            if (folder / subfolder / CONFIG).is_file():
+                return folder / subfolder
+        raise InputError(f"{folder} holds no {CONFIG}" + (f", nor a {part}/ that does" if part else ""))
+    names = location.split("/")
+    repository, subfolder = "/".join(names[:2]), "/".join(names[2:])
+    subfolders = (subfolder,) if subfolder else subfolders
+    try:
+        return _find_cached(repository, subfolders, groups) or _download(repository, subfolders, groups)
+    except InputError as error:
+        raise InputError(f"cannot be had: {error}; {remedy}") from error
+
+
+def _find_cached(repository: str, subfolders: Sequence[str], groups: Sequence[Sequence[str]]) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for subfolder in subfolders:
+        with suppress(ValueError):  # no legal name of a repository: the download says so
+            config = try_to_load_from_cache(repository, _join(subfolder, CONFIG))
+            folder = Path(config).parent if isinstance(config, str) else None
+            if folder and all(any((folder / name).is_file() for name in group) for group in groups):
+                return folder
+    return None
+
+
+def _download(repository: str, subfolders: Sequence[str], groups: Sequence[Sequence[str]]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    files = list_files(repository)
+    subfolder = next((name for name in subfolders if _join(name, CONFIG) in files), subfolders[-1])
+    if _join(subfolder, CONFIG) not in files:
+        raise InputError(f"{repository} holds no {_join(subfolder, CONFIG)}")
+    *others, weights = groups
+    best = next((name for name in weights if _join(subfolder, name) in files), weights[0])
+    shards = re.sub(r"(\.\w+)\.index\.json$", r"-*\1", best)
+    names = [CONFIG, *chain.from_iterable(others), best, shards]
+    try:
+        folder = snapshot_download(repository, allow_patterns=[_join(subfolder, name) for name in names])
+    except Exception as error:  # the network's, the hub's and the disk's
+        raise InputError(f"its download failed: {first_line(error)}") from error
+    return Path(folder) / subfolder
+
+
+def _join(subfolder: str, name: str) -> str:
+    return str(PurePosixPath(subfolder) / name)

@@ -1,4 +1,4 @@
-"""Code that is not the project's: classes of one's own, named where they are, and what is said of it when it fails."""
+"""Custom classes, which are code of the user's own: imported by name, built, and explained when they fail."""
 
 from __future__ import annotations
 
@@ -16,51 +16,52 @@ from madformer.errors import InputError
 __all__ = ["build_custom", "describe", "first_line", "modules_of"]
 
 
-def build_custom(place: str, kind: str) -> Any:
-    """An object of a class of one's own, built without arguments.
+def build_custom(location: str, class_name: str) -> Any:
+    """An object of a custom class, built without arguments.
 
     Args:
-        place: what to import: a module (`package.module`), or a file (`folder/file.py`).
-        kind: name of the class in it.
+        location: what to import: a module (`package.module`), or a file (`folder/file.py`).
+        class_name: name of the class in it.
 
     Raises:
         InputError: there is no such module, file or class, or it cannot be imported or built; the reason alone.
     """
-    if place.endswith(".py") and not Path(place).is_file():
-        raise InputError(f"no such file: {place}")
+    if location.endswith(".py") and not Path(location).is_file():
+        raise InputError(f"no such file: {location}")
     try:
-        module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = _import_file(Path(location)) if location.endswith(".py") else importlib.import_module(location)
     except Exception as error:  # the user's own code
-        raise InputError(f"{place} cannot be imported: {describe(error)}") from error
-    own = getattr(module, kind, None)
-    if not isinstance(own, type):
-        raise InputError(f"{place} has no class {kind}")
+        raise InputError(f"{location} cannot be imported: {describe(error)}") from error
+    custom = getattr(module, class_name, None)
+    if not isinstance(custom, type):
+        raise InputError(f"{location} has no class {class_name}")
     try:
-        return own()
+        return custom()
     except Exception as error:  # the user's own code
-        raise InputError(f"{kind}() fails: {describe(error)}") from error
+        raise InputError(f"{class_name}() fails: {describe(error)}") from error
 
 
-def modules_of(built: object) -> nn.Module:
+def modules_of(instance: object) -> nn.Module:
     """All modules in an object that need not be one itself."""
-    if isinstance(built, nn.Module):
-        return built
-    return nn.ModuleList(part for part in getattr(built, "__dict__", {}).values() if isinstance(part, nn.Module))
+    if isinstance(instance, nn.Module):
+        return instance
+    return nn.ModuleList(part for part in getattr(instance, "__dict__", {}).values() if isinstance(part, nn.Module))
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """An exception's type and what it says in its first line."""
-    return f"{type(error).__name__}: {first_line(error)}"
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception says in its first line, or else its type."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(" .:") if lines else type(error).__name__
 
 
 def _import_file(path: Path) -> ModuleType:
-    name = f"_own_{path.stem}"
+    name = f"_custom_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

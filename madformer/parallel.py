@@ -1,4 +1,4 @@
-"""The same work on several devices: processes of this machine, or those that torchrun or Slurm started."""
+"""One piece of work on several devices: by processes of this machine, or by those that torchrun or Slurm started."""
 
 from __future__ import annotations
 
@@ -17,83 +17,78 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from madformer.config import TrainerConfig
-from madformer.errors import ConfigError
+from madformer.errors import ConfigError, ProcessKilledError, StoppedError
 from madformer.progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
-SECONDS_BETWEEN_LOOKS = 0.2
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Share:
-    """One process among those that share some work."""
+    """The share of one process in some work."""
 
     rank: int
     world_size: int
     device: str
     count: Callable[[int], None]
-    """To be told, often, how much this process has done; raises `StoppedError` when nobody wants the rest."""
+    """Call it often with what this process has done so far; raises `StoppedError` when the work is to end."""
 
 
 Work = Callable[..., None]
-"""Called with a `Share` and further arguments; a function of a module, so that another process finds it."""
-
-
-class StoppedError(RuntimeError):
-    """The work is not wanted any more: another process has failed, or the program that started this one was interrupted."""
-
-
-class ProcessKilledError(RuntimeError):
-    """A process ended without a word, as when the system kills it for want of memory."""
+"""A function of a module, so that other processes can import it; called with a `Share` and further arguments."""
 
 
 def find_devices(settings: TrainerConfig) -> list[str]:
-    """The devices of this machine that an experiment uses, by name; on the CPU one entry for each process.
+    """Names of the devices of this machine that an experiment uses; on the CPU one entry for each process.
 
     Raises:
-        ConfigError: devices that are not there.
+        ConfigError: there are fewer devices than the experiment sets.
     """
-    there = torch.cuda.device_count()
-    if settings.accelerator == "cuda" and not there:
+    count = torch.cuda.device_count()
+    if settings.accelerator == "cuda" and not count:
         raise ConfigError("trainer.accelerator = 'cuda': there is no CUDA device; set it to auto or cpu")
-    if not there or settings.accelerator == "cpu":
+    if not count or settings.accelerator == "cpu":
         return ["cpu"] * (settings.devices or 1)
-    if (settings.devices or 0) > there:
-        raise ConfigError(f"trainer.devices = {settings.devices}: there are {there} CUDA devices")
-    return [f"cuda:{index}" for index in range(settings.devices or there)]
+    if (settings.devices or 0) > count:
+        raise ConfigError(f"trainer.devices = {settings.devices}: there are {count} CUDA devices")
+    return [f"cuda:{index}" for index in range(settings.devices or count)]
 
 
 def device_name(device: torch.device) -> str:
-    """What kind of device it is."""
+    """The model of a GPU, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def share_out(work: Work, arguments: tuple[Any, ...], devices: list[str], display: ProgressDisplay, before: int = 0) -> None:
-    """Do the work on all devices and wait for it; on a single one in this process.
+    """Do the work on all devices and wait for it. A single device needs no further process.
 
     Under torchrun or Slurm every process does one share and waits for no other.
 
     Args:
         work: called with (share, *arguments).
-        before: what was done earlier, shown as part of the progress.
+        arguments: further arguments of the work.
+        devices: their names, one for each process.
+        display: shows the progress.
+        before: what was done earlier; counts as progress.
 
     Raises:
-        Exception: what a process met; the others are stopped.
-        ProcessKilledError: a process was killed; the others are ended.
+        Exception: the error of a process; the others are stopped.
+        ProcessKilledError: a process was killed; the others are stopped.
     """
     cluster = _cluster()
     if cluster is not None or len(devices) == 1:
         rank, world_size = (cluster.global_rank(), cluster.world_size()) if cluster else (0, 1)
-        # The others' progress is not known here: they will be about as far.
+        # The progress of the other processes is not known here; assume that it is the same.
         work(Share(rank, world_size, own_device(devices), lambda done: display.show(before + done * world_size)), *arguments)
     else:
         _start_processes(work, arguments, devices, display, before)
 
 
 def cluster_rank() -> int | None:
-    """This process among those that torchrun or Slurm started; None: they did not."""
+    """The rank of this process among those that torchrun or Slurm started; None: it was started alone."""
     cluster = _cluster()
     return cluster.global_rank() if cluster else None
 
@@ -105,49 +100,49 @@ def own_device(devices: list[str]) -> str:
 
 
 def _cluster() -> ClusterEnvironment | None:
-    """What started this process together with others; a lone one may use all devices."""
+    """The cluster that this process is one of several of; None: it runs alone, and may use all devices."""
     by_torchrun = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
-    by_srun = os.environ.get("SLURM_STEP_ID", "").isdigit()  # a batch script is told of tasks that it has not started
+    by_srun = os.environ.get("SLURM_STEP_ID", "").isdigit()  # a batch script has variables of tasks that it did not start
     if not by_torchrun and not by_srun:
         return None
-    # Seconds, which a process without others does not spend.
+    # This import takes seconds.
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     kinds: list[type[ClusterEnvironment]] = [TorchElasticEnvironment]
     if by_srun:
         kinds.append(SLURMEnvironment)
-    found = (kind() for kind in kinds if kind.detect())
-    return next((cluster for cluster in found if cluster.world_size() > 1), None)
+    clusters = (kind() for kind in kinds if kind.detect())
+    return next((cluster for cluster in clusters if cluster.world_size() > 1), None)
 
 
 def _start_processes(work: Work, arguments: tuple[Any, ...], devices: list[str], display: ProgressDisplay, before: int) -> None:
     context = multiprocessing.get_context("spawn")
-    common = _Common(context.RawArray("q", len(devices)), context.RawValue("b", 0))
+    shared = _SharedState(context.RawArray("q", len(devices)), context.RawValue("b", 0))
     threads = max(1, torch.get_num_threads() // len(devices))
     processes, receivers = [], []
-    resource_tracker.ensure_running()  # it would let interrupts through
-    with _interrupts_held():  # until the processes can deal with one, see `_work`
+    resource_tracker.ensure_running()  # started later, it would unblock interrupts
+    with _interrupts_blocked():  # `_work` unblocks them when a process can handle one
         for rank in range(len(devices)):
             receiver, sender = context.Pipe(duplex=False)
-            given = (common, threads, rank, devices, sender, work, arguments)
-            processes.append(context.Process(target=_work, args=given, daemon=True))
+            process_arguments = (shared, threads, rank, devices, sender, work, arguments)
+            processes.append(context.Process(target=_work, args=process_arguments, daemon=True))
             processes[-1].start()
             receivers.append(receiver)
-            sender.close()  # this end of it: what the process does not send is then an end, not a wait
+            sender.close()  # so that `recv` ends with EOFError if the process sends nothing
     try:
         while alive := [process.sentinel for process in processes if process.is_alive()]:
-            wait(alive, timeout=SECONDS_BETWEEN_LOOKS)
-            display.show(before + sum(common.counts))
+            wait(alive, timeout=_POLL_SECONDS)
+            display.show(before + sum(shared.counts))
             if any(process.exitcode for process in processes):
                 break
     finally:
-        common.stop.value = 1  # without effect on those that have ended
+        shared.stop.value = 1  # processes that have ended ignore it
         for process in processes:
             process.join()
-    display.show(before + sum(common.counts))
+    display.show(before + sum(shared.counts))
     for receiver in receivers:
-        with contextlib.suppress(EOFError):  # it had nothing to say
+        with contextlib.suppress(EOFError):  # the process sent no error
             if not isinstance(error := receiver.recv(), StoppedError):
                 raise error
     if any(process.exitcode for process in processes):
@@ -156,15 +151,15 @@ def _start_processes(work: Work, arguments: tuple[Any, ...], devices: list[str],
 
 
 @dataclass(frozen=True)
-class _Common:
-    """What the processes have in common, without locks: one that is killed would hold them for ever."""
+class _SharedState:
+    """Memory that the processes share, without locks: a killed process would never release them."""
 
     counts: Any
     stop: Any
 
 
 def _work(
-    common: _Common,
+    shared: _SharedState,
     threads: int,
     rank: int,
     devices: list[str],
@@ -172,16 +167,16 @@ def _work(
     work: Work,
     arguments: tuple[Any, ...],
 ) -> None:
-    """One of the processes: its share, and what became of it."""
+    """Do one share in a process of its own; send the error if there is one."""
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def count(done: int) -> None:
-        common.counts[rank] = done
-        if common.stop.value:
+        shared.counts[rank] = done
+        if shared.stop.value:
             raise StoppedError
 
-    # Ctrl-C reaches every process of a terminal. It would end one that starts with a traceback; the parent says what is to say.
+    # Ctrl-C reaches every process of a terminal. Only the parent prints a message.
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         work(Share(rank, len(devices), devices[rank], count), *arguments)
@@ -193,7 +188,7 @@ def _work(
 
 
 def _end_with_parent() -> None:
-    """Without it, a process whose parent was killed would work on."""
+    """End this process when its parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -201,10 +196,10 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Processes started meanwhile hold Ctrl-C back as well."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _interrupts_blocked() -> Iterator[None]:
+    """Block Ctrl-C, also in processes that are started meanwhile."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

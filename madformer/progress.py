@@ -1,6 +1,6 @@
-"""How far a long command is: a bar on a terminal, plain lines in a log; both with a rate and the time that is left.
+"""What commands print: the progress of a long one, and tables. Each has a form for a terminal and one for a log.
 
-Whoever watches from outside reads it from a file.
+Progress is also written to a file, for other processes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from madformer.runs.files import write_text
 
@@ -25,44 +28,44 @@ SECONDS_BETWEEN_WRITES = 5.0
 
 
 class ProgressFile:
-    """What `read_progress` reads; each label has an entry of its own, which stays when another command begins.
+    """Writes the file that `read_progress` reads. Each label has its own entry, which stays when another command begins.
 
     Args:
         path: the file.
-        facts: written with the rest, such as the number of devices.
+        details: further keys of the entry, such as the number of devices.
     """
 
-    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
-        self.path, self._facts, self._written = path, dict(facts), float("-inf")
+    def __init__(self, path: Path, details: Mapping[str, Any]) -> None:
+        self.path, self._details, self._last_write = path, dict(details), float("-inf")
 
     def write(self, label: str, done: int, total: int | None, per_second: float) -> None:
-        """Write how far it is, not too often but at the end."""
-        if done != total and time.monotonic() - self._written < SECONDS_BETWEEN_WRITES:
+        """Write the entry of a label; every few seconds, and when `done` is `total`."""
+        if done != total and time.monotonic() - self._last_write < SECONDS_BETWEEN_WRITES:
             return
-        self._written = time.monotonic()
-        entry = {"done": done, "total": total, "per_second": per_second, "time": time.time(), **self._facts}
+        self._last_write = time.monotonic()
+        entry = {"done": done, "total": total, "per_second": per_second, "time": time.time(), **self._details}
         write_text(self.path, json.dumps({**read_progress(self.path), label: entry}))
 
 
 def read_progress(path: Path) -> dict[str, dict[str, Any]]:
-    """Label -> `done`, `total`, `per_second`, `time` (seconds since 1970), further facts; empty: nothing is known."""
+    """Label -> `done`, `total`, `per_second`, `time` (seconds since 1970) and details; empty: there is no such file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return entries if isinstance(entries, dict) else {}
 
 
 class ProgressDisplay:
-    """Shows `done` of `total` units.
+    """Shows `done` of `total` units with the rate and the remaining time: a bar on a terminal, lines in a log.
 
     Args:
         label: what is counted, as in "step 10/100".
         unit: of the rate, as in "12.50 steps/s".
-        total: how many there are; None: nobody knows, no time left is shown.
-        done: how many there were before; they do not count in the rate.
-        silent: show nothing, as processes beside the first one do.
-        file: where it is written as well.
+        total: number of units; None: unknown, and no remaining time is shown.
+        done: units that were done earlier; they do not count in the rate.
+        silent: show nothing; for every process but the first.
+        file: progress is written there as well.
     """
 
     def __init__(
@@ -75,8 +78,8 @@ class ProgressDisplay:
         file: ProgressFile | None = None,
     ) -> None:
         self.label, self.unit, self.total = label, unit, total
-        self._first = self._shown = self._done = done
-        self._start = self._said = time.monotonic()
+        self._first = self._last_shown = self._done = done
+        self._start = self._last_shown_at = time.monotonic()
         self._file = None if silent else file
         self._silent, self._bar = silent, None if silent or not sys.stdout.isatty() else self._make_bar(done)
 
@@ -87,27 +90,32 @@ class ProgressDisplay:
         self.close()
 
     def show(self, done: int, note: Callable[[], str] = str) -> None:
-        """Say how far it is, not too often but at the end; `note` is asked only then, a GPU may have to finish for it."""
+        """Update the number of units; it is printed every few seconds and at the end.
+
+        Args:
+            done: units that are done.
+            note: further text. It is only called when something is printed: it may have to wait for a GPU.
+        """
         self._done = done = done if self.total is None else min(done, self.total)
         if self._file and done > self._first:
             self._file.write(self.label, done, self.total, self._rate())
         interval = SECONDS_BETWEEN_REDRAWS if self._bar else SECONDS_BETWEEN_LINES
-        if done == self.total or time.monotonic() - self._said >= interval:
-            self._say(note)
+        if done == self.total or time.monotonic() - self._last_shown_at >= interval:
+            self._print(note)
 
     def close(self) -> None:
-        """Leave the terminal as it was; where nobody knew the total, say how far it came."""
+        """Leave the terminal as it was; print the number of units if the total is unknown."""
         if self.total is None:
-            self._say(str)
+            self._print(str)
         if self._bar:
             self._bar.stop()
             self._bar = None
 
-    def _say(self, note: Callable[[], str]) -> None:
+    def _print(self, note: Callable[[], str]) -> None:
         now, done = time.monotonic(), self._done
-        if self._silent or done == self._shown:
+        if self._silent or done == self._last_shown:
             return
-        self._said, self._shown = now, done
+        self._last_shown_at, self._last_shown = now, done
         rate = self._rate()
         if self._bar:
             self._bar.update(self._task, completed=done, note=note(), rate=f"{rate:.2f} {self.unit}/s")
@@ -118,7 +126,7 @@ class ProgressDisplay:
             f"{rate:.2f} {self.unit}/s",
         ]
         if self.total is not None:
-            words.append(f"{timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))} left")
+            words.append(f"{format_duration((self.total - done) / max(rate, 1e-9))} left")
         print("  ".join(word for word in words if word), flush=True)
 
     def _rate(self) -> float:
@@ -137,3 +145,58 @@ class ProgressDisplay:
         bar.start()
         self._task = bar.add_task(self.label, total=self.total, completed=done, rate="", note="")
         return bar
+
+
+@dataclass
+class TextTable:
+    """A table for a terminal, or lines of a log, which are never cut and are printed fast however many rows there are."""
+
+    title: str
+    headings: Sequence[str]
+    left_aligned: frozenset[str]
+    """Headings of columns that are not numbers."""
+    rows: list[Sequence[str]] = field(default_factory=list)
+
+    def rich(self) -> Table:
+        """The table for a terminal."""
+        table = Table(title=Text(self.title), title_justify="left")
+        for heading in self.headings:
+            table.add_column(heading, justify="left" if heading in self.left_aligned else "right")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+    def plain(self) -> str:
+        """The table for a log."""
+        widths = [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
+
+        def line(words: Sequence[str]) -> str:
+            columns = zip(self.headings, words, widths, strict=True)
+            aligned = (word.ljust(width) if name in self.left_aligned else word.rjust(width) for name, word, width in columns)
+            return f"│ {' │ '.join(aligned)} │"
+
+        rule = "├─" + "─┼─".join("─" * width for width in widths) + "─┤"
+        return "\n".join([self.title, line(self.headings), rule, *map(line, self.rows)])
+
+
+def print_table(table: TextTable, lines: Sequence[str]) -> None:
+    """Print a table, and lines below it."""
+    if sys.stdout.isatty():
+        Console().print(table.rich())
+    else:
+        print(table.plain())
+    print("\n".join(lines))
+
+
+def with_unit(number: float) -> str:
+    """Three digits and a unit: 1.23 T."""
+    for unit in ("", " k", " M", " G", " T", " P", " E", " Z"):
+        if abs(number) < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} Y"
+
+
+def format_duration(seconds: float) -> str:
+    """Days, hours, minutes, seconds: 1 day, 2:03:04."""
+    return str(timedelta(seconds=round(seconds)))

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from madformer.config import ExperimentConfig, ModelConfig, TextConfig, trained_fields
+from madformer.config import ExperimentConfig
 from madformer.runs.files import write_text
 from madformer.sweep.spec import Sweep
 
@@ -41,10 +41,12 @@ Any field is also a `section.field=value` on the command line, behind the file o
 `evaluation.nfe=[280,700]`, nothing as `null`. An unknown field is refused with the nearest real one, a value that is not legal
 with those that are.
 
-**New run** says whether a field is part of the configuration's hash, which is over everything that changes the trained weights.
-Another value of such a field is another run: its folder must have another name, and a sweep trains another cell. All other
-fields may differ from command to command; `madformer train --resume RUN` and `madformer evaluate RUN` take them for that
-command alone.
+**New run** says whether another value makes another run.
+
+- *yes*: the field changes the trained weights and is part of the config hash. A run with another value needs another
+  name; a sweep trains another cell.
+- *no*: the field may differ from command to command. `madformer train --resume RUN` and `madformer evaluate RUN` take
+  it for that command alone.
 
 ## Experiments
 """
@@ -61,15 +63,14 @@ HEADING = "| field | default | values | new run | |\n| --- | --- | --- | --- | -
 SWEEP_HEADING = "| key | default | values | |\n| --- | --- | --- | --- |"
 
 NAMES = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", Any: "any"}
+NEW_RUN = {True: "yes", False: "no", "presence": "if `null` or not"}
 PLURALS = {int: "integers", float: "numbers", str: "texts", bool: "`true`, `false`", Any: "mappings"}
 
 
 def page() -> str:
     """The whole page."""
-    # With text, so that its fields are among the trained ones.
-    trained = trained_fields(ExperimentConfig(model=ModelConfig(text=TextConfig())))
-    experiments = [section(ExperimentConfig, name, trained) for name in ("", *sections(ExperimentConfig))]
-    sweeps = [section(Sweep, name, None) for name in ("", *sections(Sweep))]
+    experiments = [section(ExperimentConfig, name) for name in ("", *sections(ExperimentConfig))]
+    sweeps = [section(Sweep, name) for name in ("", *sections(Sweep))]
     return "\n".join([INTRODUCTION, *experiments, SWEEPS, *sweeps]).rstrip() + "\n"
 
 
@@ -81,21 +82,23 @@ def sections(kind: type, prefix: str = "") -> Iterator[str]:
             yield from sections(inner, f"{prefix}{name}.")
 
 
-def section(kind: type, name: str, trained: dict[str, Any] | None) -> str:
-    """A heading, what the section is, and the table of its fields.
+def section(root: type, name: str) -> str:
+    """A heading, the section's docstring, and the table of its fields.
 
     Args:
-        kind: the dataclass of the whole.
-        name: of the section in it; empty: the fields that are in none.
-        trained: what is part of the hash, by its full name; None: that is no question here.
+        root: dataclass of the whole.
+        name: of the section in it; empty: the fields that are in no section.
     """
+    kind, in_hash = root, True
     for part in name.split(".") if name else ():
+        [field] = [field for field in fields(kind) if field.name == part]
+        in_hash = in_hash and field.metadata.get("new_run", True)
         inner = dataclass_in(get_type_hints(kind)[part])
         assert inner is not None
         kind = inner
     texts, hints = docstrings(kind), get_type_hints(kind)
     lines = [f"### {name}\n"] if name else []
-    lines += [f"{inspect.cleandoc(kind.__doc__ or '').splitlines()[0]}\n", HEADING if trained is not None else SWEEP_HEADING]
+    lines += [f"{inspect.cleandoc(kind.__doc__ or '').splitlines()[0]}\n", SWEEP_HEADING if root is Sweep else HEADING]
     for field in fields(kind):
         full = f"{name}.{field.name}" if name else field.name
         values, default = what(hints[field.name]), default_of(field)
@@ -103,8 +106,9 @@ def section(kind: type, name: str, trained: dict[str, Any] | None) -> str:
         if dataclass_in(hints[field.name]):
             values = f"[section](#{full.replace('.', '')})" + (" or `null`" if default is None else "")
         cells: list[str] = [f"`{full}`", written(default), values]
-        if trained is not None:
-            cells.append(new_run(full, default, trained))
+        if root is not Sweep:
+            new_run = in_hash and field.metadata.get("new_run", True)
+            cells.append("" if is_dataclass(default) else NEW_RUN[new_run])
         lines.append(f"| {' | '.join([*cells, text.replace('|', '&#124;')])} |")
     return "\n".join(lines) + "\n"
 
@@ -155,17 +159,6 @@ def plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(plain, value))}]"
     return f"{value:_}" if isinstance(value, int) and value >= 10_000 else str(value)
-
-
-def new_run(name: str, value: Any, trained: dict[str, Any]) -> str:
-    """Whether another value of a field is another run; of a section, its fields say it."""
-    if is_dataclass(value):
-        return ""
-    if not any(key == name or key.startswith(f"{name}.") for key in trained):
-        return "no"
-    # Where the hash has no more than whether there is a value, as of latents, which may move.
-    partly = name in trained and value is None and trained[name] is False
-    return "if `null` or not" if partly else "yes"
 
 
 def dataclass_in(hint: Any) -> type | None:

@@ -28,20 +28,20 @@ FLAGS = (
     "no-first-run",
 )
 
-EVERY = """
-function* every(selector, root = document) {  // what can be seen, also in the shadows, where TensorBoard has nearly everything
+VISIBLE_ELEMENTS = """
+function* visibleElements(selector, root = document) {  // also in shadow roots, where TensorBoard has nearly all
   for (const element of root.querySelectorAll('*')) {
     if (element.matches(selector) && element.getBoundingClientRect().height) yield element;
-    if (element.shadowRoot) yield* every(selector, element.shadowRoot);
+    if (element.shadowRoot) yield* visibleElements(selector, element.shadowRoot);
   }
 }
 """
 
-FIRST = "const thing = [...every(arguments[0])].find(thing => thing.innerText.trim() == arguments[1]);"
+FIRST = "const element = [...visibleElements(arguments[0])].find(element => element.innerText.trim() == arguments[1]);"
 
 CHARTS = """
 const draw = card => {
-  const all = selector => [...every(selector, card.shadowRoot ?? card)];
+  const all = selector => [...visibleElements(selector, card.shadowRoot ?? card)];
   const [title] = all('[itemprop=name]'), [plot] = all('.line-plot');
   return title && plot && {
     title: title.innerText,
@@ -50,15 +50,15 @@ const draw = card => {
     marks: all('path.symbol').map(path => [getComputedStyle(path).fill, [+path.getAttribute('x'), +path.getAttribute('y')]]),
   };
 };
-return [...every('tf-scalar-card, tf-custom-scalar-multi-line-chart-card')].map(draw).filter(chart => chart);
+return [...visibleElements('tf-scalar-card, tf-custom-scalar-multi-line-chart-card')].map(draw).filter(chart => chart);
 """
 
 LEGEND = """
-const swatch = row => [...every('.isolator, .run-color-swatch', row)].map(icon => {
+const swatch = row => [...visibleElements('.isolator, .run-color-swatch', row)].map(icon => {
   const style = getComputedStyle(icon);
   return icon.matches('.isolator') ? style.color : style.backgroundColor;
 });
-const rows = [...every('.name-row, runs-data-table tb-data-table-content-row')];
+const rows = [...visibleElements('.name-row, runs-data-table tb-data-table-content-row')];
 return rows.map(row => [row.innerText.trim(), ...swatch(row)]).filter(row => row.length == 2);
 """
 
@@ -91,13 +91,13 @@ class Browser:
         self._driver.get(url)
 
     def click(self, selector: str, text: str) -> None:
-        """Click on the first such thing with this text."""
-        clicked = self._run(f"{FIRST} thing?.click(); return Boolean(thing)", selector, text)
+        """Click on the first such element with this text."""
+        clicked = self._run(f"{FIRST} element?.click(); return Boolean(element)", selector, text)
         assert clicked, f"nothing to click on: {text}"
 
     def untick(self, selector: str, text: str) -> None:
-        """See that such a box is not ticked: where it is, click on it and fail, for a page that starts may tick it again."""
-        box = "const box = thing?.querySelector('input') ?? thing, ticked = box?.checked;"
+        """Require a box without a tick. Click on a ticked one and fail: a page that starts may tick it again."""
+        box = "const box = element?.querySelector('input') ?? element, ticked = box?.checked;"
         ticked = self._run(f"{FIRST} {box} if (ticked) box.click(); return ticked", selector, text)
         assert ticked is False, f"missing or ticked: {text}"
 
@@ -118,18 +118,18 @@ class Browser:
         return dict(self._run(LEGEND))
 
     def picture(self, selector: str | None = None) -> bytes:
-        """The window, or the first such thing in it, as a PNG."""
+        """The window, or the first such element in it, as a PNG."""
         if selector is None:
             return self._driver.get_screenshot_as_png()
-        [thing, *_] = self._run("return [...every(arguments[0])]", selector) or [None]
-        assert thing is not None, f"nothing to see: {selector}"
+        [element, *_] = self._run("return [...visibleElements(arguments[0])]", selector) or [None]
+        assert element is not None, f"nothing to see: {selector}"
         try:
-            return thing.screenshot_as_png
+            return element.screenshot_as_png
         except StaleElementReferenceException as gone:
             raise AssertionError(f"drawn anew: {selector}") from gone
 
     def _run(self, script: str, *arguments: Any) -> Any:
-        return self._driver.execute_script(EVERY + script, *arguments)
+        return self._driver.execute_script(VISIBLE_ELEMENTS + script, *arguments)
 
 
 def _corners(path: str) -> list[tuple[float, float]]:

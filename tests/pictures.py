@@ -33,7 +33,7 @@ class Halving(nn.Module):
     def decode(self, latents):
         return nn.functional.interpolate(latents / self.gain, scale_factor=2.0).clamp(-1, 1)
 """
-"""A user's own codec with a posterior: means of 2 x 2 pixels."""
+"""A custom codec with a posterior: means of 2 x 2 pixels."""
 
 
 def picture(number: int, size: tuple[int, int] = (20, 16)) -> Pillow.Image:
@@ -84,7 +84,7 @@ def write_tars(folder: Path, tars: int, rows: int) -> list[Path]:
 
 
 def write_codec(folder: Path) -> str:
-    """The name of a codec of one's own, for `data.codec`."""
+    """The name of that codec, for `data.codec`."""
     path = folder / "halving.py"
     path.write_text(CODEC)
     return f"{path}:Halving"

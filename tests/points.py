@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from madformer.evaluation.measurement import DIGITS_SHA256
+from madformer.sweep.needs import DIGITS_SHA256
 
 INCEPTION = {"feature_networks": [{"name": "inception", "label": "inception", "width": 2048, "sha256": "1c"}]}
 """What other points than those of the digits' network have."""

@@ -15,6 +15,7 @@ from madformer.config.experiment import ExperimentConfig
 from madformer.config.loading import all_keys
 from madformer.model import cost
 from madformer.runs.checkpoints import checkpoint_path
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from scripts import draw_concepts, write_configuration
 from tests.conftest import ROOT
@@ -56,7 +57,7 @@ def test_yaml_is_legal(document, block, tmp_path, monkeypatch):
     else:
         path.write_text(block if "experiment" in keys else f"{block}\nexperiment: experiments/digits.yaml\n")
         sweep = load_sweep(path)
-        assert sweep.search is not None or sweep.cells()
+        assert sweep.search is not None or sweep_cells(sweep)
 
 
 def test_the_citation_and_the_changelog_are_of_this_version():

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from madformer.config import TextConfig, load_experiment, write_config
 from madformer.diffusion.samplers import build_sampler
 from madformer.model.generation import generate
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.forecast import print_plan
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.search import sample_cells
@@ -66,7 +67,7 @@ def load(path):
 
 
 def cells_of(sweep):
-    return sweep.cells() if sweep.search is None else sample_cells(sweep, SAMPLED)
+    return sweep_cells(sweep) if sweep.search is None else sample_cells(sweep, SAMPLED)
 
 
 LOADED = {path: load(path) for path in SWEEPS}
@@ -123,7 +124,7 @@ def test_sweep_is_planned(path, capsys):
     print_plan(sweep)
     printed = capsys.readouterr().out
     assert sweep.name in printed and "-hours" in printed
-    for cell in sweep.cells():
+    for cell in sweep_cells(sweep):
         assert cell.name in printed and cell.run == sweep.folder / cell.name
 
 
@@ -146,7 +147,7 @@ def test_the_paper_s_tables_share_their_models(tmp_path):
     run = tmp_path / "table1" / first[1].name
     write_config(replace(first[1].config, name=run.name, output_dir=str(run.parent)), run)
     with contextlib.chdir(ROOT):
-        again = load_sweep(ROOT / "sweeps/paper/ffhq1024_table2_length.yaml", [f"output_dir={tmp_path}"]).cells()
+        again = sweep_cells(load_sweep(ROOT / "sweeps/paper/ffhq1024_table2_length.yaml", [f"output_dir={tmp_path}"]))
     assert [cell.run == run for cell in again] == [False, True, False]
 
 

@@ -1,4 +1,4 @@
-"""Classes of one's own, by module and by file."""
+"""Custom classes, by module and by file."""
 
 from dataclasses import is_dataclass
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 @dataclass
-class Own:
+class Custom:
     number: int = 3
 
 class Needy:
@@ -29,27 +29,27 @@ number = 3
 def package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_package").mkdir()
-    for file in ("own_file.py", "own_package/module.py"):
+    (tmp_path / "custom_package").mkdir()
+    for file in ("custom_file.py", "custom_package/module.py"):
         (tmp_path / file).write_text(CODE)
     (tmp_path / "broken.py").write_text("no code")
 
 
-@pytest.mark.parametrize("place", ["own_file.py", "own_file", "own_package/module.py", "own_package.module"])
+@pytest.mark.parametrize("place", ["custom_file.py", "custom_file", "custom_package/module.py", "custom_package.module"])
 def test_built_without_arguments(place):
-    built = build_custom(place, "Own")
+    built = build_custom(place, "Custom")
     assert is_dataclass(built) and built.number == 3
 
 
 @pytest.mark.parametrize(
     ("place", "kind", "words"),
     [
-        ("other.py", "Own", "no such file: other.py"),
-        ("own_package.other", "Own", "own_package.other cannot be imported: ModuleNotFoundError: "),
-        ("broken.py", "Own", "broken.py cannot be imported: SyntaxError: invalid syntax (broken.py, line 1)"),
-        ("own_file.py", "Missing", "own_file.py has no class Missing"),
-        ("own_file.py", "number", "own_file.py has no class number"),
-        ("own_file.py", "Needy", "Needy() fails: TypeError: "),
+        ("other.py", "Custom", "no such file: other.py"),
+        ("custom_package.other", "Custom", "custom_package.other cannot be imported: ModuleNotFoundError: "),
+        ("broken.py", "Custom", "broken.py cannot be imported: SyntaxError: invalid syntax (broken.py, line 1)"),
+        ("custom_file.py", "Missing", "custom_file.py has no class Missing"),
+        ("custom_file.py", "number", "custom_file.py has no class number"),
+        ("custom_file.py", "Needy", "Needy() fails: TypeError: "),
     ],
 )
 def test_what_cannot_be_built(place, kind, words):

@@ -11,8 +11,8 @@ import torch
 from filelock import FileLock
 
 from madformer.config import TrainerConfig
-from madformer.errors import ConfigError, InputError
-from madformer.parallel import ProcessKilledError, cluster_rank, find_devices, share_out
+from madformer.errors import ConfigError, InputError, ProcessKilledError
+from madformer.parallel import cluster_rank, find_devices, share_out
 from madformer.progress import ProgressDisplay
 from tests.conftest import ROOT
 from tests.shares import die_in_one, fail_in_one, write_share

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from tests.conftest import ROOT
 from tests.documents import BLOCKS, DOCUMENTS, blocks
@@ -45,7 +46,7 @@ def test_examples_run_and_print_what_is_written(document, folder, capsys):
 def test_the_grid_of_your_own_is_twelve_runs(folder):
     [grid] = blocks("README.md", "yaml")
     (folder / "grid.yaml").write_text(grid)
-    cells = load_sweep("grid.yaml").cells()
+    cells = sweep_cells(load_sweep("grid.yaml"))
     assert len(cells) == 12 and cells[0].name == "d2-l1-s0" and len(grid.splitlines()) <= 10
 
 

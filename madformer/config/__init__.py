@@ -10,21 +10,24 @@ from __future__ import annotations
 from madformer.config.data import DataConfig
 from madformer.config.evaluation import EvaluationConfig
 from madformer.config.experiment import DiffusionConfig, ExperimentConfig, LossConfig, budget_flaw, check_losses, wanted_outputs
-from madformer.config.identity import config_hash, frozen_hash, load_run, require_same_weights, trained_fields, write_config
+from madformer.config.identity import (
+    config_hash,
+    load_run,
+    read_config_hash,
+    require_same_weights,
+    trained_fields,
+    write_config,
+)
 from madformer.config.loading import load_experiment
 from madformer.config.model import MIN_FLEX_HEAD_WIDTH, ModelConfig, TextConfig, UNetConfig
 from madformer.config.training import OptimizerConfig, TrainerConfig
-from madformer.errors import ConfigError, DataError, InputError
 
 __all__ = [
     "MIN_FLEX_HEAD_WIDTH",
-    "ConfigError",
     "DataConfig",
-    "DataError",
     "DiffusionConfig",
     "EvaluationConfig",
     "ExperimentConfig",
-    "InputError",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -34,9 +37,9 @@ __all__ = [
     "budget_flaw",
     "check_losses",
     "config_hash",
-    "frozen_hash",
     "load_experiment",
     "load_run",
+    "read_config_hash",
     "require_same_weights",
     "trained_fields",
     "wanted_outputs",

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from madformer.config.validation import require, require_at_least, require_types
+from madformer.config.validation import require, require_at_least, require_types, setting
 
 DIGITS = "digits"
 """The source that ships with scikit-learn."""
@@ -40,16 +40,16 @@ class DataConfig:
     """Column of class numbers; null: found by its type and name, if there is one."""
     text_column: str | None = None
     """Column of texts; null: found by its name, if there is one."""
-    max_skipped: int = 100
+    max_skipped: int = setting(100, new_run=False)
     """Broken images that are skipped before reading stops with an error."""
     codec: str = "vae:stabilityai/sd-vae-ft-mse"
     """What maps images to latents and back: `vae:` with a diffusers autoencoder (hub id, or local folder), `pixels` (identity),
     or a class of your own as `module.path:Class` or `file.py:Class`."""
     codec_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which the codec computes."""
-    codec_batch_size: int = 16
+    codec_batch_size: int = setting(16, new_run=False)
     """Images that the codec takes at once."""
-    latents: str | None = None
+    latents: str | None = setting(None, new_run="presence")  # the folder may move; a checkpoint remembers its content
     """Folder of latents: `madformer encode` fills it, training reads it. null: images are encoded while training."""
     flip: bool = False
     """Mirror every image with probability one half; latents are made of both."""
@@ -57,11 +57,11 @@ class DataConfig:
     """Prompts of the classes: `imagenet`, or a text file with one name a line; null: the data set's own names."""
     tokenizer: str = "meta-llama/Meta-Llama-3-8B"
     """Turns prompts into tokens, if the model takes text: `builtin`, or a hub id or folder of transformers."""
-    workers: int = 4
+    workers: int = setting(4, new_run=False)
     """Threads that read ahead for each device; no result depends on their number."""
     batch_size: int = 64
     """Images of one optimiser step, over all devices."""
-    batch_size_per_device: int | None = None
+    batch_size_per_device: int | None = setting(None, new_run=False)
     """The most images that one device takes at once, gradient accumulation follows; null: no limit."""
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY, DIGITS, PIXELS, D
 from madformer.config.evaluation import EvaluationConfig
 from madformer.config.model import ModelConfig
 from madformer.config.training import OptimizerConfig, TrainerConfig
-from madformer.config.validation import is_integer, require, require_at_least
+from madformer.config.validation import is_folder_name, is_integer, require, require_at_least, setting
 from madformer.errors import ConfigError
 
 
@@ -60,9 +60,9 @@ class LossConfig:
 class ExperimentConfig:
     """One experiment: everything that a run needs to know."""
 
-    name: str = "madformer"
+    name: str = setting("madformer", new_run=False)
     """Name of the experiment; its run lives in output_dir/name."""
-    output_dir: str = "runs"
+    output_dir: str = setting("runs", new_run=False)
     """Folder of runs, relative to the working directory."""
     seed: int = 0
     """Of initialisation, data order and training noise."""
@@ -78,13 +78,12 @@ class ExperimentConfig:
     """How weights move."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """How long, and on what."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: EvaluationConfig = setting(EvaluationConfig(), new_run=False)
     """What is measured."""
 
     def __post_init__(self) -> None:
         require(is_integer(self.seed) and self.seed >= 0, "seed", self.seed, "must be an integer of at least 0")
-        legal = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\n\0")
-        require(legal, "name", self.name, "must be the name of a folder")
+        require(is_folder_name(self.name), "name", self.name, "must be the name of a folder")
         check_losses(self.model, self.loss)
         legal = self.diffusion.draws_per_image == 1 or self.model.clean_timestep == "zero"
         remedy = "several draws share the clean blocks: set diffusion.draws_per_image=1 or model.clean_timestep=zero"

@@ -1,4 +1,4 @@
-"""A run's own configuration: hashed, written once beside its checkpoints, read back."""
+"""A run's config.yaml: the hash of what is trained, written beside the checkpoints, read back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Hashable, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -15,29 +15,9 @@ from omegaconf import OmegaConf
 
 from madformer import __version__
 from madformer.config.experiment import ExperimentConfig
-from madformer.config.loading import FROZEN, load_experiment
+from madformer.config.loading import HEADER, load_experiment
 from madformer.errors import InputError
 from madformer.runs.files import write_text
-
-_SAME_WEIGHTS: dict[str, frozenset[str]] = {
-    "model": frozenset({"attention_backend", "activation_checkpointing", "compile"}),
-    "data": frozenset({"batch_size_per_device", "codec_batch_size", "max_skipped", "workers"}),
-    "trainer": frozenset(
-        {
-            "accelerator",
-            "devices",
-            "num_nodes",
-            "strategy",
-            "deterministic",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "log_every",
-        }
-    ),
-}
-"""Fields of a section that change how a run is computed or watched, not what it learns."""
-
-_NO_WEIGHTS = frozenset({"name", "output_dir", "evaluation"})
 
 _HASH = re.compile(r"^  config_hash: ['\"]?([0-9a-f]{16})['\"]?$", re.MULTILINE)
 _HEAD_CHARACTERS = 200
@@ -45,13 +25,22 @@ _HEAD_CHARACTERS = 200
 
 
 def trained_fields(config: ExperimentConfig) -> dict[str, Any]:
-    """Everything that changes the trained weights, as `section.field` -> value."""
-    nested = {key: value for key, value in to_container(config).items() if key not in _NO_WEIGHTS}
-    for section, left_out in _SAME_WEIGHTS.items():
-        nested[section] = {key: value for key, value in nested[section].items() if key not in left_out}
-    # Latents may move; a checkpoint remembers which ones they were.
-    nested["data"]["latents"] = config.data.latents is not None
-    return _flat(nested)
+    """Everything that changes the trained weights, as `section.field` -> value, without neutral values (see `setting`)."""
+    return _collect(config, leave_out_neutral=True)
+
+
+def _collect(section: object, leave_out_neutral: bool, prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field in _fields(section):
+        name, value = f"{prefix}{field.name}", getattr(section, field.name)
+        new_run, neutral = field.metadata.get("new_run", True), field.metadata.get("neutral", MISSING)
+        if not new_run or (leave_out_neutral and value == neutral):
+            continue
+        if _fields(value):
+            values |= _collect(value, leave_out_neutral, f"{name}.")
+        else:
+            values[name] = value is not None if new_run == "presence" else _plain(value)
+    return values
 
 
 def config_hash(config: ExperimentConfig) -> str:
@@ -72,8 +61,8 @@ def write_config(config: ExperimentConfig, run: Path) -> None:
 
 def to_yaml(config: ExperimentConfig) -> str:
     """All fields, with the code version and the hash; `load_experiment` reads it."""
-    made_by = {FROZEN: {"madformer": __version__, "config_hash": config_hash(config)}}
-    return OmegaConf.to_yaml(OmegaConf.create({**made_by, **to_container(config)}))
+    header = {HEADER: {"madformer": __version__, "config_hash": config_hash(config)}}
+    return OmegaConf.to_yaml(OmegaConf.create({**header, **to_container(config)}))
 
 
 def load_run(run: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -91,49 +80,46 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig
     return replace(config, name=folder.name, output_dir=str(path.parent.parent if path.parent.name else folder.parent))
 
 
-def require_same_weights(trained: ExperimentConfig, asked: ExperimentConfig, run: str) -> None:
+def require_same_weights(existing: ExperimentConfig, requested: ExperimentConfig, run: str) -> None:
     """Refuse to go on with a run under a configuration that would have trained other weights.
 
     Raises:
         InputError: the first field that differs, with both values.
     """
-    before, now = trained_fields(trained), trained_fields(asked)
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            difference = f"{name} = {before.get(name)!r} there, {now.get(name)!r} asked for"
+    before, after = (_collect(config, leave_out_neutral=False) for config in (existing, requested))
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            difference = f"{name} = {before.get(name)!r} there, {after.get(name)!r} asked for"
             raise InputError(f"{run} is a run of another experiment: {difference}; give another name, or delete it")
 
 
-def frozen_hash(run: Path) -> str | None:
-    """The hash that a run's configuration was frozen with, without reading the rest of it; None: there is none."""
+def read_config_hash(run: Path) -> str | None:
+    """The hash in a run's config.yaml, without reading the rest of the file; None: there is none."""
     try:
         with config_path(run).open(encoding="utf-8") as file:
-            found = _HASH.search(file.read(_HEAD_CHARACTERS))
+            match = _HASH.search(file.read(_HEAD_CHARACTERS))
     except FileNotFoundError:
         return None
-    return found[1] if found else None
+    return match[1] if match else None
 
 
 def to_container(config: ExperimentConfig) -> dict[str, Any]:
     """All fields, nested by section, as plain values."""
-    return {name: _plain(getattr(config, name)) for name in _names(ExperimentConfig)}
+    return {field.name: _plain(getattr(config, field.name)) for field in _fields(config)}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """A section as a mapping, tuples as lists; unlike `dataclasses.asdict` it copies no number, a sweep has many."""
-    if names := _names(cast(Hashable, type(value))):
-        return {name: _plain(getattr(value, name)) for name in names}
+    if section := _fields(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in section}
     return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
+def _fields(value: object) -> tuple[Field[Any], ...]:
+    """Fields of a section; none of a plain value."""
+    return _fields_of_type(cast(Hashable, type(value)))
+
+
 @cache
-def _names(kind: Any) -> tuple[str, ...]:
-    """Fields of a section; none of what is no section."""
-    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def _fields_of_type(kind: Any) -> tuple[Field[Any], ...]:
+    return fields(kind) if is_dataclass(kind) else ()

@@ -1,27 +1,37 @@
-"""From YAML and overrides to a configuration; what is wrong is said in one line."""
+"""From YAML and overrides to the dataclasses of an experiment or a sweep. Each mistake is reported in one line.
+
+`where` is what a message begins with, such as `digits.yaml: `.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from madformer.config.experiment import ExperimentConfig
-from madformer.config.validation import require
+from madformer.config.validation import require, type_hints
 from madformer.errors import ConfigError
 
-FROZEN = "frozen"
-"""Key of a run's configuration that says what froze it; no part of the experiment."""
+HEADER = "frozen"
+"""Key of a run's config.yaml that holds the version of the code and the config hash. It is no field of the experiment."""
 
 BASE = "base"
 """Key of an experiment's file that names another one, by a path from its own folder, which it only changes."""
+
+_ENTRIES = {int: "integers", float: "numbers", str: "names", bool: "booleans", Any: "mappings"}
+"""What a list holds, by the type of its entries; the metadata `entries` of a field takes precedence."""
+
+T = TypeVar("T")
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -36,42 +46,44 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         ConfigError: broken YAML, an unknown key (the message names the nearest real one), a value of the wrong type or
             out of its legal range, or fields that contradict each other.
     """
-    return _build(_read_experiment(Path(path)), overrides, str(path))
+    return build(ExperimentConfig, _read_experiment(Path(path)), overrides, f"{path}: ")
 
 
 def _read_experiment(path: Path, above: Sequence[Path] = ()) -> DictConfig:
     """A file's fields on top of those of its base, or of the defaults; `above` are the files that are based on it."""
-    loaded = read_mapping(path, "experiment", "sections (model, data, trainer, ...) to fields")
-    base = _find_base(loaded, path, above)
-    below = _defaults() if base is None else _read_experiment(base, [*above, path.resolve()])
-    for key in {BASE, FROZEN} & loaded.keys():
-        del loaded[key]
-    return _merge(below, loaded, str(path))
+    fields = read_yaml(path, "experiment", "sections (model, data, trainer, ...) to fields")
+    base = _find_base(fields, path, above)
+    below = defaults(ExperimentConfig) if base is None else _read_experiment(base, [*above, path.resolve()])
+    for key in {BASE, HEADER} & fields.keys():
+        del fields[key]
+    return merge(below, fields, f"{path}: ")
 
 
-def _find_base(loaded: DictConfig, path: Path, above: Sequence[Path]) -> Path | None:
+def _find_base(fields: DictConfig, path: Path, above: Sequence[Path]) -> Path | None:
     """The file that a file only changes; None: it changes the defaults."""
     remedy = "must be the path of another experiment's file"
     try:
-        base = OmegaConf.select(loaded, BASE, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{_mistake(error, str(path))}; {remedy}") from error
+        with _in_one_line(f"{path}: "):
+            base = OmegaConf.select(fields, BASE, throw_on_missing=True)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {remedy}") from error
     if base is None:
         return None
     require(isinstance(base, str), f"{path}: {BASE}", base, remedy)
-    found = path.parent / base
-    legal = found.resolve() not in [*above, path.resolve()]
+    target = path.parent / base
+    legal = target.resolve() not in [*above, path.resolve()]
     require(legal, f"{path}: {BASE}", base, "must not be based on this file itself")
-    return found
+    return target
 
 
 @cache
-def _defaults() -> DictConfig:
-    return OmegaConf.structured(ExperimentConfig)
+def defaults(schema: type) -> DictConfig:
+    """All fields of a dataclass with their defaults, typed."""
+    return OmegaConf.structured(schema)
 
 
-def read_mapping(path: Path, kind: str, holds: str) -> DictConfig:
-    """A YAML file that maps keys to values; `kind` of file and what it `holds` are for the messages.
+def read_yaml(path: Path, kind: str, content: str) -> DictConfig:
+    """A YAML file that maps keys to values; the `kind` of file and its `content` are for the messages.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -80,83 +92,108 @@ def read_mapping(path: Path, kind: str, holds: str) -> DictConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such {kind} file")
     try:
-        loaded: object = OmegaConf.load(path)
+        with _in_one_line(f"{path}: "):
+            loaded: object = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    except OmegaConfBaseException as error:
-        raise _mistake(error, str(path)) from error
     except OSError as error:
-        if error.errno is not None:  # the system's, not OmegaConf's own, which is of a bare number
+        if error.errno is not None:  # the system's; OmegaConf raises one without a number for a bare value
             raise
         loaded = None
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: must be a mapping of {holds}")
+        raise ConfigError(f"{path}: must be a mapping of {content}")
     return loaded
 
 
-def build_experiment(fields: DictConfig, overrides: Sequence[str], where: str) -> ExperimentConfig:
-    """An experiment of its fields, nested by section, and overrides on top; `where` they are from is said in errors.
+def resolve(fields: DictConfig) -> dict[str, Any]:
+    """Plain values, with variables of the environment in place of `${oc.env:NAME}`.
 
     Raises:
-        ConfigError: as `load_experiment`.
+        ConfigError: there is no such variable.
     """
-    return _build(_merge(_defaults(), fields, where), overrides, where)
+    with _in_one_line():
+        return cast(dict[str, Any], OmegaConf.to_container(fields, resolve=True))
 
 
-def _build(below: DictConfig, overrides: Sequence[str], where: str) -> ExperimentConfig:
-    """An experiment of all its fields, and overrides on top."""
+def merge(below: DictConfig, fields: DictConfig, where: str = "") -> DictConfig:
+    """Fields on top of those `below`, which are typed. Merge each file by itself: its mistakes are then reported as its own.
+
+    Raises:
+        ConfigError: an unknown key, or a value of the wrong type.
+    """
+    schema = OmegaConf.get_type(below)
+    assert schema is not None
+    check_keys(OmegaConf.to_container(fields), schema, where)
+    with _in_one_line(where):
+        return cast(DictConfig, OmegaConf.merge(below, fields))
+
+
+def build(schema: type[T], fields: DictConfig, overrides: Sequence[str] = (), where: str = "") -> T:
+    """The dataclass of all its fields, with `section.field=value` overrides on top.
+
+    Raises:
+        ConfigError: an override or a value that is not legal.
+    """
     for override in overrides:
         require("=" in override, "override", override, "must have the form section.field=value")
     try:
-        typed = OmegaConf.from_dotlist(list(overrides))
+        changes = OmegaConf.from_dotlist(list(overrides))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"override {list(overrides)}: {' '.join(str(error).split())}") from error
-    merged = _merge(below, typed, "override")
+    merged = merge(fields, changes, "override: ")
+    with _in_one_line(where):
+        return cast(T, OmegaConf.to_object(merged))
+
+
+@contextmanager
+def _in_one_line(where: str = "") -> Iterator[None]:
+    """Report what OmegaConf refuses in one line."""
     try:
-        return cast(ExperimentConfig, OmegaConf.to_object(merged))
+        yield
     except OmegaConfBaseException as error:
-        raise _mistake(error, where) from error
+        field = getattr(error, "full_key", None) or "a list's entry"  # the only place that OmegaConf does not name
+        reason = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "the value")
+        raise ConfigError(f"{where}{field}: {reason}") from error
 
 
-def _merge(below: DictConfig, fields: DictConfig, where: str) -> DictConfig:
-    """Fields on top of others, each file by itself: a mistake is that of the file where it stands."""
-    _check_keys(OmegaConf.to_container(fields), ExperimentConfig, where)
-    try:
-        return cast(DictConfig, OmegaConf.merge(below, fields))
-    except OmegaConfBaseException as error:
-        raise _mistake(error, where) from error
+def check_keys(fields: Any, schema: type, where: str = "") -> None:
+    """Refuse unknown keys, and values that are no section, mapping or list where one belongs.
+
+    Raises:
+        ConfigError: the message names the nearest key, or what belongs there.
+    """
+    _check_section("", fields, schema, schema, where)
 
 
-def _mistake(error: OmegaConfBaseException, where: str) -> ConfigError:
-    """What OmegaConf refuses, in one line."""
-    field = getattr(error, "full_key", None) or "a list's entry"  # the only place that OmegaConf does not name
-    what = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "the value")
-    return ConfigError(f"{where}: {field}: {what}")
-
-
-def _check_keys(given: Any, schema: type, where: str, prefix: str = "") -> None:
-    """Refuse unknown keys, naming the nearest real one, and plain values where a section belongs."""
-    hints = get_type_hints(schema)
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{where}: {prefix.rstrip('.')} = {given!r}: must be a mapping of its fields ({', '.join(hints)})")
-    for key, value in given.items():
+def _check_section(name: str, fields: Any, section: type, schema: type, where: str) -> None:
+    hints = type_hints(section)
+    require(isinstance(fields, Mapping), f"{where}{name}", fields, f"must be a mapping of its fields ({', '.join(hints)})")
+    entries = {field.name: field.metadata.get("entries") for field in dataclass_fields(section)}
+    for key, value in fields.items():
+        full = f"{name}.{key}" if name else str(key)
         if key not in hints:
-            near = nearest(f"{prefix}{key}", list(all_keys(ExperimentConfig)))
-            raise ConfigError(f"{where}: unknown key {prefix}{key}; the nearest is {near}")
-        choices = (hints[key], *get_args(hints[key]))
-        for section in choices:
-            if is_dataclass(section) and not (value is None and type(None) in choices):
-                _check_keys(value, cast(type, section), where, f"{prefix}{key}.")
+            raise ConfigError(f"{where}unknown key {full}; the nearest is {nearest(full, list(all_keys(schema)))}")
+        hint = hints[key]
+        options = (hint, *get_args(hint))
+        if value is None and type(None) in options:
+            continue
+        for option in filter(is_dataclass, options):
+            _check_section(full, value, cast(type, option), schema, where)
+        if get_origin(hint) is dict:
+            require(isinstance(value, Mapping), f"{where}{full}", value, "must be a mapping of fields to values")
+        elif get_origin(hint) is tuple:
+            legal = isinstance(value, list) or str(value).startswith("${")  # of another field, not resolved yet
+            require(legal, f"{where}{full}", value, f"must be a list of {entries[key] or _ENTRIES[options[1]]}")
 
 
-def nearest(key: str, known: Sequence[str]) -> str:
-    """What was probably meant."""
-    return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+def nearest(key: str, keys: Sequence[str]) -> str:
+    """The key that was probably meant."""
+    return difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
 
 
 def all_keys(schema: type, prefix: str = "") -> Iterator[str]:
     """Every key of a configuration's dataclass, `section.field` and the sections too."""
-    for name, hint in get_type_hints(schema).items():
+    for name, hint in type_hints(schema).items():
         yield f"{prefix}{name}"
         for section in (hint, *get_args(hint)):
             if is_dataclass(section):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from madformer.config.validation import is_integer, require, require_at_least, require_types
+from madformer.config.validation import is_integer, require, require_at_least, require_types, setting
 
 MIN_FLEX_HEAD_WIDTH = 16
 """FlexAttention's kernels take no narrower heads."""
@@ -130,11 +130,11 @@ class ModelConfig:
     """Embedding of blocks."""
     text: TextConfig | None = None
     """Text before the image; null: none."""
-    attention_backend: Literal["auto", "flex", "sdpa"] = "auto"
+    attention_backend: Literal["auto", "flex", "sdpa"] = setting("auto", new_run=False)
     """FlexAttention or scaled_dot_product_attention; auto: flex on CUDA."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = setting(False, new_run=False)
     """Recompute each layer in the backward pass instead of keeping its activations."""
-    compile: bool = False
+    compile: bool = setting(False, new_run=False)
     """torch.compile each layer."""
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from madformer.config.validation import require, require_at_least, require_types
+from madformer.config.validation import require, require_at_least, require_types, setting
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,21 @@ class TrainerConfig:
     """Optimiser steps of the whole run; the learning rate's schedule depends on it."""
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
     """float32, or bfloat16 autocast over float32 weights."""
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    accelerator: Literal["auto", "cpu", "cuda"] = setting("auto", new_run=False)
     """Kind of device; auto: CUDA where there is one."""
-    devices: int | None = None
+    devices: int | None = setting(None, new_run=False)
     """Devices on each node; null: all of them (on the CPU: one process)."""
-    num_nodes: int = 1
+    num_nodes: int = setting(1, new_run=False)
     """Machines."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = setting("auto", new_run=False)
     """auto: one device, or DDP on several; fsdp: weights, gradients and optimiser state sharded over all devices."""
-    deterministic: bool = False
+    deterministic: bool = setting(False, new_run=False)
     """Deterministic algorithms alone: two runs are equal bit for bit, also on CUDA."""
-    checkpoint_every: int = 10_000
+    checkpoint_every: int = setting(10_000, new_run=False)
     """Steps from one checkpoint to the next."""
-    keep_checkpoints: int = 5
+    keep_checkpoints: int = setting(5, new_run=False)
     """Checkpoints kept, the newest ones."""
-    log_every: int = 50
+    log_every: int = setting(50, new_run=False)
     """Steps from one logged point to the next."""
 
     def __post_init__(self) -> None:

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import is_dataclass
+from dataclasses import MISSING, field, is_dataclass
 from functools import cache
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from madformer.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def setting(default: T, *, new_run: bool | Literal["presence"] = True, neutral: object = MISSING) -> T:
+    """A dataclass field with metadata that say how it counts in a run's hash. A field with a plain default counts always.
+
+    Args:
+        default: the field's default.
+        new_run: whether another value makes a new run. False: it does not change the trained weights. "presence": only
+            whether there is a value matters.
+        neutral: a value that does not count. Give one to a field that you add, so that existing runs keep their hashes.
+    """
+    return field(default=default, metadata={"new_run": new_run, "neutral": neutral})
 
 
 def require(legal: bool, name: str, value: object, remedy: str) -> None:
@@ -24,8 +38,8 @@ def require_at_least(least: int, section: str, config: object, *names: str) -> N
 
 
 def require_types(section: str, config: Any) -> None:
-    """Check what OmegaConf checks for YAML and nothing does for plain construction: choices, truths, sections, lists."""
-    for name, hint in _hints(cast(Hashable, type(config))).items():
+    """Check what OmegaConf checks for YAML and nothing does for plain construction: choices, booleans, sections, lists."""
+    for name, hint in type_hints(cast(Hashable, type(config))).items():
         value, arguments = getattr(config, name), get_args(hint)
         if get_origin(hint) is Literal:
             require(value in arguments, f"{section}.{name}", value, f"must be one of {', '.join(arguments)}")
@@ -38,10 +52,16 @@ def require_types(section: str, config: Any) -> None:
 
 
 @cache
-def _hints(kind: Any) -> dict[str, Any]:
+def type_hints(kind: Any) -> dict[str, Any]:
+    """`get_type_hints`, evaluated once for each dataclass."""
     return get_type_hints(kind)
 
 
 def is_integer(value: object) -> bool:
-    """Whether it is an integer, and no truth value."""
+    """Whether it is an integer, and not a boolean."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether it can be the name of one folder."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\n\0")

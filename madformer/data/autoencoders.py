@@ -1,4 +1,4 @@
-"""Autoencoders of diffusers: found in a folder or on the hub, and made to look alike.
+"""Autoencoders of diffusers, from a folder or the hub, behind one interface.
 
 Their classes differ in what `encode` returns, in how latents are normalised, and in whether there is a frame axis. Which of
 them map one image to latents and back is not listed here but tried, on tensors without memory, before weights are loaded.
@@ -7,9 +7,7 @@ them map one image to latents and back is not listed here but tried, on tensors 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madformer.errors import InputError
-from madformer.hub import explain, list_files
+from madformer.hub import CONFIG, find_model
 from madformer.importing import first_line
 
 __all__ = ["DiffusersAutoencoder", "load_autoencoder"]
@@ -26,9 +24,11 @@ __all__ = ["DiffusersAutoencoder", "load_autoencoder"]
 _PROBE_SIZE = 256
 """Pixels along the side of the image that is tried: a multiple of every known downsampling."""
 
-_SAFETENSORS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
-_SHARDS = "diffusion_pytorch_model-*.safetensors"
-_PICKLE = "diffusion_pytorch_model.bin"
+_WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin",
+)
 
 _UNFIT: Mapping[str, str] = {
     "AutoencoderRAE": "it takes images of one size alone",
@@ -38,7 +38,7 @@ _UNFIT: Mapping[str, str] = {
 
 
 class DiffusersAutoencoder(nn.Module):
-    """An autoencoder of diffusers with the attributes and methods of a codec of one's own.
+    """An autoencoder of diffusers with the attributes and methods of a custom codec.
 
     Attributes:
         latent_channels: channels of the latents.
@@ -60,10 +60,10 @@ class DiffusersAutoencoder(nn.Module):
         """Images of latents that are not normalised."""
         return _decode(self.module, latents_BChw)
 
-    def bearable_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """That type, or float32 if it is float16 and the autoencoder says that it overflows in it."""
-        overflows = dtype is torch.float16 and self.module.config.get("force_upcast")
-        return torch.float32 if overflows else dtype
+    @property
+    def overflows_in_float16(self) -> bool:
+        """Whether its configuration says so."""
+        return bool(self.module.config.get("force_upcast"))
 
 
 def load_autoencoder(location: str) -> DiffusersAutoencoder:
@@ -76,8 +76,8 @@ def load_autoencoder(location: str) -> DiffusersAutoencoder:
     Raises:
         InputError: it cannot be had, or is no autoencoder that maps single images to latents and back; the reason alone.
     """
-    folder = _find_folder(location)
-    config = _read_config(folder / "config.json")
+    folder = find_model(location, _WEIGHTS, part="vae", remedy="name a folder that exists, or take data.codec=pixels")
+    config = _read_config(folder / CONFIG)
     kind = _find_class(config)
     latent_channels, downsampling = _try_shapes(kind, config)
     try:
@@ -172,52 +172,3 @@ def _find_class(config: dict[str, Any]) -> Any:
     if not is_model or not (hasattr(kind, "encode") and hasattr(kind, "decode")):
         raise InputError(f"{name} is no autoencoder of diffusers {diffusers.__version__}")
     return kind
-
-
-def _find_folder(location: str) -> Path:
-    folder = Path(location).expanduser()
-    if folder.is_dir():
-        return _find_config(folder)
-    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w./-]*\w))?/?", location)
-    if match is None:
-        raise InputError("no such folder, and no hub id, which is owner/name or owner/name/subfolder")
-    repository, subfolder = match[1], match[2] or ""
-    return _find_cached(repository, subfolder) or _download(repository, subfolder)
-
-
-def _find_config(folder: Path) -> Path:
-    """The folder itself, or a pipeline's autoencoder in it."""
-    for candidate in (folder, folder / "vae"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise InputError(f"{folder} holds no config.json, nor a vae/ that does")
-
-
-def _find_cached(repository: str, subfolder: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in [f"{subfolder}/config.json"] if subfolder else ["config.json", "vae/config.json"]:
-        with suppress(ValueError):  # no legal name of a repository: the download says so
-            config = try_to_load_from_cache(repository, name)
-            folder = Path(config).parent if isinstance(config, str) else None
-            if folder and any((folder / weights).is_file() for weights in (*_SAFETENSORS, _PICKLE)):
-                return folder
-    return None
-
-
-def _download(repository: str, subfolder: str) -> Path:
-    """Download one autoencoder of a repository, and no second form of its weights."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        files = list_files(repository)
-        if not subfolder and "config.json" not in files:
-            subfolder = "vae"
-        prefix = f"{subfolder}/" if subfolder else ""
-        if f"{prefix}config.json" not in files:
-            raise FileNotFoundError(f"{repository} holds no {prefix}config.json")
-        weights = (*_SAFETENSORS, _SHARDS) if any(f"{prefix}{name}" in files for name in _SAFETENSORS) else (_PICKLE,)
-        folder = snapshot_download(repository, allow_patterns=[f"{prefix}{name}" for name in ("config.json", *weights)])
-    except Exception as error:  # the network's, the hub's and the disk's
-        raise InputError(f"cannot be had: {explain(error)}; name a folder that exists, or take data.codec=pixels") from error
-    return Path(folder) / subfolder

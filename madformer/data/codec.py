@@ -1,4 +1,4 @@
-"""What maps images to latents and back, by the name that `data.codec` gives it."""
+"""Codecs, which map images to latents and back, by the name that `data.codec` gives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from madformer.config.validation import is_integer
 from madformer.data.autoencoders import DiffusersAutoencoder, load_autoencoder
 from madformer.errors import ConfigError, InputError
 from madformer.importing import build_custom, modules_of
-from madformer.runs.fingerprint import weights_sha256
+from madformer.runs.checkpoints import weights_sha256
 
 __all__ = ["Autoencoder", "Codec", "build_codec", "require_fit"]
 
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class Autoencoder(Protocol):
-    """A codec of one's own: a class, built without arguments, with these attributes and methods; an nn.Module or not.
+    """A custom codec: a class, built without arguments, with these attributes and methods; an nn.Module or not.
 
     `scaling_factor` (else 1) and `shift_factor` (else 0) may be there as well, each a number or one for each channel: the
     model sees `(latents - shift_factor) * scaling_factor`. The weights in it are frozen, cast to `data.codec_dtype` and moved
@@ -58,8 +58,8 @@ class _Pixels:
         return latents_BChw
 
 
-class _Portion(NamedTuple):
-    """How much is given to an autoencoder in one call."""
+class _Chunking(NamedTuple):
+    """How many images an autoencoder takes in one call, and whether in tiles."""
 
     images: int
     tiled: bool = False
@@ -68,14 +68,14 @@ class _Portion(NamedTuple):
 class Codec:
     """A frozen autoencoder and its normalisation: what the model sees are latents `(mean - shift) * scale`.
 
-    Where memory does not suffice, fewer images are taken at once, and a single image in tiles; that is remembered for images of
-    that size.
+    Where memory does not suffice, it takes fewer images at once, and a single image in tiles. It remembers that for images of
+    the same size.
 
     Attributes:
         name: the value of `data.codec`.
         latent_channels: channels of the latents.
         downsampling: pixels along one side of a latent pixel.
-        device: where it computes, and where its results are.
+        device: that of its weights and results.
     """
 
     def __init__(self, name: str, autoencoder: Autoencoder, kind: str, dtype: torch.dtype) -> None:
@@ -89,7 +89,7 @@ class Codec:
         self._dtype = dtype
         self._shift = _per_channel(autoencoder, "shift_factor", 0.0)
         self._scale = _per_channel(autoencoder, "scaling_factor", 1.0)
-        self._portions: dict[tuple[object, ...], _Portion] = {}
+        self._chunkings: dict[tuple[object, ...], _Chunking] = {}
         self._weights = modules_of(autoencoder)
         self._weights.eval().requires_grad_(False)
         if any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in self._weights.state_dict().values()):
@@ -123,7 +123,7 @@ class Codec:
 
         Raises:
             ValueError: another shape, or a type that is not floating point.
-            ConfigError: a codec of one's own gives anything else than it should.
+            ConfigError: a custom codec returns another shape than it should.
             torch.OutOfMemoryError: a single image does not fit.
         """
         self._check("images", images_BCYX, 3)
@@ -133,7 +133,7 @@ class Codec:
             raise ValueError(f"images of {height} x {width} pixels: {remedy}")
         channels = channels if self._takes_grey else self.latent_channels
         shape = (batch, channels, height // self.downsampling, width // self.downsampling)
-        moments = self._in_portions("encode", self._autoencoder.encode, images_BCYX)
+        moments = self._in_chunks("encode", self._autoencoder.encode, images_BCYX)
         if len(moments) != 2 or any(moment.shape != shape for moment in moments):
             raise self._misfit("encode", f"a mean and a standard deviation of shape {list(shape)}", moments)
         mean_BChw, deviation_BChw = moments
@@ -152,14 +152,14 @@ class Codec:
 
         Raises:
             ValueError: another shape, or a type that is not floating point.
-            ConfigError: a codec of one's own gives anything else than it should.
+            ConfigError: a custom codec returns another shape than it should.
             torch.OutOfMemoryError: a single image does not fit.
         """
         self._check("latents", latents_BChw, self.latent_channels)
         batch, channels, height, width = latents_BChw.shape
         shape = (batch, channels if self._takes_grey else 3, height * self.downsampling, width * self.downsampling)
         unscaled_BChw = latents_BChw.to(self.device, torch.float32) / self._scale + self._shift
-        images = self._in_portions("decode", lambda latents: (self._autoencoder.decode(latents),), unscaled_BChw)
+        images = self._in_chunks("decode", lambda latents: (self._autoencoder.decode(latents),), unscaled_BChw)
         if images[0].shape != shape:
             raise self._misfit("decode", f"images of shape {list(shape)}", images)
         return images[0].clamp(-1, 1)
@@ -180,47 +180,47 @@ class Codec:
         shapes = " and ".join(str(list(tensor.shape)) for tensor in found)
         return ConfigError(f"data.codec = {self.name!r}: {self._kind}.{method} must give {expected}, not {shapes}")
 
-    def _in_portions(
+    def _in_chunks(
         self, method: str, function: Callable[[Tensor], tuple[Tensor, ...]], inputs_BCYX: Tensor
     ) -> tuple[Tensor, ...]:
         """Apply a method of the autoencoder to as many images at once as memory takes; float32."""
         size = (method, *inputs_BCYX.shape[2:])
-        known = portion = self._portions.get(size, _Portion(len(inputs_BCYX)))
+        before = chunking = self._chunkings.get(size, _Chunking(len(inputs_BCYX)))
         while True:
             try:
-                results = [self._apply(function, part, portion.tiled) for part in inputs_BCYX.split(portion.images)]
+                results = [self._apply(function, chunk, chunking.tiled) for chunk in inputs_BCYX.split(chunking.images)]
                 break
             except torch.OutOfMemoryError:
-                if portion.images > 1:
-                    portion = portion._replace(images=min(portion.images, len(inputs_BCYX)) // 2 or 1)
-                elif not portion.tiled and self._tileable():
-                    portion = portion._replace(tiled=True)
+                if chunking.images > 1:
+                    chunking = chunking._replace(images=min(chunking.images, len(inputs_BCYX)) // 2 or 1)
+                elif not chunking.tiled and self._tileable_modules():
+                    chunking = chunking._replace(tiled=True)
                 else:
                     raise
-        if portion != known:
-            self._portions[size] = portion
-            tiles = ", in overlapping tiles whose seams may show" if portion.tiled else ""
+        if chunking != before:
+            self._chunkings[size] = chunking
+            tiles = ", in overlapping tiles whose seams may show" if chunking.tiled else ""
             _log.warning(
                 "codec %s: memory does not suffice to %s %d images at once: from now on %d at once%s",
-                *(self.name, method, min(known.images, len(inputs_BCYX)), portion.images, tiles),
+                *(self.name, method, min(before.images, len(inputs_BCYX)), chunking.images, tiles),
             )
         return results[0] if len(results) == 1 else tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
-    def _apply(self, function: Callable[[Tensor], tuple[Tensor, ...]], part_BCYX: Tensor, tiled: bool) -> tuple[Tensor, ...]:
-        tiling = self._tileable() if tiled else []
+    def _apply(self, function: Callable[[Tensor], tuple[Tensor, ...]], chunk_BCYX: Tensor, tiled: bool) -> tuple[Tensor, ...]:
+        modules = self._tileable_modules() if tiled else []
         try:
-            for module in tiling:
+            for module in modules:
                 module.use_tiling = True
             with torch.autocast(self.device.type, enabled=False):  # the trainer's precision is not the codec's
-                results = function(part_BCYX.to(self.device, self._dtype))
+                results = function(chunk_BCYX.to(self.device, self._dtype))
         finally:
-            for module in tiling:
+            for module in modules:
                 module.use_tiling = False
         return tuple(result.to(self.device, torch.float32) for result in results)
 
-    def _tileable(self) -> list[Any]:
-        parts = (self._autoencoder, *self._weights.modules())
-        return [part for part in parts if getattr(part, "use_tiling", None) is False]
+    def _tileable_modules(self) -> list[Any]:
+        modules = (self._autoencoder, *self._weights.modules())
+        return [module for module in modules if getattr(module, "use_tiling", None) is False]
 
 
 def build_codec(
@@ -240,7 +240,7 @@ def build_codec(
     try:
         with torch.random.fork_rng(devices=[]):
             autoencoder, kind = _build_autoencoder(name)
-            return Codec(name, autoencoder, kind, _bearable_dtype(name, autoencoder, _DTYPES[dtype])).to(device)
+            return Codec(name, autoencoder, kind, _choose_dtype(name, autoencoder, _DTYPES[dtype])).to(device)
     except InputError as error:
         raise ConfigError(f"data.codec = {name!r}: {error}") from error
 
@@ -264,23 +264,23 @@ def _build_autoencoder(name: str) -> tuple[Autoencoder, str]:
     if name.startswith("vae:"):
         autoencoder = load_autoencoder(name.removeprefix("vae:"))
         return autoencoder, type(autoencoder.module).__name__
-    return _build_own(name)
+    return _build_custom_autoencoder(name)
 
 
-def _bearable_dtype(name: str, autoencoder: Autoencoder, dtype: torch.dtype) -> torch.dtype:
+def _choose_dtype(name: str, autoencoder: Autoencoder, requested: torch.dtype) -> torch.dtype:
     if isinstance(autoencoder, _Pixels):
         return torch.float32
-    bearable = autoencoder.bearable_dtype(dtype) if isinstance(autoencoder, DiffusersAutoencoder) else dtype
-    if bearable != dtype:
-        _log.warning("codec %s overflows in %s: it computes in %s", name, dtype, bearable)
-    return bearable
+    if requested is torch.float16 and isinstance(autoencoder, DiffusersAutoencoder) and autoencoder.overflows_in_float16:
+        _log.warning("codec %s overflows in %s: it computes in %s", name, requested, torch.float32)
+        return torch.float32
+    return requested
 
 
-def _build_own(name: str) -> tuple[Autoencoder, str]:
-    place, _, kind = name.rpartition(":")
-    if not place or not kind.isidentifier():
+def _build_custom_autoencoder(name: str) -> tuple[Autoencoder, str]:
+    location, _, kind = name.rpartition(":")
+    if not location or not kind.isidentifier():
         raise InputError(f"must be {PIXELS}, vae:HUB_ID_OR_FOLDER, module.path:Class or file.py:Class")
-    autoencoder = build_custom(place, kind)
+    autoencoder = build_custom(location, kind)
     for attribute in ("latent_channels", "downsampling"):
         value: Any = getattr(autoencoder, attribute, None)
         if not is_integer(value) or value < 1:

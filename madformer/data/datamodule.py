@@ -1,4 +1,4 @@
-"""The training stream as a LightningDataModule."""
+"""Training data as a LightningDataModule: shards of latents, images encoded on the device, or digits."""
 
 from __future__ import annotations
 
@@ -16,12 +16,23 @@ from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.data.digits import digits_sha256
 from madformer.data.image_files import to_unit
 from madformer.data.latents import Manifest, ShardReader, read_manifest
-from madformer.data.loader import Batch, Captions, Collator, DigitSamples, ImageSamples, MicroBatches, Samples, ShardSamples
-from madformer.data.order import BatchShard, EndlessPlaces, SampleOrder
+from madformer.data.loader import (
+    Batch,
+    Captions,
+    Collator,
+    DigitSamples,
+    ImageReader,
+    ImageSamples,
+    MicroBatches,
+    Samples,
+    ShardSamples,
+    require_few,
+)
+from madformer.data.order import BatchSampler, BatchShard, SampleOrder
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts
 from madformer.data.sources import open_source
 from madformer.data.stream import ImageStream
-from madformer.errors import ConfigError, DataError, InputError
+from madformer.errors import ConfigError, InputError
 from madformer.runs.checkpoints import CLASS_PROMPTS
 from madformer.runs.files import append_line
 
@@ -74,7 +85,7 @@ class LatentDataModule(pl.LightningDataModule):
         if config.model.text and self.class_prompts is not None and data.source != DIGITS:
             self._fingerprint["class names"] = hashlib.sha256("\n".join(self.class_prompts).encode()).hexdigest()
         self.tokenizer = PromptTokenizer(data.tokenizer, config.model.text) if config.model.text else None
-        self._finishing = Collator(config.seed, data.flip, self.tokenizer)
+        self._collator = Collator(config.seed, data.flip, self.tokenizer)
 
     def setup(self, stage: str) -> None:
         """Share the batch out among the devices.
@@ -85,24 +96,25 @@ class LatentDataModule(pl.LightningDataModule):
         if self.trainer is None:
             return
         data = self.config.data
-        self._portion = BatchShard.of(
-            data.batch_size, data.batch_size_per_device, self.trainer.global_rank, self.trainer.world_size
-        )
-        self.trainer.accumulate_grad_batches = self._portion.accumulation
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        self._shard = BatchShard.of(data.batch_size, data.batch_size_per_device, rank, world_size)
+        self.trainer.accumulate_grad_batches = self._shard.accumulation
 
     def train_dataloader(self) -> MicroBatches[Any]:
         """Batches from the trainer's step on. Lightning asks after it has restored a checkpoint."""
         assert self.trainer is not None
         data, step = self.config.data, self.trainer.global_step
         pinned = self.trainer.strategy.root_device.type == "cuda"
-        if self._samples is None and data.streaming:
-            described = (self._source, self._captions, self._finishing, self._image_size)
-            stream = ImageStream(*described, data.batch_size, self._portion, step, self._epoch_size, data.max_skipped)
-            return MicroBatches(stream, stream.read, data.workers, pinned)
-        samples = self._samples or ImageSamples(self._source, self._captions, self._image_size, data.max_skipped)
-        places = EndlessPlaces(SampleOrder(len(samples), data.batch_size, self.config.seed), self._portion, step)
+        samples = self._samples
+        if samples is None:
+            reader = ImageReader(data, self._image_size, self._captions)
+            if data.streaming:
+                stream = ImageStream(self._source, reader, self._collator, self._shard, step, self._epoch_size)
+                return MicroBatches(stream, stream.read, data.workers, pinned)
+            samples = ImageSamples(self._source, reader)
+        sampler = BatchSampler(SampleOrder(len(samples), data.batch_size, self.config.seed), self._shard, step)
         workers = 0 if data.source == DIGITS else data.workers
-        return MicroBatches(places, partial(self._finishing.read, samples), workers, pinned)
+        return MicroBatches(sampler, partial(self._collator.read, samples), workers, pinned)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn images or moments into latents, on the training device; note what was skipped.
@@ -133,13 +145,12 @@ class LatentDataModule(pl.LightningDataModule):
         Raises:
             InputError: the checkpoint's is other data.
         """
-        for what, before in state_dict["fingerprint"].items():
-            now = self._fingerprint.get(what)
+        for part, before in state_dict["fingerprint"].items():
+            now = self._fingerprint.get(part)
             if now != before:
-                other = f"the {what} that this run was trained on (SHA-256 {before[:12]}) is not the one that is there now"
-                raise InputError(
-                    f"{self.config.run_dir}: {other} ({str(now)[:12]}); bring it back, or start a run of another name"
-                )
+                change = f"the {part} that this run was trained on (SHA-256 {before[:12]}) is not the one that is there now"
+                remedy = "bring it back, or start a run of another name"
+                raise InputError(f"{self.config.run_dir}: {change} ({str(now)[:12]}); {remedy}")
         self._epoch_size = state_dict["epoch_size"]
 
     @property
@@ -159,47 +170,40 @@ class LatentDataModule(pl.LightningDataModule):
         return torch.cat(means), torch.cat(deviations)
 
     def _note(self, skipped: list[tuple[str, str]]) -> None:
+        """Add broken images to the run's file, each once."""
         if not skipped:
             return
-        named = self._skipped_file.read_text(encoding="utf-8").splitlines() if self._skipped_file.is_file() else []
+        lines = self._skipped_file.read_text(encoding="utf-8").splitlines() if self._skipped_file.is_file() else []
         self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
         for key, flaw in skipped:
-            if (line := f"{key}\t{flaw}") not in named:
+            if (line := f"{key}\t{flaw}") not in lines:
                 append_line(self._skipped_file, line)
-                named.append(line)
-        if len(named) > self.config.data.max_skipped:
-            first = "; ".join(line.replace("\t", ": ") for line in named[:3])
-            limit = f"more than data.max_skipped = {self.config.data.max_skipped} broken images"
-            raise DataError(f"{self.config.data.source}: {limit}: {first}; ... mend them, or raise the limit")
+                lines.append(line)
+        require_few(self.config.data, [(key, flaw) for key, _, flaw in (line.partition("\t") for line in lines)])
 
     def _open_images(self, name: str) -> None:
         self._source = open_source(self.config.data)
         prompts = class_prompts(self.config.data.class_names, self._source.class_names) if self._source.has_labels else None
-        self._describe(prompts, self._source.has_texts, name)
+        self._set_captions(prompts, self._source.has_texts, name)
         self._fingerprint["source"] = self._source.fingerprint
 
     def _open_shards(self, folder: Path) -> ShardSamples:
         manifest = read_manifest(folder)
-        self._require_own_latents(folder, manifest)
+        self._require_same_encoding(folder, manifest)
         encoding = manifest.encoding
         prompts = class_prompts(self.config.data.class_names, encoding.class_names) if encoding.labels else None
-        self._describe(prompts, encoding.texts, str(folder))
+        self._set_captions(prompts, encoding.texts, str(folder))
         self._fingerprint |= {"latents": manifest.sha256, "source": encoding.source_sha256}
         reader = ShardReader(folder, manifest)
         if encoding.labels and self._captions.class_prompts is not None:
             self._captions(int(reader.labels.max()), None)  # a class without a name shows now
         return ShardSamples(reader, self._captions)
 
-    def _describe(self, prompts: tuple[str, ...] | None, has_texts: bool, where: str) -> None:
-        """What is said of the images: a list of class names that is asked for goes before texts."""
-        use_text = has_texts and self.config.data.class_names is None
-        if self.config.model.text and not use_text and prompts is None:
-            remedy = "set data.class_names, data.text_column or data.label_column, or model.text=null"
-            raise ConfigError(f"{where}: neither texts nor named classes for a model with text: {remedy}")
-        self.class_prompts = prompts
-        self._captions = Captions(prompts, use_text) if self.config.model.text else Captions(None)
+    def _set_captions(self, class_prompts: tuple[str, ...] | None, has_texts: bool, source: str) -> None:
+        self.class_prompts = class_prompts
+        self._captions = Captions.of(self.config, class_prompts, has_texts, source)
 
-    def _require_own_latents(self, folder: Path, manifest: Manifest) -> None:
+    def _require_same_encoding(self, folder: Path, manifest: Manifest) -> None:
         """Refuse latents that were not made for this experiment.
 
         Raises:

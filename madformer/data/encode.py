@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from madformer.data.latents import (
     write_encoding,
     write_manifest,
 )
-from madformer.data.loader import Picture, read_pictures, require_few
+from madformer.data.loader import DecodedImage, batched, decode_rows, require_few, skip_broken
 from madformer.data.prompts import class_prompts
 from madformer.data.sources import ROWS_PER_SHARD, ImageSource, open_source
 from madformer.errors import ConfigError, DataError, InputError
@@ -64,79 +64,73 @@ def encode(config: ExperimentConfig) -> None:
     rank = cluster_rank()
     with claim_folder(folder, "encode", rank or 0):
         _begin(folder, encoding)
-        before = sum(shard.seen for shard in read_shards(folder).values())
-        with ProgressDisplay("encoded", "images", source.expected_rows, before, silent=bool(rank)) as display:
-            share_out(encode_share, (data, encoding), devices, display, before)
+        count = sum(shard.seen for shard in read_shards(folder).values())
+        with ProgressDisplay("encoded", "images", source.expected_rows, count, silent=bool(rank)) as display:
+            share_out(encode_share, (data, encoding), devices, display, count)
         _finish(folder, encoding, source, codec)
 
 
 def encode_share(share: Share, data: DataConfig, encoding: Encoding) -> None:
     """Encode every `world_size`-th unit of the source; shards that are done stay as they are."""
     source, codec = open_source(data), build_codec(data.codec, data.codec_dtype, share.device)
-    encoder, done = _Encoder(data, encoding, source, codec), 0
+    encoder, count = _Encoder(data, encoding, source, codec), 0
     for unit in range(share.rank, source.num_units, share.world_size):
         for seen in encoder.encode_unit(unit):
-            done += seen
-            share.count(done)
+            count += seen
+            share.count(count)
 
 
 class _Encoder:
     def __init__(self, data: DataConfig, encoding: Encoding, source: ImageSource, codec: Codec) -> None:
         self.data, self.encoding, self.source, self.codec = data, encoding, source, codec
         self.folder = Path(data.latents or "")
-        self.done = read_shards(self.folder)
+        self.shards = read_shards(self.folder)
 
     def encode_unit(self, unit: int) -> Iterator[int]:
         """Write the shards of a unit that are missing; yields how many rows were seen, now and then."""
-        first_part = next(part for part in itertools.count() if shard_name(unit, part) not in self.done)
-        if first_part and self.done[shard_name(unit, first_part - 1)].last:
+        first_part = next(part for part in itertools.count() if shard_name(unit, part) not in self.shards)
+        if first_part and self.shards[shard_name(unit, first_part - 1)].last:
             return
         rows = self.source.rows(unit, skip=first_part * ROWS_PER_SHARD)
         ahead = 2 * self.data.codec_batch_size + self.data.workers
-        images = read_pictures(rows, self.encoding.image_size, self.data.workers, ahead)
-        following = next(images, None)
+        images = decode_rows(rows, self.encoding.image_size, self.data.workers, ahead)
+        next_image = next(images, None)
         for part in itertools.count(first_part):
             writer = ShardWriter(self.folder, shard_name(unit, part), self.encoding)
-            first = [] if following is None else [following]
-            seen, skipped = 0, []
-            for batch in _batches(
-                itertools.chain(first, itertools.islice(images, ROWS_PER_SHARD - 1)), self.data.codec_batch_size
-            ):
-                if broken := [(image.row.key, image.flaw) for image in batch if image.pixels_CYX is None]:
-                    skipped += broken
-                    self._require_few(skipped)
-                self._add(writer, [image for image in batch if image.pixels_CYX is not None])
+            first = [] if next_image is None else [next_image]
+            rows_of_shard = itertools.chain(first, itertools.islice(images, ROWS_PER_SHARD - 1))
+            seen, skipped = 0, list[tuple[str, str]]()
+            for batch in batched(rows_of_shard, self.data.codec_batch_size):
+                good = list(skip_broken(batch, self.data, skipped))
+                if len(good) < len(batch):
+                    require_few(self.data, [*skipped, *_skipped(read_shards(self.folder).values())])
+                self._add(writer, good)
                 seen += len(batch)
                 yield len(batch)
-            following = next(images, None) if seen == ROWS_PER_SHARD else None
-            writer.finish(seen, following is None, skipped)
-            if following is None:
+            next_image = next(images, None) if seen == ROWS_PER_SHARD else None
+            writer.finish(seen, next_image is None, skipped)
+            if next_image is None:
                 return
 
-    def _add(self, writer: ShardWriter, images: Sequence[Picture]) -> None:
+    def _add(self, writer: ShardWriter, images: Sequence[DecodedImage]) -> None:
         if not images:
             return
-        images_BCYX = torch.stack([image.pixels_CYX for image in images if image.pixels_CYX is not None])
-        images_BCYX = to_unit(images_BCYX.to(self.codec.device))
+        images_BCYX = to_unit(torch.stack([image.pixels_CYX for image in images]).to(self.codec.device))
         moments = dict(zip(("mean", "deviation"), self.codec.encode(images_BCYX), strict=True))
         if self.encoding.flip:
             mirrored = self.codec.encode(images_BCYX.flip(-1))
             moments |= dict(zip(("mean_flipped", "deviation_flipped"), mirrored, strict=True))
         latents = {column: moments[column].half().cpu() for column in self.encoding.arrays}
         if not all(bool(array.isfinite().all()) for array in latents.values()):
-            what = f"gives NaN or infinity in {self.data.codec_dtype}, or more than float16 holds"
+            problem = f"gives NaN or infinity in {self.data.codec_dtype}, or more than float16 holds"
             remedy = "set data.codec_dtype=float32 or bfloat16, or mend its scaling factor"
-            raise ConfigError(f"data.codec = {self.data.codec!r}: {what}: {remedy}")
+            raise ConfigError(f"data.codec = {self.data.codec!r}: {problem}: {remedy}")
         rows = [{"key": image.row.key, "label": image.row.label, "text": image.row.text} for image in images]
         writer.add(rows, {column: array.numpy() for column, array in latents.items()})
 
-    def _require_few(self, skipped: Sequence[tuple[str, str]]) -> None:
-        every = [*skipped, *_skipped(list(read_shards(self.folder).values()))]
-        require_few(self.data.source, every, self.data.max_skipped)
-
 
 def _describe(config: ExperimentConfig, source: ImageSource, codec: Codec) -> Encoding:
-    """What is to be encoded.
+    """The encoding that the experiment asks for.
 
     Raises:
         ConfigError: the codec's latents are not the model's.
@@ -173,56 +167,55 @@ def _is_stochastic(codec: Codec) -> bool:
 
 
 def _begin(folder: Path, encoding: Encoding) -> None:
-    """Say what is encoded here, or see that it is the same as before.
+    """Write what is encoded here, or check that it is what was encoded before.
 
     Raises:
-        InputError: other latents lie here.
+        InputError: the folder holds other latents.
     """
-    before = read_encoding(folder)
-    if before is None:
+    existing = read_encoding(folder)
+    if existing is None:
         write_encoding(folder, encoding)
-    elif difference := before.describe_difference(encoding):
+    elif difference := existing.describe_difference(encoding):
         raise InputError(f"{folder}: holds other latents: {difference}; name another folder (data.latents), or delete it")
     if cluster_rank() is None:
-        _remove_left_overs(folder)
+        _remove_temporary_files(folder)
 
 
 def _finish(folder: Path, encoding: Encoding, source: ImageSource, codec: Codec) -> None:
-    """Write the manifest, once all units are there."""
+    """Write the manifest, once all units are complete."""
     shards = list(read_shards(folder).values())
     if complete_units(shards) != set(range(source.num_units)):
-        print(
-            f"{folder}: this process has done its share; the last one writes the manifest (if none does: once more)", flush=True
-        )
+        remark = "this process has done its share; the last one writes the manifest (if none does: once more)"
+        print(f"{folder}: {remark}", flush=True)
         return
     if not any(shard.rows for shard in shards):
         raise DataError(f"{encoding.source}: no image in it that can be read")
-    _remove_left_overs(folder)
+    _remove_temporary_files(folder)
     skipped = _skipped(shards)
     write_text(folder / "skipped.txt", "".join(f"{key}\t{flaw}\n" for key, flaw in skipped))
     manifest = summarise(encoding, shards, {})
-    there = read_manifest(folder) if (folder / "manifest.json").is_file() else None
-    if there is None or (there.sha256, there.skipped) != (manifest.sha256, manifest.skipped):
+    existing = read_manifest(folder) if (folder / "manifest.json").is_file() else None
+    if existing is None or (existing.sha256, existing.skipped) != (manifest.sha256, manifest.skipped):
         write_manifest(folder, replace(manifest, reconstruction=_reconstruct(folder, manifest, source, codec)))
     _report(folder, read_manifest(folder))
 
 
-def _remove_left_overs(folder: Path) -> None:
-    """What processes that were killed had begun to write."""
-    for left in folder.glob(".shard-*.tmp"):
-        left.unlink(missing_ok=True)
+def _remove_temporary_files(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write."""
+    for path in folder.glob(".shard-*.tmp"):
+        path.unlink(missing_ok=True)
 
 
-def _skipped(shards: Sequence[Shard]) -> list[tuple[str, str]]:
-    return [flaw for shard in shards for flaw in shard.skipped]
+def _skipped(shards: Iterable[Shard]) -> list[tuple[str, str]]:
+    return [image for shard in shards for image in shard.skipped]
 
 
 def _reconstruct(folder: Path, manifest: Manifest, source: ImageSource, codec: Codec) -> dict[str, float]:
     """Decode the first latents and compare them with their images; with a picture of some."""
     reader, size = ShardReader(folder, manifest), manifest.encoding.image_size
     keys = reader.values("key", np.arange(min(RECONSTRUCTED, len(reader))))
-    good = (row for unit in range(source.num_units) for row in source.rows(unit) if row.key in keys)
-    originals_BCYX = to_unit(torch.stack([load_square(row.read(), size) for row in itertools.islice(good, len(keys))]))
+    rows = (row for unit in range(source.num_units) for row in source.rows(unit) if row.key in keys)
+    originals_BCYX = to_unit(torch.stack([load_square(row.read(), size) for row in itertools.islice(rows, len(keys))]))
     latents_BChw = torch.from_numpy(reader.read("mean", np.arange(len(keys)))).float()
     decoded_BCYX = torch.cat([codec.decode(part.to(codec.device)).cpu() for part in latents_BChw.split(SHOWN)])
     pairs_BCYX = torch.stack([originals_BCYX, decoded_BCYX], dim=1)[:SHOWN].flatten(0, 1)
@@ -239,15 +232,9 @@ def _report(folder: Path, manifest: Manifest) -> None:
     if manifest.skipped:
         lines.append(f"  skipped: {manifest.skipped} broken images, named in {folder / 'skipped.txt'}")
     if quality := manifest.reconstruction:
-        decoded = f"  decoded again, the first {quality['images']:.0f}: {quality['psnr']:.1f} dB PSNR"
-        lines.append(f"{decoded}; beside their originals in {folder / 'reconstruction.png'}")
+        psnr = f"  decoded again, the first {quality['images']:.0f}: {quality['psnr']:.1f} dB PSNR"
+        lines.append(f"{psnr}; beside their originals in {folder / 'reconstruction.png'}")
     mean = sum(manifest.channel_means) / len(manifest.channel_means)
     deviation = math.sqrt(sum(value**2 for value in manifest.channel_deviations) / len(manifest.channel_deviations))
     lines.append(f"  mean {mean:+.2f}, deviation {deviation:.2f} (of each channel: {folder / 'manifest.json'})")
     print("\n".join(lines), flush=True)
-
-
-def _batches(images: Iterator[Picture], size: int) -> Iterator[list[Picture]]:
-    """Lists of at most `size` images; itertools.batched is newer than the oldest Python that we run on."""
-    while batch := list(itertools.islice(images, size)):
-        yield batch

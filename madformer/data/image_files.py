@@ -1,4 +1,4 @@
-"""Image files: any mode to a square of RGB, decoding that counts broken ones, PNGs and grids."""
+"""Image files: files of any format to squares of RGB, and tensors to grids and PNG files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,29 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from madformer.errors import BadImage
 from madformer.runs.files import atomic_write
 
-__all__ = ["BadImage", "decode_image", "load_square", "square_image", "to_unit"]
+__all__ = [
+    "decode_image",
+    "load_square",
+    "read_settings",
+    "save_png",
+    "square_image",
+    "to_grid",
+    "to_pixels",
+    "to_tiles",
+    "to_unit",
+]
 
+MIN_SIDE = 64
+"""In a grid, smaller images are magnified to at least this many pixels, or nobody sees them."""
 
-class BadImage(ValueError):  # noqa: N818  # a row's state that the reader counts and skips, not the end of a program
-    """A row without a readable image; the message is the reason, in one line."""
+MAX_GRID = 2048
+"""Grids of more pixels along a side are made of reduced images: 64 of 1024 x 1024 would be 200 MB, and in TensorBoard, too."""
+
+SETTINGS = "madformer"
+"""Text chunk of a PNG file that holds how it was made, as JSON."""
 
 
 def decode_image(content: bytes) -> Image.Image:
@@ -39,9 +55,7 @@ def decode_image(content: bytes) -> Image.Image:
         return _to_rgb(_upright(image))
     except UnidentifiedImageError:  # its own message is an address in memory
         raise BadImage("no image, or of a format that Pillow does not read") from None
-    except (
-        Exception
-    ) as error:  # Pillow's readers raise whatever their parsing runs into: struct.error, SyntaxError, KeyError ...
+    except Exception as error:  # Pillow's readers raise whatever they run into: struct.error, SyntaxError, KeyError ...
         reason = str(error).strip().splitlines()
         raise BadImage(reason[0] if reason else type(error).__name__) from error
 
@@ -79,36 +93,6 @@ def load_square(content: bytes, size: int) -> Tensor:
 def to_unit(images_BCYX: Tensor) -> Tensor:
     """Bytes 0 .. 255 to float32 in [-1, 1]."""
     return images_BCYX.float() / 127.5 - 1
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF says nothing about the pixels, which are loaded by now
-        return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # Pillow's own conversion clips or drops bits, depending on its version
-        depth16_YX = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((depth16_YX + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":  # either 0 .. 1 or 0 .. 255; nothing in the file says which
-        values_YX = np.nan_to_num(np.asarray(image))
-        image = Image.fromarray((values_YX * (255 if values_YX.max() <= 1 else 1)).clip(0, 255).round().astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-MIN_SIDE = 64
-"""In a grid, smaller images are magnified to at least this many pixels, or nobody sees them."""
-
-MAX_GRID = 2048
-"""Grids of more pixels along a side are made of reduced images: 64 of 1024 x 1024 would be 200 MB, and in TensorBoard, too."""
-
-SETTINGS = "madformer"
-"""Text chunk of a PNG file that holds how it was made, as JSON."""
 
 
 def to_pixels(images_BCYX: Tensor) -> np.ndarray:
@@ -162,7 +146,27 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     except (OSError, SyntaxError, ValueError):  # SyntaxError is Pillow's for a wrong checksum
         return None
     try:
-        found = json.loads(text)
+        settings = json.loads(text)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF says nothing about the pixels, which are loaded by now
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow's own conversion clips or drops bits, depending on its version
+        depth16_YX = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((depth16_YX + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":  # either 0 .. 1 or 0 .. 255; nothing in the file says which
+        values_YX = np.nan_to_num(np.asarray(image))
+        image = Image.fromarray((values_YX * (255 if values_YX.max() <= 1 else 1)).clip(0, 255).round().astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

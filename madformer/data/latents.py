@@ -1,4 +1,4 @@
-"""A folder of latents: its shards in Arrow's format, and the manifest of what is known of them."""
+"""A folder of latents: shards in Arrow's format, a JSON file beside each one, and a manifest of them all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from madformer.errors import DataError, InputError
 from madformer.runs.files import atomic_write, write_text
 
 FORMAT = 1
-"""Of the files; another number, another layout."""
+"""Number of the files' layout."""
+
+RECORD_BYTES = 64 * 2**20
+"""Rows of so many bytes lie together in a shard and are mapped as one array."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,16 @@ class Encoding:
     def describe_difference(self, other: Encoding) -> str | None:
         """The first field in which another encoding differs, with both values; None: in none."""
         for item in fields(self):
-            here, there = getattr(self, item.name), getattr(other, item.name)
-            if here != there:
-                short = [value if len(str(value)) <= 80 else f"{str(value)[:77]}..." for value in (here, there)]
-                return f"{item.name} = {short[0]!r} there, {short[1]!r} asked for"
+            pair = getattr(self, item.name), getattr(other, item.name)
+            if pair[0] != pair[1]:
+                existing, requested = (value if len(str(value)) <= 80 else f"{str(value)[:77]}..." for value in pair)
+                return f"{item.name} = {existing!r} there, {requested!r} asked for"
         return None
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known of one shard."""
+    """Description of one shard."""
 
     name: str
     rows: int
@@ -107,7 +110,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that is known of a folder of latents."""
+    """Description of a complete folder of latents."""
 
     encoding: Encoding
     rows: int
@@ -124,123 +127,6 @@ class Manifest:
     def sha256(self) -> str:
         """Of all latents, and of how they were made."""
         return hashlib.sha256(json.dumps([asdict(self.encoding), self.shards], sort_keys=True).encode()).hexdigest()
-
-
-def shard_name(unit: int, part: int) -> str:
-    """Without an ending; names sort as the rows do."""
-    return f"shard-{unit:06d}-{part:06d}"
-
-
-def read_encoding(folder: Path) -> Encoding | None:
-    """What is being encoded there; None: nothing yet.
-
-    Raises:
-        InputError: another program's file.
-    """
-    return _encoding(found, folder / "encoding.json") if (found := _read_json(folder / "encoding.json")) else None
-
-
-def write_encoding(folder: Path, encoding: Encoding) -> None:
-    """Say what is encoded there, before anything is."""
-    _write_json(folder / "encoding.json", asdict(encoding))
-
-
-def write_shard(folder: Path, shard: Shard) -> None:
-    """Say that a shard is done."""
-    _write_json(folder / f"{shard.name}.json", asdict(shard))
-
-
-def read_shards(folder: Path) -> dict[str, Shard]:
-    """The shards that are done, by name, in order; one whose Arrow file was lost is not."""
-    names = sorted(path for path in folder.glob("shard-*.json") if re.fullmatch(r"shard-\d+-\d+", path.stem))
-    shards = (Shard(**_tuples(_read_json(path) or {})) for path in names)
-    return {shard.name: shard for shard in shards if not shard.rows or (folder / f"{shard.name}.arrow").is_file()}
-
-
-def complete_units(shards: Iterable[Shard]) -> set[int]:
-    """Units of the source of which all shards are there."""
-    parts: dict[int, list[Shard]] = {}
-    for shard in shards:
-        parts.setdefault(shard.unit, []).append(shard)
-    return {unit for unit, every in parts.items() if every[-1].last and every[-1].part == len(every) - 1}
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of latents.
-
-    Raises:
-        InputError: there is none, or it is of another program.
-    """
-    path = folder / "manifest.json"
-    found = _read_json(path)
-    if found is None:
-        begun = "encoding has not ended there" if (folder / "encoding.json").is_file() else "no latents there"
-        raise InputError(f"{folder}: {begun} (no {path.name}); madformer encode EXPERIMENT.yaml goes on")
-    encoding = _encoding(found.pop("encoding", {}), path)
-    try:
-        return Manifest(encoding=encoding, **_tuples(found))
-    except TypeError as error:
-        raise InputError(f"{path}: not a manifest of latents: {error}") from error
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Say that all is there."""
-    _write_json(folder / "manifest.json", asdict(manifest))
-
-
-def summarise(encoding: Encoding, shards: Sequence[Shard], reconstruction: Mapping[str, float]) -> Manifest:
-    """The manifest of shards that are all there."""
-    rows = sum(shard.rows for shard in shards)
-    values = max(rows, 1) * encoding.latent_size**2
-    means = np.sum([shard.sums for shard in shards], axis=0) / values
-    squares = np.sum([shard.square_sums for shard in shards], axis=0) / values
-    return Manifest(
-        encoding=encoding,
-        rows=rows,
-        skipped=sum(len(shard.skipped) for shard in shards),
-        channel_means=tuple(means.tolist()),
-        channel_deviations=tuple(np.sqrt(np.maximum(squares - means**2, 0)).tolist()),
-        reconstruction=dict(reconstruction),
-        shards=tuple((shard.name, shard.rows, shard.sha256) for shard in shards if shard.rows),
-    )
-
-
-def _encoding(found: Mapping[str, Any], path: Path) -> Encoding:
-    if found.get("format") != FORMAT:
-        raise InputError(f"{path}: format {found.get('format')!r}, this version reads {FORMAT}; encode into a new folder")
-    try:
-        return Encoding(**_tuples(found))
-    except TypeError as error:
-        raise InputError(f"{path}: not of latents: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}; delete it, and encode again") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: not a JSON object; delete it, and encode again")
-    return found
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON's lists as tuples, so that what was read equals what was written."""
-
-    def convert(value: Any) -> Any:
-        return tuple(convert(entry) for entry in value) if isinstance(value, list) else value
-
-    return {name: convert(value) for name, value in content.items()}
-
-
-RECORD_BYTES = 64 * 2**20
-"""Rows of so many bytes lie together in a shard and are mapped as one array."""
 
 
 class ShardWriter:
@@ -261,7 +147,7 @@ class ShardWriter:
             self._latents[column].append(latents[column])
 
     def finish(self, seen: int, last: bool, skipped: Sequence[tuple[str, str]]) -> Shard:
-        """Write the shard, then what is known of it."""
+        """Write the shard, then its description."""
         sha256, channels = "", self.encoding.latent_channels
         sums = square_sums = np.zeros(channels)
         if self._rows:
@@ -270,8 +156,8 @@ class ShardWriter:
                 sums = sums + mean_Chw.sum(axis=(1, 2), dtype=np.float64)
                 square_sums = square_sums + np.square(mean_Chw, dtype=np.float64).sum(axis=(1, 2))
             sha256 = self._write(arrays)
-        known = (len(self._rows), seen, last, sha256, tuple(sums.tolist()), tuple(square_sums.tolist()), tuple(skipped))
-        shard = Shard(self.name, *known)
+        channel_sums = tuple(sums.tolist()), tuple(square_sums.tolist())
+        shard = Shard(self.name, len(self._rows), seen, last, sha256, *channel_sums, tuple(skipped))
         write_shard(self.folder, shard)
         return shard
 
@@ -300,10 +186,9 @@ class ShardWriter:
 
 
 class ShardReader:
-    """All rows of a folder of latents, mapped from the disk; the number of a row is its place in the order of the shards.
+    """All rows of a folder of latents, mapped from the disk and numbered in the order of the shards.
 
     Raises:
-        InputError: no latents there.
         DataError: a shard that is missing or has other rows than the manifest says.
     """
 
@@ -358,3 +243,117 @@ class ShardReader:
             raise DataError(f"{path}: {len(table)} rows, the manifest says {rows}; delete it and its .json, and encode again")
         for batch in table.to_batches():
             yield pa.Table.from_batches([batch])
+
+
+def shard_name(unit: int, part: int) -> str:
+    """Without an ending; names sort as the rows do."""
+    return f"shard-{unit:06d}-{part:06d}"
+
+
+def read_encoding(folder: Path) -> Encoding | None:
+    """The encoding that a folder was begun with; None: it was not begun.
+
+    Raises:
+        InputError: another program's file.
+    """
+    content = _read_json(folder / "encoding.json")
+    return _encoding(content, folder / "encoding.json") if content else None
+
+
+def write_encoding(folder: Path, encoding: Encoding) -> None:
+    """Write what is encoded into a folder, before the first shard."""
+    _write_json(folder / "encoding.json", asdict(encoding))
+
+
+def write_shard(folder: Path, shard: Shard) -> None:
+    """Write the description of a shard, which means that it is done."""
+    _write_json(folder / f"{shard.name}.json", asdict(shard))
+
+
+def read_shards(folder: Path) -> dict[str, Shard]:
+    """The shards that are done, by name, in order; one whose Arrow file was lost is not."""
+    names = sorted(path for path in folder.glob("shard-*.json") if re.fullmatch(r"shard-\d+-\d+", path.stem))
+    shards = (Shard(**_tuples(_read_json(path) or {})) for path in names)
+    return {shard.name: shard for shard in shards if not shard.rows or (folder / f"{shard.name}.arrow").is_file()}
+
+
+def complete_units(shards: Iterable[Shard]) -> set[int]:
+    """Units of the source of which all shards are done."""
+    units: dict[int, list[Shard]] = {}
+    for shard in shards:
+        units.setdefault(shard.unit, []).append(shard)
+    return {unit for unit, parts in units.items() if parts[-1].last and parts[-1].part == len(parts) - 1}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of latents.
+
+    Raises:
+        InputError: there is none, or it is of another program.
+    """
+    path = folder / "manifest.json"
+    content = _read_json(path)
+    if content is None:
+        problem = "encoding has not ended there" if (folder / "encoding.json").is_file() else "no latents there"
+        raise InputError(f"{folder}: {problem} (no {path.name}); madformer encode EXPERIMENT.yaml goes on")
+    encoding = _encoding(content.pop("encoding", {}), path)
+    try:
+        return Manifest(encoding=encoding, **_tuples(content))
+    except TypeError as error:
+        raise InputError(f"{path}: not a manifest of latents: {error}") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, which means that all shards are done."""
+    _write_json(folder / "manifest.json", asdict(manifest))
+
+
+def summarise(encoding: Encoding, shards: Sequence[Shard], reconstruction: Mapping[str, float]) -> Manifest:
+    """The manifest of all shards of a source."""
+    rows = sum(shard.rows for shard in shards)
+    values = max(rows, 1) * encoding.latent_size**2
+    means = np.sum([shard.sums for shard in shards], axis=0) / values
+    squares = np.sum([shard.square_sums for shard in shards], axis=0) / values
+    return Manifest(
+        encoding=encoding,
+        rows=rows,
+        skipped=sum(len(shard.skipped) for shard in shards),
+        channel_means=tuple(means.tolist()),
+        channel_deviations=tuple(np.sqrt(np.maximum(squares - means**2, 0)).tolist()),
+        reconstruction=dict(reconstruction),
+        shards=tuple((shard.name, shard.rows, shard.sha256) for shard in shards if shard.rows),
+    )
+
+
+def _encoding(content: Mapping[str, Any], path: Path) -> Encoding:
+    if content.get("format") != FORMAT:
+        raise InputError(f"{path}: format {content.get('format')!r}, this version reads {FORMAT}; encode into a new folder")
+    try:
+        return Encoding(**_tuples(content))
+    except TypeError as error:
+        raise InputError(f"{path}: not of latents: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}; delete it, and encode again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object; delete it, and encode again")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's lists as tuples, so that what was read equals what was written."""
+
+    def convert(value: Any) -> Any:
+        return tuple(convert(entry) for entry in value) if isinstance(value, list) else value
+
+    return {name: convert(value) for name, value in content.items()}

@@ -1,4 +1,4 @@
-"""Micro-batches read ahead by threads: what they are made of, and the order they come in."""
+"""From rows and shards to micro-batches: samples and their captions, images decoded ahead by threads, broken ones skipped."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from queue import Full, Queue
 from threading import Event, Thread, current_thread
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from madformer.config import DataConfig, ExperimentConfig
 from madformer.data.digits import load_digits
-from madformer.data.image_files import BadImage, load_square
+from madformer.data.image_files import load_square
 from madformer.data.latents import ShardReader
 from madformer.data.order import BatchIndex
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer
 from madformer.data.sources import ImageSource, Row
-from madformer.errors import DataError, InputError
+from madformer.errors import BadImage, ConfigError, DataError, InputError
 from madformer.randomness import keyed_generator
 
 SECONDS_TO_END = 10
@@ -30,124 +32,70 @@ SECONDS_TO_END = 10
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+Batch = dict[str, Any]
 
-def prefetch(prepare: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
-    """`map(prepare, items)`, in order, with at most `ahead` results waiting; without workers it is just that.
 
-    One thread goes through the items and `workers` threads prepare them. An error shows at the place of the item that met it.
+class MicroBatches(Generic[Item]):
+    """Endless micro-batches of one device, each read as a whole.
+
+    Args:
+        items: what the micro-batches are read from, in order.
+        read: makes a micro-batch of an item.
+        workers: threads that read ahead; no batch depends on their number.
+        pinned: whether batches lie in memory from which they go to a GPU fast.
     """
-    if workers == 0:
-        yield from map(prepare, items)
-        return
-    crew = _Crew(prepare, items, workers, ahead)
-    try:
-        while (result := crew.results.get()) is not None:
-            yield result.result()
-    finally:
-        crew.dismiss()
 
+    def __init__(self, items: Iterable[Item], read: Callable[[Item], Batch], workers: int, pinned: bool) -> None:
+        self.items, self.read, self.workers, self.pinned = items, read, workers, pinned
 
-class _Crew(Generic[Item, Result]):
-    """Threads that can be sent home at any time: an endless stream has no end of its own."""
+    def __iter__(self) -> Iterator[Batch]:
+        """Micro-batches in order."""
+        return prefetch(self._prepare, self.items, self.workers, ahead=2 * self.workers)
 
-    def __init__(self, prepare: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> None:
-        self.results: Queue[Future[Result] | None] = Queue(ahead)
-        """In the order of the items; None: there are no more."""
-        self.abandoned = Event()
-        """Set when nobody wants the rest."""
-        self._tasks: Queue[tuple[Future[Result], Item] | None] = Queue()
-        self._threads = [Thread(target=self._read, args=(items, workers), daemon=True)]
-        self._threads += [Thread(target=self._prepare, args=(prepare,), daemon=True) for _ in range(workers)]
-        for thread in self._threads:
-            thread.start()
-        # A thread that is inside of torch or Pillow when the interpreter ends would abort the program.
-        atexit.register(self.dismiss)
-
-    def dismiss(self) -> None:
-        """Nobody wants the rest: wait until what has begun has ended."""
-        atexit.unregister(self.dismiss)
-        self.abandoned.set()
-        for thread in self._threads:
-            if thread is not current_thread():
-                thread.join(timeout=SECONDS_TO_END)
-
-    def _read(self, items: Iterable[Item], workers: int) -> None:
-        try:
-            for item in items:
-                result: Future[Result] = Future()
-                if not self._put(result):
-                    break
-                self._tasks.put((result, item))
-            self._put(None)
-        except BaseException as error:
-            failed: Future[Result] = Future()
-            failed.set_exception(error)
-            self._put(failed)
-        finally:
-            for _ in range(workers):
-                self._tasks.put(None)
-
-    def _prepare(self, prepare: Callable[[Item], Result]) -> None:
-        while (task := self._tasks.get()) is not None:
-            result, item = task
-            if self.abandoned.is_set():
-                continue
-            try:
-                result.set_result(prepare(item))
-            except BaseException as error:
-                result.set_exception(error)
-
-    def _put(self, result: Future[Result] | None) -> bool:
-        """Wait for a place among the results; whether somebody wants it."""
-        while not self.abandoned.is_set():
-            try:
-                self.results.put(result, timeout=0.1)
-                return True
-            except Full:
-                continue
-        return False
+    def _prepare(self, item: Item) -> Batch:
+        batch = self.read(item)
+        if not self.pinned:
+            return batch
+        return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A row of a source after decoding."""
+class Captions:
+    """What is said of an image: its own text, or the prompt of its class."""
 
-    row: Row
-    pixels_CYX: Tensor | None
-    """Bytes [3, size, size]; None: the image is broken."""
-    flaw: str = ""
-    """What is wrong with it."""
+    class_prompts: tuple[str, ...] | None
+    use_text: bool = False
 
+    @staticmethod
+    def of(config: ExperimentConfig, class_prompts: tuple[str, ...] | None, has_texts: bool, source: str) -> Captions:
+        """Captions for the experiment's model; a list of class names that the experiment names goes before texts.
 
-def read_pictures(rows: Iterable[Row], size: int, workers: int, ahead: int) -> Iterator[Picture]:
-    """Decode rows in their order, with `workers` threads and at most `ahead` pictures waiting.
+        Args:
+            config: the experiment.
+            class_prompts: prompts of the source's classes, by label; None: it has no classes, or they have no names.
+            has_texts: whether its images have texts.
+            source: its name.
 
-    Raises:
-        InputError: an image is there, but cannot be read now.
-    """
-    return prefetch(partial(_decode, size=size), rows, workers, ahead)
+        Raises:
+            ConfigError: the model reads text, and there is none.
+        """
+        if config.model.text is None:
+            return Captions(None)
+        use_text = has_texts and config.data.class_names is None
+        if not use_text and class_prompts is None:
+            remedy = "set data.class_names, data.text_column or data.label_column, or take images that have some"
+            raise ConfigError(f"{source}: neither texts nor named classes for a model with text: {remedy}")
+        return Captions(class_prompts, use_text)
 
-
-def require_few(source: str | None, skipped: list[tuple[str, str]], most: int) -> None:
-    """Refuse more than `data.max_skipped` broken images, given as (key, flaw).
-
-    Raises:
-        DataError: with the first three.
-    """
-    if len(skipped) > most:
-        first = "; ".join(f"{key}: {flaw}" for key, flaw in skipped[:3])
-        limit = f"more than data.max_skipped = {most} broken images"
-        raise DataError(f"{source}: {limit}: {first}; ... Mend them or raise the limit; what is done is kept")
-
-
-def _decode(row: Row, size: int) -> Picture:
-    try:
-        return Picture(row, load_square(row.read(), size))
-    except BadImage as error:
-        return Picture(row, None, str(error))
-
-
-Batch = dict[str, Any]
+    def __call__(self, label: int | None, text: str | None) -> str:
+        """The caption; empty if there is none."""
+        if self.use_text:
+            return text or ""
+        if self.class_prompts is None or label is None:
+            return ""
+        if label >= len(self.class_prompts):
+            raise InputError(f"data.class_names: {len(self.class_prompts)} names, but there is an image of class {label}")
+        return self.class_prompts[label]
 
 
 class Samples(Protocol):
@@ -166,24 +114,6 @@ class Samples(Protocol):
         Returns:
             `latents`, or `mean` (and `deviation`), or `images` [B, 3, Y, X] uint8; and a caption for each, perhaps empty.
         """
-
-
-@dataclass(frozen=True)
-class Captions:
-    """What is said of an image: its own text, or the prompt of its class."""
-
-    class_prompts: tuple[str, ...] | None
-    use_text: bool = False
-
-    def __call__(self, label: int | None, text: str | None) -> str:
-        """The caption; empty if there is none."""
-        if self.use_text:
-            return text or ""
-        if self.class_prompts is None or label is None:
-            return ""
-        if label >= len(self.class_prompts):
-            raise InputError(f"data.class_names: {len(self.class_prompts)} names, but there is an image of class {label}")
-        return self.class_prompts[label]
 
 
 class DigitSamples:
@@ -211,7 +141,7 @@ class ShardSamples:
         return len(self.reader)
 
     def read(self, samples: np.ndarray, flipped_B: np.ndarray) -> tuple[Batch, list[str]]:
-        """Moments of the posterior, of the mirrored image where asked for."""
+        """Moments of the posterior; of the mirrored image for `flipped_B`."""
         encoding = self.reader.manifest.encoding
         batch = {}
         for column in ("mean", "deviation") if encoding.stochastic else ("mean",):
@@ -227,111 +157,232 @@ class ShardSamples:
         return batch, [""] * len(samples)
 
 
-class ImageSamples:
-    """Images of a source that can be read anywhere; a broken one is replaced by the next good one, and named."""
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads images of a source for training; a broken one is replaced by the next good one, and named."""
 
-    def __init__(self, source: ImageSource, captions: Captions, image_size: int, max_skipped: int) -> None:
-        self.source, self.captions, self.image_size, self.max_skipped = source, captions, image_size, max_skipped
+    data: DataConfig
+    image_size: int
+    captions: Captions
+
+    def read(self, candidates: Iterable[Iterable[Row]], flipped_B: np.ndarray) -> tuple[Batch, list[str]]:
+        """`images` [B, 3, Y, X] uint8, under `skipped` the keys and flaws of broken ones, if any; and the captions.
+
+        Args:
+            candidates: for each image the rows that it may be, best first.
+            flipped_B: which images are to be mirrored.
+
+        Raises:
+            DataError: none of the candidates can be read, or none of the first `data.max_skipped` and one.
+        """
+        images, skipped = list[DecodedImage](), list[tuple[str, str]]()
+        for rows in candidates:
+            broken: list[tuple[str, str]] = []
+            image = next(skip_broken(decode_rows(rows, self.image_size), self.data, broken), None)
+            if image is None:
+                raise DataError(
+                    f"{self.data.source}: {len(broken)} images one after the other are broken: {_list_broken(broken)}"
+                )
+            images.append(image)
+            skipped += broken
+        pairs = zip(images, flipped_B, strict=True)
+        batch: Batch = {
+            "images": torch.stack([image.pixels_CYX.flip(-1) if flip else image.pixels_CYX for image, flip in pairs])
+        }
+        if skipped:
+            batch["skipped"] = skipped
+        return batch, [self.captions(image.row.label, image.row.text) for image in images]
+
+
+class ImageSamples:
+    """Images of a source that can be read anywhere."""
+
+    def __init__(self, source: ImageSource, reader: ImageReader) -> None:
+        self.source, self.reader = source, reader
 
     def __len__(self) -> int:
         assert self.source.num_rows is not None
         return self.source.num_rows
 
     def read(self, samples: np.ndarray, flipped_B: np.ndarray) -> tuple[Batch, list[str]]:
-        """Images as bytes, and under `skipped` the keys and flaws of broken ones."""
-        found = [first_good(self._rows_from(int(sample)), self.image_size, self.max_skipped) for sample in samples]
-        return collate(found, flipped_B, self.captions)
+        """Images as `ImageReader` gives them; a broken one is replaced by one of the rows behind it."""
+        return self.reader.read((self._rows_from(int(sample)) for sample in samples), flipped_B)
 
     def _rows_from(self, sample: int) -> Iterator[Row]:
         return (self.source.row((sample + offset) % len(self)) for offset in range(len(self)))
 
 
 @dataclass(frozen=True)
-class ReadImage:
-    """A row with its image, and the broken ones before it."""
-
-    row: Row
-    pixels_CYX: Tensor
-    skipped: tuple[tuple[str, str], ...]
-
-
-def first_good(rows: Iterator[Row], image_size: int, max_skipped: int) -> ReadImage:
-    """The first row whose image can be read.
-
-    Raises:
-        DataError: there is none, or none among the first `max_skipped` and one.
-    """
-    skipped: list[tuple[str, str]] = []
-    for row in rows:
-        try:
-            return ReadImage(row, load_square(row.read(), image_size), tuple(skipped))
-        except BadImage as error:
-            skipped.append((row.key, str(error)))
-            if len(skipped) > max_skipped:
-                break
-    first = "; ".join(f"{key}: {flaw}" for key, flaw in skipped[:3])
-    raise DataError(
-        f"data.source: {len(skipped)} broken images, one after the other (data.max_skipped = {max_skipped}): {first}"
-    )
-
-
-def collate(images: Sequence[ReadImage], flipped_B: np.ndarray, captions: Captions) -> tuple[Batch, list[str]]:
-    """Images of a micro-batch together, mirrored where asked for."""
-    pixels = [
-        image.pixels_CYX.flip(-1) if flipped else image.pixels_CYX for image, flipped in zip(images, flipped_B, strict=True)
-    ]
-    batch: Batch = {"images": torch.stack(pixels)}
-    if skipped := [flaw for image in images for flaw in image.skipped]:
-        batch["skipped"] = skipped
-    return batch, [captions(image.row.label, image.row.text) for image in images]
-
-
-@dataclass(frozen=True)
 class Collator:
-    """What every micro-batch gets: its keys, its mirrored samples, its tokens."""
+    """Adds to every micro-batch what depends on its index: keys, mirroring, tokens."""
 
     seed: int
     flip: bool
     tokenizer: PromptTokenizer | None
 
-    def flipped(self, places: BatchIndex) -> np.ndarray:
-        """Which samples are mirrored: a function of seed and place."""
+    def draw_flips(self, batch_index: BatchIndex) -> np.ndarray:
+        """Which samples are mirrored: a function of seed, step and index."""
         if not self.flip:
-            return np.zeros(len(places.indices), dtype=bool)
-        generators = (keyed_generator(self.seed, "flip", places.step, index) for index in places.indices)
+            return np.zeros(len(batch_index.indices), dtype=bool)
+        generators = (keyed_generator(self.seed, "flip", batch_index.step, index) for index in batch_index.indices)
         return np.array([bool(torch.rand(1, generator=generator) < 0.5) for generator in generators])
 
-    def read(self, samples: Samples, places: BatchIndex) -> Batch:
-        """The micro-batch at its places."""
-        batch, captions = samples.read(places.samples, self.flipped(places))
-        return self.finish(batch, captions, places)
+    def read(self, samples: Samples, batch_index: BatchIndex) -> Batch:
+        """Read a micro-batch and finish it."""
+        batch, captions = samples.read(batch_index.samples, self.draw_flips(batch_index))
+        return self.finish(batch, captions, batch_index)
 
-    def finish(self, batch: Batch, captions: Sequence[str], places: BatchIndex) -> Batch:
-        """Add `keys` [B, 2] (step, place in the global batch) and, for a model with text, `text` [B, T]."""
-        indices = torch.tensor(list(places.indices))
-        batch["keys"] = torch.stack([torch.full_like(indices, places.step), indices], dim=1)
+    def finish(self, batch: Batch, captions: Sequence[str], batch_index: BatchIndex) -> Batch:
+        """Add `keys` [B, 2] (step, index in the global batch) and, for a model with text, `text` [B, T]."""
+        indices = torch.tensor(list(batch_index.indices))
+        batch["keys"] = torch.stack([torch.full_like(indices, batch_index.step), indices], dim=1)
         if self.tokenizer is not None:
             batch["text"] = self.tokenizer(captions)
         return batch
 
 
-class MicroBatches(Generic[Item]):
-    """Endless micro-batches of one device, from step `first_step` on, each read as a whole.
+@dataclass(frozen=True)
+class DecodedImage:
+    """A row of a source with the pixels of its image."""
 
-    Args:
-        workers: threads that read ahead; no batch depends on their number.
-        pinned: whether batches lie in memory from which they go to a GPU fast.
+    row: Row
+    pixels_CYX: Tensor
+    """Bytes [3, size, size]."""
+
+
+class BrokenImage(NamedTuple):
+    """A row of a source whose image cannot be read."""
+
+    key: str
+    flaw: str
+
+
+def decode_rows(rows: Iterable[Row], size: int, workers: int = 0, ahead: int = 0) -> Iterator[DecodedImage | BrokenImage]:
+    """Decode rows in their order, with `workers` threads and at most `ahead` images waiting.
+
+    Raises:
+        InputError: an image is there, but cannot be read now.
     """
+    return prefetch(partial(_decode, size=size), rows, workers, ahead)
 
-    def __init__(self, places: Iterable[Item], read: Callable[[Item], Batch], workers: int, pinned: bool) -> None:
-        self.places, self.read, self.workers, self.pinned = places, read, workers, pinned
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Micro-batches in order."""
-        return prefetch(self._prepare, self.places, self.workers, ahead=2 * self.workers)
+def skip_broken(
+    images: Iterable[DecodedImage | BrokenImage], data: DataConfig, broken: list[tuple[str, str]]
+) -> Iterator[DecodedImage]:
+    """The images that can be read; the others are added to `broken`, as (key, flaw).
 
-    def _prepare(self, place: Item) -> Batch:
-        batch = self.read(place)
-        if not self.pinned:
-            return batch
-        return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
+    Raises:
+        DataError: `broken` holds more than `data.max_skipped`.
+    """
+    for image in images:
+        if isinstance(image, DecodedImage):
+            yield image
+        else:
+            broken.append(image)
+            require_few(data, broken)
+
+
+def require_few(data: DataConfig, broken: Sequence[tuple[str, str]]) -> None:
+    """Refuse more than `data.max_skipped` broken images, given as (key, flaw).
+
+    Raises:
+        DataError: with the first three.
+    """
+    if len(broken) > data.max_skipped:
+        limit = f"more than data.max_skipped = {data.max_skipped} broken images"
+        raise DataError(f"{data.source}: {limit}: {_list_broken(broken)}. Mend them or raise the limit; what is done is kept")
+
+
+def _list_broken(broken: Sequence[tuple[str, str]]) -> str:
+    return "; ".join(f"{key}: {flaw}" for key, flaw in broken[:3]) + ("; ..." if len(broken) > 3 else "")
+
+
+def _decode(row: Row, size: int) -> DecodedImage | BrokenImage:
+    try:
+        return DecodedImage(row, load_square(row.read(), size))
+    except BadImage as error:
+        return BrokenImage(row.key, str(error))
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of at most `size` items; itertools.batched is newer than the oldest Python that we run on."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def prefetch(prepare: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
+    """`map(prepare, items)`, in order, with at most `ahead` results waiting; without workers it is just that.
+
+    One thread goes through the items and `workers` threads prepare them. An error shows at the place of the item that met it.
+    """
+    if workers == 0:
+        yield from map(prepare, items)
+        return
+    pool = _ThreadPool(prepare, items, workers, ahead)
+    try:
+        while (result := pool.results.get()) is not None:
+            yield result.result()
+    finally:
+        pool.close()
+
+
+class _ThreadPool(Generic[Item, Result]):
+    """Threads that can be stopped at any time: an endless stream has no end of its own."""
+
+    def __init__(self, prepare: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> None:
+        self.results: Queue[Future[Result] | None] = Queue(ahead)
+        """In the order of the items; None: there are no more."""
+        self._stop = Event()
+        """Set when nobody wants the rest."""
+        self._tasks: Queue[tuple[Future[Result], Item] | None] = Queue()
+        self._threads = [Thread(target=self._read, args=(items, workers), daemon=True)]
+        self._threads += [Thread(target=self._prepare, args=(prepare,), daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
+        # A thread that is inside of torch or Pillow when the interpreter ends would abort the program.
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Stop the threads and wait until what has begun has ended."""
+        atexit.unregister(self.close)
+        self._stop.set()
+        for thread in self._threads:
+            if thread is not current_thread():
+                thread.join(timeout=SECONDS_TO_END)
+
+    def _read(self, items: Iterable[Item], workers: int) -> None:
+        try:
+            for item in items:
+                result: Future[Result] = Future()
+                if not self._put(result):
+                    break
+                self._tasks.put((result, item))
+            self._put(None)
+        except BaseException as error:
+            failure: Future[Result] = Future()
+            failure.set_exception(error)
+            self._put(failure)
+        finally:
+            for _ in range(workers):
+                self._tasks.put(None)
+
+    def _prepare(self, prepare: Callable[[Item], Result]) -> None:
+        while (task := self._tasks.get()) is not None:
+            result, item = task
+            if self._stop.is_set():
+                continue
+            try:
+                result.set_result(prepare(item))
+            except BaseException as error:
+                result.set_exception(error)
+
+    def _put(self, result: Future[Result] | None) -> bool:
+        """Wait for a place among the results; whether somebody wants it."""
+        while not self._stop.is_set():
+            try:
+                self.results.put(result, timeout=0.1)
+                return True
+            except Full:
+                continue
+        return False

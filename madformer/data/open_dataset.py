@@ -1,4 +1,4 @@
-"""Open any source of images with `datasets`, and find its columns."""
+"""Open any source of images with the `datasets` library, and find its columns of images, labels and texts."""
 
 from __future__ import annotations
 
@@ -14,27 +14,80 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madformer.config import DataConfig
-from madformer.errors import ConfigError
+from madformer.errors import ConfigError, InputError
+from madformer.hub import list_files
+from madformer.importing import describe
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features, IterableDataset
 
-__all__ = ["Columns", "Opened", "explained", "find_columns", "open_data_set", "quiet"]
+__all__ = ["Columns", "DatasetSplit", "explain_errors", "find_columns", "open_split", "silence_datasets"]
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "images", "picture", "photo")
 LABEL_NAMES = ("label", "labels", "cls", "class", "class_id", "fine_label", "target")
 TEXT_NAMES = ("text", "caption", "txt", "prompt", "captions", "description")
 
+_TABLES = {"parquet": ".parquet", "arrow": ".arrow", "webdataset": ".tar"}
+_READABLE = ".parquet, .arrow, .tar (WebDataset), and image files (.jpg, .png, .webp ...)"
+
+
+@dataclass(frozen=True)
+class DatasetSplit:
+    """One split of a data set, as datasets reads it."""
+
+    dataset: Dataset | IterableDataset
+    files: list[str]
+    """Paths or addresses of the data; empty: known to the hub's cache alone."""
+    revision: str | None = None
+    """Commit of a data set of the hub, with its name."""
+    is_image_folder: bool = False
+    expected_rows: int | None = None
+    """Number of rows that the data set states."""
+
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of a data set."""
+    """Names of a data set's columns."""
 
     image: str
     label: str | None
     text: str | None
     class_names: tuple[str, ...] | None
     """Names of the label's classes, if the data set gives them."""
+
+
+def open_split(data: DataConfig) -> DatasetSplit:
+    """Open the split that `data` names: a table on this machine, or a stream.
+
+    Raises:
+        ConfigError: no such source, nothing readable in it, a hub that cannot be had, an unknown split or subset.
+        Exception: whatever datasets, a file system or a file format raises; `explain_errors` makes a ConfigError of it.
+    """
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    folder = Path(str(data.source)).expanduser()
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return _open_saved(folder, data)
+    builder = _find_builder(data)
+    files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
+    names = _split_names(data, list(files or builder.info.splits or {}))
+    split_files = [file for name in names for file in files.get(name, [])]
+    _require_whole(data, split_files)
+    dataset: Dataset | IterableDataset
+    if data.streaming:
+        if not split_files:  # a copy has other files than the hub, so its units would be others too
+            remedy = "set data.streaming=false to read the copy in the cache"
+            raise ConfigError(f"data.source = {data.source!r}: the hub cannot be reached to stream from it; {remedy}")
+        dataset = builder.as_streaming_dataset(split=data.split)
+        if len(split_files) == 1:
+            dataset = dataset.reshard()  # a Parquet file into its row groups; others stay as they are
+    else:
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split=data.split)
+    revision = f"{builder.repo_id}@{builder.hash}" if builder.repo_id else None
+    info = (builder.info.splits or {}).get(data.split)
+    rows = info.num_examples if info else None
+    return DatasetSplit(dataset, split_files, revision, isinstance(builder, ImageFolder), rows or None)
 
 
 def find_columns(features: Features, data: DataConfig) -> Columns:
@@ -48,9 +101,8 @@ def find_columns(features: Features, data: DataConfig) -> Columns:
     images = _candidates("image_column", features, data, IMAGE_NAMES, datasets.Image, _holds_images)
     if len(images) != 1:
         problem = f"{' and '.join(images)} hold images" if images else "no column holds images"
-        raise ConfigError(
-            f"data.image_column = None: {problem}; name one of data.source = {data.source!r}: {_listed(features)}"
-        )
+        columns = _list(features)
+        raise ConfigError(f"data.image_column = None: {problem}; name one of data.source = {data.source!r}: {columns}")
     labels = _candidates("label_column", features, data, LABEL_NAMES, datasets.ClassLabel, _holds_labels)
     if len(labels) > 1:  # attributes rather than the class
         labels = [name for name in LABEL_NAMES if name in labels]
@@ -63,108 +115,58 @@ def find_columns(features: Features, data: DataConfig) -> Columns:
     return Columns(images[0], label, next(iter(texts), None), class_names)
 
 
-def _candidates(
-    field: str,
-    features: Features,
-    data: DataConfig,
-    names: tuple[str, ...],
-    special: type | None,
-    is_legal: Callable[[Any], bool],
-) -> list[str]:
-    given = getattr(data, field)
-    if given is None:
-        typed = [name for name, feature in features.items() if special is not None and isinstance(feature, special)]
-        return typed or [name for name in names if name in features and is_legal(features[name])]
-    if given not in features or not is_legal(features[given]):
-        listed = _listed(features)
-        raise ConfigError(
-            f"data.{field} = {given!r}: no such column, or of another type; data.source = {data.source!r} has {listed}"
-        )
-    return [given]
+@contextmanager
+def explain_errors(source: str, file: str | None = None) -> Iterator[None]:
+    """Turn whatever reading a source raises into a ConfigError of one line that names the source, and the file if known."""
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # file systems and formats raise errors of their own libraries
+        cause: BaseException = error
+        while isinstance(cause, DatasetGenerationError) and cause.__cause__:
+            cause = cause.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise cause from error  # the source is not to blame
+        reason = describe(cause)
+        if isinstance(cause, ImportError):
+            missing = cause.name or getattr(cause.__cause__, "name", None)
+            reason += f" (pip install {missing})" if missing else ""
+        raise ConfigError(f"data.source = {source!r}: {f'{file}: ' if file else ''}cannot be read: {reason}") from error
 
 
-def _listed(features: Features) -> str:
-    return ", ".join(f"{name} ({getattr(feature, 'dtype', type(feature).__name__)})" for name, feature in features.items())
-
-
-def _holds_images(feature: Any) -> bool:
+@contextmanager
+def silence_datasets() -> Iterator[None]:
+    """Hide the log of datasets, whose errors are raised anyway, and its progress bars where there is no terminal."""
     import datasets
 
-    is_struct = isinstance(feature, dict) and "bytes" in feature
-    return isinstance(feature, datasets.Image) or is_struct or getattr(feature, "dtype", "") in ("binary", "large_binary")
+    level = datasets.logging.get_verbosity()
+    hides_bars = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if hides_bars:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if hides_bars:
+            datasets.enable_progress_bars()
 
 
-def _holds_labels(feature: Any) -> bool:
-    return re.fullmatch(r"u?int\d+|string|binary", getattr(feature, "dtype", "")) is not None
-
-
-def _holds_texts(feature: Any) -> bool:
-    return getattr(feature, "dtype", "") in ("string", "large_string")
-
-
-_TABLES = {"parquet": ".parquet", "arrow": ".arrow", "webdataset": ".tar"}
-_READABLE = ".parquet, .arrow, .tar (WebDataset), and image files (.jpg, .png, .webp ...)"
-
-
-@dataclass(frozen=True)
-class Opened:
-    """One split of a data set, as datasets reads it."""
-
-    dataset: Dataset | IterableDataset
-    files: list[str]
-    """Where the data lies; empty: known to the hub's cache alone."""
-    revision: str | None = None
-    """Commit of a data set of the hub, with its name."""
-    is_image_folder: bool = False
-    expected_rows: int | None = None
-    """How many rows the data set says it has."""
-
-
-def open_data_set(data: DataConfig) -> Opened:
-    """The split that `data` names: a table here, or a stream.
-
-    Raises:
-        ConfigError: no such source, nothing readable in it, a hub that cannot be had, an unknown split or subset.
-        Exception: whatever datasets, a file system or a file format raises; `explained` makes a ConfigError of it.
-    """
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-
-    folder = Path(str(data.source)).expanduser()
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _open_saved(folder, data)
-    builder = _find_builder(data)
-    files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
-    parts = _split_names(data, list(files or builder.info.splits or {}))
-    found = [file for part in parts for file in files.get(part, [])]
-    _require_whole(data, found)
-    dataset: Dataset | IterableDataset
-    if data.streaming:
-        if not found:  # a copy has other files than the hub, so its units would be others too
-            remedy = "set data.streaming=false to read the copy in the cache"
-            raise ConfigError(f"data.source = {data.source!r}: the hub cannot be reached to stream from it; {remedy}")
-        dataset = builder.as_streaming_dataset(split=data.split)
-        if len(found) == 1:
-            dataset = dataset.reshard()  # a Parquet file into its row groups; others stay as they are
-    else:
-        builder.download_and_prepare()
-        dataset = builder.as_dataset(split=data.split)
-    revision = f"{builder.repo_id}@{builder.hash}" if builder.repo_id else None
-    described = (builder.info.splits or {}).get(data.split)
-    rows = described.num_examples if described else None
-    return Opened(dataset, found, revision, isinstance(builder, ImageFolder), rows or None)
-
-
-def _open_saved(folder: Path, data: DataConfig) -> Opened:
-    """What `save_to_disk` wrote is mapped into memory from where it lies, streamed or not."""
+def _open_saved(folder: Path, data: DataConfig) -> DatasetSplit:
+    """Map what `save_to_disk` wrote into memory, streamed or not."""
     import datasets
 
-    saved = datasets.load_from_disk(str(folder))
-    parts = {str(saved.split or "train"): saved} if isinstance(saved, datasets.Dataset) else dict(saved)
-    _split_names(data, list(parts))
-    rows = datasets.ReadInstruction.from_spec(data.split).to_absolute({name: len(part) for name, part in parts.items()})
-    chosen = [parts[each.splitname].select(range(len(parts[each.splitname]))[each.from_ : each.to]) for each in rows]
-    dataset = datasets.concatenate_datasets(chosen)
-    return Opened(dataset, [file["filename"] for file in dataset.cache_files])
+    content = datasets.load_from_disk(str(folder))
+    splits = {str(content.split or "train"): content} if isinstance(content, datasets.Dataset) else dict(content)
+    _split_names(data, list(splits))
+    lengths = {name: len(split) for name, split in splits.items()}
+    slices = datasets.ReadInstruction.from_spec(data.split).to_absolute(lengths)
+    parts = [splits[part.splitname].select(range(lengths[part.splitname])[part.from_ : part.to]) for part in slices]
+    dataset = datasets.concatenate_datasets(parts)
+    return DatasetSplit(dataset, [file["filename"] for file in dataset.cache_files])
 
 
 def _find_builder(data: DataConfig) -> DatasetBuilder:
@@ -210,14 +212,14 @@ def _image_folder_builder(data: DataConfig, folder: Path) -> DatasetBuilder | No
     if data.subset or endings & {*_TABLES.values(), ".zip"} or not endings & {*ImageFolder.EXTENSIONS}:
         return None
     names = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
-    wanted = [path for path in paths if path.lower().endswith((*ImageFolder.EXTENSIONS, *ImageFolder.METADATA_FILENAMES))]
-    tops = [path.removeprefix(f"{folder}/").split("/")[0] for path in wanted]
-    has_splits = set(tops) <= names.keys()
+    paths = [path for path in paths if path.lower().endswith((*ImageFolder.EXTENSIONS, *ImageFolder.METADATA_FILENAMES))]
+    subfolders = [path.removeprefix(f"{folder}/").split("/")[0] for path in paths]
+    has_splits = set(subfolders) <= names.keys()
     files: dict[str, list[str]] = {}
-    for path, top in zip(wanted, tops, strict=True):
-        files.setdefault(names[top] if has_splits else "train", []).append(path)
-    listed = {split: DataFilesList(own, [_version(path) for path in own]) for split, own in files.items()}
-    return ImageFolder(data_files=DataFilesDict(listed))
+    for path, subfolder in zip(paths, subfolders, strict=True):
+        files.setdefault(names[subfolder] if has_splits else "train", []).append(path)
+    data_files = {split: DataFilesList(paths, [_version(path) for path in paths]) for split, paths in files.items()}
+    return ImageFolder(data_files=DataFilesDict(data_files))
 
 
 def _version(path: str) -> tuple[str, ...]:
@@ -235,16 +237,16 @@ def _may_be_on_the_hub(source: str) -> bool:
     import datasets.packaged_modules
 
     # The names of datasets' own readers would read whatever lies in the working directory.
-    is_reader = (Path(datasets.packaged_modules.__file__).parent / source).is_dir()
+    is_builder = (Path(datasets.packaged_modules.__file__).parent / source).is_dir()
     is_file = Path(source).suffix in _TABLES.values()
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None and not is_reader and not is_file
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None and not is_builder and not is_file
 
 
-def _load_builder(data: DataConfig, path: str, **where: Any) -> DatasetBuilder:
+def _load_builder(data: DataConfig, path: str, **options: Any) -> DatasetBuilder:
     from datasets import load_dataset_builder
 
     try:
-        return load_dataset_builder(path, data.subset, **where)
+        return load_dataset_builder(path, data.subset, **options)
     except ValueError as error:
         names = re.search(r"(?:Available|available configs): \[(.*?)\]", str(error))
         if names is None:
@@ -257,19 +259,15 @@ def _load_builder(data: DataConfig, path: str, **where: Any) -> DatasetBuilder:
 def _hub_builder(data: DataConfig, name: str, revision: str | None) -> DatasetBuilder:
     """Reader of a data set of the hub; of its copy in the cache when the hub cannot be reached.
 
-    The hub is asked once before, because datasets asks six times, over 23 seconds, before it looks into its cache.
+    The hub goes first, because its data set may have changed. datasets alone would ask it six times, over 23 seconds.
     """
-    from huggingface_hub import HfApi
-
     try:
-        if HfApi().dataset_info(name, revision=revision, timeout=10).gated:
-            HfApi().auth_check(name, repo_type="dataset")
-    except Exception as refusal:  # errors of the HTTP library, whose name changes
+        list_files(name, "dataset", revision)
+    except InputError as error:
         copy = _cached_builder(data, name)
         if copy is None or revision not in (None, copy.hash):
             remedy = "name a local file or folder, or log in with `hf auth login`"
-            reason = f"no such folder, and the hub's data set cannot be had ({_first_line(refusal)})"
-            raise ConfigError(f"data.source = {data.source!r}: {reason}: {remedy}") from refusal
+            raise ConfigError(f"data.source = {data.source!r}: cannot be had: {error}; {remedy}") from error
         return copy
     return _load_builder(data, name, revision=revision)
 
@@ -320,13 +318,13 @@ def _split_names(data: DataConfig, splits: list[str]) -> list[str]:
     """The splits that `data.split` is made of: one of them, or of a table also slices, such as `train[:90%]`."""
     from datasets import ReadInstruction
 
-    known = f"must be one of {', '.join(splits)}, which data.source = {data.source!r} has"
+    legal = f"must be one of {', '.join(splits)}, which data.source = {data.source!r} has"
     try:
         parts = [part.splitname for part in ReadInstruction.from_spec(data.split).to_absolute(dict.fromkeys(splits, 1))]
     except ValueError as error:
-        raise ConfigError(f"data.split = {data.split!r}: {known}") from error
+        raise ConfigError(f"data.split = {data.split!r}: {legal}") from error
     if data.streaming and data.split not in splits:
-        raise ConfigError(f"data.split = {data.split!r}: {known}; slices need data.streaming=false")
+        raise ConfigError(f"data.split = {data.split!r}: {legal}; slices need data.streaming=false")
     return list(dict.fromkeys(parts))
 
 
@@ -342,46 +340,38 @@ def _require_whole(data: DataConfig, files: list[str]) -> None:
                 raise ConfigError(f"data.source = {data.source!r}: {file} is cut off, or of another kind: its end is missing")
 
 
-@contextmanager
-def explained(source: str, file: str | None = None) -> Iterator[None]:
-    """Whatever reading a source raises becomes a ConfigError of one line, which names the source, and the file if known."""
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # file systems and formats raise errors of their own libraries
-        cause: BaseException = error
-        while isinstance(cause, DatasetGenerationError) and cause.__cause__:
-            cause = cause.__cause__
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise cause from error  # the source is not to blame
-        reason = _first_line(cause)
-        if isinstance(cause, ImportError):
-            missing = cause.name or getattr(cause.__cause__, "name", None)
-            reason += f" (pip install {missing})" if missing else ""
-        raise ConfigError(f"data.source = {source!r}: {f'{file}: ' if file else ''}cannot be read: {reason}") from error
+def _candidates(
+    field: str,
+    features: Features,
+    data: DataConfig,
+    names: tuple[str, ...],
+    feature_type: type | None,
+    is_legal: Callable[[Any], bool],
+) -> list[str]:
+    column = getattr(data, field)
+    if column is None:
+        typed = [name for name, feature in features.items() if feature_type is not None and isinstance(feature, feature_type)]
+        return typed or [name for name in names if name in features and is_legal(features[name])]
+    if column not in features or not is_legal(features[column]):
+        problem = "no such column, or of another type"
+        raise ConfigError(f"data.{field} = {column!r}: {problem}; data.source = {data.source!r} has {_list(features)}")
+    return [column]
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Neither progress bars of datasets where there is no terminal, nor its log of errors that are raised anyway."""
+def _list(features: Features) -> str:
+    return ", ".join(f"{name} ({getattr(feature, 'dtype', type(feature).__name__)})" for name, feature in features.items())
+
+
+def _holds_images(feature: Any) -> bool:
     import datasets
 
-    level = datasets.logging.get_verbosity()
-    hide = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if hide:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if hide:
-            datasets.enable_progress_bars()
+    is_struct = isinstance(feature, dict) and "bytes" in feature
+    return isinstance(feature, datasets.Image) or is_struct or getattr(feature, "dtype", "") in ("binary", "large_binary")
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _holds_labels(feature: Any) -> bool:
+    return re.fullmatch(r"u?int\d+|string|binary", getattr(feature, "dtype", "")) is not None
+
+
+def _holds_texts(feature: Any) -> bool:
+    return getattr(feature, "dtype", "") in ("string", "large_string")

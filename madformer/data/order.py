@@ -35,20 +35,20 @@ class BatchShard:
         return BatchShard(share // accumulation, accumulation, rank, world_size)
 
     def indices(self, part: int) -> range:
-        """Places in the global batch of this device's micro-batch `part`."""
+        """Indices in the global batch of this device's micro-batch `part`."""
         start = (part * self.world_size + self.rank) * self.micro_batch
         return range(start, start + self.micro_batch)
 
 
 @dataclass(frozen=True)
 class BatchIndex:
-    """A micro-batch before it is read: where in training it stands, and which samples it is made of."""
+    """Which micro-batch of training it is, and which samples it is made of."""
 
     step: int
     indices: range
-    """Places in the global batch."""
+    """In the global batch."""
     samples: np.ndarray
-    """Numbers of the samples in the data set, one for each place."""
+    """Numbers of the samples in the data set, one for each index; empty for a stream, which is read in order."""
 
 
 class SampleOrder:
@@ -63,32 +63,32 @@ class SampleOrder:
 
     def __call__(self, step: int, indices: range) -> np.ndarray:
         """Which samples of the data set stand at `indices` of the batch of `step`."""
-        epochs, places = np.divmod(step * self.batch_size + np.asarray(indices), self.samples)
-        found = np.empty(len(indices), dtype=np.int64)
+        epochs, positions = np.divmod(step * self.batch_size + np.asarray(indices), self.samples)
+        samples = np.empty(len(indices), dtype=np.int64)
         for epoch in np.unique(epochs):
-            now = epochs == epoch
-            found[now] = self._permutation(int(epoch))[places[now]]
-        return found
+            mask = epochs == epoch
+            samples[mask] = self._permutation(int(epoch))[positions[mask]]
+        return samples
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
-            kept = {epoch - 1: self._permutations[epoch - 1]} if epoch - 1 in self._permutations else {}
+            previous = {epoch - 1: self._permutations[epoch - 1]} if epoch - 1 in self._permutations else {}
             permutation = torch.randperm(self.samples, generator=keyed_generator(self.seed, "order", epoch))
-            self._permutations = {**kept, epoch: permutation.numpy()}
+            self._permutations = {**previous, epoch: permutation.numpy()}
         return self._permutations[epoch]
 
 
-class EndlessPlaces:
-    """The endless micro-batches of one device before they are read, from step `first_step` on."""
+class BatchSampler:
+    """The endless micro-batches of one device, as indices, from step `first_step` on."""
 
-    def __init__(self, order: SampleOrder, portion: BatchShard, first_step: int) -> None:
-        self.order, self.portion, self.first_step = order, portion, first_step
+    def __init__(self, order: SampleOrder, shard: BatchShard, first_step: int) -> None:
+        self.order, self.shard, self.first_step = order, shard, first_step
 
     def __iter__(self) -> Iterator[BatchIndex]:
-        """Where they stand, and their samples."""
+        """Indices of each micro-batch and its samples."""
         step = self.first_step
         while True:
-            for part in range(self.portion.accumulation):
-                indices = self.portion.indices(part)
+            for part in range(self.shard.accumulation):
+                indices = self.shard.indices(part)
                 yield BatchIndex(step, indices, self.order(step, indices))
             step += 1

@@ -1,4 +1,4 @@
-"""Prompts: the names of classes, and what turns text into tokens.
+"""Prompts: the names of classes, and tokenizers that turn text into token ids.
 
 ImageNet's names are the first lemma of each class in WordNet, but for four, so that no two are the same: crane (bird) and
 crane (machine), and by their second lemma Cardigan Welsh corgi (beside cardigan) and tank suit (beside maillot).
@@ -23,6 +23,7 @@ from madformer.config import TextConfig
 from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY
 from madformer.config.validation import require
 from madformer.errors import ConfigError, InputError
+from madformer.hub import list_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,11 +39,8 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 BUILTIN_FILE = "builtin_tokenizer.json"
 """The builtin tokenizer, beside this module; `scripts/train_tokenizer.py` makes it."""
 
-_REMEMBERED = 10_000
+_CACHE_SIZE = 10_000
 """Prompts whose tokens are kept: those of classes come again and again."""
-
-_ANSWER_SECONDS = 10
-"""How long the hub may take before it counts as out of reach."""
 
 
 class PromptTokenizer:
@@ -65,18 +63,18 @@ class PromptTokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._backend = _Builtin() if name == BUILTIN else _Pretrained(name)
         self._text = text
-        self._remembered: dict[str, Tensor] = {}
+        self._cache: dict[str, Tensor] = {}
         _check_fit(name, self._backend, text)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Token ids of B prompts, [B, `text.length`] int64, cut or padded on the right; an empty prompt is the null text."""
         if not prompts:
             return torch.empty((0, self._text.length), dtype=torch.int64)
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._remembered]
-        fresh = dict(zip(new, map(self._pad, self._backend.ids(new)), strict=True)) if new else {}
-        if len(self._remembered) + len(fresh) <= _REMEMBERED:
-            self._remembered |= fresh
-        return torch.stack([fresh[prompt] if prompt in fresh else self._remembered[prompt] for prompt in prompts])
+        misses = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
+        rows = dict(zip(misses, map(self._pad, self._backend.ids(misses)), strict=True)) if misses else {}
+        if len(self._cache) + len(rows) <= _CACHE_SIZE:
+            self._cache |= rows
+        return torch.stack([rows[prompt] if prompt in rows else self._cache[prompt] for prompt in prompts])
 
     def _pad(self, ids: Sequence[int]) -> Tensor:
         row_T = torch.full((self._text.length,), self._text.pad_token_id)
@@ -106,13 +104,13 @@ def parse_classes(text: str, prompts: Sequence[str]) -> list[int]:
         InputError: a number that is no label, a name that is none or stands for several classes.
     """
     parts, labels = text.split(","), []
-    longest = 1 + max(prompt.count(",") for prompt in prompts)
+    most_parts = 1 + max(prompt.count(",") for prompt in prompts)
     while parts:
-        for count in range(min(longest, len(parts)), 0, -1):  # the longest first: there are names like "tench, Tinca tinca"
+        for count in range(min(most_parts, len(parts)), 0, -1):  # the longest first: there are names like "tench, Tinca tinca"
             part = ",".join(parts[:count]).strip()
             if found := _labels_of(part, prompts):
                 break
-        labels.append(_only(part, found, prompts))
+        labels.append(_single_label(part, found, prompts))
         parts = parts[count:]
     return labels
 
@@ -143,18 +141,18 @@ def _labels_of(part: str, prompts: Sequence[str]) -> list[int]:
     """Classes that part of the command line may mean: by number, by exact name, or else by name in any case."""
     if re.fullmatch(r"[+-]?\d+", part):
         return [int(part)]
-    exact = [label for label, prompt in enumerate(prompts) if prompt == part]
-    return exact or [label for label, prompt in enumerate(prompts) if prompt.casefold() == part.casefold()]
+    labels = [label for label, prompt in enumerate(prompts) if prompt == part]
+    return labels or [label for label, prompt in enumerate(prompts) if prompt.casefold() == part.casefold()]
 
 
-def _only(part: str, labels: list[int], prompts: Sequence[str]) -> int:
+def _single_label(part: str, labels: list[int], prompts: Sequence[str]) -> int:
     """The one class that part of the command line means."""
     legal = f"0..{len(prompts) - 1}"
     if not part:
         raise InputError(f"--classes: an empty entry; must be numbers in {legal} or names, with commas between")
     if not labels:
-        near = difflib.get_close_matches(part.casefold(), [prompt.casefold() for prompt in prompts], n=1, cutoff=0.0)
-        label = [prompt.casefold() for prompt in prompts].index(near[0])
+        names = [prompt.casefold() for prompt in prompts]
+        label = names.index(difflib.get_close_matches(part.casefold(), names, n=1, cutoff=0.0)[0])
         raise InputError(f"--classes {part}: no class of that name; the nearest is {prompts[label]} ({label})")
     if len(labels) > 1:
         raise InputError(f"--classes {part}: the name of several classes: {', '.join(map(str, labels))}; give the number")
@@ -167,7 +165,7 @@ class _Builtin:
     """The tokenizer of the package. Through transformers it would take seconds to load."""
 
     size = BUILTIN_VOCABULARY
-    special = frozenset({0})
+    special_ids = frozenset({0})
     pad = 0
 
     def ids(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -196,10 +194,10 @@ class _Pretrained:
             builtin = f"{BUILTIN} model.text.vocab_size={BUILTIN_VOCABULARY} model.text.pad_token_id=0"
             remedy = f"must be a folder or hub id of transformers, or data.tokenizer={builtin}, which ships with the package"
             raise ConfigError(f"data.tokenizer = {name!r}: cannot be had: {reason}; {remedy}") from error
-        self.special = _special_ids(self._tokenizer)
+        self.special_ids = _special_ids(self._tokenizer)
         self.size = 1 + max(self._tokenizer.get_vocab().values())
-        own = self._tokenizer.pad_token_id
-        self.pad: int = own if own in self.special else min(self.special, default=self.size)
+        pad_id = self._tokenizer.pad_token_id
+        self.pad: int = pad_id if pad_id in self.special_ids else min(self.special_ids, default=self.size)
 
     def ids(self, prompts: Sequence[str]) -> list[list[int]]:
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
@@ -208,26 +206,13 @@ class _Pretrained:
 
 
 def _load(name: str) -> Any:
-    """From a folder or the hub's cache, which needs no network; else from the hub, which is asked once whether it answers.
-
-    transformers itself tries for a minute, and loudly, to reach a hub that is out of reach.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError
-
+    """From a folder or the hub's cache, as transformers finds its many kinds of files; else from the hub."""
     try:
         return _from_pretrained(name, local_files_only=True)
     except Exception:
         if Path(name).is_dir():
             raise
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "tokenizer_config.json"), timeout=_ANSWER_SECONDS)
-    except HFValidationError:
-        raise FileNotFoundError("there is no such folder, and it is no hub id") from None
-    except (RepositoryNotFoundError, RemoteEntryNotFoundError):
-        pass  # an answer: transformers says better what it means, or finds another file
-    except Exception as error:
-        raise ConnectionError(f"it is not in the cache, and the hub is out of reach ({error})") from error
+    list_files(name)  # transformers itself tries for a minute, and loudly, to reach a hub that does not answer
     return _from_pretrained(name, local_files_only=False)
 
 
@@ -250,8 +235,8 @@ def _special_ids(tokenizer: Any) -> frozenset[int]:
 
 def _check_fit(name: str, backend: _Builtin | _Pretrained, text: TextConfig) -> None:
     """Refuse a model whose vocabulary is too small, or whose padding is a token of ordinary text."""
-    right = f"set model.text.vocab_size={max(backend.size, backend.pad + 1)} and model.text.pad_token_id={backend.pad}"
-    fits, field = text.vocab_size >= backend.size, "model.text.vocab_size"
-    require(fits, field, text.vocab_size, f"data.tokenizer={name} has ids up to {backend.size - 1}: {right}")
-    apart, field = text.pad_token_id in backend.special or text.pad_token_id >= backend.size, "model.text.pad_token_id"
-    require(apart, field, text.pad_token_id, f"stands for a piece of text in data.tokenizer={name}: {right}")
+    remedy = f"set model.text.vocab_size={max(backend.size, backend.pad + 1)} and model.text.pad_token_id={backend.pad}"
+    is_large_enough, field = text.vocab_size >= backend.size, "model.text.vocab_size"
+    require(is_large_enough, field, text.vocab_size, f"data.tokenizer={name} has ids up to {backend.size - 1}: {remedy}")
+    is_no_text, field = text.pad_token_id in backend.special_ids or text.pad_token_id >= backend.size, "model.text.pad_token_id"
+    require(is_no_text, field, text.pad_token_id, f"stands for a piece of text in data.tokenizer={name}: {remedy}")

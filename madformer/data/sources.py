@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madformer.config import DataConfig
-from madformer.data.image_files import BadImage
-from madformer.data.open_dataset import Columns, Opened, explained, find_columns, open_data_set, quiet
-from madformer.errors import ConfigError, InputError
+from madformer.data.open_dataset import Columns, DatasetSplit, explain_errors, find_columns, open_split, silence_datasets
+from madformer.errors import BadImage, ConfigError, InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -139,14 +138,14 @@ class ImageSource:
                 yield self.row(index)
             return
         assert self._stream is not None
-        prefix, seen = f"{unit}-" if self.num_units > 1 else "", set()
-        with explained(self.name, self._file_of(unit)):
+        prefix, keys = f"{unit}-" if self.num_units > 1 else "", set()
+        with explain_errors(self.name, self._file_of(unit)):
             batches = self._stream.shard(num_shards=self.num_units, index=unit).iter(batch_size=1)
             for index, batch in enumerate(batches):
                 example, number = {name: values[0] for name, values in batch.items()}, f"{prefix}{index}"
                 key = self._key(example, number)
-                key = f"{key} ({number})" if key in seen else key
-                seen.add(key)
+                key = f"{key} ({number})" if key in keys else key
+                keys.add(key)
                 if index >= skip:
                     yield self._to_row(example, key)
 
@@ -190,15 +189,15 @@ def open_source(data: DataConfig) -> ImageSource:
 
     if data.source is None:
         raise ConfigError("data.source = None: must name a data set of the hub, files, or a folder")
-    with explained(data.source), quiet():
-        opened = open_data_set(data)
-        columns = find_columns(opened.dataset.features or datasets.Features(), data)
-        chosen = (columns.image, columns.label, columns.text)
-        kept = [name for name in opened.dataset.features if name in (*chosen, _KEY, _URL)]
-        dataset = opened.dataset.select_columns(kept).cast_column(columns.image, datasets.Image(decode=False))
-        if opened.is_image_folder:
-            dataset = _with_names(dataset, columns.image, opened.files)
-        return ImageSource(data.source, dataset, columns, opened.files, _fingerprint(data, opened), opened.expected_rows)
+    with explain_errors(data.source), silence_datasets():
+        split = open_split(data)
+        columns = find_columns(split.dataset.features or datasets.Features(), data)
+        names = (columns.image, columns.label, columns.text, _KEY, _URL)
+        dataset = split.dataset.select_columns([name for name in split.dataset.features if name in names])
+        dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
+        if split.is_image_folder:
+            dataset = _with_names(dataset, columns.image, split.files)
+        return ImageSource(data.source, dataset, columns, split.files, _fingerprint(data, split), split.expected_rows)
 
 
 def _with_names(dataset: Dataset | IterableDataset, image: str, files: list[str]) -> Dataset:
@@ -217,8 +216,7 @@ def _with_names(dataset: Dataset | IterableDataset, image: str, files: list[str]
     images = [file for file in files if Path(file).suffix.lower() in ImageFolder.EXTENSIONS]
     # Copies of remote images have other names than the images, but the same order; unless a list (metadata.csv) gives another.
     is_listed = any(Path(file).name in ImageFolder.METADATA_FILENAMES for file in files)
-    named = images if len(images) == len(paths) and not is_listed else paths
-    return dataset.add_column(_NAME, _relative(named))
+    return dataset.add_column(_NAME, _relative(images if len(images) == len(paths) and not is_listed else paths))
 
 
 def _relative(paths: list[str]) -> list[str]:
@@ -253,13 +251,13 @@ def _tar_names(dataset: Dataset | IterableDataset, files: list[str]) -> dict[str
     return {address: name.removesuffix(".tar") for address, name in zip(addresses, names, strict=True)}
 
 
-def _fingerprint(data: DataConfig, opened: Opened) -> str:
+def _fingerprint(data: DataConfig, split: DatasetSplit) -> str:
     from fsspec.core import url_to_fs
 
-    if opened.revision:
-        parts: list[Any] = [opened.revision]
+    if split.revision:
+        parts: list[Any] = [split.revision]
     else:
-        filesystem, _ = url_to_fs(opened.files[0])
-        sizes = filesystem.sizes([filesystem._strip_protocol(file) for file in opened.files])
-        parts = sorted(zip(_relative(opened.files), sizes, strict=True))
+        filesystem, _ = url_to_fs(split.files[0])
+        sizes = filesystem.sizes([filesystem._strip_protocol(file) for file in split.files])
+        parts = sorted(zip(_relative(split.files), sizes, strict=True))
     return hashlib.sha256(json.dumps([parts, data.split, data.subset]).encode()).hexdigest()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from madformer.data.loader import Batch, Captions, Collator, collate, first_good
+from madformer.data.loader import Batch, Collator, ImageReader, batched
 from madformer.data.order import BatchIndex, BatchShard
 from madformer.data.sources import ImageSource, Row
 from madformer.errors import InputError
@@ -29,7 +29,7 @@ WINDOW = 512
 class RawBatch:
     """A micro-batch before it is decoded."""
 
-    places: BatchIndex
+    batch_index: BatchIndex
     rows: list[tuple[list[Row], int]]
     """For each image its window of rows, and which one of them it is."""
     epoch_size: int | None
@@ -42,62 +42,53 @@ class ImageStream:
     def __init__(
         self,
         source: ImageSource,
-        captions: Captions,
-        finishing: Collator,
-        image_size: int,
-        batch_size: int,
-        portion: BatchShard,
+        reader: ImageReader,
+        collator: Collator,
+        shard: BatchShard,
         first_step: int,
         epoch_size: int | None,
-        max_skipped: int,
     ) -> None:
-        self.max_skipped = max_skipped
-        self.source, self.captions, self.finishing, self.image_size = source, captions, finishing, image_size
-        self.batch_size, self.portion, self.first_step, self.epoch_size = batch_size, portion, first_step, epoch_size
+        self.source, self.reader, self.collator = source, reader, collator
+        self.shard, self.first_step, self.epoch_size = shard, first_step, epoch_size
 
     def __iter__(self) -> Iterator[RawBatch]:
         """Micro-batches before they are decoded."""
-        start = self.first_step * self.batch_size
+        batch_size = self.reader.data.batch_size
+        start = self.first_step * batch_size
         epoch, offset = divmod(start, self.epoch_size) if self.epoch_size else (0, start)
         stream = self._stream(epoch, offset)
         for step in itertools.count(self.first_step):
-            rows = list(itertools.islice(stream, self.batch_size))
-            for part in range(self.portion.accumulation):
-                places = BatchIndex(step, self.portion.indices(part), np.arange(0))
-                yield RawBatch(places, [rows[index] for index in places.indices], self.epoch_size)
+            rows = list(itertools.islice(stream, batch_size))
+            for part in range(self.shard.accumulation):
+                batch_index = BatchIndex(step, self.shard.indices(part), np.arange(0))
+                yield RawBatch(batch_index, [rows[index] for index in batch_index.indices], self.epoch_size)
 
-    def read(self, undecoded: RawBatch) -> Batch:
+    def read(self, raw: RawBatch) -> Batch:
         """Decode a micro-batch; a broken image is replaced by the next good one of its window."""
-        images = [first_good(_from(window, place), self.image_size, self.max_skipped) for window, place in undecoded.rows]
-        batch, captions = collate(images, self.finishing.flipped(undecoded.places), self.captions)
-        if undecoded.epoch_size:
-            batch["epoch_size"] = undecoded.epoch_size
-        return self.finishing.finish(batch, captions, undecoded.places)
+        candidates = (itertools.chain(window[number:], window[:number]) for window, number in raw.rows)
+        batch, captions = self.reader.read(candidates, self.collator.draw_flips(raw.batch_index))
+        if raw.epoch_size:
+            batch["epoch_size"] = raw.epoch_size
+        return self.collator.finish(batch, captions, raw.batch_index)
 
     def _stream(self, epoch: int, offset: int) -> Iterator[tuple[list[Row], int]]:
-        """Endless places (window, number in it), from `offset` of `epoch` on."""
+        """Endless pairs (window, number of a row in it), from row `offset` of `epoch` on."""
         while True:
-            rows, read = self._rows(epoch), 0
-            skipped = offset // WINDOW * WINDOW
-            read += sum(1 for _ in itertools.islice(rows, skipped))
-            while window := list(itertools.islice(rows, WINDOW)):
-                generator = keyed_generator(self.finishing.seed, "window", epoch, read // WINDOW)
-                order = torch.randperm(len(window), generator=generator).tolist()
-                shuffled = [window[number] for number in order]
-                yield from ((shuffled, number) for number in range(max(0, offset - read), len(window)))
-                read += len(window)
-            if not read:
+            rows = self._rows(epoch)
+            count = sum(1 for _ in itertools.islice(rows, offset // WINDOW * WINDOW))
+            for window in batched(rows, WINDOW):
+                generator = keyed_generator(self.collator.seed, "window", epoch, count // WINDOW)
+                permutation = torch.randperm(len(window), generator=generator).tolist()
+                shuffled = [window[number] for number in permutation]
+                yield from ((shuffled, number) for number in range(max(0, offset - count), len(window)))
+                count += len(window)
+            if not count:
                 raise InputError("data.source: the stream has no rows")
-            self.epoch_size = read
+            self.epoch_size = count
             # Nobody knew the epoch's size when the run resumed behind its end.
-            epoch, offset = (epoch + offset // read, offset % read) if offset > read else (epoch + 1, 0)
+            epoch, offset = (epoch + offset // count, offset % count) if offset > count else (epoch + 1, 0)
 
     def _rows(self, epoch: int) -> Iterator[Row]:
-        generator = keyed_generator(self.finishing.seed, "units", epoch)
+        generator = keyed_generator(self.collator.seed, "units", epoch)
         units = torch.randperm(self.source.num_units, generator=generator).tolist()
         return itertools.chain.from_iterable(self.source.rows(unit) for unit in units)
-
-
-def _from(window: list[Row], place: int) -> Iterator[Row]:
-    """All rows of a window, beginning with one of them."""
-    return itertools.chain(window[place:], window[:place])

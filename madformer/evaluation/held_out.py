@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from madformer.config.experiment import check_data
 from madformer.data.codec import build_codec, require_fit
 from madformer.data.digits import load_digits
 from madformer.data.image_files import to_unit
-from madformer.data.loader import Captions, Picture, read_pictures, require_few
+from madformer.data.loader import Captions, batched, decode_rows, skip_broken
 from madformer.data.prompts import DIGIT_NAMES
 from madformer.data.sources import ImageSource, Row, open_source
 from madformer.errors import ConfigError
@@ -66,20 +66,20 @@ def read_held_out(config: ExperimentConfig, checkpoint: Path, images: int, devic
             with text.
         InputError: too many are broken.
     """
-    data, described = _held_out_data(config), describe_held_out(config)
-    if not described["held_out"]:
+    data, description = _held_out_data(config), describe_held_out(config)
+    if not description["held_out"]:
         remedy = "name others as evaluation.held_out_split=validation, train[90%:] ..., or as evaluation.held_out_source"
         _log.warning("%s: the diagnostics are of images that the run was trained on; %s", config.run_dir, remedy)
-    with _named():
+    with _explain_errors():
         check_data(data, config.model)
         if data.source == DIGITS:
             latents_NChw, captions = _read_digits(config, data, images)
         else:
             latents_NChw, captions = _read_images(config, data, checkpoint, images, device)
-    source = described["source"]
+    source = description["source"]
     if len(latents_NChw) < LEAST_IMAGES:
         raise ConfigError(f"held-out images: {len(latents_NChw)} of {source}; there must be at least {LEAST_IMAGES}")
-    return HeldOut(latents_NChw, captions, source, described["held_out"])
+    return HeldOut(latents_NChw, captions, source, description["held_out"])
 
 
 def describe_held_out(config: ExperimentConfig) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def require_held_out(config: ExperimentConfig) -> None:
         ConfigError: they are not.
     """
     data = _held_out_data(config)
-    with _named():
+    with _explain_errors():
         check_data(data, config.model)
         if data.source == DIGITS:
             load_digits(data.split)
@@ -122,8 +122,8 @@ def _share_rows(one: str, other: str) -> bool:
 
 
 @contextmanager
-def _named() -> Iterator[None]:
-    """Say which images a complaint is about."""
+def _explain_errors() -> Iterator[None]:
+    """Say that an error is about held-out images."""
     try:
         yield
     except ConfigError as error:
@@ -150,15 +150,15 @@ def _read_images(
 ) -> tuple[Tensor, list[str]]:
     source, codec = open_source(data), build_codec(data.codec, data.codec_dtype, device)
     require_fit(codec, config.model)
-    describe, captions = _captions(config, checkpoint, source), list[str]()
+    caption, captions = _captions(config, checkpoint, source), list[str]()
     rows, size = _spread_rows(source, _generator(config)), config.model.latent_size * codec.downsampling
-    pictures = read_pictures(rows, size, data.workers, ahead=data.codec_batch_size + data.workers)
-    good = itertools.islice(_good(pictures, data), images)
+    decoded = decode_rows(rows, size, data.workers, ahead=data.codec_batch_size + data.workers)
+    good = itertools.islice(skip_broken(decoded, data, []), images)
     latents_BChw = [torch.empty(0, codec.latent_channels, config.model.latent_size, config.model.latent_size)]
-    while batch := list(itertools.islice(good, data.codec_batch_size)):
-        images_BCYX = torch.stack([pixels_CYX for _, pixels_CYX in batch]).to(device)
+    for batch in batched(good, data.codec_batch_size):
+        images_BCYX = torch.stack([image.pixels_CYX for image in batch]).to(device)
         latents_BChw.append(codec.encode(to_unit(images_BCYX))[0].cpu())
-        captions += [describe(row.label, row.text) for row, _ in batch]
+        captions += [caption(image.row.label, image.row.text) for image in batch]
     return torch.cat(latents_BChw), captions
 
 
@@ -178,29 +178,12 @@ def _spread_rows(source: ImageSource, generator: torch.Generator) -> Iterator[Ro
             yield from (row for row in rows if row is not None)
 
 
-def _good(pictures: Iterable[Picture], data: DataConfig) -> Iterator[tuple[Row, Tensor]]:
-    """Rows that can be read, with their pixels."""
-    skipped: list[tuple[str, str]] = []
-    for picture in pictures:
-        if picture.pixels_CYX is None:
-            skipped.append((picture.row.key, picture.flaw))
-            require_few(data.source, skipped, data.max_skipped)
-        else:
-            yield picture.row, picture.pixels_CYX
-
-
 def _captions(config: ExperimentConfig, checkpoint: Path, source: ImageSource) -> Captions:
     """What training would say of these images.
 
     The data set's own class names go before the run's: a folder that lacks some classes numbers them otherwise.
     """
-    if config.model.text is None:
-        return Captions(None)
-    listed, names = config.data.class_names is not None, None
-    if source.has_labels:
-        names = known_classes(config, checkpoint) if listed or source.class_names is None else source.class_names
-    use_text = source.has_texts and not listed
-    if not use_text and names is None:
-        remedy = "take images that have some, or set data.text_column or data.label_column"
-        raise ConfigError(f"{source.name}: neither texts nor named classes for a model with text; {remedy}")
-    return Captions(names, use_text)
+    names = source.class_names
+    if source.has_labels and config.model.text and (config.data.class_names is not None or names is None):
+        names = known_classes(config, checkpoint)
+    return Captions.of(config, names, source.has_texts, source.name)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from madformer.config import ExperimentConfig
 from madformer.config.evaluation import SamplerName
@@ -22,9 +20,6 @@ Point = Mapping[str, Any]
 
 INCEPTION = "inception"
 """Label of the one feature network whose Fréchet distance is called FID, with its published weights."""
-
-DIGITS_SHA256 = "fe8de8929b8f8c1d5fdde1a39ba44f83b8557c62b49066cd7583d0009697a32f"
-"""SHA-256 of the digits network that ships with the package, known without torch; a test compares it with the weights."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ class Sampling:
         most, evaluation = config.diffusion.train_timesteps, config.evaluation
         if not 1 <= steps <= most:
             raise ConfigError(f"steps = {steps}: must be in 1..{most}, the noise schedule's timesteps")
-        return cls(nfe, steps, evaluation.sampler, evaluation.guidance, weights, evaluation.seed)
+        return cls(nfe, steps, weights=weights, **{name: getattr(evaluation, name) for name in AXES})
 
     @classmethod
     def of_point(cls, point: Point) -> Sampling:
@@ -139,8 +134,12 @@ class Sampling:
     @property
     def curve_key(self) -> str:
         """The key without steps and seed: what all points of a curve have in common."""
-        names = (field.name for field in fields(self) if field.name not in ("nfe", "steps", "seed"))
-        return " ".join(f"{name}={getattr(self, name)}" for name in names)
+        return " ".join(f"{name}={value}" for name, value in self.curve_fields.items())
+
+    @property
+    def curve_fields(self) -> dict[str, Any]:
+        """Every field but budget and seed, by its name in records."""
+        return {name: getattr(self, name) for name in CURVE_FIELDS}
 
     def difference(self, main: Sampling) -> str:
         """What sets its curve apart from another one, such as `unipc, guidance 1.5`; empty: nothing."""
@@ -156,18 +155,69 @@ class Sampling:
         Raises:
             ConfigError: the run cannot be sampled like this.
         """
-        chosen = replace(config.evaluation, sampler=self.sampler, guidance=self.guidance, seed=self.seed)
-        return replace(config, evaluation=chosen)
+        chosen = {name: getattr(self, name) for name in AXES}
+        return replace(config, evaluation=replace(config.evaluation, **chosen))
 
 
-def all_samplings(
-    budgets: Sequence[Sampling], samplers: Sequence[SamplerName], guidances: Sequence[float], seeds: Sequence[int]
-) -> tuple[Sampling, ...]:
-    """All combinations of the inference axes, budgets fastest; an empty axis is as the budgets have it."""
-    axes = {"sampler": samplers, "guidance": guidances, "seed": seeds}
-    varied = {name: values for name, values in axes.items() if values}
-    combinations = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
-    return tuple(replace(budget, **changes) for changes in combinations for budget in budgets)  # type: ignore[arg-type]
+CURVE_FIELDS = tuple(field.name for field in fields(Sampling) if field.name not in ("nfe", "steps", "seed"))
+"""What the points of one curve were sampled with, in the order of tables."""
+
+
+def parse_integers(option: str, text: str) -> tuple[int, ...]:
+    """Integers with commas between them, each once.
+
+    Raises:
+        InputError: something else; the message names the option.
+    """
+    if not re.fullmatch(r"\d+(,\d+)*", text.replace(" ", "")):
+        raise InputError(f"{option} {text}: must be integers with commas between them")
+    return tuple(dict.fromkeys(int(number) for number in text.split(",")))
+
+
+def _parse_numbers(option: str, text: str) -> tuple[float, ...]:
+    numbers = []
+    for part in map(str.strip, text.split(",")):
+        try:
+            numbers.append(float(part))
+        except ValueError:
+            raise InputError(f"{option} {part}: must be numbers with commas between them, such as 1,1.5") from None
+    return tuple(dict.fromkeys(numbers))
+
+
+def _parse_samplers(option: str, text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in names:
+        if name not in get_args(SamplerName):
+            raise InputError(f"{option} {name}: must be one of {', '.join(get_args(SamplerName))}")
+    return names
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An inference axis: a field of `Sampling` of which an evaluation takes several values."""
+
+    option: str
+    """Option of `madformer evaluate`."""
+    sweep_key: str
+    """Key under a sweep's `evaluate`."""
+    parse: Callable[[str, str], tuple[Any, ...]]
+    """From the option and its text to values; raises `InputError`."""
+
+
+AXES = {
+    "sampler": Axis("--sampler", "samplers", _parse_samplers),
+    "guidance": Axis("--guidance", "guidance", _parse_numbers),
+    "seed": Axis("--seeds", "seeds", parse_integers),
+}
+"""Field of `Sampling` -> how it is varied; the last one varies fastest, but for the budget."""
+
+
+def all_samplings(budgets: Sequence[Sampling], values: Mapping[str, Sequence[Any]]) -> tuple[Sampling, ...]:
+    """All combinations of values of `AXES`, budgets fastest; an axis without values is as the budgets have it."""
+    varied = [name for name in AXES if values.get(name)]
+    combinations = itertools.product(*(values[name] for name in varied))
+    changes = [dict(zip(varied, combination, strict=True)) for combination in combinations]
+    return tuple(replace(budget, **change) for change in changes for budget in budgets)
 
 
 @dataclass(frozen=True)
@@ -248,41 +298,3 @@ def differing(entries: Iterable[Mapping[str, Any]]) -> list[str]:
 def _same_network(network: tuple[str, str | None], other: tuple[str, str | None]) -> bool:
     """By hash, which neither a moved file nor a new name changes; by name where the hash is not known."""
     return network[1] == other[1] if network[1] is not None else network[0] == other[0]
-
-
-def network_sha256(name: str) -> str | None:
-    """The SHA-256 of a feature network that lies on this machine; None: it is the hub's, or it cannot be built here.
-
-    So a network whose code or weights have changed is known for another one before anything is evaluated.
-    """
-    if name == "digits":
-        return DIGITS_SHA256
-    kind, _, location = name.partition(":")
-    published = kind in (INCEPTION, "torchscript", "hf")
-    path = Path(location if published else _source_file(name.rpartition(":")[0])).expanduser()
-    if not location or not path.exists():
-        return None
-    state = path.stat()
-    return _built_sha256(name, (state.st_mtime_ns, state.st_size))
-
-
-def _source_file(place: str) -> str:
-    """The file of a custom network's class: that of a module, or the file itself."""
-    if place.endswith(".py"):
-        return place
-    try:
-        spec = find_spec(place)
-    except (ImportError, ValueError):
-        spec = None
-    return (spec and spec.origin) or ""
-
-
-@lru_cache(maxsize=64)
-def _built_sha256(name: str, state: tuple[int, int]) -> str | None:
-    """Built once for each state of its file: torch and the network's code take seconds."""
-    from madformer.evaluation.feature_networks import build_feature_network
-
-    try:
-        return build_feature_network(name).sha256
-    except InputError:
-        return None  # the evaluation says why

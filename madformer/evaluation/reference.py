@@ -26,7 +26,7 @@ from madformer.config import ExperimentConfig
 from madformer.config.data import DIGITS
 from madformer.data.digits import digits_sha256, load_digits
 from madformer.data.image_files import to_unit
-from madformer.data.loader import read_pictures, require_few
+from madformer.data.loader import batched, decode_rows, skip_broken
 from madformer.data.sources import open_source
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.feature_cache import FEATURES, INDICES, read_indices, read_parts, remove_parts, write_part
@@ -158,38 +158,29 @@ class _Images:
     units: int
     expected: int | None
     read: Callable[[int], Iterator[Tensor]]
-    skipped: list[tuple[str, str]]
-    """Broken images that were met so far."""
 
 
 def _open(config: ExperimentConfig, image_size: int, expected_sha256: str | None) -> _Images:
-    data, skipped = config.data, list[tuple[str, str]]()
+    data = config.data
     if data.source is None:
         remedy = "name a file of their statistics (--reference FILE)"
         raise ConfigError(f"data.source = null, and {config.evaluation.references} has no statistics of its images: {remedy}")
     if data.source == DIGITS:
         images_NCYX = load_digits(data.split)[0]
-        return _Images(digits_sha256(data.split), 1, len(images_NCYX), lambda _: iter(images_NCYX.split(256)), skipped)
+        return _Images(digits_sha256(data.split), 1, len(images_NCYX), lambda _: iter(images_NCYX.split(256)))
     source = open_source(data)
     if expected_sha256 is not None and source.fingerprint != expected_sha256:
         other = f"(SHA-256 {source.fingerprint[:12]}) are not those that the run was trained on ({expected_sha256[:12]})"
         raise InputError(f"data.source = {data.source!r}: the images there {other}: bring them back, or give --reference FILE")
 
-    def read(unit: int) -> Iterator[Tensor]:
-        batch: list[Tensor] = []
-        for picture in read_pictures(source.rows(unit), image_size, data.workers, ahead=64 + data.workers):
-            if picture.pixels_CYX is None:
-                skipped.append((picture.row.key, picture.flaw))
-                require_few(data.source, skipped, data.max_skipped)
-                continue
-            batch.append(picture.pixels_CYX)
-            if len(batch) == config.evaluation.batch_size:
-                yield to_unit(torch.stack(batch))
-                batch = []
-        if batch:
-            yield to_unit(torch.stack(batch))
+    broken: list[tuple[str, str]] = []
 
-    return _Images(source.fingerprint, source.num_units, source.expected_rows, read, skipped)
+    def read(unit: int) -> Iterator[Tensor]:
+        decoded = decode_rows(source.rows(unit), image_size, data.workers, ahead=64 + data.workers)
+        for batch in batched(skip_broken(decoded, data, broken), config.evaluation.batch_size):
+            yield to_unit(torch.stack([image.pixels_CYX for image in batch]))
+
+    return _Images(source.fingerprint, source.num_units, source.expected_rows, read)
 
 
 def _compute(network: FeatureNetwork, images: _Images, described: dict[str, Any], path: Path) -> None:

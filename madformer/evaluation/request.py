@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from madformer.config import ExperimentConfig
-from madformer.config.evaluation import MAX_SAMPLES, SamplerName
+from madformer.config.evaluation import MAX_SAMPLES
 from madformer.errors import ConfigError, InputError
-from madformer.evaluation.measurement import Sampling, all_samplings
+from madformer.evaluation.measurement import AXES, Sampling, all_samplings, parse_integers
 from madformer.runs.checkpoints import checkpoint_path, find_flaw, list_checkpoints, newest_intact, parse_weights
 
 
@@ -54,15 +54,14 @@ def parse_request(
     num_samples: int | None = None,
     checkpoints: str = "newest",
     weights: str = "ema",
-    sampler: str | None = None,
-    guidance: str | None = None,
-    seeds: str | None = None,
+    axes: Mapping[str, str | None] | None = None,
     **options: Any,
 ) -> EvaluationRequest:
     """Read the command line of an evaluation; what is not given is as the experiment says.
 
     Args:
-        nfe, steps, sampler, guidance, seeds: one or several, with commas.
+        nfe, steps: one or several, with commas.
+        axes: field of `Sampling` -> one or several values, with commas.
         options: further fields of the request.
 
     Raises:
@@ -77,18 +76,12 @@ def parse_request(
         config = replace(config, evaluation=replace(config.evaluation, num_samples=num_samples))
     chosen = parse_weights(weights)
     if steps is not None:
-        budgets = [Sampling.of_steps(config, number, chosen) for number in _integers("--steps", steps)]
+        budgets = [Sampling.of_steps(config, number, chosen) for number in parse_integers("--steps", steps)]
     else:
-        budgets = [
-            Sampling.of_nfe(config, number, chosen)
-            for number in (config.evaluation.nfe if nfe is None else _integers("--nfe", nfe))
-        ]
-    samplings = all_samplings(
-        budgets,
-        tuple(map(_sampler, _list(sampler))) if sampler is not None else (),
-        tuple(dict.fromkeys(map(_guidance, _list(guidance)))) if guidance is not None else (),
-        _integers("--seeds", seeds) if seeds is not None else (),
-    )
+        numbers = config.evaluation.nfe if nfe is None else parse_integers("--nfe", nfe)
+        budgets = [Sampling.of_nfe(config, number, chosen) for number in numbers]
+    values = {name: AXES[name].parse(AXES[name].option, text) for name, text in (axes or {}).items() if text is not None}
+    samplings = all_samplings(budgets, values)
     for sampling in samplings:
         sampling.apply(config)  # what the run cannot do shows now
     return EvaluationRequest(config, _checkpoints(config.run_dir, checkpoints), samplings, **options)
@@ -99,13 +92,15 @@ def parse_sampling(
     num: int,
     steps: int | None,
     nfe: int | None,
-    seed: int = 0,
     weights: str = "ema",
-    sampler: str | None = None,
-    guidance: float | None = None,
+    axes: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> SamplingRequest:
-    """Read the command line of `madformer sample`; `options` are further fields of the request.
+    """Read the command line of `madformer sample`.
+
+    Args:
+        axes: field of `Sampling` -> its value.
+        options: further fields of the request.
 
     Raises:
         InputError: a budget that the run cannot have, or no checkpoint.
@@ -116,33 +111,15 @@ def parse_sampling(
         raise InputError(f"--num {num}: must be at most {MAX_SAMPLES:,}, each image has a seed of its own")
     chosen = parse_weights(weights)
     budget = Sampling.of_nfe(config, nfe, chosen) if nfe is not None else Sampling.of_steps(config, cast(int, steps), chosen)
-    samplers = () if sampler is None else (_sampler(sampler),)
-    [sampling] = all_samplings([budget], samplers, () if guidance is None else (guidance,), (seed,))
+    values: dict[str, Sequence[Any]] = {"seed": (0,)}
+    for name, value in (axes or {}).items():
+        if value is not None:
+            values[name] = AXES[name].parse(AXES[name].option, str(value))
+            if len(values[name]) > 1:
+                raise InputError(f"{AXES[name].option} {value}: give one value")
+    [sampling] = all_samplings([budget], values)
     sampling.apply(config)  # what the run cannot do shows now
     return SamplingRequest(config, _checkpoints(config.run_dir, "newest")[0], sampling, num, **options)
-
-
-def _list(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip() for part in text.split(",")))
-
-
-def _sampler(name: str) -> SamplerName:
-    if name not in get_args(SamplerName):
-        raise InputError(f"--sampler {name}: must be one of {', '.join(get_args(SamplerName))}")
-    return cast(SamplerName, name)
-
-
-def _guidance(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"--guidance {text}: must be numbers with commas between them, such as 1,1.5") from None
-
-
-def _integers(option: str, text: str) -> Sequence[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", text.replace(" ", "")):
-        raise InputError(f"{option} {text}: must be integers with commas between them")
-    return list(dict.fromkeys(int(number) for number in text.split(",")))
 
 
 def _checkpoints(run: Path, which: str) -> tuple[Path, ...]:

@@ -14,13 +14,12 @@ from typing import Any
 from madformer.config import ExperimentConfig, config_hash
 from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_networks
-from madformer.evaluation.measurement import Measurement, Sampling, metric_name
+from madformer.evaluation.measurement import AXES, Measurement, Sampling, metric_name
 from madformer.evaluation.metrics import frechet_bias
 from madformer.evaluation.reference import Reference, find_reference
 from madformer.evaluation.request import EvaluationRequest
 from madformer.evaluation.sampling import choose_prompts, sampling_precision, tokenize
-from madformer.runs.checkpoints import DATA, checkpoint_step, load_checkpoint, load_model
-from madformer.runs.fingerprint import weights_sha256
+from madformer.runs.checkpoints import DATA, checkpoint_step, load_checkpoint, load_model, weights_sha256
 
 FEW = 10
 """Samples for each feature, below which the bias of the Fréchet distance is worth a warning."""
@@ -149,9 +148,7 @@ def _tasks_of(request: EvaluationRequest, path: Path, instruments: Instruments) 
         prompts = prompts_by_guidance[sampling.guidance]
         point = {
             **described,
-            "sampler": sampling.sampler,
-            "guidance": sampling.guidance,
-            "seed": sampling.seed,
+            **{name: getattr(sampling, name) for name in AXES},
             "prompts": _sha256_of_texts(prompts) if any(prompts) else None,
             "precision": sampling_precision(config, codec.device),
             "nfe": sampling.nfe,
@@ -168,9 +165,7 @@ def _command(config: ExperimentConfig, point: dict[str, Any], references: Sequen
         "--num-samples": point["num_samples"],
         "--checkpoints": point["step"],
         "--weights": point["weights"],
-        "--sampler": point["sampler"],
-        "--guidance": point["guidance"],
-        "--seeds": point["seed"],
+        **{axis.option: point[name] for name, axis in AXES.items()},
     }
     words = [word for option, value in options.items() for word in (option, str(value))]
     words += [word for path in references for word in ("--reference", str(path))]

@@ -24,8 +24,7 @@ from madformer.evaluation.sampling import choose_prompts, inference_devices, sam
 from madformer.model import cost
 from madformer.parallel import Share, cluster_rank, share_out
 from madformer.progress import ProgressDisplay
-from madformer.runs.checkpoints import checkpoint_step, load_model
-from madformer.runs.fingerprint import weights_sha256
+from madformer.runs.checkpoints import checkpoint_step, load_model, weights_sha256
 from madformer.runs.folder import claim_folder
 
 IN_GRID = 64

@@ -4,9 +4,9 @@
     clean block i    all text, clean blocks <= i
     noisy block i    all text, clean blocks < i, itself        (without clean blocks: noisy blocks <= i)
 
-Attention inside a block is full. `local`: an image block sees all text and itself. The noise tower comes as `draws`
-sequences per image, which do not see each other. A tower is a tensor [B, heads, N, K]; with k draws the noise tower's
-batch is B * k.
+Attention inside a block is full. In a `local` layer an image block sees all text and itself. The noise tower comes as
+`draws` sequences per image, which do not see each other. A tower is a tensor [B, heads, P, K]; with k draws the noise
+tower's batch is B * k.
 """
 
 from __future__ import annotations
@@ -22,53 +22,58 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.functional import scaled_dot_product_attention
 
 from madformer.config import MIN_FLEX_HEAD_WIDTH, ModelConfig
+from madformer.model.layer_plan import LayerPlan
 
 Towers = dict[str, Tensor]
-"""Tensors by tower name, in the order of `plan.TOWERS`."""
-
-
-@dataclass(frozen=True)
-class AttentionPattern:
-    """The attention pattern of a layer in training: shapes alone, so masks are cached by it."""
-
-    queries: tuple[str, ...]
-    keys: tuple[str, ...]
-    text_tokens: int
-    clean_blocks: int
-    noisy_blocks: int
-    block_tokens: int
-    draws: int = 1
-    local: bool = False
-
-    def tokens(self, tower: str) -> int:
-        """Tokens of a tower per image, all draws together."""
-        blocks = {"clean": self.clean_blocks, "noise": self.noisy_blocks * self.draws}
-        return self.text_tokens if tower == "text" else blocks[tower] * self.block_tokens
+"""Tensors by tower name, in the order of `layer_plan.TOWERS`."""
 
 
 @dataclass
 class TrainingContext:
     """Context of a layer in training: all blocks of the image at once."""
 
-    pattern: AttentionPattern
+    plan: LayerPlan
     block_mask: BlockMask | None = None
     """FlexAttention's mask; None selects scaled_dot_product_attention."""
 
     @property
     def queries(self) -> tuple[str, ...]:
-        """Towers whose output is needed."""
-        return self.pattern.queries
+        """Towers whose output is read."""
+        return self.plan.queries
 
-    def attend(self, queries: Towers, keys: Towers, values: Towers) -> Towers:
-        """Attention of every query tower, [B, H, N, K] each; keys and values have G heads."""
-        if self.block_mask is None:
-            return _sdpa_attention(queries, keys, values, self.pattern)
-        return _flex_attention(queries, keys, values, self.pattern, self.block_mask)
+    def attend(self, q: Towers, k: Towers, v: Towers) -> Towers:
+        """Attention of every query tower, [B, H, P, K] each; keys and values have G heads."""
+        plan = self.plan
+        if self.block_mask is not None:
+            joined = [_join_towers(x, plan) for x in (q, k, v)]
+            grouped = joined[0].shape[1] != joined[1].shape[1]
+            attended = _compiled_flex_attention()(*joined, block_mask=self.block_mask, enable_gqa=grouped)
+            return _split_towers(attended, plan)
+        attended = {}
+        for tower, q_BHPK in q.items():
+            if tower == "text":
+                attended[tower] = sdpa(q_BHPK, k[tower], v[tower], causal=True)
+            elif plan.local:  # one call; blocks are a batch axis
+                keys, values = (_text_and_itself(x, tower, plan) for x in (k, v))
+                attended[tower] = _unfold_blocks(sdpa(_fold_blocks(q_BHPK, plan), keys, values), len(q_BHPK))
+            else:  # one call for each block, over exactly the keys that it sees
+                k_past, v_past = (_text_and_past(x, plan) for x in (k, v))
+                calls = [
+                    sdpa(
+                        _block(q_BHPK, block, plan),
+                        _visible(k_past, k[tower], tower, block, plan),
+                        _visible(v_past, v[tower], tower, block, plan),
+                    )
+                    for block in range(q_BHPK.shape[2] // plan.block_tokens)
+                ]
+                attended[tower] = torch.cat(calls, dim=2)
+        return attended
 
 
-def training_context(pattern: AttentionPattern, backend: str, device: torch.device) -> TrainingContext:
-    """The context of a layer with a backend, `flex` or `sdpa`."""
-    return TrainingContext(pattern, _block_mask(pattern, device) if backend == "flex" else None)
+@functools.lru_cache(maxsize=256)
+def training_context(plan: LayerPlan, backend: str, device: torch.device) -> TrainingContext:
+    """The context of a layer with a backend, `flex` or `sdpa`; made once for each plan."""
+    return TrainingContext(plan, _block_mask(plan, device) if backend == "flex" else None)
 
 
 def choose_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
@@ -95,70 +100,52 @@ def allow_many_shapes() -> None:
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
 
 
-def sdpa(q_BHNK: Tensor, k_BGMK: Tensor, v_BGMK: Tensor, causal: bool = False) -> Tensor:
+def sdpa(q_BHPK: Tensor, k_BGMK: Tensor, v_BGMK: Tensor, causal: bool = False) -> Tensor:
     """Attention without a mask tensor; key/value heads are shared by groups of query heads."""
-    grouped = q_BHNK.shape[1] != k_BGMK.shape[1]
-    return scaled_dot_product_attention(q_BHNK, k_BGMK, v_BGMK, is_causal=causal, enable_gqa=grouped)
+    grouped = q_BHPK.shape[1] != k_BGMK.shape[1]
+    return scaled_dot_product_attention(q_BHPK, k_BGMK, v_BGMK, is_causal=causal, enable_gqa=grouped)
 
 
-# ---- scaled_dot_product_attention: one unmasked call for each block of queries
+# ---- keys and values for scaled_dot_product_attention: exactly those that are seen
 
 
-def _sdpa_attention(q: Towers, k: Towers, v: Towers, pattern: AttentionPattern) -> Towers:
-    attended = {}
-    if "text" in q:
-        attended["text"] = sdpa(q["text"], k["text"], v["text"], causal=True)
-    for tower in ("clean", "noise"):
-        if tower in q:
-            attend = _attend_itself if pattern.local else _attend_before
-            attended[tower] = attend(tower, q[tower], k, v, pattern)
-    return attended
+def _block(x_BHPK: Tensor, block: int, plan: LayerPlan) -> Tensor:
+    return x_BHPK[:, :, block * plan.block_tokens : (block + 1) * plan.block_tokens]
 
 
-def _attend_itself(tower: str, q_BHNK: Tensor, k: Towers, v: Towers, pattern: AttentionPattern) -> Tensor:
-    """Text and the block itself: blocks are a batch axis."""
-    blocks = q_BHNK.shape[2] // pattern.block_tokens
-
-    def fold(x_BHNK: Tensor) -> Tensor:
-        return rearrange(x_BHNK, "b h (l s) k -> (b l) h s k", l=blocks)
-
-    def with_text(x: Towers) -> Tensor:
-        own = fold(x[tower])
-        return own if "text" not in x else torch.cat([_repeat_batch(x["text"], len(own) // len(x["text"])), own], dim=2)
-
-    attended = sdpa(fold(q_BHNK), with_text(k), with_text(v))
-    return rearrange(attended, "(b l) h s k -> b h (l s) k", l=blocks)
+def _text_and_past(x: Towers, plan: LayerPlan) -> Tensor:
+    """Keys (values) of the text and then of the context tower, so that what a block sees is a slice."""
+    past = x[plan.context_tower]
+    return torch.cat([_repeat_batch(x["text"], len(past) // len(x["text"])), past], dim=2) if "text" in x else past
 
 
-def _attend_before(tower: str, q_BHNK: Tensor, k: Towers, v: Towers, pattern: AttentionPattern) -> Tensor:
-    """Text, earlier blocks, the block itself: one call for each block, over exactly the keys that it sees."""
-    size, text = pattern.block_tokens, k["text"].shape[2] if "text" in k else 0
-    earlier = "clean" if "clean" in k else "noise"
-    k_context, v_context = (_after_text(x, earlier) for x in (k, v))
-
-    def visible(context: Tensor, own: Tensor, start: int) -> Tensor:
-        if tower == earlier:
-            return context[:, :, : text + start + size]
-        own = own[:, :, start : start + size]
-        seen = _repeat_batch(context[:, :, : text + start], len(own) // len(context))
-        return torch.cat([seen, own], dim=2) if seen.shape[2] else own
-
-    attended = []
-    for start in range(0, q_BHNK.shape[2], size):
-        keys, values = visible(k_context, k[tower], start), visible(v_context, v[tower], start)
-        attended.append(sdpa(q_BHNK[:, :, start : start + size], keys, values))
-    return torch.cat(attended, dim=2)
+def _visible(past_BGMK: Tensor, tower_BGPK: Tensor, tower: str, block: int, plan: LayerPlan) -> Tensor:
+    """The keys (values) that a block of a tower sees: of `_text_and_past`, and the block's own."""
+    end = plan.text_tokens + block * plan.block_tokens
+    if tower == plan.context_tower:
+        return past_BGMK[:, :, : end + plan.block_tokens]
+    block_BGSK = _block(tower_BGPK, block, plan)
+    if not end:
+        return block_BGSK
+    return torch.cat([_repeat_batch(past_BGMK[:, :, :end], len(block_BGSK) // len(past_BGMK)), block_BGSK], dim=2)
 
 
-def _after_text(x: Towers, tower: str) -> Tensor:
-    """A tower's keys (values) behind those of the text, so that what a block sees is a slice."""
-    if "text" not in x:
-        return x[tower]
-    return torch.cat([_repeat_batch(x["text"], len(x[tower]) // len(x["text"])), x[tower]], dim=2)
+def _text_and_itself(x: Towers, tower: str, plan: LayerPlan) -> Tensor:
+    """Keys (values) of the text and one block, [B * L, G, T + S, K]."""
+    blocks = _fold_blocks(x[tower], plan)
+    return torch.cat([_repeat_batch(x["text"], len(blocks) // len(x["text"])), blocks], dim=2) if "text" in x else blocks
 
 
-def _repeat_batch(x_BHNK: Tensor, times: int) -> Tensor:
-    return x_BHNK if times == 1 else repeat(x_BHNK, "b h n k -> (b times) h n k", times=times)
+def _fold_blocks(x_BHPK: Tensor, plan: LayerPlan) -> Tensor:
+    return rearrange(x_BHPK, "b h (l s) k -> (b l) h s k", s=plan.block_tokens)
+
+
+def _unfold_blocks(x: Tensor, batch: int) -> Tensor:
+    return rearrange(x, "(b l) h s k -> b h (l s) k", b=batch)
+
+
+def _repeat_batch(x_BHPK: Tensor, times: int) -> Tensor:
+    return x_BHPK if times == 1 else repeat(x_BHPK, "b h p k -> (b times) h p k", times=times)
 
 
 # ---- FlexAttention: one call, all-masked tiles are skipped
@@ -170,63 +157,62 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def _flex_attention(q: Towers, k: Towers, v: Towers, pattern: AttentionPattern, block_mask: BlockMask) -> Towers:
-    queries, keys, values = (_join(x, pattern.draws) for x in (q, k, v))
-    grouped = queries.shape[1] != keys.shape[1]
-    attended = _compiled_flex_attention()(queries, keys, values, block_mask=block_mask, enable_gqa=grouped)
-    parts = dict(zip(q, attended.split([pattern.tokens(tower) for tower in q], dim=2), strict=True))
-    if "noise" in parts:
-        parts["noise"] = rearrange(parts["noise"], "b h (draws n) k -> (b draws) h n k", draws=pattern.draws)
-    return parts
-
-
-def _join(x: Towers, draws: int) -> Tensor:
+def _join_towers(x: Towers, plan: LayerPlan) -> Tensor:
     """All towers as one sequence, text first; the draws of an image one after the other."""
-    parts = [rearrange(y, "(b d) h n k -> b h (d n) k", d=draws) if tower == "noise" else y for tower, y in x.items()]
+    draws = plan.draws
+    parts = [rearrange(y, "(b d) h p k -> b h (d p) k", d=draws) if tower == "noise" else y for tower, y in x.items()]
     return torch.cat(parts, dim=2)
 
 
-@functools.lru_cache(maxsize=256)
-def _block_mask(pattern: AttentionPattern, device: torch.device) -> BlockMask:
+def _split_towers(attended_BHPK: Tensor, plan: LayerPlan) -> Towers:
+    """The inverse of `_join_towers`, for the query towers."""
+    tokens = [plan.tokens(tower) for tower in plan.queries]
+    parts = dict(zip(plan.queries, attended_BHPK.split(tokens, dim=2), strict=True))
+    if "noise" in parts:
+        parts["noise"] = rearrange(parts["noise"], "b h (d p) k -> (b d) h p k", d=plan.draws)
+    return parts
+
+
+def _block_mask(plan: LayerPlan, device: torch.device) -> BlockMask:
     # The cached mask must serve training, also if validation under inference mode comes first.
     with torch.inference_mode(False), torch.no_grad():
-        queries, keys = (_token_table(pattern, towers, device) for towers in (pattern.queries, pattern.keys))
+        queries, keys = (_token_table(plan, towers, device) for towers in (plan.queries, plan.keys))
 
         def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-            return _sees(pattern, tuple(column[q_index] for column in queries), tuple(column[k_index] for column in keys))
+            return _sees(plan, tuple(column[q_index] for column in queries), tuple(column[k_index] for column in keys))
 
         return create_block_mask(mask_mod, None, None, len(queries[0]), len(keys[0]), device=str(device))
 
 
-def dense_mask(pattern: AttentionPattern, device: torch.device | str = "cpu") -> Tensor:
-    """The pattern as a boolean matrix [queries, keys], for pictures and for checks; True: sees."""
-    queries, keys = _token_table(pattern, pattern.queries, device), _token_table(pattern, pattern.keys, device)
-    return _sees(pattern, tuple(column[:, None] for column in queries), keys)
+def dense_mask(plan: LayerPlan, device: torch.device | str = "cpu") -> Tensor:
+    """Who sees whom as a boolean matrix [queries, keys], for pictures and for checks; True: sees."""
+    queries, keys = _token_table(plan, plan.queries, device), _token_table(plan, plan.keys, device)
+    return _sees(plan, tuple(column[:, None] for column in queries), keys)
 
 
 _TEXT, _CLEAN, _NOISE = range(3)
 
 
-def _token_table(pattern: AttentionPattern, towers: tuple[str, ...], device: torch.device | str) -> tuple[Tensor, ...]:
+def _token_table(plan: LayerPlan, towers: tuple[str, ...], device: torch.device | str) -> tuple[Tensor, ...]:
     """Kind, place (index of text tokens, block of image tokens) and noise draw of every token, a column [tokens] each."""
-    size = pattern.block_tokens
+    size = plan.block_tokens
     rows = {
-        "text": [(_TEXT, token, 0) for token in range(pattern.text_tokens)],
-        "clean": [(_CLEAN, block, 0) for block in range(pattern.clean_blocks) for _ in range(size)],
+        "text": [(_TEXT, token, 0) for token in range(plan.text_tokens)],
+        "clean": [(_CLEAN, block, 0) for block in range(plan.clean_blocks) for _ in range(size)],
         "noise": [
-            (_NOISE, block, draw) for draw in range(pattern.draws) for block in range(pattern.noisy_blocks) for _ in range(size)
+            (_NOISE, block, draw) for draw in range(plan.draws) for block in range(plan.noisy_blocks) for _ in range(size)
         ],
     }
     columns = zip(*(row for tower in towers for row in rows[tower]), strict=True)
     return tuple(torch.tensor(column, dtype=torch.int32, device=device) for column in columns)
 
 
-def _sees(pattern: AttentionPattern, query: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
+def _sees(plan: LayerPlan, query: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
     """Whether tokens see tokens; entries of `_token_table`, broadcast against each other."""
     (q_kind, q_place, q_draw), (k_kind, k_place, k_draw) = query, key
-    earlier = _CLEAN if "clean" in pattern.keys else _NOISE
+    earlier = _CLEAN if plan.context_tower == "clean" else _NOISE
     sees_text = (k_kind == _TEXT) & ((q_kind != _TEXT) | (k_place <= q_place))
     sees_itself = (k_kind == q_kind) & (k_place == q_place) & (k_draw == q_draw)
     same_draw = (k_kind == _CLEAN) | (k_draw == q_draw)
     sees_earlier = (q_kind != _TEXT) & (k_kind == earlier) & (k_place < q_place) & same_draw
-    return sees_text | sees_itself if pattern.local else sees_text | sees_itself | sees_earlier
+    return sees_text | sees_itself if plan.local else sees_text | sees_itself | sees_earlier

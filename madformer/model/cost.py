@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from madformer.config import ModelConfig, UNetConfig
 from madformer.errors import ConfigError
-from madformer.model.layer_plan import clean_block_count, embedded_block_count, existing_outputs, layer_plans
+from madformer.model.layer_plan import LayerPlan, embedded_block_count, existing_outputs, layer_plans, text_tokens
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element by the dtype that matrix products run in."""
@@ -90,17 +90,16 @@ def sampling_flops(config: ModelConfig, guidance: bool = False) -> SamplingFlops
     Args:
         guidance: classifier-free guidance at every step: two rows in the Transformer, one in the downsampler.
     """
-    plans, rows, text = layer_plans(config, frozenset()), 2 if guidance else 1, text_tokens(config)
+    plans, rows = layer_plans(config, frozenset()), 2 if guidance else 1
+    text, size = text_tokens(config), config.block_tokens
     down, up = downsampler(config).flops, upsampler(config).flops
     ar_pass = step_layers = 0
     for block in range(config.ar_length):
-        behind = text + block * config.block_tokens
-        here = behind + config.block_tokens
+        past = text + block * size
         for layer, plan in enumerate(plans):
-            local = config.local_denoising and layer >= config.ar_depth
             if block and "clean" in plan.keys:
-                ar_pass += _layer_flops(config, config.block_tokens, behind, "clean" in plan.queries)
-            noise = _layer_flops(config, config.block_tokens, text + config.block_tokens if local else here)
+                ar_pass += _layer_flops(config, size, past, "clean" in plan.queries)
+            noise = _layer_flops(config, size, (text if plan.local else past) + size)
             if layer >= config.ar_depth:
                 step_layers += noise
             elif config.use_condition:
@@ -147,29 +146,19 @@ def training_flops(config: ModelConfig, outputs: Iterable[str] | None = None, dr
         outputs: auxiliary outputs in the loss (`config.wanted_outputs`); None: all that exist.
         draws: noise draws per image.
     """
-    wanted, text = existing_outputs(config, outputs), text_tokens(config)
+    outputs, text = existing_outputs(config, outputs), text_tokens(config)
     image, prompt, not_recomputed = [0, 0], 0, 0
-    for layer, plan in enumerate(layer_plans(config, wanted)):
-        diffusion_stage = layer >= config.ar_depth
+    for layer, plan in enumerate(layer_plans(config, outputs, draws=draws)):
         for tower in plan.keys:
-            queried = tower in plan.queries
             if tower == "text":
-                prompt += _layer_flops(config, text, text, queried)
-                continue
-            blocks = config.ar_length if tower == "noise" else clean_block_count(config, wanted)
-            local = config.local_denoising and diffusion_stage
-            flops = _image_layer_flops(config, blocks, text, local, queried)
-            image[diffusion_stage] += flops * (draws if tower == "noise" and diffusion_stage else 1)
+                prompt += _layer_flops(config, text, text, tower in plan.queries)
+            else:
+                image[layer >= config.ar_depth] += _image_layer_flops(config, plan, tower)
         if plan.queries:
             # Recomputation stops when it has what the backward pass reads: before the last tower's last product.
-            last = plan.queries[-1]
-            blocks = (
-                config.ar_length * (draws if diffusion_stage else 1) if last == "noise" else clean_block_count(config, wanted)
-            )
-            tokens = text if last == "text" else blocks * config.block_tokens
-            not_recomputed += 2 * tokens * config.ffn_width * config.width
-    head = 2 * text * config.width * config.text.vocab_size if config.text is not None and "text_logits" in wanted else 0
-    down, up = unet_passes(config, wanted, draws)
+            not_recomputed += 2 * plan.tokens(plan.queries[-1]) * config.ffn_width * config.width
+    head = 2 * text * config.width * config.text.vocab_size if config.text is not None and "text_logits" in outputs else 0
+    down, up = unet_passes(config, outputs, draws)
     unet = down * downsampler(config).flops + up * upsampler(config).flops
     # The gradient of a product is two products, but nobody needs the one of the latents.
     backward = 2 * (sum(image) + prompt + head + unet) - down * downsampler(config).first_flops
@@ -177,31 +166,27 @@ def training_flops(config: ModelConfig, outputs: Iterable[str] | None = None, dr
     return TrainingFlops(image[0], image[1], unet, prompt + head, backward + again)
 
 
-def text_tokens(config: ModelConfig) -> int:
-    """Tokens of the prompt (T)."""
-    return config.text.length if config.text is not None else 0
-
-
-def unet_passes(config: ModelConfig, wanted: frozenset[str], draws: int) -> tuple[int, int]:
+def unet_passes(config: ModelConfig, outputs: frozenset[str], draws: int) -> tuple[int, int]:
     """Blocks of one image that go through the downsampler and the upsampler in training."""
-    auxiliary = len(wanted & {"condition", "clean_tower"})
-    return embedded_block_count(config, wanted) + config.ar_length * draws, config.ar_length * (draws + auxiliary)
+    auxiliary = len(outputs & {"condition", "clean_tower"})
+    return embedded_block_count(config, outputs) + config.ar_length * draws, config.ar_length * (draws + auxiliary)
 
 
-def _layer_flops(config: ModelConfig, tokens: int, keys: int, queried: bool = True) -> int:
-    """One tower's tokens in one layer, each attending to `keys` keys; not queried: only keys and values are projected."""
+def _layer_flops(config: ModelConfig, tokens: int, keys: int, with_queries: bool = True) -> int:
+    """One tower's tokens in one layer, each attending to `keys` keys; without queries: keys and values are projected."""
     kv = 2 * config.width * 2 * config.kv_heads * config.head_width
-    if not queried:
+    if not with_queries:
         return tokens * kv
     projections = 4 * config.width**2 + kv
     return tokens * (projections + 6 * config.width * config.ffn_width + 4 * config.width * keys)
 
 
-def _image_layer_flops(config: ModelConfig, blocks: int, text: int, local: bool, queried: bool) -> int:
-    """All blocks of a tower in one layer, in training."""
-    size = config.block_tokens
-    seen = (text + size * (1 if local else block + 1) for block in range(blocks))
-    return sum(_layer_flops(config, size, keys, queried) for keys in seen)
+def _image_layer_flops(config: ModelConfig, plan: LayerPlan, tower: str) -> int:
+    """All blocks and draws of an image tower in one layer, in training."""
+    size = plan.block_tokens
+    blocks, draws = (plan.clean_blocks, 1) if tower == "clean" else (plan.noisy_blocks, plan.draws)
+    keys_by_block = (plan.text_tokens + size * (1 if plan.local else block + 1) for block in range(blocks))
+    return draws * sum(_layer_flops(config, size, keys, tower in plan.queries) for keys in keys_by_block)
 
 
 # ---- the U-Net halves
@@ -209,7 +194,7 @@ def _image_layer_flops(config: ModelConfig, blocks: int, text: int, local: bool,
 
 @dataclass
 class CostCounter:
-    """Sums over the modules of one U-Net half, for one block."""
+    """Adds up what the modules of one U-Net half cost, for one block."""
 
     flops: int = 0
     parameters: int = 0
@@ -264,39 +249,39 @@ class CostCounter:
 
 
 def downsampler(config: ModelConfig) -> CostCounter:
-    """The downsampler for one block."""
-    unet, rows, network = config.unet, config.block_size, CostCounter()
-    network.conv(config.latent_channels, unet.channels[0], rows)
-    network.time_embedding(unet.time_embed_dim)
+    """What the downsampler costs for one block."""
+    unet, rows, counter = config.unet, config.block_size, CostCounter()
+    counter.conv(config.latent_channels, unet.channels[0], rows)
+    counter.time_embedding(unet.time_embed_dim)
     for level, channels in enumerate(unet.channels):
         for layer in range(unet.layers[level]):
             inputs = channels if layer else unet.channels[max(level - 1, 0)]
-            network.resnet(inputs, channels, rows, unet.time_embed_dim)
+            counter.resnet(inputs, channels, rows, unet.time_embed_dim)
             if unet.attention[level]:
-                network.attention(channels, rows)
+                counter.attention(channels, rows)
         if level < len(unet.channels) - 1:
             rows //= 2
-            network.conv(channels, channels, rows, stride=2)
-    network.conv(unet.channels[-1], config.width, rows)
-    return network
+            counter.conv(channels, channels, rows, stride=2)
+    counter.conv(unet.channels[-1], config.width, rows)
+    return counter
 
 
 def upsampler(config: ModelConfig) -> CostCounter:
-    """The upsampler for one block."""
-    unet, rows, network = config.unet, config.token_rows, CostCounter()
-    network.conv(config.width, unet.channels[-1], rows)
-    network.time_embedding(unet.time_embed_dim)
+    """What the upsampler costs for one block."""
+    unet, rows, counter = config.unet, config.token_rows, CostCounter()
+    counter.conv(config.width, unet.channels[-1], rows)
+    counter.time_embedding(unet.time_embed_dim)
     for level in reversed(range(len(unet.channels))):
         channels = unet.channels[level]
         for inputs in _upsampler_inputs(unet, level):
-            network.resnet(inputs, channels, rows, unet.time_embed_dim)
+            counter.resnet(inputs, channels, rows, unet.time_embed_dim)
             if unet.attention[level]:
-                network.attention(channels, rows)
+                counter.attention(channels, rows)
         if level:
             rows *= 2
-            network.conv(channels, channels, rows)
-    network.conv(unet.channels[0], config.latent_channels, rows)
-    return network
+            counter.conv(channels, channels, rows)
+    counter.conv(unet.channels[0], config.latent_channels, rows)
+    return counter
 
 
 def _upsampler_inputs(unet: UNetConfig, level: int) -> list[int]:

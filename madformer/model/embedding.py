@@ -46,7 +46,7 @@ def text_positions(tokens: int, device: torch.device | str | None = None) -> Ten
 
 
 Skips = tuple[Tensor, ...]
-"""Features that the downsampler hands to the upsampler of the same block, each [N, channels, rows, columns]."""
+"""Features that the downsampler hands to the upsampler of the same block, each [U, channels, rows, columns]."""
 
 
 class GroupNorm(nn.GroupNorm):
@@ -57,7 +57,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, channels, ...] -> the same shape."""
+        """[U, channels, ...] -> the same shape."""
         return super().forward(x.flatten(2)).view(x.shape) if x.device.type == "cpu" else super().forward(x)
 
 
@@ -76,15 +76,15 @@ class TimestepEmbedding(nn.Module):
         self.linear_1 = nn.Linear(1, dim, bias=False)
         self.linear_2 = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, t_N: Tensor) -> Tensor:
-        """[N] -> [N, time_embed_dim]."""
+    def forward(self, t_U: Tensor) -> Tensor:
+        """[U] -> [U, time_embed_dim]."""
         # In float32 at least: to bfloat16 the neighbours of 999 are 999.
-        device = t_N.device.type
+        device = t_U.device.type
         full_precision = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
         with full_precision:
             first, second = self.linear_1.weight, self.linear_2.weight
             dtype = torch.promote_types(first.dtype, torch.float32)
-            hidden = nn.functional.silu(nn.functional.linear(t_N[:, None].to(dtype), first.to(dtype)))
+            hidden = nn.functional.silu(nn.functional.linear(t_U[:, None].to(dtype), first.to(dtype)))
             return nn.functional.linear(hidden, second.to(dtype)).to(second.dtype)
 
 
@@ -100,10 +100,10 @@ class Downsampler(nn.Module):
         self.conv_out = nn.Conv2d(unet.channels[-1], config.width, kernel_size=3, padding=1)
         _replace_group_norms(self)
 
-    def forward(self, latents_NCYX: Tensor, t_N: Tensor) -> tuple[Tensor, Skips]:
-        """[N, C, Y, X] and [N] -> features [N, D, rows, columns], skips."""
-        time_embedding = self.time_embedding(t_N)
-        x = self.conv_in(latents_NCYX)
+    def forward(self, latents_UCYX: Tensor, t_U: Tensor) -> tuple[Tensor, Skips]:
+        """[U, C, Y, X] and [U] -> features [U, D, rows, columns], skips."""
+        time_embedding = self.time_embedding(t_U)
+        x = self.conv_in(latents_UCYX)
         skips: Skips = (x,)
         for block in self.down_blocks:
             x, block_skips = block(x, time_embedding)
@@ -123,10 +123,10 @@ class Upsampler(nn.Module):
         self.conv_out = nn.Conv2d(unet.channels[0], config.latent_channels, kernel_size=3, padding=1)
         _replace_group_norms(self)
 
-    def forward(self, features_NDyx: Tensor, t_N: Tensor, skips: Skips) -> Tensor:
-        """[N, D, rows, columns] and [N] -> latents [N, C, Y, X]."""
-        time_embedding = self.time_embedding(t_N)
-        x = self.conv_in(features_NDyx)
+    def forward(self, features_UDyx: Tensor, t_U: Tensor, skips: Skips) -> Tensor:
+        """[U, D, rows, columns] and [U] -> latents [U, C, Y, X]."""
+        time_embedding = self.time_embedding(t_U)
+        x = self.conv_in(features_UDyx)
         for block in self.up_blocks:
             used = len(cast(UpBlock2D, block).resnets)
             x = block(x, skips[-used:], time_embedding)

@@ -1,9 +1,9 @@
 """Sampling block by block, with keys and values in buffers allocated once.
 
 A layer's buffer has room for the text and every block, in the order of the sequence. While block i is denoised its own
-keys and values lie in its slot and are overwritten at every step; what is seen is always the slice up to the slot's
-end, so there is no mask and nothing is concatenated. Afterwards the clean tower overwrites the slot (without clean
-blocks, those of the last denoising step stay). In a layer of local denoising one slot behind the text serves all blocks.
+keys and values lie in its slot and are overwritten at every step. A query sees the slice up to the slot's end, so there
+is no mask and nothing is concatenated. Afterwards the clean tower overwrites the slot; without clean blocks, those of the
+last denoising step stay. In a layer of local denoising one slot after the text serves all blocks.
 """
 
 from __future__ import annotations
@@ -18,67 +18,10 @@ from torch import Tensor
 
 from madformer.config import ModelConfig
 from madformer.model.attention import Towers, sdpa
-from madformer.model.embedding import null_text, to_blocks
+from madformer.model.embedding import Skips, null_text, to_blocks
 from madformer.model.layer import autocast_dtype
 from madformer.model.layer_plan import embedded_block_count, layer_plans
 from madformer.model.madformer import MADFormer
-
-
-@dataclass
-class CacheSlot:
-    """Context of a layer when sampling: one tower's tokens go to [start, end) of the buffers and see [0, end)."""
-
-    keys_BGMK: Tensor
-    values_BGMK: Tensor
-    start: int
-    end: int
-    queries: tuple[str, ...]
-
-    def attend(self, queries: Towers, keys: Towers, values: Towers) -> Towers:
-        """Store the keys and values; attention of the queries, if any, over all that is seen."""
-        ((tower, k),), ((_, v),) = keys.items(), values.items()
-        self.keys_BGMK[:, :, self.start : self.end] = k
-        self.values_BGMK[:, :, self.start : self.end] = v
-        seen = self.keys_BGMK[:, :, : self.end], self.values_BGMK[:, :, : self.end]
-        return {name: sdpa(q, *seen, causal=tower == "text") for name, q in queries.items()}
-
-
-class KeyValueCache:
-    """The buffers of all layers, for a batch of `batch` rows."""
-
-    def __init__(self, config: ModelConfig, batch: int, text_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.config, self.text_tokens = config, text_tokens
-        self.layers = [
-            torch.empty(
-                2,
-                batch,
-                config.kv_heads,
-                text_tokens + self._blocks(layer) * config.block_tokens,
-                config.head_width,
-                device=device,
-                dtype=dtype,
-            )
-            for layer in range(config.depth)
-        ]
-
-    def _blocks(self, layer: int) -> int:
-        local = self.config.local_denoising and layer >= self.config.ar_depth
-        return 1 if local else self.config.ar_length
-
-    def slot(self, layer: int, tower: str, block: int = 0, rows: int | None = None, with_queries: bool = True) -> CacheSlot:
-        """Where a tower's tokens of `block` go in `layer`; `rows`: the first rows of the batch alone."""
-        keys, values = self.layers[layer][:, :rows]
-        if tower == "text":
-            start, end = 0, self.text_tokens
-        else:
-            start = self.text_tokens + min(block, self._blocks(layer) - 1) * self.config.block_tokens
-            end = start + self.config.block_tokens
-        return CacheSlot(keys, values, start, end, (tower,) if with_queries else ())
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the buffers."""
-        return sum(layer.numel() * layer.element_size() for layer in self.layers)
 
 
 @torch.no_grad()
@@ -103,7 +46,7 @@ def generate(
         scheduler: any diffusers scheduler with the model's prediction type. Its steps are set anew for every block.
         steps: denoising steps per block, as the scheduler counts them. NFE = (N - D) + D * calls of the network, which is
             one per step but for schedulers of higher order (Heun: 2 * steps - 1).
-        batch_size: images to sample; may be left out where seeds, noise, context or text tell it.
+        batch_size: images to sample; not needed with seeds, noise, context or text.
         seeds: one for each image. Image b depends on its own seed alone, also with stochastic schedulers. It starts from
             the same image of noise whatever the number of blocks that the model cuts it into.
         initial_noise_BLCYX: noise that the blocks start from, instead of drawn noise.
@@ -117,7 +60,7 @@ def generate(
             clocks: the latents are those being written, so copy what you keep, and a GPU may still be at work on them.
 
     Returns:
-        Latents [B, L, C, Y, X]; `blocks.to_image` puts them together.
+        Latents [B, L, C, Y, X]; `embedding.to_image` puts them together.
 
     Raises:
         ValueError: a scheduler of another prediction type, timesteps outside the schedule, sizes that contradict each
@@ -125,14 +68,14 @@ def generate(
     """
     _check_scheduler(model, scheduler, steps)
     _check_guidance(model, text, guidance, guidance_interval)
-    given = {"initial_noise_BLCYX": initial_noise_BLCYX, "context_BLCYX": context_BLCYX}
-    _check_blocks(model, **given)
-    batch = _batch_size(batch_size, seeds=seeds, **given, text=text)
+    inputs = {"initial_noise_BLCYX": initial_noise_BLCYX, "context_BLCYX": context_BLCYX}
+    _check_blocks(model, **inputs)
+    batch = _batch_size(batch_size, seeds=seeds, **inputs, text=text)
     generators = None if seeds is None else [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     noise_BLCYX = _initial_noise(model, batch, generators, initial_noise_BLCYX)
     latents_BLCYX = torch.zeros_like(noise_BLCYX)
     past_BLCYX = latents_BLCYX if context_BLCYX is None else context_BLCYX.to(latents_BLCYX)
-    sampler = _Sampler(model, scheduler, batch, text, guidance, guidance_interval)
+    sampler = BlockSampler(model, scheduler, batch, text, guidance, guidance_interval)
     options = {"generator": generators} if generators and "generator" in inspect.signature(scheduler.step).parameters else {}
     for block in range(model.config.ar_length):
         sampler.set_timesteps(steps)
@@ -150,8 +93,8 @@ def generate(
     return latents_BLCYX
 
 
-class _Sampler:
-    """The state of one `generate`: cache, condition and place of the block that is being denoised."""
+class BlockSampler:
+    """The state of one `generate`: the cache, and the block that is being denoised with its condition."""
 
     def __init__(
         self,
@@ -169,14 +112,15 @@ class _Sampler:
         self.rows = batch if guidance == 1 else 2 * batch
         self.plans = layer_plans(config, frozenset())
         text_BT = self._prompts(text)
-        self.ropes = model.ropes(device, 0 if text_BT is None else text_BT.shape[1])
+        text_tokens = 0 if text_BT is None else text_BT.shape[1]
+        self.ropes = model.ropes(device, text_tokens)
         dtype = autocast_dtype(device, model.boi_SD.dtype)
-        self.cache = KeyValueCache(config, self.rows, len(self.ropes["text"].cos_NK), device, dtype)
+        self.cache = KeyValueCache(config, self.rows, text_tokens, device, dtype)
         if model.text is not None and text_BT is not None:
             self._extend("text", model.text.embedding(text_BT), block=0)
 
     def _prompts(self, text: Tensor | None) -> Tensor | None:
-        """Token ids for all rows of the batch: the prompts, and the null texts behind them under guidance."""
+        """Token ids for all rows of the batch: the prompts, under guidance followed by as many null texts."""
         if self.config.text is None:
             return None
         device = self.model.boi_SD.device
@@ -230,38 +174,32 @@ class _Sampler:
             self.predict(alpha.sqrt() * true_BCYX + (1 - alpha).sqrt() * noise_BCYX, last)
 
     def _is_guided(self, t: Tensor) -> bool:
-        if self.rows == self.images:
-            return False
-        return self.interval is None or self.interval[0] <= float(t) <= self.interval[1]
+        return self.rows > self.images and (self.interval is None or self.interval[0] <= float(t) <= self.interval[1])
 
     def _fills_cache(self, index: int) -> bool:
-        """Without clean blocks, later blocks see the noisy one as it was at the last step: every row must run then."""
-        read_later = (
-            not (self.config.use_clean_blocks or self.config.local_denoising) and self.block < self.config.ar_length - 1
-        )
-        return read_later and index == len(self.scheduler.timesteps) - 1
+        """Without clean blocks, later blocks see the noisy one as it was at the last step: all rows must run then."""
+        noisy_context = not (self.config.use_clean_blocks or self.config.local_denoising)
+        is_last_block = self.block == self.config.ar_length - 1
+        return noisy_context and not is_last_block and index == len(self.scheduler.timesteps) - 1
 
     def _extend(self, tower: str, x_BSD: Tensor, block: int, first: int = 0, last: int | None = None) -> Tensor:
-        """Run a tower's tokens through layers first .. last - 1 as far as their plan needs them, filling the cache."""
+        """Run a tower's tokens through layers first .. last - 1 as far as the plan has them, and fill the cache."""
         rope = self.ropes[tower]
         if tower != "text":
             rope = rope.part(block * self.config.block_tokens, (block + 1) * self.config.block_tokens)
         for layer in range(first, self.config.depth if last is None else last):
             if tower not in self.plans[layer].keys:
                 break
-            needed = tower in self.plans[layer].queries
-            slot = self.cache.slot(layer, tower, block, rows=len(x_BSD), with_queries=needed)
-            output = self.model.layers[layer]({tower: x_BSD}, {tower: rope}, slot)
-            if needed:
-                x_BSD = output[tower]
+            with_queries = tower in self.plans[layer].queries
+            slot = self.cache.slot(layer, tower, block, rows=len(x_BSD), with_queries=with_queries)
+            x_BSD = self.model.layers[layer]({tower: x_BSD}, {tower: rope}, slot).get(tower, x_BSD)
         return x_BSD
 
-    def _embed(self, latents_BCYX: Tensor, t: Tensor | float) -> tuple[Tensor, tuple[Tensor, ...]]:
-        tokens_B1SD, skips = self.model.embed(latents_BCYX[:, None], self._timesteps(len(latents_BCYX), t))
-        return tokens_B1SD[:, 0], skips
+    def _embed(self, latents_BCYX: Tensor, t: Tensor | float) -> tuple[Tensor, Skips]:
+        return self.model.embed(latents_BCYX[:, None], self._timesteps(len(latents_BCYX), t))
 
-    def _unembed(self, tokens_BSD: Tensor, t: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
-        return self.model.unembed(tokens_BSD[:, None], self._timesteps(len(tokens_BSD), t), skips)[:, 0]
+    def _unembed(self, tokens_BSD: Tensor, t: Tensor, skips: Skips) -> Tensor:
+        return self.model.unembed(tokens_BSD, self._timesteps(len(tokens_BSD), t), skips)[:, 0]
 
     def _timesteps(self, rows: int, t: Tensor | float) -> Tensor:
         return torch.full((rows, 1), float(t), device=self.model.boi_SD.device)
@@ -270,10 +208,62 @@ class _Sampler:
         return x_BSD if self.rows == self.images else torch.cat([x_BSD, x_BSD])
 
 
+# ---- the cache
+
+
+@dataclass
+class CacheSlot:
+    """Context of a layer when sampling: one tower's tokens lie at [start, end) of the buffers and see [0, end)."""
+
+    keys_BGMK: Tensor
+    values_BGMK: Tensor
+    start: int
+    end: int
+    queries: tuple[str, ...]
+
+    def attend(self, q: Towers, k: Towers, v: Towers) -> Towers:
+        """Store the keys and values; attention of the queries, if any, over [0, end)."""
+        for tower in k:
+            self.keys_BGMK[:, :, self.start : self.end] = k[tower]
+            self.values_BGMK[:, :, self.start : self.end] = v[tower]
+        keys, values = self.keys_BGMK[:, :, : self.end], self.values_BGMK[:, :, : self.end]
+        return {tower: sdpa(q_BHPK, keys, values, causal=tower == "text") for tower, q_BHPK in q.items()}
+
+
+class KeyValueCache:
+    """The buffers of all layers, for a batch of `batch` rows."""
+
+    def __init__(self, config: ModelConfig, batch: int, text_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.text_tokens, self.block_tokens = text_tokens, config.block_tokens
+        self.slots = [1 if plan.local else config.ar_length for plan in layer_plans(config, frozenset())]
+        heads, width, size = config.kv_heads, config.head_width, config.block_tokens
+        self.layers = [
+            torch.empty(2, batch, heads, text_tokens + slots * size, width, device=device, dtype=dtype) for slots in self.slots
+        ]
+
+    def slot(self, layer: int, tower: str, block: int = 0, rows: int | None = None, with_queries: bool = True) -> CacheSlot:
+        """Where a tower's tokens of `block` go in `layer`; `rows`: the first rows of the batch alone."""
+        keys, values = self.layers[layer][:, :rows]
+        if tower == "text":
+            start, end = 0, self.text_tokens
+        else:
+            start = self.text_tokens + min(block, self.slots[layer] - 1) * self.block_tokens
+            end = start + self.block_tokens
+        return CacheSlot(keys, values, start, end, (tower,) if with_queries else ())
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the buffers."""
+        return sum(layer.numel() * layer.element_size() for layer in self.layers)
+
+
+# ---- checks and defaults of `generate`
+
+
 def _check_scheduler(model: MADFormer, scheduler: Any, steps: int) -> None:
-    theirs, ours = scheduler.config.get("prediction_type"), model.config.prediction_type
-    if theirs != ours:
-        raise ValueError(f"scheduler.config.prediction_type = {theirs!r}: must be the model's, {ours!r}")
+    prediction_type, expected = scheduler.config.get("prediction_type"), model.config.prediction_type
+    if prediction_type != expected:
+        raise ValueError(f"scheduler.config.prediction_type = {prediction_type!r}: must be the model's, {expected!r}")
     if steps != int(steps) or steps < 1:
         raise ValueError(f"steps = {steps}: must be an integer of at least 1")
 
@@ -289,30 +279,30 @@ def _check_guidance(model: MADFormer, text: Tensor | None, guidance: float, inte
         raise ValueError(f"guidance_interval = {interval}: must be the lowest and the highest timestep")
 
 
-def _check_blocks(model: MADFormer, **given: Tensor | None) -> None:
+def _check_blocks(model: MADFormer, **inputs: Tensor | None) -> None:
     c = model.config
     shape = (c.ar_length, c.latent_channels, c.block_size, c.block_size)
-    for name, blocks_BLCYX in given.items():
+    for name, blocks_BLCYX in inputs.items():
         if blocks_BLCYX is not None and tuple(blocks_BLCYX.shape[1:]) != shape:
-            right = f"[images, {', '.join(map(str, shape))}]"
-            raise ValueError(f"{name} has shape {tuple(blocks_BLCYX.shape)}: must be {right}")
+            expected = f"[images, {', '.join(map(str, shape))}]"
+            raise ValueError(f"{name} has shape {tuple(blocks_BLCYX.shape)}: must be {expected}")
 
 
-def _batch_size(batch_size: int | None, **given: Sized | None) -> int:
-    sizes = {name: len(value) for name, value in given.items() if value is not None}
+def _batch_size(batch_size: int | None, **inputs: Sized | None) -> int:
+    sizes = {name: len(value) for name, value in inputs.items() if value is not None}
     if batch_size is not None:
         sizes["batch_size"] = int(batch_size)
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
-        told = ", ".join(f"{name}: {size}" for name, size in sizes.items()) or "none given"
-        raise ValueError(f"number of images ({told}): give batch_size or one of {', '.join(given)}, and let them agree")
+        listed = ", ".join(f"{name}: {size}" for name, size in sizes.items()) or "none given"
+        raise ValueError(f"number of images ({listed}): give batch_size or one of {', '.join(inputs)}, and let them agree")
     return next(iter(sizes.values()))
 
 
-def _initial_noise(model: MADFormer, batch: int, generators: list[torch.Generator] | None, given: Tensor | None) -> Tensor:
+def _initial_noise(model: MADFormer, batch: int, generators: list[torch.Generator] | None, noise: Tensor | None) -> Tensor:
     # The latents of the loop are float32 also where the weights are not: steps add up small differences.
     c, device, dtype = model.config, model.boi_SD.device, torch.promote_types(model.boi_SD.dtype, torch.float32)
-    if given is not None:
-        return given.to(device, dtype)
+    if noise is not None:
+        return noise.to(device, dtype)
     # Drawn as an image and then cut: models of other AR lengths start from the same one.
     shape = (c.latent_channels, c.latent_size, c.latent_size)
     if generators is None:

@@ -1,10 +1,11 @@
-"""The hybrid Transformer: the training forward, Eq. 1 to 5 of the paper in order. Sampling is in `generate`."""
+"""The hybrid Transformer. `MADFormer.forward` is Eq. 1 to 5 of the paper in order; sampling is `generation.generate`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from madformer.config import ModelConfig
-from madformer.model.attention import AttentionPattern, Towers, allow_many_shapes, choose_backend, training_context
+from madformer.model.attention import Towers, TrainingContext, allow_many_shapes, choose_backend, training_context
 from madformer.model.embedding import (
     Downsampler,
     Skips,
@@ -24,12 +25,12 @@ from madformer.model.embedding import (
     token_positions,
 )
 from madformer.model.layer import DecoderLayer, Rope, rope
-from madformer.model.layer_plan import TOWERS, LayerPlan, clean_block_count, embedded_block_count, existing_outputs, layer_plans
+from madformer.model.layer_plan import TOWERS, embedded_block_count, existing_outputs, layer_plans
 
 
 @dataclass
 class Outputs:
-    """What a training forward computes; None: not asked for, or not there in this configuration."""
+    """What a training forward computes; None: not requested, or not in this configuration."""
 
     denoised_BLCYX: Tensor
     """The network's raw output for the noisy blocks, in its prediction type; batch B * k."""
@@ -47,8 +48,8 @@ class MADFormer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        used = {"text": config.text is not None, "clean": config.use_clean_blocks, "noise": True}
-        towers = tuple(tower for tower in TOWERS if used[tower])
+        exists = {"text": config.text is not None, "clean": config.use_clean_blocks, "noise": True}
+        towers = tuple(tower for tower in TOWERS if exists[tower])
         self.boi_SD = nn.Parameter(torch.empty(config.block_tokens, config.width))
         self.downsampler = Downsampler(config)
         self.layers = nn.ModuleList(DecoderLayer(config, towers) for _ in range(config.depth))
@@ -89,95 +90,93 @@ class MADFormer(nn.Module):
             t_BL: the noisy blocks' timesteps, [B * k, L].
             clean_t_BL: timesteps that clean blocks are embedded with, [B, L]; None: as `config.clean_timestep` says.
             text: token ids [B, T]; None: the null text.
-            outputs: names of the auxiliary outputs wanted (`plan.AUXILIARY_OUTPUTS`); None: all that exist.
+            outputs: names of the auxiliary outputs to compute (`layer_plan.AUXILIARY_OUTPUTS`); None: all that exist.
 
         Raises:
             ValueError: shapes that do not fit the configuration or each other, an unknown output, text for a model without.
         """
-        config, draws = self.config, self._check_inputs(clean_BLCYX, noisy_BLCYX, t_BL, clean_t_BL)
-        wanted = existing_outputs(config, outputs)
-        plans = layer_plans(config, wanted)
-        x = self._embed_text(text, len(clean_BLCYX), clean_BLCYX.device)
-        ropes = self.ropes(clean_BLCYX.device, x["text"].shape[1] if "text" in x else 0)
-        blocks = clean_block_count(config, wanted)
-        ropes["clean"] = ropes["clean"].part(0, blocks * config.block_tokens)
+        run = _prepare(self, clean_BLCYX, noisy_BLCYX, t_BL, clean_t_BL, text, outputs)
+        x: Towers = {}  # residual streams by tower, [B, P, D]
 
-        # Eq. 1: h_0 = Embed(z_prev); the noise tower's input is the clean embedding shifted by one block, BOI first.
-        if clean_t_BL is None:
-            clean_t_BL = self._clean_timesteps(t_BL, draws)
-        embedded_BJSD, clean_skips = self._embed_clean(clean_BLCYX, clean_t_BL, embedded_block_count(config, wanted))
-        if blocks:
-            x["clean"] = _join_blocks(embedded_BJSD)
-        if config.use_condition:
-            x["noise"] = _join_blocks(self._shift(embedded_BJSD))
+        # Eq. 1: h_0 = Embed(z_prev) + PosEnc. The noise tower's input at block i is clean block i - 1, the BOI block at 0;
+        # rotations of queries and keys (`run.ropes`) are the position encoding.
+        if self.text is not None:
+            x["text"] = self.text.embedding(run.text_BT)  # [B, T, D]
+        embedded_BPD, clean_skips = self._embed_clean(clean_BLCYX, run)  # [B, J * S, D]
+        if run.clean_blocks:
+            x["clean"] = embedded_BPD
+        if self.config.use_condition:
+            x["noise"] = self._shift(embedded_BPD)  # [B, L * S, D]
 
-        # Eq. 2: the AR stage, h_i = DecoderBlock_i(h_{i-1}).
-        for layer, plan in enumerate(plans[: config.ar_depth]):
-            x = self._run(layer, x, ropes, plan, blocks, draws=1)
+        # Eq. 2: h_i = DecoderBlock_i(h_{i-1}), i = 1 .. N - D: the AR stage.
+        for layer, context in run.ar_stage:
+            x = layer(x, run.ropes, context)
 
         # Eq. 3: z_cond = h_{N-D}.
-        condition_BND = x.pop("noise", None)
+        condition_BPD = x.pop("noise", None)  # [B, L * S, D]
 
-        # Eq. 4: the diffusion stage starts from the noisy latents plus the condition.
-        noisy_BLSD, noisy_skips = self.embed(noisy_BLCYX, t_BL)
-        x["noise"] = _join_blocks(noisy_BLSD)
-        if condition_BND is not None:
-            x["noise"] = x["noise"] + repeat(condition_BND, "b n d -> (b draws) n d", draws=draws)
+        # Eq. 4: h_{N-D} = the noisy latents, embedded, + z_cond. The k draws of an image share its condition.
+        x["noise"], noisy_skips = self.embed(noisy_BLCYX, t_BL)  # [B * k, L * S, D]
+        if condition_BPD is not None:
+            x["noise"] = x["noise"] + repeat(condition_BPD, "b p d -> (b k) p d", k=run.draws)
 
-        # Eq. 5: the diffusion stage.
-        for layer, plan in enumerate(plans[config.ar_depth :], start=config.ar_depth):
-            x = self._run(layer, x, ropes, plan, blocks, draws)
+        # Eq. 5: h_{N-D+j} = DecoderBlock_{N-D+j}(h_{N-D+j-1}), j = 1 .. D: the diffusion stage.
+        for layer, context in run.diffusion_stage:
+            x = layer(x, run.ropes, context)
 
-        # z = Proj(h_N), and the auxiliary outputs through the same upsampler with the clean blocks' timestep.
-        result = Outputs(self.unembed(self._split_blocks(x["noise"]), t_BL, noisy_skips))
-        if "condition" in wanted and condition_BND is not None:
+        # z = Proj(h_N); the auxiliary outputs go through the same upsampler, at the clean blocks' timestep.
+        result = Outputs(self.unembed(x["noise"], t_BL, noisy_skips))  # [B * k, L, C, Y, X]
+        if "condition" in run.outputs and condition_BPD is not None:
             skips = self._shift_skips(clean_skips, len(clean_BLCYX))
-            result.condition_BLCYX = self.unembed(self._split_blocks(condition_BND), clean_t_BL, skips)
-        if "clean_tower" in wanted:
-            result.clean_tower_BLCYX = self.unembed(self._split_blocks(x["clean"]), clean_t_BL, clean_skips)
-        if "text_logits" in wanted and self.text is not None:
-            result.text_logits = self.text.logits(x["text"])
+            result.condition_BLCYX = self.unembed(condition_BPD, run.clean_t_BL, skips)  # [B, L, C, Y, X]
+        if "clean_tower" in run.outputs:
+            result.clean_tower_BLCYX = self.unembed(x["clean"], run.clean_t_BL, clean_skips)  # [B, L, C, Y, X]
+        if "text_logits" in run.outputs and self.text is not None:
+            result.text_logits = self.text.logits(x["text"])  # [B, T, V]
         return result
 
     def embed(self, latents_BLCYX: Tensor, t_BL: Tensor) -> tuple[Tensor, Skips]:
-        """Blocks at their timesteps to tokens [B, L, S, D], and the skips (batch B * L) for `unembed`."""
-        latents_NCYX = latents_BLCYX.flatten(0, 1).to(self.boi_SD.dtype)
-        features_NDyx, skips = self.downsampler(latents_NCYX, t_BL.flatten())
-        tokens_BLSD = rearrange(features_NDyx, "(b l) d y x -> b l (y x) d", l=latents_BLCYX.shape[1])
+        """Blocks at their timesteps to tokens [B, L * S, D], and the skips (batch B * L) for `unembed`."""
+        latents_UCYX = latents_BLCYX.flatten(0, 1).to(self.boi_SD.dtype)
+        features_UDyx, skips = self.downsampler(latents_UCYX, t_BL.flatten())
+        tokens_BPD = rearrange(features_UDyx, "(b l) d y x -> b (l y x) d", l=latents_BLCYX.shape[1])
         # The residual stream keeps the weights' precision under autocast.
-        return tokens_BLSD.to(self.boi_SD.dtype), skips
+        return tokens_BPD.to(self.boi_SD.dtype), skips
 
-    def unembed(self, tokens_BLSD: Tensor, t_BL: Tensor, skips: Skips) -> Tensor:
-        """Tokens of blocks at their timesteps back to latents [B, L, C, Y, X]."""
-        features_NDyx = rearrange(tokens_BLSD, "b l (y x) d -> (b l) d y x", y=self.config.token_rows)
-        latents_NCYX = self.upsampler(features_NDyx, t_BL.flatten(), skips)
-        return latents_NCYX.unflatten(0, tokens_BLSD.shape[:2]).to(self.boi_SD.dtype)
+    def unembed(self, tokens_BPD: Tensor, t_BL: Tensor, skips: Skips) -> Tensor:
+        """Tokens [B, L * S, D] of blocks at their timesteps back to latents [B, L, C, Y, X]."""
+        blocks, rows = t_BL.shape[1], self.config.token_rows
+        features_UDyx = rearrange(tokens_BPD, "b (l y x) d -> (b l) d y x", l=blocks, y=rows)
+        latents_UCYX = self.upsampler(features_UDyx, t_BL.flatten(), skips)
+        return latents_UCYX.unflatten(0, t_BL.shape).to(self.boi_SD.dtype)
 
-    def ropes(self, device: torch.device, text_tokens: int) -> dict[str, Rope]:
-        """Rotary angles by tower, for all tokens of the image."""
+    def ropes(self, device: torch.device, text_tokens: int, clean_blocks: int | None = None) -> dict[str, Rope]:
+        """Rotary angles by tower, for all tokens of the image; `clean_blocks`: of the first clean blocks alone."""
         dtype = torch.promote_types(self.boi_SD.dtype, torch.float32)
         image = rope(token_positions(self.config, device).flatten(0, 1), self.config, dtype)
-        return {"text": rope(text_positions(text_tokens, device), self.config, dtype), "clean": image, "noise": image}
+        clean = image if clean_blocks is None else image.part(0, clean_blocks * self.config.block_tokens)
+        return {"text": rope(text_positions(text_tokens, device), self.config, dtype), "clean": clean, "noise": image}
 
-    def unused_parameters(self, outputs: Iterable[str] | None = None) -> list[nn.Parameter]:
-        """Parameters that get no gradient when these auxiliary outputs are the ones in the loss.
+    def _embed_clean(self, clean_BLCYX: Tensor, run: _Run) -> tuple[Tensor, Skips]:
+        """The clean blocks whose embedding is read, [B, J * S, D], and their skips."""
+        blocks = run.embedded_blocks
+        if not blocks:
+            return self.boi_SD.new_empty(len(clean_BLCYX), 0, self.config.width), ()
+        return self.embed(clean_BLCYX[:, :blocks], run.clean_t_BL[:, :blocks])
 
-        Such are the clean tower's feed-forward in the last layer without its loss, or the noise tower's AR stage
-        without the condition. Freeze them, or DistributedDataParallel waits for their gradients.
-        """
-        wanted = existing_outputs(self.config, outputs)
-        used: set[nn.Parameter] = set()
-        for layer, plan in zip(self.layers, layer_plans(self.config, wanted), strict=True):
-            for name in plan.keys:
-                tower = cast(DecoderLayer, layer).tower(name)
-                needed = tower if name in plan.queries else nn.ModuleList([tower.attention_norm, tower.qkv, tower.k_norm])
-                used.update(needed.parameters())
-        used.update(self.downsampler.parameters(), self.upsampler.parameters())
-        if self.config.use_condition:
-            used.add(self.boi_SD)
-        if self.text is not None:
-            used.update(self.text.parameters() if "text_logits" in wanted else self.text.embedding.parameters())
-        return [parameter for parameter in self.parameters() if parameter not in used]
+    def _shift(self, embedded_BPD: Tensor) -> Tensor:
+        """[B, L * S, D]: at block i the embedding of block i - 1, the BOI block at 0."""
+        previous_BPD = embedded_BPD[:, : (self.config.ar_length - 1) * self.config.block_tokens]
+        return torch.cat([self.boi_SD.expand(len(embedded_BPD), -1, -1), previous_BPD], dim=1)
+
+    def _shift_skips(self, skips: Skips, batch: int) -> Skips:
+        """Skips of the block that the position was embedded from, zeros for BOI: the target's own would leak it."""
+        if not skips:
+            shapes = skip_shapes(self.config.unet, self.config.block_size)
+            return tuple(self.boi_SD.new_zeros(batch, channels, rows, rows) for channels, rows in shapes)
+        previous = self.config.ar_length - 1
+        by_block = (skip.unflatten(0, (batch, -1)) for skip in skips)
+        return tuple(torch.cat([torch.zeros_like(skip[:, :1]), skip[:, :previous]], dim=1).flatten(0, 1) for skip in by_block)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and pickles come without compiled code."""
@@ -190,96 +189,107 @@ class MADFormer(nn.Module):
             for layer in self.layers:
                 layer.compile()
 
-    # ---- the pieces of the forward
 
-    def _check_inputs(self, clean_BLCYX: Tensor, noisy_BLCYX: Tensor, t_BL: Tensor, clean_t_BL: Tensor | None) -> int:
-        """The number of draws per image, k."""
-        c = self.config
-        expected = (c.ar_length, c.latent_channels, c.block_size, c.block_size)
-        for name, tensor in (("clean_BLCYX", clean_BLCYX), ("noisy_BLCYX", noisy_BLCYX)):
-            if tuple(tensor.shape[1:]) != expected:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}: the configuration needs [batch, {', '.join(map(str, expected))}]"
-                )
-        draws, rest = divmod(len(noisy_BLCYX), len(clean_BLCYX))
-        if rest or not draws:
+# ---- before Eq. 1: checks, defaults and the plan
+
+
+Layer = Callable[[Towers, dict[str, Rope], TrainingContext], Towers]
+"""`DecoderLayer.forward`, under activation checkpointing if that is on."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a forward needs beside its latents: checked, with defaults filled in."""
+
+    outputs: frozenset[str]
+    """The auxiliary outputs to compute."""
+    draws: int
+    """Noise draws per image (k)."""
+    clean_t_BL: Tensor
+    text_BT: Tensor | None
+    clean_blocks: int
+    """Clean blocks in the sequence."""
+    embedded_blocks: int
+    """Clean blocks whose embedding is read (J)."""
+    ropes: dict[str, Rope]
+    ar_stage: list[tuple[Layer, TrainingContext]]
+    diffusion_stage: list[tuple[Layer, TrainingContext]]
+
+
+def _prepare(
+    model: MADFormer,
+    clean_BLCYX: Tensor,
+    noisy_BLCYX: Tensor,
+    t_BL: Tensor,
+    clean_t_BL: Tensor | None,
+    text: Tensor | None,
+    outputs: Iterable[str] | None,
+) -> _Run:
+    config, device = model.config, clean_BLCYX.device
+    draws = _check_latents(config, clean_BLCYX, noisy_BLCYX, t_BL, clean_t_BL)
+    text_BT = _prompts(config, text, len(clean_BLCYX), device)
+    text_tokens = 0 if text_BT is None else text_BT.shape[1]
+    outputs = existing_outputs(config, outputs)
+    plans = layer_plans(config, outputs, text_tokens, draws)
+    backend = choose_backend(config, model.boi_SD.device, model.boi_SD.dtype)
+    checkpointing = config.activation_checkpointing and torch.is_grad_enabled()
+    stages: tuple[list[tuple[Layer, TrainingContext]], ...] = ([], [])
+    for number, (module, plan) in enumerate(zip(model.layers, plans, strict=True)):
+        if plan.keys:
+            layer = functools.partial(checkpoint, module, use_reentrant=False, preserve_rng_state=False)
+            context = training_context(plan, backend, model.boi_SD.device)
+            stages[number >= config.ar_depth].append((layer if checkpointing else module, context))
+    return _Run(
+        outputs=outputs,
+        draws=draws,
+        clean_t_BL=_clean_timesteps(config, t_BL, draws) if clean_t_BL is None else clean_t_BL,
+        text_BT=text_BT,
+        clean_blocks=plans[0].clean_blocks,
+        embedded_blocks=embedded_block_count(config, outputs),
+        ropes=model.ropes(device, text_tokens, plans[0].clean_blocks),
+        ar_stage=stages[0],
+        diffusion_stage=stages[1],
+    )
+
+
+def _check_latents(
+    config: ModelConfig, clean_BLCYX: Tensor, noisy_BLCYX: Tensor, t_BL: Tensor, clean_t_BL: Tensor | None
+) -> int:
+    """The number of draws per image, k."""
+    expected = (config.ar_length, config.latent_channels, config.block_size, config.block_size)
+    for name, tensor in (("clean_BLCYX", clean_BLCYX), ("noisy_BLCYX", noisy_BLCYX)):
+        if tuple(tensor.shape[1:]) != expected:
             raise ValueError(
-                f"noisy_BLCYX has batch {len(noisy_BLCYX)}: must be a multiple of the clean batch, {len(clean_BLCYX)}"
+                f"{name} has shape {tuple(tensor.shape)}: the configuration needs [batch, {', '.join(map(str, expected))}]"
             )
-        if t_BL.shape != noisy_BLCYX.shape[:2]:
-            raise ValueError(f"t_BL has shape {tuple(t_BL.shape)}: must be {tuple(noisy_BLCYX.shape[:2])}, as noisy_BLCYX")
-        if clean_t_BL is not None and clean_t_BL.shape != clean_BLCYX.shape[:2]:
-            raise ValueError(
-                f"clean_t_BL has shape {tuple(clean_t_BL.shape)}: must be {tuple(clean_BLCYX.shape[:2])}, as clean_BLCYX"
-            )
-        return draws
-
-    def _clean_timesteps(self, t_BL: Tensor, draws: int) -> Tensor:
-        if self.config.clean_timestep == "zero":
-            return torch.zeros_like(t_BL[::draws])
-        if draws > 1:
-            reason = "with model.clean_timestep = 'released' clean blocks take the noisy one's timestep"
-            raise ValueError(f"{draws} draws per image: {reason}; give clean_t_BL")
-        return t_BL
-
-    def _embed_text(self, text: Tensor | None, batch: int, device: torch.device) -> Towers:
-        if self.text is None:
-            if text is not None:
-                raise ValueError("text given to a model without text: set model.text")
-            return {}
-        if text is None:
-            text = null_text(self.text.config, batch, device)
-        if text.ndim != 2 or len(text) != batch or not text.shape[1]:
-            raise ValueError(f"text has shape {tuple(text.shape)}: must be [{batch}, tokens], one row for each image")
-        return {"text": self.text.embedding(text.to(device))}
-
-    def _embed_clean(self, clean_BLCYX: Tensor, clean_t_BL: Tensor, blocks: int) -> tuple[Tensor, Skips]:
-        """Embed the first `blocks` clean blocks."""
-        if not blocks:
-            return self.boi_SD.new_empty(len(clean_BLCYX), 0, *self.boi_SD.shape), ()
-        return self.embed(clean_BLCYX[:, :blocks], clean_t_BL[:, :blocks])
-
-    def _shift(self, embedded_BJSD: Tensor) -> Tensor:
-        """[B, L, S, D]: at block i the embedding of block i - 1, the BOI block at 0."""
-        boi_B1SD = self.boi_SD.expand(len(embedded_BJSD), 1, -1, -1)
-        return torch.cat([boi_B1SD, embedded_BJSD[:, : self.config.ar_length - 1]], dim=1)
-
-    def _shift_skips(self, skips: Skips, batch: int) -> Skips:
-        """Skips of the block that the position was embedded from, zeros for BOI: the target's own would leak it."""
-        if not skips:
-            return self._zero_skips(batch)
-        kept = self.config.ar_length - 1
-        by_block = (skip.unflatten(0, (batch, -1)) for skip in skips)
-        return tuple(torch.cat([torch.zeros_like(skip[:, :1]), skip[:, :kept]], dim=1).flatten(0, 1) for skip in by_block)
-
-    def _zero_skips(self, batch: int) -> Skips:
-        shapes = skip_shapes(self.config.unet, self.config.block_size)
-        return tuple(self.boi_SD.new_zeros(batch, channels, rows, rows) for channels, rows in shapes)
-
-    def _run(self, layer: int, x: Towers, ropes: dict[str, Rope], plan: LayerPlan, blocks: int, draws: int) -> Towers:
-        config = self.config
-        pattern = AttentionPattern(
-            plan.queries,
-            plan.keys,
-            text_tokens=len(ropes["text"].cos_NK),
-            clean_blocks=blocks,
-            noisy_blocks=config.ar_length,
-            block_tokens=config.block_tokens,
-            draws=draws,
-            local=config.local_denoising and layer >= config.ar_depth,
+    draws, rest = divmod(len(noisy_BLCYX), len(clean_BLCYX))
+    if rest or not draws:
+        raise ValueError(f"noisy_BLCYX has batch {len(noisy_BLCYX)}: must be a multiple of the clean batch, {len(clean_BLCYX)}")
+    if t_BL.shape != noisy_BLCYX.shape[:2]:
+        raise ValueError(f"t_BL has shape {tuple(t_BL.shape)}: must be {tuple(noisy_BLCYX.shape[:2])}, as noisy_BLCYX")
+    if clean_t_BL is not None and clean_t_BL.shape != clean_BLCYX.shape[:2]:
+        raise ValueError(
+            f"clean_t_BL has shape {tuple(clean_t_BL.shape)}: must be {tuple(clean_BLCYX.shape[:2])}, as clean_BLCYX"
         )
-        if not plan.keys:
-            return {}
-        inputs = {tower: x[tower] for tower in plan.keys}
-        backend = choose_backend(config, self.boi_SD.device, self.boi_SD.dtype)
-        context = training_context(pattern, backend, self.boi_SD.device)
-        if config.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.layers[layer], inputs, ropes, context, use_reentrant=False, preserve_rng_state=False)
-        return self.layers[layer](inputs, ropes, context)
-
-    def _split_blocks(self, x_BND: Tensor) -> Tensor:
-        return rearrange(x_BND, "b (l s) d -> b l s d", s=self.config.block_tokens)
+    return draws
 
 
-def _join_blocks(x_BLSD: Tensor) -> Tensor:
-    return rearrange(x_BLSD, "b l s d -> b (l s) d")
+def _clean_timesteps(config: ModelConfig, t_BL: Tensor, draws: int) -> Tensor:
+    if config.clean_timestep == "zero":
+        return torch.zeros_like(t_BL[::draws])
+    if draws > 1:
+        reason = "with model.clean_timestep = 'released' clean blocks take the noisy one's timestep"
+        raise ValueError(f"{draws} draws per image: {reason}; give clean_t_BL")
+    return t_BL
+
+
+def _prompts(config: ModelConfig, text: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
+    if config.text is None:
+        if text is not None:
+            raise ValueError("text given to a model without text: set model.text")
+        return None
+    if text is None:
+        return null_text(config.text, batch, device)
+    if text.ndim != 2 or len(text) != batch or not text.shape[1]:
+        raise ValueError(f"text has shape {tuple(text.shape)}: must be [{batch}, tokens], one row for each image")
+    return text.to(device)

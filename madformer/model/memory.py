@@ -1,6 +1,6 @@
 """Memory of weights, training state, activations and cache, from the configuration alone. Bytes throughout; needs no torch.
 
-Weights, gradients, optimizer and EMA are float32, whatever dtype autocast computes in. Activations are what autograd
+Weights, gradients, optimiser and EMA are float32, whatever dtype autocast computes in. Activations are what autograd
 keeps for the backward pass with torch's own kernels for scaled_dot_product_attention and RMSNorm; fused CUDA kernels and
 FlexAttention keep less.
 """
@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from madformer.config import ModelConfig
-from madformer.model.cost import DTYPE_BYTES, downsampler, parameters, text_tokens, unet_passes, upsampler
-from madformer.model.layer_plan import LayerPlan, clean_block_count, existing_outputs, layer_plans
+from madformer.model.cost import DTYPE_BYTES, downsampler, parameters, unet_passes, upsampler
+from madformer.model.layer_plan import LayerPlan, existing_outputs, layer_plans, text_tokens
 
 _FULL = 4
 """Bytes of an element in the weights' precision."""
@@ -70,42 +70,36 @@ def cache_memory(config: ModelConfig, batch: int, dtype: str = "bfloat16", guida
     return 2 * rows * tokens * config.kv_heads * config.head_width * DTYPE_BYTES[dtype]
 
 
-def _activations(config: ModelConfig, size: int, wanted: frozenset[str], draws: int) -> int:
+def _activations(config: ModelConfig, size: int, outputs: frozenset[str], draws: int) -> int:
     """Bytes for one image; `size`: of an element that autocast computes with."""
-    layers, inputs = [], []
-    for layer, plan in enumerate(layer_plans(config, wanted)):
-        diffusion_stage = layer >= config.ar_depth
-        tokens = {
-            "text": text_tokens(config),
-            "clean": clean_block_count(config, wanted) * config.block_tokens,
-            "noise": config.ar_length * config.block_tokens * (draws if diffusion_stage else 1),
-        }
-        layers.append(_layer(config, size, plan, tokens, local=config.local_denoising and diffusion_stage))
-        inputs.append(sum(tokens[tower] for tower in plan.keys) * config.width * _FULL)
-    kept = sum(inputs) + max(layers) if config.activation_checkpointing else sum(layers)
-    down, up = unet_passes(config, wanted, draws)
+    plans = layer_plans(config, outputs, draws=draws)
+    layers = [_layer(config, size, plan) for plan in plans]
+    if config.activation_checkpointing:
+        inputs = sum(plan.tokens(tower) for plan in plans for tower in plan.keys) * config.width * _FULL
+        kept = inputs + max(layers)
+    else:
+        kept = sum(layers)
+    down, up = unet_passes(config, outputs, draws)
     kept += (down * downsampler(config).kept + up * upsampler(config).kept) * size
-    if config.text and "text_logits" in wanted:
+    if config.text and "text_logits" in outputs:
         kept += text_tokens(config) * config.text.vocab_size * 2 * _FULL  # logits and their log-softmax
     return kept
 
 
-def _layer(config: ModelConfig, size: int, plan: LayerPlan, tokens: dict[str, int], local: bool) -> int:
+def _layer(config: ModelConfig, size: int, plan: LayerPlan) -> int:
     keys_values = 2 * config.kv_heads * config.head_width
-    queried = _queried_token(config, size)
-    unqueried = 2 * config.width * _FULL + config.width * size + keys_values * (size + _normalised(size) // 2)
-    kept = sum(tokens[tower] * (queried if tower in plan.queries else unqueried) for tower in plan.keys)
-    if "noise" in plan.queries and "clean" in plan.keys and not local:
-        # Every noisy block but the first has a copy of the keys and values it sees, beside its own.
-        sequences = tokens["noise"] // (config.ar_length * config.block_tokens)
-        seen = sum(
-            tokens["text"] * ("text" in plan.keys) + (block + 1) * config.block_tokens for block in range(1, config.ar_length)
-        )
-        kept += sequences * seen * keys_values * size
+    with_queries = _token_with_queries(config, size)
+    without_queries = 2 * config.width * _FULL + config.width * size + keys_values * (size + _normalised(size) // 2)
+    kept = sum(plan.tokens(tower) * (with_queries if tower in plan.queries else without_queries) for tower in plan.keys)
+    if "noise" in plan.queries and "clean" in plan.keys and not plan.local:
+        # Every noisy block but the first has a copy of the keys and values that it sees, beside its own.
+        text = plan.text_tokens if "text" in plan.keys else 0
+        copied = sum(text + (block + 1) * plan.block_tokens for block in range(1, plan.noisy_blocks))
+        kept += plan.draws * copied * keys_values * size
     return kept
 
 
-def _queried_token(config: ModelConfig, size: int) -> int:
+def _token_with_queries(config: ModelConfig, size: int) -> int:
     """Bytes that a token of a tower with queries keeps in one layer."""
     rotated = (config.num_heads + config.kv_heads) * config.head_width
     projected = rotated + config.kv_heads * config.head_width

@@ -66,11 +66,11 @@ class PaperCell:
     def has(self, design: Design, data: PaperData, any_length: bool) -> bool:
         """Whether the model, on these data, is of a design; `any_length`: the default number of blocks stands for any."""
         config = ExperimentConfig()
-        theirs = {**design_of(config), LENGTH: data.ar_length, **self.change}
+        values = {**design_of(config), LENGTH: data.ar_length, **self.change}
         if DEPTH in self.change:
-            theirs[DEPTH] = Fraction(self.change[DEPTH], config.model.depth)
+            values[DEPTH] = Fraction(self.change[DEPTH], config.model.depth)
         skipped = LENGTH if any_length and LENGTH not in self.change else None
-        return data.name in self.distances and all(design[axis] == theirs[axis] for axis in AXES if axis != skipped)
+        return data.name in self.distances and all(design[axis] == values[axis] for axis in AXES if axis != skipped)
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ FEW, ALL = Fraction(1, 4), Fraction(1)
 
 
 @dataclass(frozen=True)
-class Line:
-    """A label of the report beside one of the paper's models."""
+class ComparedDesign:
+    """A label of the report, and the paper's model of the same design."""
 
     row: Row
     quality: Estimate
@@ -121,7 +121,7 @@ class Line:
     data: tuple[PaperData, ...]
     """Those on which the paper's model has this design: the default number of blocks is another for each."""
 
-    def theirs(self, data: PaperData) -> float | None:
+    def paper_fid(self, data: PaperData) -> float | None:
         """The paper's FID of this design on some data; None: it has none."""
         return self.cell.distances[data.name] if data in self.data else None
 
@@ -130,52 +130,52 @@ class Line:
         """The row's."""
         return self.row.label
 
-    def differs(self, other: Line) -> bool | None:
+    def differs(self, other: ComparedDesign) -> bool | None:
         """Whether seeds tell two lines apart; None: there is a single one of either."""
         return differ(self.quality, other.quality, paired=self.row.seeds == other.row.seeds)
 
 
 @dataclass(frozen=True)
-class Beside:
+class ComparedTable:
     """What a report has of one of the paper's tables."""
 
     title: str
     column: Column
     """Where the values of the report are taken from."""
-    lines: tuple[Line, ...]
+    lines: tuple[ComparedDesign, ...]
     data: tuple[PaperData, ...]
     """Those on which the paper has at least two of the lines."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A report beside the paper."""
+    """A report compared with the paper."""
 
     metric: str
-    tables: tuple[Beside, ...]
+    tables: tuple[ComparedTable, ...]
     figure: str | None
     """What the paper's Figure 4 says, and what these runs say of it; None: they are not of its depths."""
 
     def markdown(self) -> str:
         """A table for each of the paper's, with the agreement of the orders below it."""
         parts = ["### Beside the paper"]
-        if data := {one.name: one for beside in self.tables for one in beside.data}:
+        if data := {one.name: one for compared in self.tables for one in compared.data}:
             protocols = ", ".join(f"{one.title} {one.samples:,} samples of {one.steps} steps" for one in data.values())
             parts.append(
                 f"The paper's FID ({protocols}) of 28 layers, of which the same share iterates, the design otherwise the same. "
                 "What can be compared is the order; values only where images, model and feature network are the paper's."
             )
-        for beside in self.tables:
-            parts += [self._table(beside), "\n".join(f"- {agreement}" for agreement in _agreements(beside, self.metric))]
+        for compared in self.tables:
+            parts += [self._table(compared), "\n".join(f"- {agreement}" for agreement in _agreements(compared, self.metric))]
         return "\n\n".join(filter(None, [*parts, self.figure]))
 
-    def _table(self, beside: Beside) -> str:
-        headings = [beside.title, f"{arrow(self.metric)} at {beside.column}", "seeds", "the paper's"]
-        lines = [[*headings, *(f"FID, {one.title}" for one in beside.data)]]
-        for line in beside.lines:
-            theirs = map(line.theirs, beside.data)
+    def _table(self, compared: ComparedTable) -> str:
+        headings = [compared.title, f"{arrow(self.metric)} at {compared.column}", "seeds", "the paper's"]
+        lines = [[*headings, *(f"FID, {one.title}" for one in compared.data)]]
+        for line in compared.lines:
+            paper_fids = map(line.paper_fid, compared.data)
             ours = [line.label, show(line.quality), str(len(line.row.seeds)), line.cell.name]
-            lines.append([*ours, *("" if value is None else str(value) for value in theirs)])
+            lines.append([*ours, *("" if value is None else str(value) for value in paper_fids)])
         return table(lines)
 
     def rows(self) -> list[list[Any]]:
@@ -185,17 +185,17 @@ class Comparison:
         data = paper()[0]
         ours = [self.metric, f"{self.metric}_ci_low", f"{self.metric}_ci_high", "interval_over", "seeds"]
         lines: list[list[Any]] = [["table", "label", "at", *ours, "paper_model", *(f"paper_{one.name}" for one in data)]]
-        for beside in self.tables:
-            for line in beside.lines:
+        for compared in self.tables:
+            for line in compared.lines:
                 interval = line.quality.interval or (None, None)
                 numbers = [line.quality.mean, *interval, line.quality.over, len(line.row.seeds)]
-                theirs = map(line.theirs, data)
-                lines.append([beside.title, line.label, str(beside.column), *numbers, line.cell.name, *theirs])
+                paper_fids = map(line.paper_fid, data)
+                lines.append([compared.title, line.label, str(compared.column), *numbers, line.cell.name, *paper_fids])
         return lines
 
 
 def compare(groups: Sequence[Group], rows: Sequence[Row], metric: str) -> Comparison | None:
-    """Set a report's labels beside the paper's models of the same design.
+    """Compare a report's labels with the paper's models of the same design.
 
     Of a table at least two models must be there; values are those at the greatest budget, or the most steps, that all of them
     have. AR length counts if the labels differ in it, or the latents are as large as the paper's: else any number of blocks is
@@ -211,20 +211,20 @@ def compare(groups: Sequence[Group], rows: Sequence[Row], metric: str) -> Compar
     sizes = {config.model.latent_size for config in configs.values()}
     data = [one for one in paper()[0] if sizes == {one.latent_size}] or list(paper()[0])
     any_length = len(data) > 1 and len({design[LENGTH] for design in designs.values()}) == 1
-    tables = [_beside(entry, designs, data, any_length, rows, metric) for entry in paper()[1]]
-    found = tuple(beside for beside in tables if beside is not None)
+    tables = [_compare_table(entry, designs, data, any_length, rows, metric) for entry in paper()[1]]
+    found = tuple(compared for compared in tables if compared is not None)
     figure = _figure(designs, rows, metric)
     return Comparison(metric, found, figure) if found or figure else None
 
 
-def _beside(
+def _compare_table(
     entry: PaperTable,
     designs: Mapping[str, Design],
     data: Sequence[PaperData],
     any_length: bool,
     rows: Sequence[Row],
     metric: str,
-) -> Beside | None:
+) -> ComparedTable | None:
     """The labels of one table; None: on no data are there two of its models."""
     by_data = {one: cells for one in data if len(cells := matches(entry, designs, one, any_length)) > 1}
     having = [row for row in rows if any(row.label in cells for cells in by_data.values())]
@@ -234,8 +234,8 @@ def _beside(
     lines = []
     for cell, (label, row) in itertools.product(entry.cells, at.items()):
         if on := tuple(one for one, cells in by_data.items() if cells.get(label) == cell):
-            lines.append(Line(row, row.quality[metric], cell, on))
-    return Beside(entry.title, columns[-1], tuple(lines), tuple(by_data))
+            lines.append(ComparedDesign(row, row.quality[metric], cell, on))
+    return ComparedTable(entry.title, columns[-1], tuple(lines), tuple(by_data))
 
 
 def _configs(groups: Sequence[Group]) -> dict[str, ExperimentConfig]:
@@ -246,11 +246,11 @@ def _configs(groups: Sequence[Group]) -> dict[str, ExperimentConfig]:
     return {label: config for label, config in configs.items() if times[keys[label]] == 1}
 
 
-def _agreements(beside: Beside, metric: str) -> Iterator[str]:
+def _agreements(compared: ComparedTable, metric: str) -> Iterator[str]:
     """For each of the paper's data, how many pairs of models stand in its order, and how many of them clearly."""
     sign = -1 if higher_is_better(metric) else 1
-    for one in beside.data:
-        lines = sorted((line for line in beside.lines if one in line.data), key=lambda line: line.cell.distances[one.name])
+    for one in compared.data:
+        lines = sorted((line for line in compared.lines if one in line.data), key=lambda line: line.cell.distances[one.name])
         pairs = [
             (better, worse)
             for better, worse in itertools.combinations(lines, 2)
@@ -286,16 +286,16 @@ def _figure(designs: Mapping[str, Design], rows: Sequence[Row], metric: str) -> 
     if len(lengths) != 1 or higher_is_better(metric):
         return None
     [length] = lengths
-    few, every = labels[length, FEW], labels[length, ALL]
-    at = {label: {row.nfe: row.quality[metric].mean for row in rows if row.label == label} for label in (few, every)}
-    shared = sorted(at[few].keys() & at[every].keys())
-    if len(shared) < 2 or min(*at[few].values(), *at[every].values()) <= 0:  # a kernel distance may be below zero
+    few, full = labels[length, FEW], labels[length, ALL]
+    at = {label: {row.nfe: row.quality[metric].mean for row in rows if row.label == label} for label in (few, full)}
+    shared = sorted(at[few].keys() & at[full].keys())
+    if len(shared) < 2 or min(*at[few].values(), *at[full].values()) <= 0:  # a kernel distance may be below zero
         return None
     ends = []
     for nfe in (shared[0], shared[-1]):
-        change = at[few][nfe] / at[every][nfe] - 1
+        change = at[few][nfe] / at[full][nfe] - 1
         ends.append(f"{number(100 * abs(change))} % {'below' if change < 0 else 'above'} it at NFE {nfe}")
     return (
         "**Figure 4** of the paper: with few layer evaluations, models in which 7 of 28 layers iterate are up to 60–75 % below "
-        f"those in which all do; with many, the latter win. Here {few} is set against {every}: {' and '.join(ends)}."
+        f"those in which all do; with many, the latter win. Here {few} is set against {full}: {' and '.join(ends)}."
     )

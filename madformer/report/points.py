@@ -6,18 +6,19 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from madformer.config import ExperimentConfig, load_run, trained_fields
 from madformer.errors import InputError
-from madformer.evaluation.measurement import Point, Sampling
+from madformer.evaluation.measurement import Measurement, Point, Sampling
 from madformer.evaluation.record import RunCurve, mean_known, read_points, run_curves
 from madformer.report.formatting import COSTS, natural
 from madformer.report.statistics import Estimate, estimate
-from madformer.sweep.cells import Cell
+from madformer.sweep.cells import Cell, sweep_cells
+from madformer.sweep.needs import cell_measurement
 from madformer.sweep.spec import Sweep
 
 _log = logging.getLogger(__name__)
@@ -59,8 +60,8 @@ def curves_of_runs(runs: Sequence[Path]) -> list[Curve]:
     designs = Counter(path for path, _ in members)
     named: list[tuple[Path, list[tuple[Path, int]]]] = []
     for (path, _), seeds in members.items():
-        own = {run.resolve() for run, _ in seeds}
-        taken = designs[path] > 1 or path in {run.resolve() for run in runs} - own
+        members_of = {run.resolve() for run, _ in seeds}
+        taken = designs[path] > 1 or path in {run.resolve() for run in runs} - members_of
         together = len({seed for _, seed in seeds}) == len(seeds) > 1 and not taken
         named += [(path, seeds)] if together else [(run.resolve(), [(run, seed)]) for run, seed in seeds]
     labels = _shortest([path for path, _ in named])
@@ -74,12 +75,12 @@ def curves_of_sweep(sweep: Sweep) -> list[Curve]:
         InputError: none is evaluated; the message says how to do that.
     """
     if sweep.search is None:
-        cells = sweep.cells()
+        cells = sweep_cells(sweep)
         budgets = {cell.run: frozenset(cell.budgets) for cell in cells}
     else:
-        from madformer.sweep.search import tried_cells
+        from madformer.sweep.search import study_cells
 
-        cells = list({cell.run: cell for cell in tried_cells(sweep)}.values())  # of several budgets, one for each
+        cells = list({cell.run: cell for cell in study_cells(sweep)}.values())  # of several budgets, one for each
         budgets = {cell.run: frozenset(sweep.search.nfe) for cell in cells}
     measured = [cell for cell in cells if _is_measured(cell, budgets[cell.run])]
     remedy = "madformer sweep run does that, and goes on where it stopped"
@@ -102,8 +103,9 @@ def curves_of_sweep(sweep: Sweep) -> list[Curve]:
 
 
 def _is_measured(cell: Cell, budgets: frozenset[int]) -> bool:
-    samples = cell.config.evaluation.num_samples
-    return any(point["nfe"] in budgets and point["num_samples"] == samples for point in read_points(cell.run))
+    """Whether there is a point of the sweep's budgets, samples and feature networks, however it was sampled."""
+    expected, points = cell_measurement(cell, cell.samplings[0]), map(Measurement.of_point, read_points(cell.run))
+    return any(point.sampling.nfe in budgets and replace(expected, sampling=point.sampling).matches(point) for point in points)
 
 
 def _design(run: Path, config: ExperimentConfig) -> tuple[Path, str]:

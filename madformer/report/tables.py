@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from madformer.evaluation.measurement import higher_is_better
+from madformer.evaluation.measurement import CURVE_FIELDS, higher_is_better
 from madformer.report.diagnostics_report import Diagnostics, gather_diagnostics
 from madformer.report.formatting import COSTS, NFE, NOTHING, Unit, arrow, csv_text, show, table
 from madformer.report.notes import notes
@@ -92,7 +92,7 @@ class Report:
     def csv(self) -> str:
         """One line a row, in full precision, with the unit in each column's name; what was measured by a clock comes last."""
         axes = list(dict.fromkeys(name for row in self.rows for name in row.group.axes))
-        heading = ["label", *axes, *("sampler", "guidance", "weights"), "nfe", "steps", "seeds", "interval_over", "n"]
+        heading = ["label", *axes, *CURVE_FIELDS, "nfe", "steps", "seeds", "interval_over", "n"]
         fronts = {f"pareto_{cost}": self.front(cost) for cost in _FRONTS}
         for metric in self.metrics:
             heading += [metric, *(f"{metric}_{column}" for column in _COLUMNS)]
@@ -100,7 +100,13 @@ class Report:
         lines: list[list[Any]] = [[*heading, *counted, *(cost.column for cost in COSTS.values()), measured]]
         for row in self.rows:
             chosen = row.quality[self.metric]
-            values = [*(row.group.axes.get(name) for name in axes), *_sampled(row), row.nfe, row.steps, len(row.seeds)]
+            values = [
+                *(row.group.axes.get(name) for name in axes),
+                *row.group.sampling.curve_fields.values(),
+                row.nfe,
+                row.steps,
+                len(row.seeds),
+            ]
             values += [chosen.over, len(chosen.values)]
             for metric in self.metrics:
                 values += _numbers(row, metric)
@@ -112,10 +118,10 @@ class Report:
         lines = [[arrow(self.metric), *map(str, self.columns)]]
         best = {column: min(self._loss(row) for row in self.rows if column.holds(row)) for column in self.columns}
         for group in self.groups:
-            own = [row for row in self.rows if row.label == group.label]
+            group_rows = [row for row in self.rows if row.label == group.label]
             line = [group.label]
             for column in self.columns:
-                row = next((row for row in own if column.holds(row)), None)
+                row = next((row for row in group_rows if column.holds(row)), None)
                 text = NOTHING if row is None else show(row.quality[self.metric])
                 line.append(f"**{text}**" if row and self._loss(row) == best[column] and len(self.groups) > 1 else text)
             lines.append(line)
@@ -156,11 +162,6 @@ def build_report(curves: Sequence[Curve], title: str, metric: str | None = None)
     rows = [row for group in groups for row in make_rows(group)]
     said, diagnostics = tuple(notes(groups, rows, metric)), gather_diagnostics(curves)
     return Report(title, metric, tuple(rows), said, diagnostics, compare(groups, rows, metric))
-
-
-def _sampled(row: Row) -> tuple[str, float, str]:
-    sampling = row.group.sampling
-    return sampling.sampler, sampling.guidance, sampling.weights
 
 
 _COLUMNS = ("ci_low", "ci_high", "min", "max", "sd_over_checkpoints", "bias")

@@ -1,1 +1,1 @@
-"""A run on the disk: its folder, its checkpoints, files that are whole or not there."""
+"""A run on disk: its folder, its checkpoints, atomic writes, import and export."""

@@ -1,4 +1,4 @@
-"""Checkpoint files of a run: names, order, whether they are whole, what is in them.
+"""Checkpoint files of a run: their names, their order, whether they are intact, their contents.
 
 A checkpoint is Lightning's dictionary (`state_dict`, `optimizer_states`, `global_step`, ...) with the moving average of the
 weights beside it, `ema`: name in the model -> tensor. All of it loads with `torch.load(path, weights_only=True)`.
@@ -6,6 +6,7 @@ weights beside it, `ema`: name in the model -> tensor. All of it loads with `tor
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pickle
 import re
@@ -19,6 +20,8 @@ from madformer.errors import InputError
 from madformer.runs.files import atomic_write
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from madformer.model import MADFormer
 
 Weights = Literal["ema", "model"]
@@ -28,16 +31,16 @@ EMA = "ema"
 """Key of the moving average in a checkpoint."""
 
 TRAINED_BY = "trained_by"
-"""Key of the name of the LightningModule, whose loss no configuration knows if it is one of a user's own."""
+"""Key of the name of the LightningModule. The loss of a custom one is in no configuration."""
 
 DATA = "LatentDataModule"
-"""Key of what a checkpoint remembers of its data: Lightning takes the name of the class."""
+"""Key of the data module's state. Lightning takes the name of the class."""
 
 CLASS_PROMPTS = "class_prompts"
-"""Key of the names of the classes among it."""
+"""Key of the names of the classes in the data module's state."""
 
 MODEL_PREFIX = "model."
-"""What the model's parameter names begin with in a checkpoint's `state_dict`."""
+"""Prefix of the model's parameter names in a checkpoint's `state_dict`."""
 
 _NAME = re.compile(r"step-(\d{8,})\.ckpt")
 
@@ -59,12 +62,12 @@ def checkpoint_step(path: Path) -> int:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """All checkpoints of a run, the oldest first; torn ones too."""
-    found = [path for path in (run / "checkpoints").glob("*.ckpt") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=checkpoint_step)
+    paths = [path for path in (run / "checkpoints").glob("*.ckpt") if _NAME.fullmatch(path.name)]
+    return sorted(paths, key=checkpoint_step)
 
 
 def newest_intact(run: Path) -> Path | None:
-    """The newest checkpoint that is whole; each torn one on the way is skipped with a warning. None: there is none."""
+    """The newest intact checkpoint; None: there is none. Newer ones that are torn are skipped with a warning."""
     for path in reversed(list_checkpoints(run)):
         if flaw := find_flaw(path):
             _log.warning("%s is torn (%s): skipped", path, flaw)
@@ -74,7 +77,7 @@ def newest_intact(run: Path) -> Path | None:
 
 
 def find_flaw(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, None if nothing: its checksums are read, its tensors are not kept in memory."""
+    """The reason why a checkpoint file is torn; None: its checksums hold. Reads the file without keeping it in memory."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -84,7 +87,7 @@ def find_flaw(path: Path) -> str | None:
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint that is whole or not there, also after a power failure.
+    """Write a checkpoint: after a crash or a power failure the whole file is there, or none.
 
     Raises:
         OSError: the disk is full, or may not be written to.
@@ -95,7 +98,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # torch hides what the file said
+            if isinstance(error.__context__, OSError):  # torch hides the error of the file
                 raise error.__context__ from None
             raise
 
@@ -140,6 +143,17 @@ def load_model(path: Path, config: ExperimentConfig, weights: Weights = "ema") -
     except RuntimeError as error:
         raise InputError(f"{path}: not of this run's model: {str(error).splitlines()[-1].strip()}") from error
     return model.eval()
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """Hexadecimal SHA-256 of a network's weights (names, types, shapes and bytes), whatever file or device they are on."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def parse_weights(name: str) -> Weights:

@@ -1,4 +1,4 @@
-"""Weights from and for other programs: checkpoints of the released code, safetensors."""
+"""Import and export of weights: checkpoints of the released code, safetensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
@@ -25,8 +25,8 @@ from madformer.config import (
     write_config,
 )
 from madformer.config.data import DIGITS, PIXELS
-from madformer.config.identity import to_container, to_yaml
-from madformer.config.loading import build_experiment
+from madformer.config.identity import to_yaml
+from madformer.config.loading import build
 from madformer.errors import InputError
 from madformer.model import MADFormer, cost
 from madformer.model.official import from_released
@@ -43,20 +43,19 @@ from madformer.runs.checkpoints import (
 from madformer.runs.files import atomic_write, write_text
 
 _SWITCHES = ("clear_clean", "clear_cond", "denoising_mlp", "diff_depth", "ar_len")
-"""What a released checkpoint's `args` must say: the weights do not."""
-
+"""Keys that a released checkpoint's `args` must hold: the weights do not show these switches."""
 
 _PAPER_STEPS = (19, 49, 99, 199)
 """The paper's budgets 280, 700, 1400, 2800 at D = 14 of 28 (Figure 4)."""
 
 
 def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) -> None:
-    """Make a run of a released checkpoint or of an exported file.
+    """Make a run from a released checkpoint or an exported file.
 
     Raises:
         InputError: no such file, another format, weights that contradict the switches, or a folder that is in use.
     """
-    chosen = parse_weights(weights)
+    requested = parse_weights(weights)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise InputError(f"{run}: exists already; name a new folder")
     if not source.is_file():
@@ -64,7 +63,7 @@ def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) 
     if source.suffix == ".safetensors":
         model, config = _read_exported(source)
     else:
-        model = _read_released(source, chosen)
+        model = _read_released(source, requested)
         config = _experiment(model.config)
     config = _adopt(config, run, overrides)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -99,14 +98,14 @@ def export_run(run: Path, out: Path, weights: str) -> None:
 
 
 def _adopt(config: ExperimentConfig, run: Path, overrides: Sequence[str]) -> ExperimentConfig:
-    """The configuration of the imported run: digits for a model of their size, budgets that it can have."""
+    """The configuration of the imported run; a model of the size of digits gets the digits as its data."""
     model = config.model
     if config.data.source is None and (model.latent_channels, model.latent_size, model.text) == (1, 8, None):
         data = replace(config.data, source=DIGITS, codec=PIXELS)
         evaluation = replace(config.evaluation, feature_networks=("digits",))
         config = replace(config, data=data, evaluation=evaluation)
     config = replace(config, name=run.resolve().name, output_dir=str(run.parent))
-    return build_experiment(DictConfig(to_container(config)), overrides, str(run))
+    return build(ExperimentConfig, OmegaConf.structured(config), overrides, f"{run}: ")
 
 
 def _experiment(model: ModelConfig) -> ExperimentConfig:

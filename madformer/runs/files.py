@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writes: after a crash a file is the old one or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what was written there takes its place at the end, and is removed after an error.
+    """A temporary path beside `path`. At the end its file replaces that of `path`; after an error it is removed.
 
-    The data is on the disk before the name is: a crash leaves the old file or the new one.
+    The data is synced to the disk before the file is renamed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -28,13 +28,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text file."""
+    """Write a text file."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line, after what a crash may have left of another."""
+    """Append one line. A last line that a crash cut short is ended first."""
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)

@@ -1,6 +1,6 @@
 """A run's folder: `config.yaml`, `checkpoints/`, `samples/`, `evaluations.jsonl`, TensorBoard event files.
 
-`previews.jsonl` has the quick distances of training, `progress.json` says how far its commands are.
+`previews.jsonl` holds the quick distances of training, `progress.json` the progress of its commands.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from madformer.errors import InputError
 from madformer.runs.files import append_line, write_text
 
 Purpose = Literal["train", "evaluate", "encode", "sample"]
-"""What a folder is held for."""
+"""The command that claims a folder."""
 
 
 def is_run(folder: Path) -> bool:
@@ -28,30 +28,30 @@ def is_run(folder: Path) -> bool:
 
 
 def progress_path(run: Path) -> Path:
-    """Where it says how far its commands are."""
+    """The file with the progress of its commands."""
     return run / "progress.json"
 
 
 def append_preview(run: Path, step: int, metrics: Mapping[str, float]) -> None:
-    """Add what a preview has measured, the main metric first."""
+    """Add the metrics of a preview, the main one first."""
     append_line(_previews_path(run), json.dumps({"step": step, "metrics": dict(metrics)}))
 
 
 def read_previews(run: Path) -> list[dict[str, Any]]:
-    """`step` and `metrics` of all previews so far; the end of a line that a crash cut short is left out."""
+    """`step` and `metrics` of all previews so far, without a last line that a crash cut short."""
     try:
         lines = _previews_path(run).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
-    found = []
+    previews = []
     for line in lines:
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+            previews.append(json.loads(line))
+    return previews
 
 
 def drop_previews(run: Path, step: int) -> None:
-    """Remove what was measured behind the checkpoint that a run resumes from."""
+    """Remove the previews after the step that a run resumes from."""
     if previews := read_previews(run):
         kept = (json.dumps(preview) + "\n" for preview in previews if preview["step"] <= step)
         write_text(_previews_path(run), "".join(kept))
@@ -69,13 +69,13 @@ def require_own_run(config: ExperimentConfig) -> None:
 
 @contextlib.contextmanager
 def claim_folder(folder: Path, purpose: Purpose, rank: int = 0) -> Iterator[None]:
-    """Hold a folder for one purpose, so that no two processes write the same files; the system lets go when the process dies.
+    """Claim a folder for one purpose, so that no two processes write the same files. The claim ends with the process.
 
     Args:
-        rank: of a process among those that work together; the first one holds the folder for all.
+        rank: of a process among those that work together; the first one claims the folder for all.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process has claimed it.
     """
     if rank != 0:
         yield

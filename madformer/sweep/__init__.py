@@ -1,5 +1,5 @@
-"""Grids of runs: a dozen lines of YAML become cells, and cells become ordinary `madformer train` and `madformer evaluate`.
+"""Sweeps: a few lines of YAML become cells, and each cell becomes ordinary `madformer train` and `madformer evaluate`.
 
-What is done is read from the runs' own folders. The Optuna study beside them only says who does what, so that several drivers
-share the work, and tells the story afterwards.
+The runs' own folders tell what is done. The Optuna study only says which process does what, so that several drivers can share
+the work, and keeps the history.
 """

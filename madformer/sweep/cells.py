@@ -1,4 +1,4 @@
-"""From a sweep to its cells: the points of its axes, each with a configuration that has been checked."""
+"""The cells of a sweep: the combinations of its axes, each with a checked configuration. No torch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from madformer.config import ExperimentConfig, ModelConfig, budget_flaw, config_hash, frozen_hash, load_experiment
-from madformer.config.evaluation import SamplerName
+from madformer.config import ExperimentConfig, ModelConfig, budget_flaw, config_hash, load_experiment, read_config_hash
 from madformer.config.identity import config_path
 from madformer.config.validation import require
 from madformer.errors import ConfigError
-from madformer.evaluation.measurement import Sampling, all_samplings
+from madformer.evaluation.measurement import AXES, Sampling, all_samplings
 from madformer.model import cost
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.sweep.spec import VARIANT, InferenceAxes, Search, Sweep, as_text, label
@@ -25,61 +25,56 @@ from madformer.sweep.spec import VARIANT, InferenceAxes, Search, Sweep, as_text,
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of the training axes with one seed: one run, and its evaluations."""
+    """One combination of a sweep's training axes with one seed; it becomes one run."""
 
     name: str
     """Readable, such as d7-l16-s0."""
     experiment: str
     """The experiment's YAML file."""
     overrides: tuple[str, ...]
-    """What makes it of the experiment, as on the command line."""
+    """The fields that differ from the experiment, as on the command line."""
     axes: dict[str, Any]
-    """Axis -> value: fields, and `variant`."""
+    """Axis -> value. An axis is a field, or `variant`."""
     seed: int
     config: ExperimentConfig
     config_hash: str
     inference: InferenceAxes = field(default_factory=InferenceAxes)
-    """How it is evaluated; empty axes are as `config.evaluation` says."""
+    """How it is evaluated; an empty axis stands for the value in `config.evaluation`."""
     skipped: Mapping[int, str] = field(default_factory=dict)
-    """Budgets that its model cannot have -> why."""
-    searched: bool = False
-    """Whether it is a trial of a search."""
+    """Budgets that its model cannot have -> the reason."""
+    is_of_search: bool = False
+    """Whether Optuna chose it."""
 
     @property
     def key(self) -> str:
-        """What its trials are known by: cells of a search that share a run differ in their budgets."""
-        return self.config_hash if not self.searched else f"{self.config_hash}@{self.budgets[0]}"
+        """The name of the cell in the study. Cells of a search may share a run and differ in their budget."""
+        return f"{self.config_hash}@{self.budgets[0]}" if self.is_of_search else self.config_hash
 
     @property
     def run(self) -> Path:
-        """Where it lives."""
+        """The run's folder."""
         return self.config.run_dir
 
     @property
     def budgets(self) -> tuple[int, ...]:
-        """NFE budgets that it is evaluated at."""
+        """NFE budgets of its evaluation."""
         return self.config.evaluation.nfe
-
-    @property
-    def samplers(self) -> tuple[SamplerName, ...]:
-        """Samplers that it is evaluated with, the main one first."""
-        return cast("tuple[SamplerName, ...]", self.inference.samplers) or (self.config.evaluation.sampler,)
-
-    @property
-    def guidances(self) -> tuple[float, ...]:
-        """Scales of guidance that it is evaluated with, the main one first."""
-        return self.inference.guidance or (self.config.evaluation.guidance,)
-
-    @property
-    def sampling_seeds(self) -> tuple[int, ...]:
-        """Seeds of sampling."""
-        return self.inference.seeds or (self.config.evaluation.seed,)
 
     @cached_property
     def samplings(self) -> tuple[Sampling, ...]:
         """All ways that each of its checkpoints is sampled in, the main sampler and guidance first."""
         budgets = [Sampling.of_nfe(self.config, nfe) for nfe in self.budgets]
-        return all_samplings(budgets, self.samplers, self.guidances, self.sampling_seeds)
+        return all_samplings(budgets, {name: getattr(self.inference, axis.sweep_key) for name, axis in AXES.items()})
+
+    @property
+    def points_per_budget(self) -> int:
+        """Points of the record at each budget."""
+        return len(self.samplings) // len(self.budgets) * self.inference.last
+
+    @property
+    def device_count(self) -> int:
+        """Devices of a trial, on all its machines."""
+        return (self.config.trainer.devices or 1) * self.config.trainer.num_nodes
 
     @property
     def max_steps(self) -> int:
@@ -88,7 +83,7 @@ class Cell:
 
 
 class CellMaker:
-    """Makes cells of one sweep. What is the same for many, such as the experiment's file, is read once."""
+    """Makes the cells of one sweep; reads the experiment once and checks each section once."""
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
@@ -97,101 +92,101 @@ class CellMaker:
         self._runs = KnownRuns(Path(sweep.output_dir)) if sweep.output_dir is not None else None
 
     def make(self, axes: Mapping[str, Any], seed: int, changes: Mapping[str, Any], budgets: Sequence[int]) -> Cell:
-        """The cell of a point.
+        """Make one cell.
 
         Args:
-            axes: what it is named by, axis -> value.
+            axes: axis -> value; they make the cell's name.
             seed: of training.
-            changes: field -> value, beside the sweep's overrides.
-            budgets: NFE budgets; none: the experiment's.
+            changes: field -> value, on top of the sweep's overrides.
+            budgets: NFE budgets; empty: the experiment's.
 
         Raises:
-            ConfigError: its configuration is not legal; the message names the cell.
+            ConfigError: the cell's configuration is not legal; the message names the cell.
         """
         sweep = self._sweep
-        words = (str(value) if key == VARIANT else label(key, value) for key, value in axes.items())
-        name = "-".join([*words, f"s{seed}"])
-        given = {**sweep.overrides, **changes, "seed": seed, "name": name, "output_dir": str(sweep.folder)}
-        given |= {"trainer.devices": sweep.devices_per_trial}
+        labels = (str(value) if key == VARIANT else label(key, value) for key, value in axes.items())
+        name = "-".join([*labels, f"s{seed}"])
+        values = {**sweep.overrides, **changes, "seed": seed, "name": name, "output_dir": str(sweep.folder)}
+        values |= {"trainer.devices": sweep.devices_per_trial}
         if sweep.launcher == "slurm":
-            given |= {"trainer.num_nodes": sweep.slurm.nodes_per_trial}
+            values |= {"trainer.num_nodes": sweep.slurm.nodes_per_trial}
         try:
-            config, skipped = self._configure(given, budgets)
+            config, skipped = self._configure(values, budgets)
             self._check_inference(config)
         except ConfigError as error:
             raise ConfigError(f"cell {name}: {error}") from error
-        given["evaluation.nfe"] = list(config.evaluation.nfe)
+        values["evaluation.nfe"] = list(config.evaluation.nfe)
         key = config_hash(config)
         if self._runs is not None and not config_path(config.run_dir).is_file() and (run := self._runs.find(key)):
-            given |= {"name": run.name, "output_dir": str(run.parent)}
+            values |= {"name": run.name, "output_dir": str(run.parent)}
             config = replace(config, name=run.name, output_dir=str(run.parent))
-        overrides = tuple(f"{key}={as_text(value)}" for key, value in given.items())
-        return Cell(
-            name, sweep.experiment, overrides, dict(axes), seed, config, key, sweep.evaluate, skipped, sweep.search is not None
-        )
+        overrides = tuple(f"{key}={as_text(value)}" for key, value in values.items())
+        is_of_search = sweep.search is not None
+        return Cell(name, sweep.experiment, overrides, dict(axes), seed, config, key, sweep.evaluate, skipped, is_of_search)
 
     def check_search(self, search: Search) -> None:
-        """Refuse a search that cannot judge its trials.
+        """Refuse a pruner without previews.
 
         Raises:
-            ConfigError: there are no previews for the pruner.
+            ConfigError: there are no previews.
         """
         remedy = "it judges by previews: set evaluation.preview_every"
         require(search.pruner == "none" or self.preview_every is not None, "search.pruner", search.pruner, remedy)
 
     @property
     def preview_every(self) -> int | None:
-        """Training steps from one preview of a cell to the next; None: there are none."""
-        own = self._base.evaluation.preview_every
-        return cast("int | None", self._sweep.overrides.get("evaluation.preview_every", own))
+        """Training steps from one preview to the next; None: there are no previews."""
+        default = self._base.evaluation.preview_every
+        return cast("int | None", self._sweep.overrides.get("evaluation.preview_every", default))
 
-    def _configure(self, given: Mapping[str, Any], budgets: Sequence[int]) -> tuple[ExperimentConfig, dict[int, str]]:
-        """The configuration, with those of the budgets that its model can have, and why it cannot have the others."""
+    def _configure(self, values: Mapping[str, Any], budgets: Sequence[int]) -> tuple[ExperimentConfig, dict[int, str]]:
+        """The configuration, with the budgets that its model can have, and the others with the reason."""
         try:
-            # Those of the sweep's own are of their types already, and differ from cell to cell.
-            own = {key: given[key] for key in ("seed", "name", "output_dir")}
-            changes = _nested({key: _typed(key, as_text(value)) for key, value in given.items() if key not in own})
+            # These three are of the right type already, and differ from cell to cell.
+            identity = {key: values[key] for key in ("seed", "name", "output_dir")}
+            changes = _nested({key: _typed(key, as_text(value)) for key, value in values.items() if key not in identity})
             model = self._section("model", changes.pop("model", {}))
             diffusion = self._section("diffusion", changes.pop("diffusion", {}))
-            asked = self._budgets(budgets, model)
-            flaws = {budget: budget_flaw(budget, model, diffusion) for budget in asked}
-            legal = [budget for budget, flaw in flaws.items() if flaw is None]
-            evaluation = self._section("evaluation", {**changes.pop("evaluation", {}), "nfe": legal or asked})
-            parts = {"model": model, "diffusion": diffusion, "evaluation": evaluation}
-            rest = {name: self._section(name, value) for name, value in changes.items()}
-            return replace(self._base, **own, **parts, **rest), {budget: flaw for budget, flaw in flaws.items() if flaw}
+            requested = self._budgets(budgets, model)
+            flaws = {budget: budget_flaw(budget, model, diffusion) for budget in requested}
+            possible = [budget for budget, flaw in flaws.items() if flaw is None]
+            evaluation = self._section("evaluation", {**changes.pop("evaluation", {}), "nfe": possible or requested})
+            sections = {"model": model, "diffusion": diffusion, "evaluation": evaluation}
+            sections |= {name: self._section(name, value) for name, value in changes.items()}
+            return replace(self._base, **identity, **sections), {budget: flaw for budget, flaw in flaws.items() if flaw}
         except (ConfigError, OmegaConfBaseException, _Overlap):
-            # What is wrong is said in the words of the command line; what is unusual, but right, is read by it.
-            overrides = [f"{key}={as_text(value)}" for key, value in given.items()]
+            # Loading from the command line gives mistakes their message, and handles unusual but legal values.
+            overrides = [f"{key}={as_text(value)}" for key, value in values.items()]
             config = load_experiment(self._sweep.experiment, [*overrides, f"evaluation.nfe={self._budgets(budgets)}"])
             return replace(config, evaluation=replace(config.evaluation, nfe=tuple(self._budgets(budgets, config.model)))), {}
 
     def _budgets(self, nfe: Sequence[int], model: ModelConfig | None = None) -> list[int]:
-        """Budgets that are asked for, those of a model's steps among them; none: the experiment's."""
-        of_steps = [cost.nfe(model, count) for count in self._sweep.evaluate.steps] if model is not None else []
-        return list(dict.fromkeys([*nfe, *of_steps])) or list(self._base.evaluation.nfe)
+        """The requested budgets and, given the model, those of `evaluate.steps`; if there are none, the experiment's."""
+        step_budgets = [cost.nfe(model, count) for count in self._sweep.evaluate.steps] if model is not None else []
+        return list(dict.fromkeys([*nfe, *step_budgets])) or list(self._base.evaluation.nfe)
 
     def _section(self, name: str, changes: Any) -> Any:
-        """A section of the experiment with changes, checked once for all cells that have the same."""
+        """A section of the experiment with changes; cells with the same changes share it."""
         key = f"{name} {changes!r}"
         if key not in self._sections:
             self._sections[key] = _changed(getattr(self._base, name), changes)
         return self._sections[key]
 
     def _check_inference(self, config: ExperimentConfig) -> None:
-        """Refuse samples that the run will not be able to give."""
+        """Refuse inference axes that the run cannot serve."""
         axes, trainer = self._sweep.evaluate, config.trainer
-        for scale in axes.guidance:
-            replace(config, evaluation=replace(config.evaluation, guidance=scale))
+        for name, axis in AXES.items():
+            for value in getattr(axes, axis.sweep_key):
+                replace(config, evaluation=replace(config.evaluation, **{name: value}))
         kept = min(trainer.keep_checkpoints, -(-trainer.max_steps // trainer.checkpoint_every))
         remedy = f"there will be {kept} (trainer.keep_checkpoints, trainer.checkpoint_every)"
         require(axes.last <= kept, "evaluate.checkpoints", axes.checkpoints, remedy)
 
 
 class KnownRuns:
-    """Runs below a folder by their hash: one that was made by hand, or by another sweep, need not be made again.
+    """The runs below a folder by their hash, so that runs made by hand or by another sweep are not trained again.
 
-    Of several the one that has got furthest.
+    Of several runs with one hash, the one with the most steps counts.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -199,33 +194,46 @@ class KnownRuns:
 
     def find(self, config_hash: str) -> Path | None:
         """The run of a configuration; None: there is none."""
-        return self._all.get(config_hash)
+        return self._runs.get(config_hash)
 
     @cached_property
-    def _all(self) -> dict[str, Path]:
-        found: dict[str, Path] = {}
+    def _runs(self) -> dict[str, Path]:
+        runs: dict[str, Path] = {}
         for path in sorted(itertools.chain(self._folder.glob("*/config.yaml"), self._folder.glob("*/*/config.yaml"))):
-            if key := frozen_hash(path.parent):
-                other = found.setdefault(key, path.parent)
+            if key := read_config_hash(path.parent):
+                other = runs.setdefault(key, path.parent)
                 if other != path.parent and _newest_step(path.parent) > _newest_step(other):
-                    found[key] = path.parent
-        return found
+                    runs[key] = path.parent
+        return runs
 
 
 def _newest_step(run: Path) -> int:
     return max(map(checkpoint_step, list_checkpoints(run)), default=-1)
 
 
-def make_cells(sweep: Sweep) -> tuple[Cell, ...]:
-    """All cells of a grid.
+def sweep_cells(sweep: Sweep) -> list[Cell]:
+    """All cells of a grid: variants vary slowest, then the grid's axes in order, then the tied axes, the seed fastest.
+
+    A search has none: its trials are in the study. The cells are made once for each `Sweep` object.
 
     Raises:
-        ConfigError: a cell is not legal, two would be the same run, or what is excluded is not there.
+        FileNotFoundError: there is no such experiment file.
+        ConfigError: a cell is not legal (the message names it), two cells would be the same run, or `exclude` names a
+            combination that does not exist.
     """
-    if sweep.search is not None:
-        CellMaker(sweep).check_search(sweep.search)
-        return ()
+    if sweep not in _CELLS:
+        _CELLS[sweep] = _make_cells(sweep)
+    return list(_CELLS[sweep])
+
+
+_CELLS = WeakKeyDictionary[Sweep, tuple[Cell, ...]]()
+
+
+def _make_cells(sweep: Sweep) -> tuple[Cell, ...]:
     maker = CellMaker(sweep)
+    if sweep.search is not None:
+        maker.check_search(sweep.search)
+        return ()
     cells = tuple(
         maker.make(axes, seed, changes, sweep.evaluate.nfe) for axes, changes in _points(sweep) for seed in sweep.seeds
     )
@@ -235,7 +243,7 @@ def make_cells(sweep: Sweep) -> tuple[Cell, ...]:
 
 
 def _points(sweep: Sweep) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The axes' values of each point, and the fields that they set."""
+    """Each combination: axis -> value, and the fields that these set."""
     variants = [({VARIANT: name}, changes) for name, changes in sweep.variants.items()] or [({}, {})]
     products = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
     ties = [dict(zip(sweep.zip, values, strict=True)) for values in zip(*sweep.zip.values(), strict=True)] or [{}]
@@ -264,7 +272,7 @@ def _require_one_run_each(cells: Sequence[Cell]) -> None:
 
 
 class _Overlap(Exception):  # noqa: N818 - never leaves this module
-    """A section is set as a whole and in part."""
+    """A section is set both as a whole and in part."""
 
 
 @cache
@@ -274,14 +282,14 @@ def _schema() -> Any:
 
 @cache
 def _typed(key: str, text: str) -> Any:
-    """A field's value as a configuration holds it."""
+    """A field's value in the type that a configuration holds."""
     merged = OmegaConf.merge(_schema(), OmegaConf.from_dotlist([f"{key}={text}"]))
     value = OmegaConf.select(merged, key)
     return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """`section.field` -> value as mappings of sections."""
+    """`section.field` -> value, as nested mappings."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *sections, name = key.split(".")
@@ -297,7 +305,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changed(value: Any, changes: Any) -> Any:
-    """A section with some of its fields changed, or the new value of a field."""
+    """A section with some changed fields, or the new value of a field."""
     if not isinstance(changes, dict):
         return changes
     if not is_dataclass(value) or isinstance(value, type):

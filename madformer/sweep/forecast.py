@@ -1,32 +1,143 @@
-"""`madformer sweep plan`: what a sweep costs, or several together."""
+"""What a sweep costs and how long it takes: `madformer sweep plan`, of one sweep or of several together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from statistics import fmean
 
+from madformer.config import ExperimentConfig, ModelConfig, wanted_outputs
 from madformer.errors import ConfigError, InputError
+from madformer.evaluation.measurement import Sampling
+from madformer.model import cost
+from madformer.progress import TextTable, format_duration, print_table, read_progress, with_unit
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
-from madformer.sweep.cells import Cell
-from madformer.sweep.needs import (
-    A100,
-    CPU_CORE,
-    Device,
-    Estimates,
-    Needs,
-    cell_measurement,
-    cell_needs,
-    device_count,
-    evaluation_flops,
-    parameter_count,
-    sampling,
-    training_flops,
-)
+from madformer.runs.folder import progress_path
+from madformer.sweep.cells import Cell, sweep_cells
+from madformer.sweep.needs import Needs, cell_measurement, cell_needs, cell_points
 from madformer.sweep.spec import Search, Sweep
-from madformer.sweep.status import TextTable, duration, show, with_unit
 
-_DRAWN = 64
+_SAMPLED_TRIALS = 64
 """Trials of a search that are drawn to see what one costs."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What is assumed of a device where nothing was measured."""
+
+    peak_tflops: float
+    """Peak rate in TFLOP/s."""
+    mfu: float
+    """Model FLOPs utilisation: the part of the peak that training and sampling reach."""
+    name: str
+
+    @property
+    def flops_per_second(self) -> float:
+        """The rate that training and sampling reach."""
+        return self.peak_tflops * 1e12 * self.mfu
+
+
+A100 = Device(312.0, 0.35, "an A100 in bfloat16")
+CPU_CORE = Device(0.1, 0.05, "a CPU core")
+
+
+@dataclass(frozen=True)
+class Time:
+    """The time of a cell, in seconds of all its devices together."""
+
+    training: float
+    evaluation: float
+    is_measured: bool
+    """Whether it rests on measured rates alone: the cell's, or those of other cells of the sweep."""
+
+    @property
+    def total(self) -> float:
+        """Training and evaluation."""
+        return self.training + self.evaluation
+
+
+class Estimates:
+    """Times of the cells of a sweep: by the cell's measured rates, else those of other cells, else the assumed device's."""
+
+    def __init__(self, cells: Sequence[Cell], device: Device) -> None:
+        self._device = device
+        self._training_rates = {cell.key: rate for cell in cells if (rate := _training_rate(cell))}
+        samplings = [sampling for cell in cells if cell.key in self._training_rates for sampling in _measured_samplings(cell)]
+        seconds, flops = sum(sampling[0] for sampling in samplings), sum(sampling[1] for sampling in samplings)
+        self._sampling_rate = flops / seconds if seconds else None
+        rates = sorted(self._training_rates.values())
+        self._median_rate = rates[len(rates) // 2] if rates else None
+
+    def cell_time(self, cell: Cell) -> Time:
+        """The time of a cell from its start to its end."""
+        return self._time(cell, 1.0, sum(evaluation_flops(cell).values()))
+
+    def remaining_time(self, cell: Cell, needs: Needs, step: int = 0) -> Time:
+        """The time that a cell still needs after so many training steps."""
+        fraction = (1 - step / cell.max_steps) if needs.training else 0.0
+        costs = evaluation_flops(cell)
+        point = sum(costs[budget] for budget in needs.budgets) / max(1, len(needs.budgets)) / cell.points_per_budget
+        return self._time(cell, fraction, point * needs.points)
+
+    def _time(self, cell: Cell, training_fraction: float, sampling_flops: float) -> Time:
+        training_rate = self._training_rates.get(cell.key) or self._median_rate
+        sampling_rate = self._sampling_rate or training_rate
+        return Time(
+            training_fraction * training_flops(cell.config) / (training_rate or self._device.flops_per_second),
+            sampling_flops / (sampling_rate or self._device.flops_per_second),
+            training_rate is not None,
+        )
+
+
+def _training_rate(cell: Cell) -> float | None:
+    """Measured FLOP/s of one device in training; None: the cell has not trained for long."""
+    measured = read_progress(progress_path(cell.run)).get("step")
+    if not measured or not measured.get("per_second"):
+        return None
+    return float(measured["per_second"]) * training_flops(cell.config) / cell.max_steps / int(measured.get("devices", 1))
+
+
+def _measured_samplings(cell: Cell) -> Iterator[tuple[float, float]]:
+    """Device seconds and FLOPs of each recorded point."""
+    for point in cell_points(cell).values():
+        if "seconds_spent" in point:
+            yield sum(point["seconds_spent"].values()), point["tflops_per_image"] * 1e12 * point["num_samples"]
+
+
+@cache
+def parameter_count(model: ModelConfig) -> int:
+    """Parameters of a model."""
+    return sum(cost.parameters(model).values())
+
+
+def training_flops(config: ExperimentConfig) -> float:
+    """FLOPs of a whole training."""
+    per_image = _training_flops(config.model, wanted_outputs(config.loss), config.diffusion.draws_per_image)
+    return float(per_image) * config.data.batch_size * config.trainer.max_steps
+
+
+def image_flops(cell: Cell, sampling: Sampling) -> float:
+    """FLOPs of one sampled image."""
+    return _sampling_flops(cell.config.model, sampling.guidance != 1).total(sampling.steps)
+
+
+def evaluation_flops(cell: Cell) -> dict[int, float]:
+    """Budget -> FLOPs of all its points."""
+    images, flops = cell.inference.last * cell.config.evaluation.num_samples, dict.fromkeys(cell.budgets, 0.0)
+    for sampling in cell.samplings:
+        flops[sampling.nfe] += images * image_flops(cell, sampling)
+    return flops
+
+
+@cache
+def _training_flops(model: ModelConfig, outputs: frozenset[str], draws: int) -> int:
+    return cost.training_flops(model, outputs, draws).total
+
+
+@cache
+def _sampling_flops(model: ModelConfig, guided: bool) -> cost.SamplingFlops:
+    return cost.sampling_flops(model, guided)
 
 
 def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = None) -> None:
@@ -34,127 +145,133 @@ def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = No
 
     Args:
         tflops: peak of a device, in TFLOP/s; None: an A100's, or a CPU core's.
-        mfu: part of it that is reached; None: what is usual.
+        mfu: part of the peak that is reached; None: the usual one.
 
     Raises:
         InputError: a cell's folder holds a run of another experiment.
     """
     device = assumed_device(sweep, tflops, mfu)
     if sweep.search is None:
-        cells = sweep.cells()
+        cells = sweep_cells(sweep)
         needs, estimates = [cell_needs(cell) for cell in cells], Estimates(cells, device)
-        totals = _totals(sweep, cells, needs, estimates, device)
-        show(plan_grid(sweep, cells, needs, estimates), [*totals, *skipped_budgets(cells)])
+        lines = _total_lines(sweep, cells, needs, estimates, device)
+        print_table(plan_table(sweep, cells, needs, estimates), [*lines, *skipped_budgets(cells)])
     else:
         print("\n".join(search_lines(sweep, sweep.search, device)))
 
 
 def assumed_device(sweep: Sweep, tflops: float | None, mfu: float | None) -> Device:
-    """What is assumed of a sweep's devices where nothing was measured, with what the user says of it."""
+    """The device that is assumed where nothing was measured; the user's numbers come first."""
     device = CPU_CORE if sweep.accelerator == "cpu" else A100
     if tflops is None and mfu is None:
         return device
     return Device(tflops or device.peak_tflops, mfu or device.mfu, device.name if tflops is None else "the device named")
 
 
-def plan_grid(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates) -> TextTable:
-    """Every cell with its size, its FLOPs in training and per sampled image, its time, and what is left of it to do."""
+def plan_table(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates) -> TextTable:
+    """A row for each cell: its size, its FLOPs in training and per sampled image, its time, its state."""
     budgets = sorted({nfe for cell in cells for nfe in cell.budgets})
     headings = ["cell", "parameters", "training FLOPs", *(f"NFE {nfe}" for nfe in budgets), hours_unit(sweep), "state"]
-    grid = TextTable(f"{sweep.name}: {sweep.experiment}", headings, frozenset(("cell", "state")))
-    for cell, left in zip(cells, needs, strict=True):
-        costs = {nfe: f"{with_unit(flops)} ({steps} steps)" for nfe, (flops, steps) in sampling(cell).items()}
+    table = TextTable(f"{sweep.name}: {sweep.experiment}", headings, frozenset(("cell", "state")))
+    for cell, need in zip(cells, needs, strict=True):
+        main = cell.samplings[: len(cell.budgets)]
+        costs = {sampling.nfe: f"{with_unit(image_flops(cell, sampling))} ({sampling.steps} steps)" for sampling in main}
         row = [cell.name, with_unit(parameter_count(cell.config.model)), with_unit(training_flops(cell.config))]
         row += [costs.get(nfe, "skipped" if nfe in cell.skipped else "") for nfe in budgets]
-        row += [f"{estimates.whole(cell).total / 3600:.3g}"]
-        grid.rows.append([*row, "to train" if left.training else "to evaluate" if left.budgets else "done"])
-    return grid
+        row += [f"{estimates.cell_time(cell).total / 3600:.3g}"]
+        table.rows.append([*row, _state(need)])
+    return table
 
 
 def skipped_budgets(cells: Sequence[Cell]) -> list[str]:
-    """What is not evaluated, and why: a line for each reason."""
-    reasons: dict[str, list[str]] = {}
+    """A line for each reason why budgets are not evaluated."""
+    names: dict[str, list[str]] = {}
     for cell in cells:
-        for budget, why in cell.skipped.items():
-            reasons.setdefault(f"NFE {budget}: {why}", []).append(cell.name)
-    return [f"skipped, {reason}: {_few(names)}" for reason, names in reasons.items()]
+        for budget, reason in cell.skipped.items():
+            names.setdefault(f"NFE {budget}: {reason}", []).append(cell.name)
+    return [f"skipped, {reason}: {_first_names(cells_of_reason)}" for reason, cells_of_reason in names.items()]
 
 
 def search_lines(sweep: Sweep, search: Search, device: Device) -> list[str]:
-    """What a search chooses from, and what its trials cost, of some drawn at random."""
-    from madformer.sweep.search import sample_cells, tried_cells
+    """The space of a search, and what its trials cost: an estimate from trials drawn at random."""
+    from madformer.sweep.search import sample_cells, study_cells
 
-    cells = sample_cells(sweep, _DRAWN)
+    cells = sample_cells(sweep, _SAMPLED_TRIALS)
     if not cells:
-        raise ConfigError(f"search.space: of {_DRAWN} trials drawn at random none is legal")
-    estimates = Estimates([*tried_cells(sweep), *cells], device)
-    times = [estimates.whole(cell) for cell in cells]
-    hours = [time.total / 3600 for time in times]
-    longest = max(time.total / device_count(cell) for time, cell in zip(times, cells, strict=True))
-    lines = [f"{sweep.name}: {sweep.experiment}, a search of {search.trials} trials by {search.sampler}"]
-    lines += [f"  {key}: {choices}" for key, choices in search.space.items()]
-    lines.append(
-        f"  objectives {', '.join(search.objectives)} at NFE {', '.join(map(str, search.nfe))}, pruner {search.pruner}"
-    )
-    lines.append(
-        f"  of {_DRAWN} trials drawn at random {len(cells)} are legal; one takes {fmean(hours):.3g} {hours_unit(sweep)}"
-    )
-    lines.append(
-        f"  all {search.trials}: {fmean(hours) * search.trials:.3g} {hours_unit(sweep)}, the longest trial {duration(longest)}"
-    )
-    return [*lines, f"  {basis(times[0].measured, device)}"]
+        raise ConfigError(f"search.space: of {_SAMPLED_TRIALS} trials drawn at random none is legal")
+    estimates = Estimates([*study_cells(sweep), *cells], device)
+    times = [estimates.cell_time(cell) for cell in cells]
+    hours = fmean([time.total / 3600 for time in times])
+    longest = max(time.total / cell.device_count for time, cell in zip(times, cells, strict=True))
+    unit, budgets = hours_unit(sweep), ", ".join(map(str, search.nfe))
+    return [
+        f"{sweep.name}: {sweep.experiment}, a search of {search.trials} trials by {search.sampler}",
+        *(f"  {key}: {choices}" for key, choices in search.space.items()),
+        f"  objectives {', '.join(search.objectives)} at NFE {budgets}, pruner {search.pruner}",
+        f"  of {_SAMPLED_TRIALS} trials drawn at random {len(cells)} are legal; one takes {hours:.3g} {unit}",
+        f"  all {search.trials}: {hours * search.trials:.3g} {unit}, the longest trial {format_duration(longest)}",
+        f"  {basis(times[0].is_measured, device)}",
+    ]
 
 
-def _totals(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates, device: Device) -> list[str]:
-    """All FLOPs and hours, those that are left, and the cells by state."""
+def _total_lines(
+    sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates, device: Device
+) -> list[str]:
+    """All FLOPs and hours, the remaining hours, and the cells by state."""
     training = sum(training_flops(cell.config) for cell in cells)
     evaluation = sum(sum(evaluation_flops(cell).values()) for cell in cells)
-    whole = [estimates.whole(cell) for cell in cells]
-    left = sum(estimates.left(cell, need, _newest_step(cell)).total for cell, need in zip(cells, needs, strict=True))
-    longest = max(time.total / device_count(cell) for time, cell in zip(whole, cells, strict=True))
+    times = [estimates.cell_time(cell) for cell in cells]
+    remaining = sum(
+        estimates.remaining_time(cell, need, _newest_step(cell)).total for cell, need in zip(cells, needs, strict=True)
+    )
+    longest = max(time.total / cell.device_count for time, cell in zip(times, cells, strict=True))
     counts = {"to train": 0, "to evaluate": 0, "done": 0}
     for need in needs:
-        counts["to train" if need.training else "to evaluate" if need.budgets else "done"] += 1
-    hours, unit = sum(time.total for time in whole) / 3600, hours_unit(sweep)
+        counts[_state(need)] += 1
+    hours, unit = sum(time.total for time in times) / 3600, hours_unit(sweep)
     return [
         f"{len(cells)} cells: {', '.join(f'{count} {state}' for state, count in counts.items())}. "
         f"Training {with_unit(training)}FLOPs, evaluation {with_unit(evaluation)}FLOPs. Under NFE: FLOPs per image.",
-        f"{hours:.3g} {unit}, of which {left / 3600:.3g} are left; the longest trial takes {duration(longest)} "
-        f"on {device_count(cells[0])} {'process' if sweep.accelerator == 'cpu' else 'GPU'}(s).",
-        basis(all(time.measured for time in whole), device),
+        f"{hours:.3g} {unit}, of which {remaining / 3600:.3g} are left; the longest trial takes {format_duration(longest)} "
+        f"on {cells[0].device_count} {'process' if sweep.accelerator == 'cpu' else 'GPU'}(s).",
+        basis(all(time.is_measured for time in times), device),
     ]
+
+
+def _state(needs: Needs) -> str:
+    return "to train" if needs.training else "to evaluate" if needs.budgets else "done"
 
 
 def _newest_step(cell: Cell) -> int:
     return max(map(checkpoint_step, list_checkpoints(cell.run)), default=0)
 
 
-def basis(measured: bool, device: Device) -> str:
-    """A sentence on what times rest on."""
-    if measured:
+def basis(is_measured: bool, device: Device) -> str:
+    """A sentence that says what the times rest on."""
+    if is_measured:
         return "Times by measured rates: each run's own, or those of the others."
     return f"Times assume {device.peak_tflops:g} TFLOP/s ({device.name}) at an MFU of {device.mfu:.0%}: --tflops, --mfu."
 
 
 def hours_unit(sweep: Sweep) -> str:
-    """What its times are counted in."""
+    """The unit of its times."""
     return "CPU-hours" if sweep.accelerator == "cpu" else "GPU-hours"
 
 
-def _few(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def print_suite(sweeps: Sequence[Sweep], tflops: float | None = None, mfu: float | None = None) -> None:
-    """Print a line for each sweep with what it adds to those above it, and the sum.
+    """Print what each sweep adds to those above it, and the sum.
 
     Args:
-        sweeps: grids; a model is the same if its configuration's hash is.
-        tflops: as `print_plan`.
-        mfu: as `print_plan`.
+        sweeps: grids. Two models are the same if their configurations have the same hash.
+        tflops: as in `print_plan`.
+        mfu: as in `print_plan`.
 
     Raises:
-        InputError: one is a search, whose trials nobody knows before, or they are for different kinds of devices.
+        InputError: one is a search, whose trials are not known in advance, or they are for different kinds of devices.
     """
     for sweep in sweeps:
         if sweep.search is not None:
@@ -164,66 +281,64 @@ def print_suite(sweeps: Sequence[Sweep], tflops: float | None = None, mfu: float
     device = assumed_device(sweeps[0], tflops, mfu)
     suite = _Suite(device)
     headings = ["sweep", "cells", "new models", "parameters", "training FLOPs", "evaluation FLOPs", hours_unit(sweeps[0])]
-    grid = TextTable(f"{len(sweeps)} sweeps", headings, frozenset(["sweep"]))
+    table = TextTable(f"{len(sweeps)} sweeps", headings, frozenset(["sweep"]))
     for sweep in sweeps:
-        grid.rows.append([sweep.name, *suite.add(sweep.cells())])
-    grid.rows.append(["together", *suite.total()])
-    show(grid, [f"What a sweep shares with one above it is counted there. {basis(suite.measured, device)}"])
+        table.rows.append([sweep.name, *suite.add(sweep_cells(sweep))])
+    table.rows.append(["together", *suite.total()])
+    print_table(table, [f"What a sweep shares with one above it is counted there. {basis(suite.is_measured, device)}"])
 
 
 class _Suite:
-    """Models and points that were counted already."""
+    """The models and points that are counted so far."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._models: dict[str, Cell] = {}
         self._points: set[tuple[object, ...]] = set()
         self._cells, self._training, self._evaluation, self._hours = 0, 0.0, 0.0, 0.0
-        self.measured = True
+        self.is_measured = True
         """Whether all times rest on measured rates."""
 
     def add(self, cells: Sequence[Cell]) -> list[str]:
-        """A sweep's columns."""
-        estimates, new = Estimates(cells, self._device), []
+        """Count a sweep; the columns of its row."""
+        estimates, new_models = Estimates(cells, self._device), []
         training = evaluation = seconds = 0.0
         for cell in cells:
-            time, costs = estimates.whole(cell), _points(cell)
-            self.measured &= time.measured
-            added = sum(flops for point, flops in costs.items() if point not in self._points)
+            time, costs = estimates.cell_time(cell), _point_costs(cell)
+            self.is_measured &= time.is_measured
+            new_flops = sum(flops for point, flops in costs.items() if point not in self._points)
             self._points |= costs.keys()
-            evaluation += added
-            seconds += time.evaluation * added / (sum(costs.values()) or 1.0)
+            evaluation += new_flops
+            seconds += time.evaluation * new_flops / (sum(costs.values()) or 1.0)
             if cell.config_hash not in self._models:
                 self._models[cell.config_hash] = cell
-                new.append(cell)
+                new_models.append(cell)
                 training += training_flops(cell.config)
                 seconds += time.training
         self._cells, self._hours = self._cells + len(cells), self._hours + seconds / 3600
         self._training, self._evaluation = self._training + training, self._evaluation + evaluation
-        return _columns(len(cells), new, training, evaluation, seconds / 3600)
+        return _columns(len(cells), new_models, training, evaluation, seconds / 3600)
 
     def total(self) -> list[str]:
-        """The columns of all."""
+        """The columns of the sum."""
         return _columns(self._cells, list(self._models.values()), self._training, self._evaluation, self._hours)
 
 
-def _points(cell: Cell) -> dict[tuple[object, ...], float]:
-    """Every point of a cell, by what it is a measurement of -> its FLOPs.
+def _point_costs(cell: Cell) -> dict[tuple[object, ...], float]:
+    """FLOPs of each point of a cell, by what it is a measurement of.
 
-    Checkpoints count from the newest: which steps they are of is not known before there is a run.
+    Checkpoints count from the newest: their steps are not known before there is a run.
     """
-    flops = {guidance: sampling(cell, guidance) for guidance in cell.guidances}
+    images = cell.config.evaluation.num_samples
     return {
-        (cell.config_hash, checkpoint, chosen.nfe, cell_measurement(cell, chosen).key): (
-            flops[chosen.guidance][chosen.nfe][0] * cell.config.evaluation.num_samples
-        )
-        for chosen in cell.samplings
+        (cell.config_hash, checkpoint, sampling.nfe, cell_measurement(cell, sampling).key): images * image_flops(cell, sampling)
+        for sampling in cell.samplings
         for checkpoint in range(cell.inference.last)
     }
 
 
-def _columns(cells: int, new: Sequence[Cell], training: float, evaluation: float, hours: float) -> list[str]:
-    sizes = sorted({parameter_count(cell.config.model) for cell in new})
-    shown = " – ".join(dict.fromkeys(with_unit(size) for size in (sizes[0], sizes[-1]))) if sizes else ""
+def _columns(cells: int, models: Sequence[Cell], training: float, evaluation: float, hours: float) -> list[str]:
+    sizes = sorted({parameter_count(cell.config.model) for cell in models})
+    size_range = " – ".join(dict.fromkeys(with_unit(size) for size in (sizes[0], sizes[-1]))) if sizes else ""
     time = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
-    return [str(cells), str(len(new)), shown, with_unit(training), with_unit(evaluation), time]
+    return [str(cells), str(len(models)), size_range, with_unit(training), with_unit(evaluation), time]

@@ -1,4 +1,4 @@
-"""Trials as jobs of Slurm: submitted as arrays, found again by any driver, saved and queued again when their time is over."""
+"""The Slurm launcher: trials as jobs, which any driver finds again, and which are queued again at their time limit."""
 
 from __future__ import annotations
 
@@ -14,33 +14,42 @@ from typing import Any
 
 from madformer.errors import ConfigError, InputError
 from madformer.sweep.cells import Cell
-from madformer.sweep.needs import progress
+from madformer.sweep.needs import cell_progress
 from madformer.sweep.queue import Queue, Trial
 from madformer.sweep.spec import Sweep
-from madformer.sweep.trial import DONE, INTERRUPTED, Commands, Outcome, TrialProcesses, append_log, read_outcome
+from madformer.sweep.trial import (
+    DONE,
+    INTERRUPTED,
+    THREAD_VARIABLES,
+    Commands,
+    Outcome,
+    TrialProcesses,
+    append_log,
+    read_outcome,
+)
 
 try:
     import submitit
 except ImportError as missing:
     raise ConfigError("launcher = 'slurm': needs submitit: pip install 'madformer[slurm]'") from missing
 
-_AT_ONCE = 500
-"""Jobs of one array; clusters allow 1,000."""
-_SEARCHED_AT_ONCE = 10
-"""Trials of a search at once, unless `slurm.parallel` says otherwise."""
+_ARRAY_SIZE = 500
+"""Jobs in one array; clusters allow 1,000."""
+_SEARCH_TRIALS = 10
+"""Trials of a search side by side, unless `slurm.parallel` is set."""
 _SECONDS_AFTER_REFUSAL = 60.0
-_SECONDS_TO_PUT_OFF = 300.0
-_SECONDS_BETWEEN_LOOKS = 5.0
-_LOOKS_BEFORE_GONE = 2
-"""A job that is queued again may be out of sight for a moment."""
-_MANY = 1_000_000
+_SECONDS_UNTIL_REQUEUED = 300.0
+_SECONDS_BETWEEN_QUERIES = 5.0
+_QUERIES_BEFORE_GONE = 2
+"""A job that is being queued again may be missing for a moment."""
+_UNLIMITED = 1_000_000
 
 
 class SlurmLauncher:
-    """Submits trials, and watches the queue of Slurm for their ends. A trial's job is `ARRAY'S NAME/INDEX`.
+    """Submits trials and watches Slurm's queue for their ends. A trial's job is called `ARRAY'S NAME/INDEX`.
 
     Raises:
-        ConfigError: there is no Slurm here.
+        ConfigError: this machine has no Slurm commands.
     """
 
     outlives_driver = True
@@ -52,83 +61,83 @@ class SlurmLauncher:
         self._jobs: dict[str, Trial] = {}
         self._absences: dict[str, int] = {}
         self._cancelled: set[str] = set()
-        self._looked = self._refused = float("-inf")
-        self._accepted = False
-        """Whether Slurm has ever taken jobs of this driver."""
+        self._last_query_at = self._last_refusal_at = float("-inf")
+        self._has_submitted = False
 
     @property
     def trials(self) -> list[Trial]:
-        """Those that were submitted and have not ended."""
+        """The submitted trials that have not ended."""
         return list(self._jobs.values())
 
-    def room(self) -> int:
-        """How many trials can be submitted now: Slurm decides when they run. A search is to learn from the first ones."""
-        if time.monotonic() - self._refused < _SECONDS_AFTER_REFUSAL:
+    def free_slots(self) -> int:
+        """Trials that can be submitted now. Slurm decides when they run; a search learns from the first ones."""
+        if time.monotonic() - self._last_refusal_at < _SECONDS_AFTER_REFUSAL:
             return 0
-        most = self._sweep.slurm.parallel or (_SEARCHED_AT_ONCE if self._sweep.search else _MANY)
-        return min(_AT_ONCE, max(0, most - len(self._jobs)))
+        limit = self._sweep.slurm.parallel or (_SEARCH_TRIALS if self._sweep.search else _UNLIMITED)
+        return min(_ARRAY_SIZE, max(0, limit - len(self._jobs)))
 
     def start(self, trials: Sequence[Trial]) -> None:
-        """Submit trials; those that have a job are only watched.
+        """Submit trials; watch those that have a job already.
 
         Raises:
-            InputError: Slurm does not take the first ones; they are put back. Later ones are tried again.
+            InputError: Slurm refuses the first ones; they are put back. Later refusals are tried again.
         """
         self._jobs |= {trial.job: trial for trial in trials if trial.job is not None}
-        new = [trial for trial in trials if trial.job is None]
-        if not new:
+        unsubmitted = [trial for trial in trials if trial.job is None]
+        if not unsubmitted:
             return
         name = f"madformer-{self._sweep.name}-{secrets.token_hex(4)}"
-        jobs = {f"{name}/{index}": trial for index, trial in enumerate(new)}
+        jobs = {f"{name}/{index}": trial for index, trial in enumerate(unsubmitted)}
         for job, trial in jobs.items():
-            self._queue.remember_job(trial, job)  # first: a driver that dies in between leaves jobs that are found
+            self._queue.save_job(trial, job)  # first: the next driver must find the jobs if this one dies here
         try:
-            submitted = self._executor(name).map_array(
+            jobs_of_array = self._executor(name).map_array(
                 _call, [SlurmTrial(trial.cell, job, self._commands, self._threads) for job, trial in jobs.items()]
             )
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-            for trial in new:
+            for trial in unsubmitted:
                 self._queue.put_back(trial)
-            what = f"slurm: the jobs were not taken: {' '.join(str(error).split())[-500:]}"
-            if not self._accepted:
-                raise InputError(what) from error
-            self._say(f"{self._sweep.name}: {what}; tried again later")
-            self._refused = time.monotonic()
+            message = f"slurm: the jobs were not taken: {' '.join(str(error).split())[-500:]}"
+            if not self._has_submitted:
+                raise InputError(message) from error
+            self._say(f"{self._sweep.name}: {message}; tried again later")
+            self._last_refusal_at = time.monotonic()
             return
-        self._accepted = True
-        self._say(f"{self._sweep.name}: {len(new)} trials submitted as job {submitted[0].job_id.split('_')[0]} ({name})")
+        self._has_submitted = True
+        array_id = jobs_of_array[0].job_id.split("_")[0]
+        self._say(f"{self._sweep.name}: {len(unsubmitted)} trials submitted as job {array_id} ({name})")
         self._jobs |= jobs
 
-    def ended(self, seconds: float) -> Iterator[tuple[Trial, Outcome]]:
+    def finished_trials(self, seconds: float) -> Iterator[tuple[Trial, Outcome]]:
         """Trials whose jobs have ended; waits so long."""
         time.sleep(seconds)
-        if not self._jobs or time.monotonic() - self._looked < _SECONDS_BETWEEN_LOOKS:
+        if not self._jobs or time.monotonic() - self._last_query_at < _SECONDS_BETWEEN_QUERIES:
             return
-        self._looked = time.monotonic()
-        alive = _jobs_in_queue()
-        if alive is None:
-            return  # no word from Slurm says nothing of its jobs
+        self._last_query_at = time.monotonic()
+        queued = _queued_jobs()
+        if queued is None:
+            return
         for job, trial in list(self._jobs.items()):
-            self._absences[job] = 0 if job in alive else self._absences.get(job, 0) + 1
-            if self._absences[job] >= _LOOKS_BEFORE_GONE:
+            self._absences[job] = 0 if job in queued else self._absences.get(job, 0) + 1
+            if self._absences[job] >= _QUERIES_BEFORE_GONE:
                 del self._jobs[job], self._absences[job]
                 outcome = read_outcome(trial.cell, _begin(job), f"; what Slurm has of it is in {self._sweep.folder}/.slurm")
                 yield trial, INTERRUPTED if job in self._cancelled and outcome != DONE else outcome
 
-    def end(self, trial: Trial) -> bool:
-        """Have a trial save its state and end; whether it was told."""
-        alive = _jobs_in_queue() or {}
+    def interrupt(self, trial: Trial) -> bool:
+        """Let a trial save its state and end; whether Slurm takes the command."""
+        queued = _queued_jobs() or {}
         for job, other in self._jobs.items():
-            if other == trial and job in alive:
+            if other == trial and job in queued:
                 self._cancelled.add(job)
-                return subprocess.run(["scancel", alive[job]], check=False).returncode == 0
+                return subprocess.run(["scancel", queued[job]], check=False).returncode == 0
         return False
 
-    def stop(self, how: signal.Signals) -> None:
-        """Leave them alone: they outlive the driver."""
+    def stop(self, signal_number: signal.Signals) -> None:
+        """Nothing: jobs outlive the driver."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing: there are no resources to free."""
 
     @property
     def _threads(self) -> int | None:
@@ -136,7 +145,7 @@ class SlurmLauncher:
 
     def _executor(self, name: str) -> submitit.SlurmExecutor:
         settings, folder = self._sweep.slurm, self._sweep.folder.resolve() / ".slurm"
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=_MANY)
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=_UNLIMITED)
         parameters: dict[str, Any] = {
             "job_name": name,
             "partition": settings.partition,
@@ -148,15 +157,15 @@ class SlurmLauncher:
             "ntasks_per_node": self._sweep.devices_per_trial,
             "cpus_per_task": settings.cpus_per_task,
             "mem": f"{round(settings.mem_gb * 1024)}M" if settings.mem_gb else None,
-            "array_parallelism": settings.parallel or _AT_ONCE,
+            "array_parallelism": settings.parallel or _ARRAY_SIZE,
             "setup": list(settings.setup),
-            "srun_args": ["--kill-on-bad-exit=1"],  # a rank that has failed is not waited for
+            "srun_args": ["--kill-on-bad-exit=1"],  # when a rank fails, end the others
             "stderr_to_stdout": True,
             "additional_parameters": {"requeue": True, **settings.options},
         }
         if self._sweep.accelerator != "cpu" and "gres" not in settings.options:
             parameters["gpus_per_node"] = self._sweep.devices_per_trial
-        if settings.cpus_per_task:  # srun does not take it over from sbatch any more
+        if settings.cpus_per_task:  # srun no longer inherits it from sbatch
             parameters["setup"].append(f"export SRUN_CPUS_PER_TASK={settings.cpus_per_task}")
         executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
         return executor
@@ -164,52 +173,51 @@ class SlurmLauncher:
 
 @dataclass
 class SlurmTrial:
-    """What a job does: on each of its tasks, the trial's commands, which find the other tasks by Slurm's variables."""
+    """The work of a job: each of its tasks runs the trial's commands, which find the other tasks by Slurm's variables."""
 
     cell: Cell
     job: str
     """`ARRAY'S NAME/INDEX`."""
     commands: Commands
     threads: int | None
-    """CPU threads; None: as many as the libraries like."""
+    """CPU threads; None: the libraries' default."""
     _processes: TrialProcesses | None = field(default=None, repr=False)
-    _before: list[int] = field(default_factory=list, repr=False)
+    _first_progress: list[int] = field(default_factory=list, repr=False)
 
     def run(self) -> None:
-        """Run to the end.
+        """Run the trial's commands.
 
         Raises:
-            SystemExit: it failed, which ends the other tasks too.
+            SystemExit: they failed; this ends the other tasks too.
         """
         environment = dict(os.environ)
         if self.threads is not None:
-            names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-            environment |= dict.fromkeys(names, str(self.threads))
-        rank, alone = int(os.environ.get("SLURM_PROCID", "0")), os.environ.get("SLURM_NTASKS", "1") == "1"
-        self._before = progress(self.cell)
+            environment |= dict.fromkeys(THREAD_VARIABLES, str(self.threads))
+        rank, tasks = int(os.environ.get("SLURM_PROCID", "0")), int(os.environ.get("SLURM_NTASKS", "1"))
+        self._first_progress = cell_progress(self.cell)
         append_log(self.cell, _begin(self.job), rank)
-        self._processes = TrialProcesses(self.cell, self.commands, print, environment, None if alone else rank)
+        self._processes = TrialProcesses(self.cell, self.commands, print, environment, None if tasks == 1 else rank)
         signal.signal(signal.SIGTERM, self._end)
-        if rank:  # submitit answers on the first task alone
+        if rank:  # submitit handles it in the first task only
             signal.signal(signal.SIGUSR2, self._end)
         outcome = self._processes.run()
         while outcome == INTERRUPTED:
-            time.sleep(1)  # preempted, cancelled or put off: Slurm ends the job, and knows whether it is to be queued again
+            time.sleep(1)  # preempted, cancelled or at its time limit: Slurm ends the job, and queues it again if needed
         if outcome.kind == "hindered" and rank:
-            time.sleep(_SECONDS_TO_PUT_OFF)  # stopped by the first task's child, which is being put off
+            time.sleep(_SECONDS_UNTIL_REQUEUED)  # the first task's process stopped it; the job is being queued again
         if outcome.state == "failed":
             raise SystemExit(1)
 
-    def put_off(self) -> submitit.helpers.DelayedSubmission | None:
-        """The time is nearly over: save the state.
+    def requeue(self) -> submitit.helpers.DelayedSubmission | None:
+        """Save the state before the time limit.
 
         Returns:
-            What goes on from it; None: nothing was gained, and the driver sees to it.
+            The job that continues; None: this one made no progress, and the driver decides.
         """
         if self._processes is not None:
             self._processes.stop(signal.SIGUSR2)
             self._processes.wait()
-        if progress(self.cell) <= self._before:
+        if cell_progress(self.cell) <= self._first_progress:
             append_log(self.cell, "the job's time was over before anything was done; slurm.minutes is too short")
             return None
         append_log(self.cell, "the job's time is over, it is queued again")
@@ -221,29 +229,29 @@ class SlurmTrial:
 
 
 class _Call:
-    """What submitit calls on every task, and asks on the first one for what is to be queued again."""
+    """The function that submitit calls in every task; in the first one also for the job that continues."""
 
     def __call__(self, trial: SlurmTrial) -> None:
         trial.run()
 
     def checkpoint(self, trial: SlurmTrial) -> submitit.helpers.DelayedSubmission | None:
-        return trial.put_off()
+        return trial.requeue()
 
 
 _call = _Call()
 
 
-def _jobs_in_queue() -> dict[str, str] | None:
-    """`ARRAY'S NAME/INDEX` of jobs that wait or run -> Slurm's number of each; None: Slurm does not say."""
+def _queued_jobs() -> dict[str, str] | None:
+    """`ARRAY'S NAME/INDEX` of waiting and running jobs -> Slurm's number; None: Slurm does not answer."""
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%K|%j"]
     try:
-        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     except (OSError, subprocess.SubprocessError):
         return None
-    rows = (line.strip().split("|", 2) for line in listed.stdout.splitlines())
+    rows = (line.strip().split("|", 2) for line in result.stdout.splitlines())
     return {f"{name}/{index if index.isdigit() else 0}": number for number, index, name in rows}
 
 
 def _begin(job: str) -> str:
-    """What the log says where a job begins; queued again, it says so again."""
+    """The log's line where a job begins, also when it is queued again."""
     return f"job {job}"

@@ -1,22 +1,25 @@
-"""What a cell still needs, and how long that takes."""
+"""What a cell still needs: the training, and the points that its run's record lacks."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from madformer.config import ExperimentConfig, ModelConfig, frozen_hash, load_experiment, require_same_weights, wanted_outputs
+from madformer.config import load_experiment, read_config_hash, require_same_weights
 from madformer.config.identity import config_path
-from madformer.evaluation.measurement import Measurement, Sampling, network_sha256
-from madformer.model import cost
-from madformer.progress import read_progress
+from madformer.errors import InputError
+from madformer.evaluation.measurement import INCEPTION, Measurement, Sampling
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
-from madformer.runs.folder import progress_path
 from madformer.sweep.cells import Cell
+
+DIGITS_SHA256 = "fe8de8929b8f8c1d5fdde1a39ba44f83b8557c62b49066cd7583d0009697a32f"
+"""SHA-256 of the digits network that ships with the package, known without torch; a test compares it with the weights."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def is_trained(cell: Cell) -> bool:
     Raises:
         InputError: its folder holds a run of another experiment.
     """
-    before = frozen_hash(cell.run)
+    before = read_config_hash(cell.run)
     if before is None:
         return False
     if before != cell.config_hash:  # also where a version of old lacked a field, with the same weights
@@ -105,8 +108,8 @@ def main_metrics(cell: Cell) -> dict[int, Mapping[str, float]]:
     }
 
 
-def progress(cell: Cell) -> list[int]:
-    """How far a cell is; it rises with all that is not to be done again."""
+def cell_progress(cell: Cell) -> list[int]:
+    """How far a cell is: newest checkpoint, recorded points, parts of an evaluation. It rises with all work that is kept."""
     checkpoints = list_checkpoints(cell.run)
     parts = sum(1 for _ in (cell.run / "features").glob("*/*"))
     points = len(cell_points(cell)) if checkpoints and is_trained(cell) else 0
@@ -121,132 +124,39 @@ def _requested(cell: Cell) -> list[tuple[int, Sampling]]:
     return [(step, sampling) for sampling in cell.samplings for step in steps]
 
 
-@dataclass(frozen=True)
-class Device:
-    """What is assumed of a device where nothing was measured."""
+def network_sha256(name: str) -> str | None:
+    """The SHA-256 of a feature network that lies on this machine; None: it is the hub's, or it cannot be built here.
 
-    peak_tflops: float
-    """TFLOP/s at best."""
-    mfu: float
-    """Model FLOPs utilisation: the part of it that training and sampling get."""
-    name: str
-
-    @property
-    def flops_per_second(self) -> float:
-        """What it does."""
-        return self.peak_tflops * 1e12 * self.mfu
-
-
-A100 = Device(312.0, 0.35, "an A100 in bfloat16")
-CPU_CORE = Device(0.1, 0.05, "a CPU core")
-
-
-@dataclass(frozen=True)
-class Time:
-    """What a cell takes, in seconds of all its devices together."""
-
-    training: float
-    evaluation: float
-    measured: bool
-    """Whether it rests on measured rates alone: the cell's own, or those of others of the sweep."""
-
-    @property
-    def total(self) -> float:
-        """Both."""
-        return self.training + self.evaluation
-
-
-class Estimates:
-    """Times of the cells of one sweep. A cell's own rates come first, then those of the others, then what is assumed."""
-
-    def __init__(self, cells: Sequence[Cell], assumed: Device) -> None:
-        self._assumed = assumed
-        self._training_rates = {cell.key: rate for cell in cells if (rate := _training_rate(cell))}
-        measured = [
-            seconds_and_flops for cell in cells if cell.key in self._training_rates for seconds_and_flops in _sampled(cell)
-        ]
-        seconds, flops = sum(pair[0] for pair in measured), sum(pair[1] for pair in measured)
-        self._sampling_rate = flops / seconds if seconds else None
-        rates = sorted(self._training_rates.values())
-        self._training_rate = rates[len(rates) // 2] if rates else None
-
-    def whole(self, cell: Cell) -> Time:
-        """The whole of a cell."""
-        return self._time(cell, 1.0, sum(evaluation_flops(cell).values()))
-
-    def left(self, cell: Cell, needs: Needs, step: int = 0) -> Time:
-        """What is left of a cell that has made so many training steps."""
-        fraction = (1 - step / cell.max_steps) if needs.training else 0.0
-        costs = evaluation_flops(cell)
-        mean = sum(costs[budget] for budget in needs.budgets) / max(1, len(needs.budgets)) / cell_ways(cell)
-        return self._time(cell, fraction, mean * needs.points)
-
-    def _time(self, cell: Cell, trained: float, sampled_flops: float) -> Time:
-        training = self._training_rates.get(cell.key) or self._training_rate
-        sampling_rate = self._sampling_rate or training
-        return Time(
-            trained * training_flops(cell.config) / (training or self._assumed.flops_per_second),
-            sampled_flops / (sampling_rate or self._assumed.flops_per_second),
-            training is not None,
-        )
-
-
-def cell_ways(cell: Cell) -> int:
-    """Points of a cell at each budget."""
-    return len(cell.samplers) * len(cell.guidances) * len(cell.sampling_seeds) * cell.inference.last
-
-
-def device_count(cell: Cell) -> int:
-    """Devices of a trial."""
-    return (cell.config.trainer.devices or 1) * cell.config.trainer.num_nodes
-
-
-def training_flops(config: ExperimentConfig) -> float:
-    """FLOPs of a whole training."""
-    per_image = _training_flops(config.model, wanted_outputs(config.loss), config.diffusion.draws_per_image)
-    return float(per_image) * config.data.batch_size * config.trainer.max_steps
-
-
-def sampling(cell: Cell, guidance: float | None = None) -> dict[int, tuple[float, int]]:
-    """Budget -> FLOPs of an image, denoising steps; with the first scale of guidance, or another one."""
-    model, guided = cell.config.model, (cell.guidances[0] if guidance is None else guidance) != 1
-    steps = {budget: cost.steps_for_nfe(model, budget) for budget in cell.budgets}
-    return {budget: (_sampling_flops(model, guided).total(count), count) for budget, count in steps.items()}
-
-
-def evaluation_flops(cell: Cell) -> dict[int, float]:
-    """Budget -> FLOPs of all its points."""
-    each = cell_ways(cell) // len(cell.guidances) * cell.config.evaluation.num_samples
-    costs = [sampling(cell, guidance) for guidance in cell.guidances]
-    return {budget: each * sum(cost[budget][0] for cost in costs) for budget in cell.budgets}
-
-
-@cache
-def parameter_count(model: ModelConfig) -> int:
-    """Parameters of a model."""
-    return sum(cost.parameters(model).values())
-
-
-@cache
-def _training_flops(model: ModelConfig, wanted: frozenset[str], draws: int) -> int:
-    return cost.training_flops(model, wanted, draws).total
-
-
-@cache
-def _sampling_flops(model: ModelConfig, guided: bool) -> cost.SamplingFlops:
-    return cost.sampling_flops(model, guided)
-
-
-def _training_rate(cell: Cell) -> float | None:
-    """FLOP/s of one device, as this cell's run has them; None: it has not trained for long."""
-    measured = read_progress(progress_path(cell.run)).get("step")
-    if not measured or not measured.get("per_second"):
+    So a network whose code or weights have changed is known for another one before anything is evaluated.
+    """
+    if name == "digits":
+        return DIGITS_SHA256
+    kind, _, location = name.partition(":")
+    published = kind in (INCEPTION, "torchscript", "hf")
+    path = Path(location if published else _source_file(name.rpartition(":")[0])).expanduser()
+    if not location or not path.exists():
         return None
-    return float(measured["per_second"]) * training_flops(cell.config) / cell.max_steps / int(measured.get("devices", 1))
+    state = path.stat()
+    return _built_sha256(name, (state.st_mtime_ns, state.st_size))
 
 
-def _sampled(cell: Cell) -> Iterable[tuple[float, float]]:
-    """Seconds of devices and FLOPs of each recorded point."""
-    for point in cell_points(cell).values():
-        if "seconds_spent" in point:
-            yield sum(point["seconds_spent"].values()), point["tflops_per_image"] * 1e12 * point["num_samples"]
+def _source_file(place: str) -> str:
+    """The file of a custom network's class: that of a module, or the file itself."""
+    if place.endswith(".py"):
+        return place
+    try:
+        spec = find_spec(place)
+    except (ImportError, ValueError):
+        spec = None
+    return (spec and spec.origin) or ""
+
+
+@lru_cache(maxsize=64)
+def _built_sha256(name: str, state: tuple[int, int]) -> str | None:
+    """Built once for each state of its file: torch and the network's code take seconds."""
+    from madformer.evaluation.feature_networks import build_feature_network
+
+    try:
+        return build_feature_network(name).sha256
+    except InputError:
+        return None  # the evaluation says why

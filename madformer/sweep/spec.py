@@ -1,4 +1,4 @@
-"""What a sweep is: the fields of its YAML file, their rules, and how values are written in names. No torch."""
+"""The specification of a sweep: the fields of its YAML file, their rules, and how values are written as text. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -19,71 +19,18 @@ from omegaconf.errors import OmegaConfBaseException
 from madformer.config import ExperimentConfig, load_experiment
 from madformer.config.evaluation import SamplerName
 from madformer.config.loading import all_keys, nearest
-from madformer.config.validation import is_integer, require
+from madformer.config.validation import is_folder_name, is_integer, require
 from madformer.errors import ConfigError
 from madformer.evaluation.measurement import METRICS, metric_key
 
-if TYPE_CHECKING:
-    from madformer.sweep.cells import Cell
-
 ALIASES = {"model.diffusion_depth": "d", "model.ar_length": "l", "loss.lambda_hidden": "h", "loss.lambda_clean_tower": "c"}
-"""Short names of axes in the names of cells; another axis is called by the last part of its key."""
+"""Short names of axes in the names of cells. Other axes are called by the last part of their key."""
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.+/-]*")
 _RESERVED = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n", "inf", "nan"))
-_UNFIT = re.compile(r"[^A-Za-z0-9._+-]+")
+_ILLEGAL_CHARACTERS = re.compile(r"[^A-Za-z0-9._+-]+")
 
-
-def as_text(value: Any) -> str:
-    """A value as it is written on the command line, so that it is read back as the same."""
-    if isinstance(value, str):
-        return value if _reads_back(value) else json.dumps(value)
-    return repr(value) if isinstance(value, float) else json.dumps(value, separators=(",", ": "))
-
-
-def label(key: str, value: Any) -> str:
-    """An axis in a cell's name: d7, width64, channels16x32."""
-    return ALIASES.get(key, key.rpartition(".")[2]) + _UNFIT.sub("_", "x".join(_words(value)))
-
-
-def is_folder_name(name: str) -> bool:
-    """Whether a folder can be called so, and a part of a cell's name."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\\n\0")
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether it stands in a cell's name as it is."""
-    return bool(name) and not _UNFIT.search(name)
-
-
-def read_value(text: str) -> Any:
-    """A value from the command line.
-
-    Raises:
-        yaml.YAMLError, OmegaConfBaseException: it is none.
-    """
-    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload, index]
-
-
-def _words(value: Any) -> Iterator[str]:
-    if isinstance(value, list):
-        for entry in value:
-            yield from _words(entry)
-    else:
-        yield value if isinstance(value, str) else as_text(value)
-
-
-@cache
-def _reads_back(text: str) -> bool:
-    if _PLAIN.fullmatch(text) and text.lower() not in _RESERVED:
-        return True  # as a thousand names of cells are
-    try:
-        return read_value(text) == text
-    except (yaml.YAMLError, OmegaConfBaseException):
-        return False
-
-
-OWN = {
+SET_BY_SWEEP = {
     "seed": "set seeds",
     "name": "cells are named by their axes",
     "output_dir": "set output_dir of the sweep",
@@ -91,16 +38,16 @@ OWN = {
     "trainer.devices": "set devices_per_trial",
     "trainer.num_nodes": "set slurm.nodes_per_trial",
 }
-"""Fields of an experiment that a sweep sets itself -> what to do instead."""
+"""Fields of an experiment that the sweep sets itself -> what to do instead."""
 
 VARIANT = "variant"
-"""What the axis of named variants is called, where other axes are called by their field."""
+"""The name of the axis of variants; other axes are called by their field."""
 
 DISTANCE = "distance"
-"""The objective of a search that is the first feature network's distance."""
+"""The objective of a search that stands for the distance of the first feature network."""
 
 COSTS = ("nfe", "tflops")
-"""Objectives of a search that are no metrics."""
+"""Objectives of a search that are costs, not metrics."""
 
 _FIELDS = tuple(all_keys(ExperimentConfig))
 
@@ -202,7 +149,7 @@ class Slurm:
     """Memory on each machine; null: the cluster's default."""
     parallel: int | None = None
     """The most trials that wait or run at once; null: as many as Slurm takes, of a search ten."""
-    setup: tuple[str, ...] = ()
+    setup: tuple[str, ...] = field(default=(), metadata={"entries": "shell lines"})
     """Shell lines before the trial, such as `module load cuda`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Any other option of sbatch -> value, such as `constraint: a100` or `gres: gpu:a100:4`."""
@@ -217,7 +164,7 @@ class Slurm:
         require(legal, "slurm.signal_seconds", self.signal_seconds, f"must be in 1..{60 * self.minutes - 1} (slurm.minutes)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sweep:
     """Runs of one experiment: a grid, or a search."""
 
@@ -286,8 +233,8 @@ class Sweep:
         for where, values in places.items():
             for key, value in values.items():
                 require_known(key, where)
-                if key in OWN:
-                    raise ConfigError(f"{where}.{key} = {value!r}: {OWN[key]}")
+                if key in SET_BY_SWEEP:
+                    raise ConfigError(f"{where}.{key} = {value!r}: {SET_BY_SWEEP[key]}")
                 remedy = "inference never makes a new cell: set it in overrides, or under evaluate"
                 legal = where == "overrides" or not key.startswith("evaluation")
                 require(legal, f"{where}.{key}", value, remedy)
@@ -310,13 +257,14 @@ class Sweep:
 
     def _check_once(self) -> None:
         """No field is set in two places."""
-        varied = dict.fromkeys(self.zip, "zip") | dict.fromkeys(self.grid, "grid")
-        if both := self.zip.keys() & self.grid.keys():
-            raise ConfigError(f"zip.{min(both)}: the grid varies it too; name it once")
-        changed = {key: f"variants.{name}" for name, changes in self.variants.items() for key in changes}
-        if both := changed.keys() & varied.keys():
-            raise ConfigError(f"{changed[min(both)]}.{min(both)}: the {varied[min(both)]} varies it too; name it once")
-        for key, where in varied.items():
+        if overlap := self.zip.keys() & self.grid.keys():
+            raise ConfigError(f"zip.{min(overlap)}: the grid varies it too; name it once")
+        axes = dict.fromkeys(self.zip, "zip") | dict.fromkeys(self.grid, "grid")
+        switches = {key: f"variants.{name}" for name, changes in self.variants.items() for key in changes}
+        if overlap := switches.keys() & axes.keys():
+            key = min(overlap)
+            raise ConfigError(f"{switches[key]}.{key}: the {axes[key]} varies it too; name it once")
+        for key, where in axes.items():
             if key in self.overrides:
                 raise ConfigError(f"overrides.{key} = {self.overrides[key]!r}: the {where} varies it; set {where}.{key}")
 
@@ -327,55 +275,38 @@ class Sweep:
             require(not getattr(self, name), name, getattr(self, name), "a sweep is a grid or a search: leave one of them out")
         require(len(self.seeds) == 1, "seeds", list(self.seeds), "trials of a search have one seed")
         for name in ("nfe", "steps"):
-            asked = list(getattr(self.evaluate, name))
-            require(not asked, f"evaluate.{name}", asked, "trials of a search have search.nfe")
+            values = list(getattr(self.evaluate, name))
+            require(not values, f"evaluate.{name}", values, "trials of a search have search.nfe")
         for key in self.search.space:
             if key in self.overrides:
                 raise ConfigError(f"overrides.{key} = {self.overrides[key]!r}: the search varies it; leave one of them out")
 
     @property
     def folder(self) -> Path:
-        """Where its runs and its study live."""
+        """The folder of its runs and its study."""
         assert self.output_dir is not None, "load_sweep resolves it"
         return Path(self.output_dir) / self.name
 
     @property
     def cpu_workers(self) -> int:
-        """Trials side by side where there are no GPUs, `workers` resolved."""
+        """Trials side by side without GPUs: `workers`, or as many as the cores allow."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return self.workers or max(1, cores // (self.threads * self.devices_per_trial))
 
     @cached_property
     def accelerator(self) -> str:
-        """Kind of device that trials run on, as `trainer.accelerator` says it."""
-        own = load_experiment(self.experiment).trainer.accelerator
-        return str(self.overrides.get("trainer.accelerator", own))
+        """`trainer.accelerator` of its trials."""
+        default = load_experiment(self.experiment).trainer.accelerator
+        return str(self.overrides.get("trainer.accelerator", default))
 
     @property
     def axes(self) -> list[str]:
-        """Names of what cells differ in, but for the seed."""
+        """Names of the axes, without the seed."""
         return [*([VARIANT] if self.variants else []), *self.grid, *self.zip]
-
-    def cells(self) -> list[Cell]:
-        """All cells of the grid: variants vary slowest, then the grid's axes in order, the tied ones, the seed fastest.
-
-        None for a search: its trials are in the study.
-
-        Raises:
-            FileNotFoundError: no such experiment file.
-            ConfigError: a cell's configuration is not legal (the message names the cell), or two cells would be the same run.
-        """
-        return list(self._cells)
-
-    @cached_property
-    def _cells(self) -> tuple[Cell, ...]:
-        from madformer.sweep.cells import make_cells
-
-        return make_cells(self)
 
 
 def require_known(key: str, where: str, also: Sequence[str] = ()) -> None:
-    """Refuse what is no field of an experiment; the message names the nearest one, or one of `also`."""
+    """Refuse a key that is no field of an experiment; the message names the nearest field, or entry of `also`."""
     if key not in _FIELDS:
         raise ConfigError(f"{where}: unknown key {key}; the nearest is {nearest(key, [*also, *_FIELDS])}")
 
@@ -403,3 +334,47 @@ def _check_choices(name: str, choices: Any) -> None:
     if choices.get("log"):
         require("step" not in choices, name, choices, "a logarithmic range has no step")
         require(choices["low"] > 0, name, choices, "a logarithmic range must begin above 0")
+
+
+def as_text(value: Any) -> str:
+    """A value as written on the command line; `read_value` reads it back."""
+    if isinstance(value, str):
+        return value if _reads_back(value) else json.dumps(value)
+    return repr(value) if isinstance(value, float) else json.dumps(value, separators=(",", ": "))
+
+
+def label(key: str, value: Any) -> str:
+    """An axis and its value in a cell's name: d7, width64, channels16x32."""
+    return ALIASES.get(key, key.rpartition(".")[2]) + _ILLEGAL_CHARACTERS.sub("_", "x".join(_words(value)))
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a cell's name can contain it unchanged."""
+    return bool(name) and not _ILLEGAL_CHARACTERS.search(name)
+
+
+def read_value(text: str) -> Any:
+    """A value from the command line.
+
+    Raises:
+        yaml.YAMLError, OmegaConfBaseException: it is not a value.
+    """
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload, index]
+
+
+def _words(value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        for entry in value:
+            yield from _words(entry)
+    else:
+        yield value if isinstance(value, str) else as_text(value)
+
+
+@cache
+def _reads_back(text: str) -> bool:
+    if _PLAIN.fullmatch(text) and text.lower() not in _RESERVED:
+        return True  # fast: a thousand names of cells are plain
+    try:
+        return read_value(text) == text
+    except (yaml.YAMLError, OmegaConfBaseException):
+        return False

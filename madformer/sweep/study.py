@@ -1,4 +1,4 @@
-"""The study's database, and which process has which trial."""
+"""The study of a sweep: its database, and the owners of its trials."""
 
 from __future__ import annotations
 
@@ -26,48 +26,20 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, NoSuchM
 from madformer.errors import ConfigError, InputError
 from madformer.sweep.spec import Sweep
 
-_CLOCK_SECONDS = 2.0
-"""The time a process started at is told a little differently when the machine's clock is set."""
-
-
-def new_owner() -> str:
-    """An owner that lives as long as this process, in a form that `is_gone` reads; another one each time."""
-    return json.dumps([_machine(), os.getpid(), round(psutil.Process().create_time(), 2), secrets.token_hex(4)])
-
-
-def is_gone(owner: str) -> bool:
-    """Whether a process of this machine has ended; of other machines nothing is known, and the answer is no."""
-    machine, number, started, _ = json.loads(owner)
-    if machine != _machine():
-        return False
-    try:
-        process = psutil.Process(number)
-        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - started) > _CLOCK_SECONDS
-    except psutil.NoSuchProcess:
-        return True
-
-
-@cache
-def _machine() -> str:
-    """The machine's name, and which of its containers sees this process."""
-    namespace = Path("/proc/self/ns/pid")
-    return f"{platform.node()} {namespace.readlink() if namespace.exists() else ''}".strip()
-
-
 HEARTBEAT_SECONDS = 15
 GRACE_SECONDS = 90
-"""A trial whose driver has not given a sign for so long is another's."""
+"""A trial without a heartbeat for so long may be claimed by another driver."""
 
 _DRIVERS = {"postgresql": ("postgresql+psycopg", "postgresql"), "mysql": ("mysql+pymysql", "mysql")}
-"""A database by its plain name -> SQLAlchemy's name with the driver that our extra installs, that extra."""
+"""Name of a database -> its name in SQLAlchemy with the driver that our extra installs, name of the extra."""
 
 _LOCKS = {
     "postgresql": ("SELECT pg_advisory_lock(hashtext(:name))", "SELECT pg_advisory_unlock(hashtext(:name))"),
-    # Shorter than the timeout of reading: whoever waits asks again.
+    # Shorter than `read_timeout`: a driver that waits asks again.
     "mysql": ("SELECT GET_LOCK(LEFT(:name, 64), 20)", "SELECT RELEASE_LOCK(LEFT(:name, 64))"),
 }
 _TIMEOUTS = {
-    # A machine that is switched off says no good-bye: minutes, not hours, until it is noticed, on both sides.
+    # A machine that is switched off closes no connection: both sides notice it after minutes, not hours.
     "postgresql": {
         "connect_timeout": 10,
         "keepalives_idle": 30,
@@ -79,65 +51,92 @@ _TIMEOUTS = {
     "mysql": {"connect_timeout": 10, "read_timeout": 60, "write_timeout": 60},
 }
 _LOCAL_DISKS = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "apfs", "hfs"))
-"""File systems where SQLite's write-ahead log works; on those of a network it does not."""
+"""File systems on which SQLite's write-ahead log works; it does not on network file systems."""
 
 _BUSY_TIMEOUT_SECONDS = 60
 _LONGEST_WAIT_SECONDS = 15.0
-_SECONDS_BETWEEN_WORDS = 60.0
+_SECONDS_BETWEEN_MESSAGES = 60.0
+
+_CLOCK_TOLERANCE_SECONDS = 2.0
+"""The system reports the start of a process a little differently after the machine's clock was set."""
 
 Result = TypeVar("Result")
 
 
+def new_owner() -> str:
+    """A new owner of trials that lives as long as this process; `is_dead` reads it."""
+    return json.dumps([_machine(), os.getpid(), round(psutil.Process().create_time(), 2), secrets.token_hex(4)])
+
+
+def is_dead(owner: str) -> bool:
+    """Whether the owner's process has ended. Of other machines nothing is known, and the answer is no."""
+    machine, number, start, _ = json.loads(owner)
+    if machine != _machine():
+        return False
+    try:
+        process = psutil.Process(number)
+        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - start) > _CLOCK_TOLERANCE_SECONDS
+    except psutil.NoSuchProcess:
+        return True
+
+
+@cache
+def _machine() -> str:
+    """The machine's name and the namespace of this process: processes of another container cannot be seen."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{platform.node()} {namespace.readlink() if namespace.exists() else ''}".strip()
+
+
 class Storage:
-    """The study of a sweep, open.
+    """The open study of a sweep.
 
     Args:
-        sweep: whose study it is.
-        say: told when the database does not answer, and when it does again.
-        only_look: whether a file that is there is taken as it is, unchecked: for whoever only reads, and has no time.
+        sweep: the sweep.
+        say: called with a line when the database does not answer, and when it answers again.
+        read_only: open an existing file without checking its tables, which is faster.
 
     Raises:
-        ConfigError: no such kind of database, or its driver is not installed.
-        InputError: the database does not answer, or the file is none.
+        ConfigError: unknown kind of database, or its driver is not installed.
+        InputError: the database does not answer, or the file is no database.
     """
 
-    def __init__(self, sweep: Sweep, say: Callable[[str], None] = lambda line: None, only_look: bool = False) -> None:
+    def __init__(self, sweep: Sweep, say: Callable[[str], None] = lambda line: None, read_only: bool = False) -> None:
         self.name, self.say, self._path = sweep.name, say, None
-        self.patient = True
-        """Whether `retry` waits for a database that does not answer."""
-        self._is_made = False
+        self.waits_for_database = True
+        """Whether `retry` waits while the database does not answer."""
+        self._has_tables = False
         self._url = make_url(sweep.storage) if sweep.storage else make_url(f"sqlite:///{study_path(sweep).resolve()}")
         backend = self._url.get_backend_name()
         if backend == "sqlite" and self._url.database:
             self._path = Path(self._url.database)
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._is_made = only_look and self._path.is_file()
+            self._has_tables = read_only and self._path.is_file()
         elif backend not in _LOCKS:
-            raise ConfigError(f"storage = {self._shown}: must be a database of sqlite, {', '.join(_LOCKS)}")
+            raise ConfigError(f"storage = {self._display_url}: must be a database of sqlite, {', '.join(_LOCKS)}")
         elif self._url.drivername in _DRIVERS:
             self._url = self._url.set(drivername=_DRIVERS[backend][0])
         self.last_error_at = float("-inf")
-        """When the database was last found gone, by the monotonic clock."""
+        """When the database last did not answer, by the monotonic clock."""
         try:
             timeouts = _TIMEOUTS.get(backend, {})
             self._locks = create_engine(self._url, isolation_level="AUTOCOMMIT", poolclass=NullPool, connect_args=timeouts)
-            with self.lock():  # two that make the tables at once meet half of them
+            with self.lock():  # of two drivers that create the tables at once, one would find half of them
                 self.rdb = self._open()
                 self.study = self._open_study(sweep)
         except (ImportError, NoSuchModuleError) as error:
             extra = f"pip install 'madformer[{_DRIVERS[backend][1]}]'" if backend in _DRIVERS else "install its driver"
-            raise ConfigError(f"storage = {self._shown}: {first_line(error)}: {extra}") from error
+            raise ConfigError(f"storage = {self._display_url}: {first_line(error)}: {extra}") from error
         except (DatabaseError, StorageInternalError, ArgumentError) as error:
-            raise self._unusable(error) from error
+            raise self._unusable_error(error) from error
 
     def close(self) -> None:
-        """Leave the database."""
+        """Close the connections."""
         self.rdb.remove_session()
         self.rdb.engine.dispose()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold what no two drivers of the sweep may do at once; the database, or the system, lets go of it for a dead one."""
+        """Exclude the other drivers of the sweep. The database, or the system, frees the lock of a driver that dies."""
         if self._path is not None:
             with FileLock(self._path.with_name(f".{self._path.name}.lock")):
                 yield
@@ -145,37 +144,37 @@ class Storage:
         take, release = _LOCKS[self._url.get_backend_name()]
         name = {"name": f"madformer {self.name}"}
         with self._locks.connect() as connection:
-            while (got := connection.execute(text(take), name).scalar()) == 0:
-                pass  # another one holds it
-            assert got in (1, ""), f"{take} gave {got!r}"  # PostgreSQL's has no value
+            while (answer := connection.execute(text(take), name).scalar()) == 0:
+                pass  # another driver holds it
+            assert answer in (1, ""), f"{take} gave {answer!r}"  # PostgreSQL's has no value
             yield
-            with contextlib.suppress(DatabaseError, InterfaceError):  # it is gone with the connection
+            with contextlib.suppress(DatabaseError, InterfaceError):  # the lock ended with the connection
                 connection.execute(text(release), name)
 
     def retry(self, operation: Callable[[], Result]) -> Result:
-        """Do something that may be done again, for as long as the database does not answer.
+        """Repeat an operation until the database answers.
 
         Raises:
-            InputError: it does not, and nobody is to wait for it.
+            InputError: it does not answer, and `waits_for_database` is off.
         """
-        pause, said = 1.0, float("-inf")
+        pause, last_message_at = 1.0, float("-inf")
         while True:
             try:
                 result = operation()
             except (OperationalError, InterfaceError, StorageInternalError) as error:
-                if not _is_gone(error):
+                if not _is_temporary(error):
                     raise
-                if not self.patient:
-                    raise self._unusable(error) from error
+                if not self.waits_for_database:
+                    raise self._unusable_error(error) from error
                 self.last_error_at = time.monotonic()
-                if self.last_error_at - said >= _SECONDS_BETWEEN_WORDS:
+                if self.last_error_at - last_message_at >= _SECONDS_BETWEEN_MESSAGES:
                     self.say(f"{self.name}: the storage does not answer, trials go on, waiting ({first_line(error)})")
-                    said = self.last_error_at
+                    last_message_at = self.last_error_at
                 self.rdb.remove_session()
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_WAIT_SECONDS)
             else:
-                if said > 0:
+                if last_message_at > 0:
                     self.say(f"{self.name}: the storage answers again")
                 return result
 
@@ -184,12 +183,12 @@ class Storage:
         options: dict[str, Any] = {"pool_pre_ping": True, "connect_args": _TIMEOUTS.get(self._url.get_backend_name(), {})}
         if self._path is not None:
             options = {"connect_args": {"timeout": _BUSY_TIMEOUT_SECONDS}}
-        with quiet():
+        with heartbeat_warnings_off():
             rdb = RDBStorage(
                 self._url.render_as_string(hide_password=False),
                 engine_kwargs=options,
-                skip_compatibility_check=self._is_made,
-                skip_table_creation=self._is_made,
+                skip_compatibility_check=self._has_tables,
+                skip_table_creation=self._has_tables,
                 heartbeat_interval=HEARTBEAT_SECONDS,
                 grace_period=GRACE_SECONDS,
             )
@@ -202,24 +201,24 @@ class Storage:
         study = optuna.create_study(storage=self.rdb, study_name=sweep.name, load_if_exists=True, directions=directions)
         if len(study.directions) != len(directions):
             what = f"has {len(study.directions)} objectives, not {len(directions)}"
-            raise InputError(f"{self._shown}: the study {sweep.name} {what}; give the sweep another name")
+            raise InputError(f"{self._display_url}: the study {sweep.name} {what}; give the sweep another name")
         return study
 
     @property
-    def _shown(self) -> str:
+    def _display_url(self) -> str:
         """The database, without its password."""
         return str(self._url.render_as_string(hide_password=True))
 
-    def _unusable(self, error: Exception) -> InputError:
+    def _unusable_error(self, error: Exception) -> InputError:
         if self._url.get_backend_name() == "sqlite":
             remedy = "delete it: what is done is read from the runs"
             return InputError(f"{self._path}: no study of a sweep ({first_line(error)}); {remedy}")
-        return InputError(f"storage = {self._shown}: cannot be used ({first_line(error)})")
+        return InputError(f"storage = {self._display_url}: cannot be used ({first_line(error)})")
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warnings that heartbeats are an experiment, and that they beat in Optuna's own loop."""
+def heartbeat_warnings_off() -> Iterator[None]:
+    """Silence Optuna's warnings that heartbeats are experimental and belong to its own loop."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         warnings.filterwarnings("ignore", message="Heartbeat of storage")
@@ -227,23 +226,23 @@ def quiet() -> Iterator[None]:
 
 
 def study_path(sweep: Sweep) -> Path:
-    """Where the study of a sweep lies that names no storage."""
+    """The study's file, for a sweep that names no storage."""
     return sweep.folder / "study.db"
 
 
-def exists(sweep: Sweep) -> bool:
-    """Whether there may be a study; without one nothing is made to look."""
+def study_exists(sweep: Sweep) -> bool:
+    """Whether there may be a study; to read its trials, do not create one."""
     return sweep.storage is not None or study_path(sweep).is_file()
 
 
 def first_line(error: BaseException) -> str:
-    """What the database itself said."""
+    """The first line of the database's own message."""
     cause = getattr(error, "orig", None) or error.__cause__
     return first_line(cause) if cause is not None else next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _is_gone(error: Exception) -> bool:
-    """Whether it may be back in a while: an error of the connection or the disk, not of what was asked."""
+def _is_temporary(error: Exception) -> bool:
+    """Whether the database may answer later: an error of the connection or the disk, not of the query."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     return isinstance(cause, (OperationalError, InterfaceError))
 
@@ -254,7 +253,7 @@ def _is_on_local_disk(path: Path) -> bool:
 
 
 def _make_transactions_atomic(engine: Engine, wal: bool) -> None:
-    """Take the write lock when a transaction begins: two that read first and write later would both claim a trial."""
+    """Take the write lock when a transaction begins: two drivers that read first and write later would claim the same trial."""
 
     def connect(connection: Any, _: object) -> None:
         connection.isolation_level = None
@@ -266,4 +265,4 @@ def _make_transactions_atomic(engine: Engine, wal: bool) -> None:
 
     event.listen(engine, "connect", connect)
     event.listen(engine, "begin", begin)
-    engine.dispose()  # connections from before
+    engine.dispose()  # connections that were opened without these listeners

@@ -1,4 +1,4 @@
-"""One attempt to bring a cell forward: its commands, their log, and how they ended."""
+"""A trial: the commands that bring a cell forward, their log, and how they ended."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from typing import Literal
 
 from madformer.config import load_run
 from madformer.errors import InputError
+from madformer.evaluation.measurement import AXES
 from madformer.runs.folder import is_run
 from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_needs
@@ -35,17 +36,17 @@ Kind = Literal[
     "interrupted",
     "hindered",
 ]
-"""Of a failure: `killed` by a signal, `lost` with its machine or job; `retryable` are commands that say that they can go on, as
-after a full disk; `error` is a program's own, such as a defect."""
+"""Kind of a failure: `killed` by a signal, `lost` with its machine or job, `hindered` if the command says that it can go on
+later, as after a full disk, `error` for a defect. The study on disk holds these words."""
 
 TRANSIENT = frozenset(("killed", "lost", "driver died", "hindered"))
-"""Kinds that a trial is tried again after: it did nothing wrong."""
+"""Kinds that say nothing about the cell: it is tried again."""
 
 IN_USE = "is in use by"
-"""In the message of a command that exits with 2 because another process, such as an orphan of a killed driver, has the run."""
+"""In the message of a command that exits with 2 because another process, such as a killed driver's, holds the run."""
 
 _OUT_OF_MEMORY = r"out of memory|OutOfMemoryError|\bMemoryError\b|can't allocate memory|oom[-_ ]kill"
-_SAYS: tuple[tuple[re.Pattern[str], Kind], ...] = (
+_KIND_PATTERNS: tuple[tuple[re.Pattern[str], Kind], ...] = (
     (re.compile(_OUT_OF_MEMORY, re.IGNORECASE), "out of memory"),
     (re.compile(r"^madformer: .*(is|are) not finite", re.MULTILINE), "diverged"),
     (re.compile(r"^madformer: bad data: ", re.MULTILINE), "bad data"),
@@ -53,6 +54,16 @@ _SAYS: tuple[tuple[re.Pattern[str], Kind], ...] = (
 )
 _REASON_LINES = 5
 _REASON_CHARACTERS = 2000
+_OUTPUT_BYTES = 65536
+_SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 1.0, 15.0
+_BEGIN = re.compile(rb"^\$ ", re.MULTILINE)
+_END = re.compile(rb"^\[exit status (-?\d+) after ", re.MULTILINE)
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""Variables of the environment that set the CPU threads of a process."""
+
+Commands = Callable[[Cell], list[list[str]]]
+"""The commands that a cell needs, in order; called again if another process had the run."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class Outcome:
     kind: Kind | None = None
     """Of a failure."""
     reason: str = ""
-    """Of a failure: what happened, then the last lines of the log."""
+    """Of a failure: the exit status, then the last lines of the log."""
 
 
 DONE = Outcome("done")
@@ -71,14 +82,14 @@ INTERRUPTED = Outcome("interrupted", "interrupted", "interrupted")
 
 
 def failure(status: int, output: str) -> Outcome:
-    """Of a command that did not exit with 0.
+    """The outcome of a command that did not exit with 0.
 
     Args:
-        status: its exit status; negative: the signal that killed it.
-        output: the end of what it printed.
+        status: exit status; negative: the signal that killed it.
+        output: the end of its output.
     """
-    tail = "\n".join(_last_lines(output))
-    kinds = (kind for pattern, kind in _SAYS if pattern.search(tail))
+    tail = "\n".join(_last_lines(output, _REASON_LINES))
+    kinds = (kind for pattern, kind in _KIND_PATTERNS if pattern.search(tail))
     kind = next(kinds, "killed" if status < 0 else "mistake" if status == 2 else "error")
     how = f"exit status {status}" if status >= 0 else f"killed by {_signal_name(-status)}"
     if status == -signal.SIGKILL and kind == "killed":
@@ -86,8 +97,8 @@ def failure(status: int, output: str) -> Outcome:
     return Outcome("failed", kind, f"{how}\n{tail}".strip()[:_REASON_CHARACTERS])
 
 
-def _last_lines(output: str) -> list[str]:
-    return [line.rstrip() for line in output.splitlines() if line.strip()][-_REASON_LINES:]
+def _last_lines(text: str, count: int) -> list[str]:
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]
 
 
 def _signal_name(number: int) -> str:
@@ -97,17 +108,8 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-Commands = Callable[[Cell], list[list[str]]]
-"""What is left to run of a cell, in order; asked again whenever the run turns out to be in use by another process."""
-
-_SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 1.0, 15.0
-_OUTPUT_BYTES = 65536
-_BEGIN = re.compile(rb"^\$ ", re.MULTILINE)
-_END = re.compile(rb"^\[exit status (-?\d+) after ", re.MULTILINE)
-
-
 def trial_commands(cell: Cell) -> list[list[str]]:
-    """The commands that do what a cell needs."""
+    """The commands that a cell needs: training, then evaluation."""
     needs, madformer = cell_needs(cell), [sys.executable, "-m", "madformer"]
     commands = []
     if needs.training:
@@ -119,28 +121,29 @@ def trial_commands(cell: Cell) -> list[list[str]]:
 
 
 def _evaluation_options(cell: Cell) -> list[str]:
-    """What the sweep asks for, and fields of the evaluation that the run was not begun with: they may change at any time."""
+    """The sweep's inference axes, and fields of the evaluation that differ from the run's: they may change at any time."""
     axes = cell.inference
-    given = {"--sampler": axes.samplers, "--guidance": axes.guidance, "--seeds": axes.seeds}
-    words = [word for option, values in given.items() if values for word in (option, ",".join(map(str, values)))]
+    options = {axis.option: getattr(axes, axis.sweep_key) for axis in AXES.values()}
+    words = [word for option, values in options.items() if values for word in (option, ",".join(map(str, values)))]
     if axes.checkpoints != "newest":
         words += ["--checkpoints", axes.checkpoints]
     if is_run(cell.run):
-        before, now = load_run(cell.run), cell.config
-        if before.trainer.devices != now.trainer.devices:
-            words.append(f"trainer.devices={now.trainer.devices}")
-        changed = {name: value for name, value in asdict(now.evaluation).items() if value != getattr(before.evaluation, name)}
-        words += [f"evaluation.{name}={json.dumps(value)}" for name, value in changed.items() if name != "nfe"]
+        frozen, config = load_run(cell.run), cell.config
+        if frozen.trainer.devices != config.trainer.devices:
+            words.append(f"trainer.devices={config.trainer.devices}")
+        evaluation = asdict(config.evaluation)
+        changes = {name: value for name, value in evaluation.items() if value != getattr(frozen.evaluation, name)}
+        words += [f"evaluation.{name}={json.dumps(value)}" for name, value in changes.items() if name != "nfe"]
     return words
 
 
 def log_path(cell: Cell, rank: int = 0) -> Path:
-    """Where the output of a cell's commands is appended; of processes on several devices, that of the first one."""
+    """The log of a cell's commands; with rank 0, of the first process of several."""
     return cell.run / (f"log.rank{rank}.txt" if rank else "log.txt")
 
 
 class TrialProcesses:
-    """The processes of one trial. Each leads a session of its own: a Ctrl-C of the terminal reaches the driver alone."""
+    """The processes of one trial. Each leads its own session: Ctrl-C in the terminal reaches only the driver."""
 
     def __init__(
         self,
@@ -151,43 +154,43 @@ class TrialProcesses:
         rank: int | None = None,
         inherited: Sequence[int] = (),
     ) -> None:
-        """Nothing runs yet.
+        """Starts no process yet.
 
         Args:
-            cell: what is to be done.
-            commands: what does it.
-            say: takes one line for each event.
+            cell: the trial's cell.
+            commands: gives the commands that the cell needs.
+            say: called with a line for each event.
             environment: of the processes.
-            rank: of this one among several that do the same commands together; None: it is alone.
-            inherited: open files that the processes keep open.
+            rank: of this process among several that run the same commands together; None: there is one process.
+            inherited: file descriptors that the processes keep open.
         """
         self._cell, self._commands, self._say = cell, commands, say
         self._environment, self._log, self._inherited = dict(environment), log_path(cell, rank or 0), tuple(inherited)
         self._shared = rank is not None
-        # A signal's handler may come upon the very thread that holds it.
+        # Reentrant: a signal's handler may run in the thread that holds it.
         self._lock = threading.RLock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._stopped = threading.Event()
+        self._stop_requested = threading.Event()
 
     def run(self) -> Outcome:
-        """Run what is left of the cell, to begin again when another process has been at it."""
+        """Run the commands that the cell needs, from the start if another process had the run."""
         try:
             return self._run()
-        except _Stopped:
+        except _StopRequested:
             return INTERRUPTED
-        except (OSError, InputError) as error:  # no room for the log, a broken record, ...
+        except (OSError, InputError) as error:  # a full disk, a broken record, ...
             return Outcome("failed", "error", str(error))
 
     def stop(self, signal_number: signal.Signals) -> None:
-        """Send a signal to all processes of the trial, and start no more."""
-        self._stopped.set()
+        """Send a signal to all processes of the trial and start no others."""
+        self._stop_requested.set()
         with self._lock:
             if self._child is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._child.pid, signal_number)
 
     def wait(self) -> None:
-        """Wait for the process that runs now, also in the middle of `run`, in a signal's handler."""
+        """Wait for the running process; may be called by a signal's handler during `run`."""
         with self._lock:
             child = self._child
         if child is not None:
@@ -203,32 +206,32 @@ class TrialProcesses:
                 if status != 0:
                     break
             if status == 0 and self._shared:
-                return DONE  # of this process; the others may still be at work
+                return DONE  # this process is; the others may still run
             if status == 0:
-                left = cell_needs(self._cell)
-                what = f"its commands exited with 0, yet it is still {left}"
-                return Outcome("failed", "error", what) if left else DONE
+                needs = cell_needs(self._cell)
+                reason = f"its commands exited with 0, yet it is still {needs}"
+                return Outcome("failed", "error", reason) if needs else DONE
             if not (status == 2 and IN_USE in output):
                 return failure(status, output)
             if pause == _SHORTEST_WAIT_SECONDS:
                 self._say(f"{self._cell.name}: waits, the run {IN_USE} another process")
-            self._stopped.wait(pause)
+            self._stop_requested.wait(pause)
             pause = min(2 * pause, _LONGEST_WAIT_SECONDS)
 
     def _execute(self, command: list[str]) -> tuple[int, str]:
-        """Run a command to its end; its exit status (negative: the signal that killed it) and the end of its output.
+        """Run a command; its exit status (negative: the signal that killed it) and the end of its output.
 
         Raises:
-            _Stopped: the trial is not wanted any more, and the command was not done.
+            _StopRequested: the trial was stopped before the command was done.
         """
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as file:
             file.write(f"$ {shlex.join(command)}\n".encode())
             file.flush()
-            begin, before = file.tell(), time.monotonic()
+            begin, start = file.tell(), time.monotonic()
             with self._lock:
-                if self._stopped.is_set():
-                    raise _Stopped
+                if self._stop_requested.is_set():
+                    raise _StopRequested
                 self._child = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -240,21 +243,21 @@ class TrialProcesses:
                 )
             self.wait()
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._child.pid, signal.SIGKILL)  # what it has started itself, and left behind, as when it was killed
+                os.killpg(self._child.pid, signal.SIGKILL)  # processes that it started and left behind, as when it was killed
             status = self._child.wait()
             with self._lock:
                 self._child = None
             end = file.seek(0, os.SEEK_END)
-            file.write(f"[exit status {status} after {time.monotonic() - before:.0f} s]\n".encode())
-        if status != 0 and self._stopped.is_set():
-            raise _Stopped
+            file.write(f"[exit status {status} after {time.monotonic() - start:.0f} s]\n".encode())
+        if status != 0 and self._stop_requested.is_set():
+            raise _StopRequested
         with self._log.open("rb") as file:
             file.seek(max(begin, end - _OUTPUT_BYTES))
             return status, file.read(end - file.tell()).decode(errors="replace")
 
 
-class _Stopped(Exception):  # noqa: N818 - no error: it was asked for
-    """The trial is not wanted any more."""
+class _StopRequested(Exception):  # noqa: N818 - no error
+    """The trial was stopped."""
 
 
 def append_log(cell: Cell, line: str, rank: int = 0) -> None:
@@ -266,25 +269,25 @@ def append_log(cell: Cell, line: str, rank: int = 0) -> None:
 
 
 def read_outcome(cell: Cell, begin: str = "", hint: str = "") -> Outcome:
-    """How a trial ended that ran elsewhere, by the cell's run and the logs of its processes.
+    """How a trial ended that another process ran, by the cell's run and the logs of its processes.
 
     Args:
-        cell: what was to be done.
-        begin: what was noted when the trial began; what stands before it is of earlier ones.
-        hint: where else to look, where there is no log.
+        cell: the trial's cell.
+        begin: the log's line at the start of the trial; earlier lines belong to earlier trials.
+        hint: where else to look if there is no log.
     """
-    left = cell_needs(cell)
-    if not left:
+    needs = cell_needs(cell)
+    if not needs:
         return DONE
-    contents = (_behind(path, begin) for path in sorted(cell.run.glob("log*.txt")))
-    outcomes = [_outcome(content, f"still {left}") for content in contents if content is not None]
-    # Of several processes, one that failed by itself has made the others fail.
+    contents = (_content_after(path, begin) for path in sorted(cell.run.glob("log*.txt")))
+    outcomes = [_outcome(content, f"still {needs}") for content in contents if content is not None]
+    # A process that failed by itself made the others fail: its outcome counts.
     outcomes.sort(key=lambda outcome: outcome.kind in TRANSIENT)
     return outcomes[0] if outcomes else Outcome("failed", "lost", f"it left no log{hint}")
 
 
-def _behind(path: Path, begin: str) -> bytes | None:
-    """The end of a log, no further back than a note; None: the note is not there."""
+def _content_after(path: Path, begin: str) -> bytes | None:
+    """The end of a log, back to a line at most; None: the line is not there."""
     content = path.read_bytes()
     if begin:
         mark = f"[{begin}]\n".encode()
@@ -294,20 +297,20 @@ def _behind(path: Path, begin: str) -> bytes | None:
     return content[-_OUTPUT_BYTES:]
 
 
-def _outcome(content: bytes, left: str) -> Outcome:
-    """What the end of a log says."""
-    last = content[max((match.end() for match in _BEGIN.finditer(content)), default=0) :]
-    if end := _END.search(last):
-        status, output = int(end[1]), last[last.find(b"\n") : end.start()].decode(errors="replace")
-        return failure(status, output) if status else Outcome("failed", "lost", f"it ended, yet it is {left}")
-    return Outcome("failed", "lost", f"it ended without a word, {left}\n" + last.decode(errors="replace")[-500:])
+def _outcome(content: bytes, state: str) -> Outcome:
+    """The outcome by the last command of a log."""
+    command = content[max((match.end() for match in _BEGIN.finditer(content)), default=0) :]
+    if end := _END.search(command):
+        status, output = int(end[1]), command[command.find(b"\n") : end.start()].decode(errors="replace")
+        return failure(status, output) if status else Outcome("failed", "lost", f"it ended, yet it is {state}")
+    return Outcome("failed", "lost", f"it ended without a word, {state}\n" + command.decode(errors="replace")[-500:])
 
 
 def last_lines(cell: Cell, count: int) -> list[str]:
-    """The end of a cell's log."""
+    """The last lines of a cell's log."""
     try:
         with log_path(cell).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _OUTPUT_BYTES))
-            return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()][-count:]
+            return _last_lines(file.read().decode(errors="replace"), count)
     except FileNotFoundError:
         return []

@@ -1,4 +1,4 @@
-"""What happens while a run is trained: checkpoints, previews, progress."""
+"""Callbacks of a training run: checkpoints, previews, progress."""
 
 from __future__ import annotations
 
@@ -27,9 +27,145 @@ from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_ch
 from madformer.runs.folder import append_preview, progress_path
 from madformer.training.module import LitMADFormer
 
+_log = logging.getLogger(__name__)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints, written by `save_checkpoint`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint."""
+        save_checkpoint(checkpoint, Path(path))
+
+
+class RunCheckpoints(Checkpoint):
+    """A checkpoint every `trainer.checkpoint_every` steps, at the end, and when the run is asked to stop.
+
+    The last `trainer.keep_checkpoints` regular ones stay, and the newest: a checkpoint of a stop displaces no regular one.
+    """
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config = config
+        self.stop_requested = False
+        """Set it at any time: the run saves its state after the current step, and stops."""
+        self.stopped = False
+        """Whether the run has stopped on request."""
+        self._saved_step: int | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """There is nothing to save before the first step."""
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save the state if a checkpoint is due after this step."""
+        step, settings = trainer.global_step, self.config.trainer
+        if step == self._saved_step:
+            return  # in the middle of accumulation, or saved already
+        stop = trainer.strategy.reduce_boolean_decision(self.stop_requested, all=False)
+        if step % settings.checkpoint_every == 0 or step >= settings.max_steps or stop:
+            self._save(trainer, pl_module, step)
+        if stop:
+            self.stopped = trainer.should_stop = True
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        assert isinstance(pl_module, LitMADFormer)
+        path = checkpoint_path(self.config.run_dir, step)
+        with pl_module.throughput.pause():
+            for logger in trainer.loggers:  # a checkpoint's log must be on the disk before the checkpoint is
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.flush()
+            trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            self._remove_old()
+        self._saved_step, pl_module.last_checkpoint = step, str(path)
+
+    def _remove_old(self) -> None:
+        settings, checkpoints = self.config.trainer, list_checkpoints(self.config.run_dir)
+        steps = {checkpoint_step(path): path for path in checkpoints}
+        regular = [path for step, path in steps.items() if step % settings.checkpoint_every == 0 or step == settings.max_steps]
+        for path in set(checkpoints) - {*regular[-settings.keep_checkpoints :], checkpoints[-1]}:
+            path.unlink()
+
+
+class Preview(Callback):
+    """A grid of samples and quick distances, of the averaged weights, every `evaluation.preview_every` steps.
+
+    Every device samples its share. Training does not change: samples have their own generators.
+    """
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config = config
+        self._distances: list[tuple[FeatureNetwork, FrechetDistance]] = []
+        self._previewed_step: int | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the step that a run resumes from: its preview came before its checkpoint. Find the references."""
+        self._previewed_step = trainer.global_step
+        if self.config.evaluation.preview_every:
+            self._distances = list(self._find_distances(trainer))
+
+    def _find_distances(self, trainer: pl.Trainer) -> Iterator[tuple[FeatureNetwork, FrechetDistance]]:
+        data, device = trainer.datamodule, trainer.strategy.root_device  # type: ignore[attr-defined]
+        size = self.config.model.latent_size * data.codec.downsampling
+        for network in build_feature_networks(self.config.evaluation.feature_networks, device):
+            reference = find_reference(network, self.config, size, data.source_sha256)
+            yield network, FrechetDistance(reference.moments, device)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Sample if a preview is due after this step."""
+        interval, step = self.config.evaluation.preview_every, trainer.global_step
+        if interval and step % interval == 0 and step != self._previewed_step:
+            self._previewed_step = step
+            assert isinstance(pl_module, LitMADFormer)
+            with pl_module.throughput.pause():
+                images_BCYX = self._sample(trainer, pl_module)
+                values = self._measure(trainer, step, images_BCYX)
+                if trainer.is_global_zero:
+                    self._show(trainer, step, images_BCYX, values)
+
+    def _sample(self, trainer: pl.Trainer, module: LitMADFormer) -> Tensor:
+        """This device's share of the samples, as many on every device: sharded models gather their weights together."""
+        evaluation = self.config.evaluation
+        share = max(2, evaluation.preview_samples // trainer.world_size)
+        indices = range(trainer.global_rank * share, (trainer.global_rank + 1) * share)
+        sampling = Sampling.of_nfe(self.config, evaluation.preview_nfe)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        prompts = default_prompts(data.class_prompts, indices) if self.config.model.text else None
+        text_BT = data.tokenizer(prompts) if prompts else None
+        with module.sampling_weights() as model:
+            batches = sample_batches(model, self.config, sampling, indices, text_BT)
+            return torch.cat([data.codec.to(batch.device).decode(batch).cpu() for batch in batches])
+
+    def _measure(self, trainer: pl.Trainer, step: int, images_BCYX: Tensor) -> dict[str, float]:
+        # All devices must decide alike: a device that measures waits for the others.
+        if not trainer.strategy.reduce_boolean_decision(bool(images_BCYX.isfinite().all()), all=True):
+            _log.warning("preview at step %d: samples hold NaN or infinity, there is no distance", step)
+            return {}
+        values = {}
+        for network, distance in self._distances:
+            distance.reset()
+            for batch_BCYX in images_BCYX.split(self.config.evaluation.batch_size):
+                distance.update(network(batch_BCYX).features_BD)
+            values[metric_name("fd", network.label)] = distance.compute()
+        return values
+
+    def _show(self, trainer: pl.Trainer, step: int, images_BCYX: Tensor, values: dict[str, float]) -> None:
+        if values:
+            append_preview(self.config.run_dir, step, values)
+        grid = to_grid(images_BCYX[:64])
+        save_png(grid, self.config.run_dir / "samples" / f"preview-{step:08d}.png")
+        for logger in trainer.loggers:
+            logger.log_metrics({f"preview/{metric}": value for metric, value in values.items()}, step)
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("preview/samples", grid, step, dataformats="HWC")
+
 
 class RunProgress(Callback):
-    """Shows how far a run is, and its loss."""
+    """The step that a run has reached, and its loss, in the terminal and in `progress.json`."""
 
     def __init__(self, config: ExperimentConfig) -> None:
         self.config = config
@@ -50,149 +186,12 @@ class RunProgress(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Say where the run is."""
+        """Show the step."""
         assert self._display is not None
         self._display.show(trainer.global_step, lambda: f"loss {float(trainer.callback_metrics['loss']):.4f}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the terminal as it was, also after an error."""
+        """Restore the terminal, also after an error."""
         if self._display:
             self._display.close()
             self._display = None
-
-
-_log = logging.getLogger(__name__)
-
-
-class WholeFileIO(TorchCheckpointIO):
-    """Lightning's checkpoints, written by `save_checkpoint`."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write one."""
-        save_checkpoint(checkpoint, Path(path))
-
-
-class RunCheckpoints(Checkpoint):
-    """A checkpoint every `trainer.checkpoint_every` steps, at the end, and when the run is asked to stop.
-
-    Kept are the last `trainer.keep_checkpoints` regular ones, and the newest: one saved on a stop displaces no regular one.
-    """
-
-    def __init__(self, config: ExperimentConfig) -> None:
-        self.config = config
-        self.stop_requested = False
-        """Set it at any time: the run saves its state after the step that it is in, and stops."""
-        self.stopped = False
-        """Whether that has happened."""
-        self._saved_step: int | None = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing to save before the first step."""
-        self._saved_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save, if this ended a step that is to be saved."""
-        step, trainer_config = trainer.global_step, self.config.trainer
-        if step == self._saved_step:
-            return  # in the middle of accumulation, or saved already
-        stop = trainer.strategy.reduce_boolean_decision(self.stop_requested, all=False)
-        if step % trainer_config.checkpoint_every == 0 or step >= trainer_config.max_steps or stop:
-            self._save(trainer, pl_module, step)
-        if stop:
-            self.stopped = trainer.should_stop = True
-
-    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        assert isinstance(pl_module, LitMADFormer)
-        path = checkpoint_path(self.config.run_dir, step)
-        with pl_module.throughput.paused():
-            for logger in trainer.loggers:  # what precedes a checkpoint must be on the disk when the checkpoint is
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.flush()
-            trainer.save_checkpoint(path)
-        if trainer.is_global_zero:
-            self._remove_old()
-        self._saved_step, pl_module.last_checkpoint = step, str(path)
-
-    def _remove_old(self) -> None:
-        settings, every = self.config.trainer, list_checkpoints(self.config.run_dir)
-        steps = {path: checkpoint_step(path) for path in every}
-        regular = [path for path in every if steps[path] % settings.checkpoint_every == 0 or steps[path] == settings.max_steps]
-        for path in set(every) - {*regular[-settings.keep_checkpoints :], every[-1]}:
-            path.unlink()
-
-
-class Preview(Callback):
-    """Every `evaluation.preview_every` steps: a grid of samples and quick distances, from the averaged weights.
-
-    Every device samples its share. Training does not notice: samples have generators of their own.
-    """
-
-    def __init__(self, config: ExperimentConfig) -> None:
-        self.config = config
-        self._judges: list[tuple[FeatureNetwork, FrechetDistance]] = []
-        self._previewed_step: int | None = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The step that a run resumes from had its preview before its checkpoint. References are there before the first."""
-        self._previewed_step = trainer.global_step
-        if self.config.evaluation.preview_every:
-            self._judges = list(self._find_judges(trainer))
-
-    def _find_judges(self, trainer: pl.Trainer) -> Iterator[tuple[FeatureNetwork, FrechetDistance]]:
-        data, device = trainer.datamodule, trainer.strategy.root_device  # type: ignore[attr-defined]
-        size = self.config.model.latent_size * data.codec.downsampling
-        for network in build_feature_networks(self.config.evaluation.feature_networks, device):
-            reference = find_reference(network, self.config, size, data.source_sha256)
-            yield network, FrechetDistance(reference.moments, device)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Sample, if it is time."""
-        every, step = self.config.evaluation.preview_every, trainer.global_step
-        if every and step % every == 0 and step != self._previewed_step:
-            self._previewed_step = step
-            assert isinstance(pl_module, LitMADFormer)
-            with pl_module.throughput.paused():
-                images_BCYX = self._sample(trainer, pl_module)
-                values = self._measure(trainer, step, images_BCYX)
-                if trainer.is_global_zero:
-                    self._show(trainer, step, images_BCYX, values)
-
-    def _sample(self, trainer: pl.Trainer, module: LitMADFormer) -> Tensor:
-        """This device's share of the samples, equally many on every device: sharded models gather weights together."""
-        evaluation = self.config.evaluation
-        share = max(2, evaluation.preview_samples // trainer.world_size)
-        indices = range(trainer.global_rank * share, (trainer.global_rank + 1) * share)
-        sampling = Sampling.of_nfe(self.config, evaluation.preview_nfe)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        prompts = default_prompts(data.class_prompts, indices) if self.config.model.text else None
-        text_BT = data.tokenizer(prompts) if prompts else None
-        with module.sampling_weights() as model:
-            batches = sample_batches(model, self.config, sampling, indices, text_BT)
-            return torch.cat([data.codec.to(batch.device).decode(batch).cpu() for batch in batches])
-
-    def _measure(self, trainer: pl.Trainer, step: int, images_BCYX: Tensor) -> dict[str, float]:
-        # All devices decide alike, or those that measure would wait for the others.
-        if not trainer.strategy.reduce_boolean_decision(bool(images_BCYX.isfinite().all()), all=True):
-            _log.warning("preview at step %d: samples hold NaN or infinity, there is no distance", step)
-            return {}
-        values = {}
-        for network, distance in self._judges:
-            distance.reset()
-            for batch_BCYX in images_BCYX.split(self.config.evaluation.batch_size):
-                distance.update(network(batch_BCYX).features_BD)
-            values[f"preview/{metric_name('fd', network.label)}"] = distance.compute()
-        return values
-
-    def _show(self, trainer: pl.Trainer, step: int, images_BCYX: Tensor, values: dict[str, float]) -> None:
-        if values:
-            append_preview(self.config.run_dir, step, {name.removeprefix("preview/"): value for name, value in values.items()})
-        grid = to_grid(images_BCYX[:64])
-        save_png(grid, self.config.run_dir / "samples" / f"preview-{step:08d}.png")
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step)
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("preview/samples", grid, step, dataformats="HWC")

@@ -1,4 +1,4 @@
-"""What is logged of a training step, averaged over micro-batches and devices."""
+"""Statistics of a training step for the log: losses, averaged over micro-batches and devices, and speed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ QUARTERS = 4
 
 def mean_terms(window: Window, reduce: Reduce) -> dict[str, float]:
     """`loss/total` and each unweighted term, as `loss/image`."""
-    every = [{"total": losses.total.detach(), **losses.terms} for losses, _ in window]
-    names = list(every[0])
-    values = torch.stack([torch.stack([terms[name].detach().float() for name in names]) for terms in every]).mean(dim=0)
+    batches = [{"total": losses.total.detach(), **losses.terms} for losses, _ in window]
+    names = list(batches[0])
+    values = torch.stack([torch.stack([terms[name].detach().float() for name in names]) for terms in batches]).mean(dim=0)
     return {f"loss/{name}": value for name, value in zip(names, reduce(values, reduce_op="mean").tolist(), strict=True)}
 
 
@@ -50,35 +50,35 @@ def block_losses(window: Window, config: ExperimentConfig, reduce: Reduce) -> di
 
 
 class Throughput:
-    """Images per second between two logged steps, without the time of previews and checkpoints."""
+    """Speed between two logged steps, without the time of previews and checkpoints."""
 
     def __init__(self, config: ExperimentConfig) -> None:
         self.batch_size = config.data.batch_size
-        wanted = wanted_outputs(config.loss)
-        self._flops_per_image = cost.training_flops(config.model, wanted, config.diffusion.draws_per_image).total
+        outputs = wanted_outputs(config.loss)
+        self._flops_per_image = cost.training_flops(config.model, outputs, config.diffusion.draws_per_image).total
         self._dtype = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else torch.float32
         self.start()
 
     def start(self) -> None:
-        """Forget all before now."""
-        self._since, self._steps = time.perf_counter(), 0
+        """Start measuring anew."""
+        self._start_time, self._steps = time.perf_counter(), 0
 
     def count_step(self) -> None:
-        """One more step of the optimiser."""
+        """Count one step of the optimiser."""
         self._steps += 1
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside the block does not count."""
-        before = time.perf_counter()
+    def pause(self) -> Iterator[None]:
+        """Leave out the time of the block."""
+        pause_time = time.perf_counter()
         yield
-        self._since += time.perf_counter() - before
+        self._start_time += time.perf_counter() - pause_time
 
     def measure(self, device: torch.device, world_size: int) -> dict[str, float]:
         """Images per second, TFLOP/s of one device, and its share of the device's peak where that is known (`mfu`)."""
-        rate = self._steps * self.batch_size / max(time.perf_counter() - self._since, 1e-9)
+        rate = self._steps * self.batch_size / max(time.perf_counter() - self._start_time, 1e-9)
         self.start()
-        achieved = rate * self._flops_per_image / world_size
-        values = {"speed/images_per_second": rate, "speed/tflops_per_device": achieved / 1e12}
+        flops = rate * self._flops_per_image / world_size
+        values = {"speed/images_per_second": rate, "speed/tflops_per_device": flops / 1e12}
         peak = get_available_flops(device, self._dtype) if device.type == "cuda" else None
-        return {**values, "speed/mfu": achieved / peak} if peak else values
+        return {**values, "speed/mfu": flops / peak} if peak else values

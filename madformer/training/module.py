@@ -1,10 +1,10 @@
-"""The LightningModule: one training step, its optimiser, and how the model is sharded."""
+"""The optimiser, the sharding, and the LightningModule that trains a step with both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -19,6 +19,8 @@ from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.errors import NonFiniteError
 from madformer.model import MADFormer
 from madformer.model.embedding import drop_text, to_blocks
+from madformer.model.layer import DecoderLayer
+from madformer.model.layer_plan import existing_outputs, layer_plans
 from madformer.randomness import keyed_generator
 from madformer.runs.checkpoints import EMA, TRAINED_BY
 from madformer.training.ema import MovingAverage
@@ -29,30 +31,50 @@ def build_optimizer(model: MADFormer, config: OptimizerConfig) -> torch.optim.Ad
     """AdamW over the parameters that are trained; norms, biases and embeddings (BOI block included) do not decay."""
     groups = parameter_groups(model)
     settings: list[dict[str, Any]] = [
-        {"params": groups["decayed"], "weight_decay": config.weight_decay},
-        {"params": groups["kept"], "weight_decay": 0.0},
+        {"params": groups["decay"], "weight_decay": config.weight_decay},
+        {"params": groups["no_decay"], "weight_decay": 0.0},
     ]
     beta1, beta2 = config.betas
     return torch.optim.AdamW(settings, lr=config.lr, betas=(beta1, beta2))
 
 
 def parameter_groups(model: MADFormer) -> dict[str, list[nn.Parameter]]:
-    """Trained parameters with (`decayed`) and without (`kept`) weight decay."""
+    """Trained parameters with (`decay`) and without (`no_decay`) weight decay."""
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)} | {model.boi_SD}
-    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "kept": []}
+    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            groups["kept" if parameter.ndim < 2 or parameter in embeddings else "decayed"].append(parameter)
+            groups["no_decay" if parameter.ndim < 2 or parameter in embeddings else "decay"].append(parameter)
     return groups
 
 
+def unused_parameters(model: MADFormer, outputs: Iterable[str] | None = None) -> list[nn.Parameter]:
+    """Parameters that get no gradient when these auxiliary outputs are the ones in the loss; None: all that exist.
+
+    Such are the clean tower's feed-forward in the last layer without its loss, or the noise tower's AR stage without the
+    condition. Freeze them, or DistributedDataParallel waits for their gradients.
+    """
+    outputs = existing_outputs(model.config, outputs)
+    used: set[nn.Parameter] = {*model.downsampler.parameters(), *model.upsampler.parameters()}
+    for layer, plan in zip(model.layers, layer_plans(model.config, outputs), strict=True):
+        for name in plan.keys:
+            tower = cast(DecoderLayer, layer).tower(name)
+            modules = [tower] if name in plan.queries else [tower.attention_norm, tower.qkv, tower.k_norm]
+            used.update(parameter for module in modules for parameter in module.parameters())
+    if model.config.use_condition:
+        used.add(model.boi_SD)
+    if model.text is not None:
+        used.update(model.text.parameters() if "text_logits" in outputs else model.text.embedding.parameters())
+    return [parameter for parameter in model.parameters() if parameter not in used]
+
+
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, max_steps: int) -> LambdaLR:
-    """The learning rate of every step."""
+    """The schedule of the learning rate, a new rate for every step."""
     return LambdaLR(optimizer, lambda step: wsd_factor(step, config, max_steps))
 
 
 def wsd_factor(step: int, config: OptimizerConfig, max_steps: int) -> float:
-    """What the learning rate is multiplied with at a step (0-based): linear warm-up, 1, then 0.5 ** (halvings * progress).
+    """The factor of the learning rate at a step (0-based): linear warm-up, 1, then 0.5 ** (halvings * progress).
 
     As in the released code; transformers' schedule of this name has no exponential decay.
     """
@@ -65,7 +87,7 @@ def wsd_factor(step: int, config: OptimizerConfig, max_steps: int) -> float:
 
 
 def shard(model: MADFormer, mesh: Any) -> None:
-    """Shard weights, gradients and optimiser state over the devices of the mesh, layer by layer; None: nothing."""
+    """Shard weights, gradients and optimiser state over the devices of the mesh, layer by layer; None: do nothing."""
     if mesh is None:
         return
     for layer in model.layers:
@@ -74,7 +96,7 @@ def shard(model: MADFormer, mesh: Any) -> None:
 
 
 @contextmanager
-def unsharded(model: nn.Module) -> Iterator[None]:
+def unshard(model: nn.Module) -> Iterator[None]:
     """Inside the block, parts of the model can be called outside its forward. Layers gather their weights themselves."""
     if not isinstance(model, FSDPModule):
         yield
@@ -91,7 +113,7 @@ class LitMADFormer(pl.LightningModule):
 
     Initialisation, timesteps, noise and dropped prompts are keyed by seed, step and place in the global batch: they depend
     neither on the number of devices nor on restarts. Weights that the configured loss never reaches are frozen.
-    For a loss of one's own, override `losses`.
+    Override `losses` for a custom loss.
     """
 
     def __init__(self, config: ExperimentConfig) -> None:
@@ -100,7 +122,7 @@ class LitMADFormer(pl.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = MADFormer(config.model)
-        for parameter in self.model.unused_parameters(wanted_outputs(config.loss)):
+        for parameter in unused_parameters(self.model, wanted_outputs(config.loss)):
             parameter.requires_grad_(False)
         self.schedule = NoiseSchedule(config.diffusion)
         self.throughput = Throughput(config)
@@ -115,38 +137,38 @@ class LitMADFormer(pl.LightningModule):
         shard(self.model, self.device_mesh)
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule, a new rate for every step."""
+        """AdamW and the schedule of its learning rate."""
         optimizer = build_optimizer(self.model, self.config.optimizer)
         schedule = build_schedule(optimizer, self.config.optimizer, self.config.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Start the moving average, from the checkpoint if there was one; Lightning has restored the weights by now."""
+        """Start the moving average, from the checkpoint if there is one; Lightning has restored the weights by now."""
         self.ema = MovingAverage(self.model, self.config.optimizer.ema_decay, self._restored_ema)
         self._restored_ema = None
         self.throughput.start()
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Draw each image's own noise, timesteps, place in its posterior, and whether its prompt is dropped.
+        """Draw each image's noise, timesteps, place in its posterior, and whether its prompt is dropped.
 
-        On the CPU: the same for any device.
+        All of it is drawn on the CPU, so it is the same for any device.
         """
-        model, draws = self.config.model, self.config.diffusion.draws_per_image
-        like_BLCYX = torch.empty(1, model.ar_length, model.latent_channels, model.block_size, model.block_size)
+        model = self.config.model
+        template_BLCYX = torch.empty(1, model.ar_length, model.latent_channels, model.block_size, model.block_size)
         noises, timesteps, texts, posterior_noises = [], [], [], []
         for row, key in enumerate(batch["keys"].tolist()):
             generator = keyed_generator(self.config.seed, "noise", *key)
-            noise, t = self.schedule.draw(like_BLCYX, draws, generator)
+            noise, t = self.schedule.draw(template_BLCYX, self.config.diffusion.draws_per_image, generator)
             noises.append(noise)
             timesteps.append(t)
             if model.text is not None and "text" in batch:
                 texts.append(drop_text(batch["text"][row : row + 1], model.text, generator))
-            if "latents" not in batch:  # made on the device, of moments or images
+            if "latents" not in batch:  # the device makes them, of moments or images
                 shape = (1, model.latent_channels, model.latent_size, model.latent_size)
                 posterior_noises.append(torch.randn(shape, generator=keyed_generator(self.config.seed, "posterior", *key)))
-        drawn = {"noise": noises, "t": timesteps, "text": texts, "posterior_noise": posterior_noises}
-        given = {name: value for name, value in batch.items() if name not in ("keys", "text")}
-        return {**given, **{name: torch.cat(tensors) for name, tensors in drawn.items() if tensors}}
+        draws = {"noise": noises, "t": timesteps, "text": texts, "posterior_noise": posterior_noises}
+        data = {name: value for name, value in batch.items() if name not in ("keys", "text")}
+        return {**data, **{name: torch.cat(tensors) for name, tensors in draws.items() if tensors}}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The total loss of a micro-batch."""
@@ -156,7 +178,7 @@ class LitMADFormer(pl.LightningModule):
         return losses.total
 
     def losses(self, batch: dict[str, Tensor]) -> Losses:
-        """What a micro-batch is trained with, Eq. 6: `total` is minimised, `terms` are logged as `loss/NAME`.
+        """The losses of a micro-batch, Eq. 6: `total` is minimised, `terms` are logged as `loss/NAME`.
 
         Args:
             batch: `latents` [B, C, h, w], `noise` [B * k, L, C, Y, X], `t` [B * k, L], and `text` [B, T] of a model with text.
@@ -198,7 +220,7 @@ class LitMADFormer(pl.LightningModule):
             self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the moving average and what experiment this is."""
+        """Add the moving average, the experiment's hash and the class that trains it."""
         checkpoint[EMA] = self.ema.state_dict()
         self._number_by_model(checkpoint["optimizer_states"][0])
         checkpoint["config_hash"] = config_hash(self.config)
@@ -211,7 +233,7 @@ class LitMADFormer(pl.LightningModule):
     @contextmanager
     def sampling_weights(self) -> Iterator[MADFormer]:
         """The model with its averaged weights, to sample from in the middle of training."""
-        with self.ema.swapped_in(), unsharded(self.model):
+        with self.ema.swap_in(), unshard(self.model):
             yield self.model
 
     def _log_step(self, step: int) -> None:
@@ -225,16 +247,17 @@ class LitMADFormer(pl.LightningModule):
             logger.log_metrics(values, step)
 
     def _number_by_model(self, state: dict[str, Any]) -> None:
-        """Number the optimiser's parameters as the model does: FSDP reads the numbers so, all others by position alone."""
+        """Number the optimiser's parameters as the model does: FSDP reads them by number, other strategies by position."""
         numbers = {parameter: number for number, parameter in enumerate(self.parameters())}
-        renamed: dict[int, int] = {}
-        for saved, group in zip(state.get("param_groups", []), self.optimizers().param_groups, strict=False):  # type: ignore[union-attr]
-            renamed |= {old: numbers[parameter] for old, parameter in zip(saved["params"], group["params"], strict=True)}
-            saved["params"] = [numbers[parameter] for parameter in group["params"]]
-        state["state"] = {renamed[old]: moments for old, moments in state.get("state", {}).items()}
+        numbers_by_position: dict[int, int] = {}
+        for entry, group in zip(state.get("param_groups", []), self.optimizers().param_groups, strict=False):  # type: ignore[union-attr]
+            group_numbers = [numbers[parameter] for parameter in group["params"]]
+            numbers_by_position |= dict(zip(entry["params"], group_numbers, strict=True))
+            entry["params"] = group_numbers
+        state["state"] = {numbers_by_position[position]: moments for position, moments in state.get("state", {}).items()}
 
     def _describe_divergence(self) -> str:
-        bad = [name for losses, _ in self._window for name, term in losses.terms.items() if not term.isfinite()]
-        what = f"the {bad[0]} loss" if bad else "the gradient (every loss on this device is finite)"
-        kept = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint yet"
-        return f"step {self.trainer.global_step + 1}: {what} is not finite; {kept}"
+        names = [name for losses, _ in self._window for name, term in losses.terms.items() if not term.isfinite()]
+        cause = f"the {names[0]} loss" if names else "the gradient (every loss on this device is finite)"
+        remedy = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint yet"
+        return f"step {self.trainer.global_step + 1}: {cause} is not finite; {remedy}"

@@ -4,10 +4,13 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from madformer import __version__
 from madformer.config import (
@@ -19,13 +22,19 @@ from madformer.config import (
     config_hash,
     load_experiment,
     load_run,
+    read_config_hash,
+    require_same_weights,
+    trained_fields,
     write_config,
 )
+from madformer.config.loading import build
+from madformer.config.validation import setting
 from madformer.errors import ConfigError, InputError
 from tests.conftest import ROOT
 
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))
 DIGITS = ROOT / "experiments/digits.yaml"
+FFHQ = ROOT / "experiments/ffhq1024.yaml"
 
 BAD = {
     "model.latent_channels=0": "model.latent_channels = 0: must be an integer of at least 1",
@@ -82,6 +91,9 @@ BAD = {
     "model.depth=2.5": "model.depth: Value '2.5' of type 'float' could not be converted to Integer",
     "model.unet.channels=[a]": "a list's entry: the value could not be converted to Integer",
     "model.unet=3": "model.unet = 3: must be a mapping of its fields (channels, layers,",
+    "model.unet.channels=16": "model.unet.channels = 16: must be a list of integers",
+    "evaluation.nfe=null": "evaluation.nfe = None: must be a list of integers",
+    "evaluation.feature_networks=a": "evaluation.feature_networks = 'a': must be a list of names",
     "name=a/b": "name = 'a/b': must be the name of a folder",
     "seed=-1": "seed = -1: must be an integer of at least 0",
     "data.source=ffhq": "data.codec = 'pixels': images have 3 channels, the model 1: set model.latent_channels=3, or another codec",
@@ -231,12 +243,71 @@ def test_the_hash_is_over_what_changes_the_weights():
     assert len({hashes[override] for override in OTHER_WEIGHTS} | {own}) == len(OTHER_WEIGHTS) + 1
 
 
-def test_a_frozen_configuration_reads_back(tmp_path):
+def test_hashes_stay_as_they_are():
+    """Runs on disk are known by them: a change here makes every existing run another experiment's."""
+    assert config_hash(ExperimentConfig()) == "66e5287370de394d"
+    assert config_hash(load_experiment(DIGITS)) == "a43457101e41da2c"
+    with_text = replace(ExperimentConfig(), model=ModelConfig(text=TextConfig()))
+    assert config_hash(with_text) == "f51fd435a66c5d6e"
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """A section that is added to the model later."""
+
+    size: int = 4
+    shift: int = setting(1, neutral=1)
+    log: bool = setting(False, new_run=False)
+
+
+@dataclass(frozen=True)
+class LaterModel(ModelConfig):
+    """The model with a setting and a section more than existing runs have."""
+
+    dropout: float = setting(0.0, neutral=0.0)
+    window: WindowConfig | None = setting(None, neutral=None)
+
+
+@dataclass(frozen=True)
+class LaterExperiment(ExperimentConfig):
+    """An experiment that holds a later model."""
+
+    model: LaterModel = field(default_factory=LaterModel)
+
+
+@given(
+    st.sampled_from([0.0, 0.1, 0.2]), st.none() | st.builds(WindowConfig, st.integers(1, 3), st.integers(1, 3), st.booleans())
+)
+def test_a_field_that_is_added_later_leaves_existing_hashes_as_they_are(dropout, window):
+    later = LaterExperiment(model=LaterModel(dropout=dropout, window=window))
+    added = {"model.dropout": dropout} if dropout else {}
+    if window is not None:
+        added |= {"model.window.size": window.size}
+        added |= {"model.window.shift": window.shift} if window.shift != 1 else {}
+    assert trained_fields(later) == trained_fields(ExperimentConfig()) | added
+    assert (config_hash(later) == config_hash(ExperimentConfig())) == (not added)
+    assert build(LaterExperiment, OmegaConf.structured(later)) == later
+
+
+def test_a_neutral_value_is_compared_with_others():
+    before, later = LaterExperiment(), LaterExperiment(model=LaterModel(dropout=0.1))
+    require_same_weights(before, LaterExperiment(model=LaterModel(dropout=0.0)), "run")
+    with pytest.raises(InputError, match=r"another experiment: model.dropout = 0.0 there, 0.1 asked for"):
+        require_same_weights(before, later, "run")
+
+
+def test_of_latents_only_their_presence_makes_a_new_run():
+    none, here, moved = (load_experiment(FFHQ, [f"data.latents={folder}"]) for folder in ("null", "here", "moved"))
+    assert config_hash(here) == config_hash(moved) != config_hash(none)
+
+
+def test_the_configuration_of_a_run_reads_back(tmp_path):
     config = load_experiment(DIGITS, [f"output_dir={tmp_path}", "model.num_kv_heads=2", "name=mine"])
     write_config(config, config.run_dir)
     assert load_run(tmp_path / "mine") == config == load_experiment(tmp_path / "mine/config.yaml")
-    frozen = yaml.safe_load((tmp_path / "mine/config.yaml").read_text())["frozen"]
-    assert frozen == {"madformer": __version__, "config_hash": config_hash(config)}
+    assert read_config_hash(tmp_path / "mine") == config_hash(config) and read_config_hash(tmp_path) is None
+    header = yaml.safe_load((tmp_path / "mine/config.yaml").read_text())["frozen"]
+    assert header == {"madformer": __version__, "config_hash": config_hash(config)}
     (tmp_path / "mine").rename(tmp_path / "moved")
     assert load_run(tmp_path / "moved").run_dir == tmp_path / "moved"
     with pytest.raises(InputError, match=r"moved is a run of another experiment: seed = 0 there, 1 asked for"):
@@ -258,8 +329,18 @@ def test_overrides_win_over_the_file():
 
 @pytest.mark.parametrize(
     "text",
-    ["model: {depth: 3", "- a\n- b", "3", "model: [1, 2]", "\x00", "name: ${", "name: ${oc.env:NOPE}", "3: 1"],
-    ids=["brace", "list", "number", "section", "binary", "interpolation", "environment", "key"],
+    [
+        "model: {depth: 3",
+        "- a\n- b",
+        "3",
+        "model: [1, 2]",
+        "evaluation: {nfe: {a: 1}}",
+        "\x00",
+        "name: ${",
+        "name: ${oc.env:NOPE}",
+        "3: 1",
+    ],
+    ids=["brace", "list", "number", "section", "no list", "binary", "interpolation", "environment", "key"],
 )
 def test_a_broken_file_is_one_clear_line(tmp_path, text):
     path = tmp_path / "broken.yaml"
@@ -269,16 +350,22 @@ def test_a_broken_file_is_one_clear_line(tmp_path, text):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_list_may_be_another_field_s(tmp_path):
+    path = tmp_path / "lists.yaml"
+    path.write_text(f"base: {DIGITS}\nmodel: {{unet: {{channels: [16], layers: '${{model.unet.channels}}'}}}}")
+    assert load_experiment(path).model.unet.layers == (16,)
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml: no such experiment file"):
         load_experiment("nowhere.yaml")
 
 
 def test_checking_a_configuration_imports_nothing_heavy():
-    code = "import sys, madformer.config, madformer.model.cost, madformer.model.memory; print('torch' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout == "False\n"
-    )
+    modules = "madformer.config, madformer.errors, madformer.model.cost, madformer.model.memory, madformer.runs.checkpoints"
+    code = f"import sys, {modules}; print({{'torch', 'lightning'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_an_experiment_changes_its_base(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ def vae(tmp_path):
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
+def custom_codecs(tmp_path, monkeypatch):
     """A user's file, in the working directory and in a package."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -25,7 +25,7 @@ def own(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def own_cache(monkeypatch, tmp_path_factory):
+def local_cache(monkeypatch, tmp_path_factory):
     """Nothing is written to the home folder, and no hub is asked."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr("datasets.config.DOWNLOADED_DATASETS_PATH", tmp_path_factory.mktemp("downloads"))

@@ -1,4 +1,4 @@
-"""Codecs of one's own, as in a user's file: some that work, and some that are none."""
+"""Custom codecs, as in a user's file: some that work, and some that are none."""
 
 from __future__ import annotations  # dataclasses then look their module up
 
@@ -10,7 +10,7 @@ import torch
 from tests.data.vaes import KL
 
 
-class Own(torch.nn.Module):
+class Custom(torch.nn.Module):
     latent_channels = 2
     downsampling = 4
     scaling_factor = 0.5

@@ -9,17 +9,22 @@ from safetensors.torch import load_file, save_file
 
 from madformer.data.codec import build_codec
 from tests.data.vaes import KL, LEVELS, complaint, images_of, save
+from tests.hub import fill_cache
 
 MEAN, DEVIATION = [0.1, -0.2, 0.3, -0.4], [0.5, 1.5, 2.5, 3.5]
+
+
+def encode(folder, sizes):
+    """The codec of a folder, with its latent channels and downsampling as expected, and images through it."""
+    codec, images = build_codec(f"vae:{folder}"), images_of()
+    assert (codec.latent_channels, codec.downsampling) == sizes
+    return codec, images, *codec.encode(images)
 
 
 @pytest.mark.parametrize("factors", [{}, {"scaling_factor": 0.5, "shift_factor": 0.25}])
 def test_kl_is_scaled(tmp_path, factors):
     module = save(diffusers.AutoencoderKL, tmp_path, **KL, **factors)
-    codec = build_codec(f"vae:{tmp_path}")
-    assert (codec.latent_channels, codec.downsampling) == (4, 8)
-    images = images_of()
-    mean, deviation = codec.encode(images)
+    codec, images, mean, deviation = encode(tmp_path, (4, 8))
     with torch.no_grad():
         posterior = module.encode(images).latent_dist
         decoded = module.decode(posterior.mean).sample.clamp(-1, 1)
@@ -34,8 +39,7 @@ def test_kl_with_statistics(tmp_path):
     """As in SDXL's pipelines; the scale is by the deviation, and the shift is the mean alone."""
     statistics = {"latents_mean": MEAN, "latents_std": DEVIATION, "scaling_factor": 0.5}
     module = save(diffusers.AutoencoderKL, tmp_path, **KL, **statistics)
-    images = images_of()
-    mean, deviation = build_codec(f"vae:{tmp_path}").encode(images)
+    _, images, mean, deviation = encode(tmp_path, (4, 8))
     with torch.no_grad():
         posterior = module.encode(images).latent_dist
     center, width = torch.tensor(MEAN).view(1, 4, 1, 1), torch.tensor(DEVIATION).view(1, 4, 1, 1)
@@ -46,10 +50,7 @@ def test_kl_with_statistics(tmp_path):
 def test_tiny_has_no_distribution(tmp_path):
     sizes = {"encoder_block_out_channels": (4,) * 4, "decoder_block_out_channels": (4,) * 4, "latent_channels": 6}
     module = save(diffusers.AutoencoderTiny, tmp_path, **sizes, scaling_factor=2.0)
-    codec = build_codec(f"vae:{tmp_path}")
-    assert (codec.latent_channels, codec.downsampling) == (6, 8)
-    images = images_of()
-    mean, deviation = codec.encode(images)
+    codec, images, mean, deviation = encode(tmp_path, (6, 8))
     with torch.no_grad():
         latents = module.encode(images).latents
         torch.testing.assert_close(codec.decode(mean), module.decode(latents).sample.clamp(-1, 1), rtol=1e-4, atol=1e-5)
@@ -71,10 +72,7 @@ def test_dc_has_no_distribution(tmp_path):
         **widths,
         **layers,
     )
-    codec = build_codec(f"vae:{tmp_path}")
-    assert (codec.latent_channels, codec.downsampling) == (4, 4)
-    images = images_of()
-    mean, deviation = codec.encode(images)
+    codec, images, mean, deviation = encode(tmp_path, (4, 4))
     with torch.no_grad():
         torch.testing.assert_close(mean, module.encode(images).latent * 0.41)
     assert not deviation.any() and codec.decode(mean).shape == images.shape
@@ -84,10 +82,7 @@ def test_flux2_is_packed_and_normalised_as_in_its_pipeline(tmp_path):
     from diffusers import Flux2Pipeline
 
     module = save(diffusers.AutoencoderKLFlux2, tmp_path, **LEVELS, latent_channels=4, batch_norm_eps=0.1)
-    codec = build_codec(f"vae:{tmp_path}")
-    assert (codec.latent_channels, codec.downsampling) == (16, 16)
-    images = images_of()
-    mean, deviation = codec.encode(images)
+    codec, images, mean, deviation = encode(tmp_path, (16, 16))
     with torch.no_grad():
         posterior = module.encode(images).latent_dist
         center = module.bn.running_mean.view(1, -1, 1, 1)
@@ -101,10 +96,7 @@ def test_flux2_is_packed_and_normalised_as_in_its_pipeline(tmp_path):
 
 def test_video_autoencoder_takes_one_frame(tmp_path):
     module = save(diffusers.AutoencoderKLWan, tmp_path, base_dim=4, z_dim=16, num_res_blocks=1)
-    codec = build_codec(f"vae:{tmp_path}")
-    assert (codec.latent_channels, codec.downsampling) == (16, 8)
-    images = images_of()
-    mean, deviation = codec.encode(images)
+    codec, images, mean, deviation = encode(tmp_path, (16, 8))
     width = torch.tensor(module.config.latents_std).view(1, 16, 1, 1)
     with torch.no_grad():
         posterior = module.encode(images.unsqueeze(2)).latent_dist
@@ -119,8 +111,7 @@ def test_video_autoencoder_takes_one_frame(tmp_path):
 def test_statistics_of_the_first_frame(tmp_path):
     widths = {"encoder_block_out_channels": (4,) * 4, "decode_block_out_channels": (4,) * 4}
     module = save(diffusers.AutoencoderKLCosmos, tmp_path, **widths, num_layers=1)
-    images = images_of()
-    mean, deviation = build_codec(f"vae:{tmp_path}").encode(images)
+    _, images, mean, deviation = encode(tmp_path, (16, 8))
     center, width = (
         torch.tensor(module.config[name]).view(1, 16, -1)[..., :1, None] for name in ("latents_mean", "latents_std")
     )
@@ -133,6 +124,14 @@ def test_statistics_of_the_first_frame(tmp_path):
 def test_folder_of_a_pipeline(vae, tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     assert build_codec(f"vae:{tmp_path}").sha256 == build_codec(f"vae:{tmp_path / 'vae'}").sha256
+
+
+def test_by_hub_id_from_its_cache(vae, tmp_path, cache):
+    message = complaint("vae:owner/name")
+    assert message.startswith("cannot be had: ") and message.endswith("; name a folder that exists, or take data.codec=pixels")
+    fill_cache(cache, tmp_path / "vae", "vae")
+    codec = build_codec("vae:owner/name")
+    assert codec.sha256 == build_codec(f"vae:{tmp_path / 'vae'}").sha256 and codec.name == "vae:owner/name"
 
 
 def test_attention_under_its_former_names(vae, tmp_path):

@@ -1,4 +1,4 @@
-"""What holds of every codec: pixels, precision, the hash, the random state; and what is no image and no latent."""
+"""Codecs: pixels, precision, the hash, the random state, custom classes; and what is no image, no latent and no codec."""
 
 import shutil
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from madformer.data.codec import Codec, build_codec
-from tests.data.vaes import KL, images_of, save
+from madformer.errors import ConfigError
+from tests.data.vaes import KL, complaint, images_of, save
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -75,9 +76,9 @@ def test_the_default_type_does_not_matter(vae, tmp_path):
     assert codec.sha256 == expected and codec.encode(images_of())[0].dtype == torch.float32
 
 
-def test_random_state_stays(vae, own, tmp_path):
+def test_random_state_stays(vae, custom_codecs, tmp_path):
     before = torch.get_rng_state()
-    for name in (f"vae:{tmp_path / 'vae'}", "mine.py:Own", "pixels"):
+    for name in (f"vae:{tmp_path / 'vae'}", "mine.py:Custom", "pixels"):
         build_codec(name)
         assert torch.equal(torch.get_rng_state(), before)
 
@@ -109,3 +110,66 @@ def test_wrong_latents_and_types(vae, tmp_path):
 def test_it_is_an_ordinary_object(vae, tmp_path):
     codec = build_codec(f"vae:{tmp_path / 'vae'}")
     assert isinstance(codec, Codec) and not isinstance(codec, torch.nn.Module)
+
+
+# Custom classes
+
+
+@pytest.mark.parametrize("name", ["mine.py:Custom", "lab/codecs.py:Custom", "lab.codecs:Custom"])
+def test_custom_class(custom_codecs, name):
+    codec = build_codec(name)
+    assert (codec.name, codec.latent_channels, codec.downsampling) == (name, 2, 4)
+    images = images_of()
+    module = codec._autoencoder
+    assert isinstance(module, torch.nn.Module) and not module.training
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    with torch.autocast("cpu", torch.bfloat16):  # what a trainer of bf16-mixed does
+        mean, deviation = codec.encode(images.clone().requires_grad_())
+    torch.testing.assert_close(mean, (module.down(images) - 3) * 0.5)
+    assert torch.equal(deviation, torch.ones_like(mean))
+    torch.testing.assert_close(codec.decode(mean), module.up(module.down(images)).clamp(-1, 1))
+    mean.mul(torch.ones((), requires_grad=True)).sum().backward()  # latents are inputs of training
+
+
+@pytest.mark.parametrize("name", ["mine.py:Plain", "mine.py:Holder"])
+def test_custom_class_that_is_no_module(custom_codecs, name):
+    codec = build_codec(name).to("cpu")
+    assert codec.device == torch.device("cpu")
+    images = images_of()
+    assert codec.decode(codec.encode(images)[0]).shape == images.shape
+
+
+def test_weights_within_a_class_that_is_no_module(custom_codecs):
+    codec = build_codec("mine.py:Holder", "bfloat16")
+    assert not codec._autoencoder.net.weight.requires_grad and codec._autoencoder.net.weight.dtype == torch.bfloat16
+    assert codec.sha256 == build_codec("mine.py:Holder").sha256  # drawn from the same random state
+    torch.rand(1)
+    assert codec.sha256 != build_codec("mine.py:Holder").sha256
+    assert build_codec("mine.py:Plain", "bfloat16").sha256 == build_codec("lab.codecs:Plain").sha256
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nonsense", "must be pixels, vae:HUB_ID_OR_FOLDER, module.path:Class or file.py:Class"),
+        ("mine.py:Custom()", "must be pixels, vae:HUB_ID_OR_FOLDER, module.path:Class or file.py:Class"),
+        ("other.py:Custom", "no such file: other.py"),
+        ("mine.py:Failing", "Failing() fails: KeyError: 'weights\\nare elsewhere'"),
+        ("mine.py:WithoutChannels", "WithoutChannels.latent_channels must be an integer of at least 1, not None"),
+        ("mine.py:WithoutDecode", "WithoutDecode has no method decode"),
+        ("mine.py:NoScale", "scaling_factor must be finite, and no scale 0; it is [0.0]"),
+        ("mine.py:Worded", "scaling_factor must be a number, or one for each channel, not 'large'"),
+        ("mine.py:ManyShifts", "shift_factor must be a number, or one for each of 3 channels"),
+    ],
+)
+def test_custom_class_that_is_no_codec(custom_codecs, name, words):
+    assert complaint(name) == words
+
+
+def test_custom_class_that_gives_other_shapes(custom_codecs):
+    with pytest.raises(
+        ConfigError, match=r"data.codec = 'mine.py:Alone': Alone.encode must give a mean and a standard deviation"
+    ):
+        build_codec("mine.py:Alone").encode(images_of())
+    with pytest.raises(ConfigError, match=r"Halved.decode must give images of shape \[2, 3, 8, 8\], not \[2, 3, 4, 4\]"):
+        build_codec("mine.py:Halved").decode(torch.zeros(2, 3, 4, 4))

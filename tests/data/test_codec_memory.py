@@ -9,7 +9,7 @@ from madformer.data.codec import build_codec
 from tests.data.vaes import images_of
 
 
-def test_fewer_images_at_once_where_memory_does_not_suffice(own, caplog):
+def test_fewer_images_at_once_where_memory_does_not_suffice(custom_codecs, caplog):
     codec, enough = build_codec("mine.py:Small"), build_codec("mine.py:Plain")
     images = images_of((16, 16), batch=9)
     sizes = codec._autoencoder.sizes
@@ -28,14 +28,14 @@ def test_fewer_images_at_once_where_memory_does_not_suffice(own, caplog):
     assert sizes == [8]
 
 
-def test_a_single_image_too_large(own, caplog):
+def test_a_single_image_too_large(custom_codecs, caplog):
     codec = build_codec("mine.py:Small")
     with pytest.raises(torch.OutOfMemoryError, match="small device"):
         codec.encode(images_of((32, 32)))
     assert codec._autoencoder.sizes == [2, 1] and not caplog.records
 
 
-def test_tiles_where_memory_does_not_suffice_for_one_image(own, caplog):
+def test_tiles_where_memory_does_not_suffice_for_one_image(custom_codecs, caplog):
     codec = build_codec("mine.py:Tiled")
     vae = codec._autoencoder.vae
     images = images_of((64, 64))
@@ -51,7 +51,7 @@ def test_tiles_where_memory_does_not_suffice_for_one_image(own, caplog):
     assert codec.decode(mean).shape == images.shape and "to decode 2 images" in caplog.text
 
 
-def test_no_call_is_repeated_where_memory_suffices(own):
+def test_no_call_is_repeated_where_memory_suffices(custom_codecs):
     codec = build_codec("mine.py:Small")
     codec.encode(images_of((16, 16)))
     assert codec._autoencoder.sizes == [2]

@@ -7,21 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from madformer.data.order import BatchShard, EndlessPlaces, SampleOrder
+from madformer.data.order import BatchSampler, BatchShard, SampleOrder
 from madformer.errors import ConfigError
 
 
 def stream(samples, batch_size, limit, world_size, steps, first_step=0):
-    """Samples of each step over all devices, by place in the global batch."""
+    """Samples of each step over all devices, by index in the global batch."""
     order = SampleOrder(samples, batch_size, seed=3)
     found: dict[tuple[int, int], int] = {}
     for rank in range(world_size):
-        portion = BatchShard.of(batch_size, limit, rank, world_size)
-        batches = itertools.islice(EndlessPlaces(order, portion, first_step), steps * portion.accumulation)
-        for places in batches:
-            for index, sample in zip(places.indices, places.samples.tolist(), strict=True):
-                assert (places.step, index) not in found
-                found[places.step, index] = sample
+        shard = BatchShard.of(batch_size, limit, rank, world_size)
+        for batch in itertools.islice(BatchSampler(order, shard, first_step), steps * shard.accumulation):
+            for index, sample in zip(batch.indices, batch.samples.tolist(), strict=True):
+                assert (batch.step, index) not in found
+                found[batch.step, index] = sample
     return found
 
 

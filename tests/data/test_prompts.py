@@ -4,12 +4,9 @@ import importlib.util
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
@@ -23,6 +20,7 @@ from madformer.data import prompts
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts, parse_classes
 from madformer.errors import ConfigError, InputError
 from madformer.model.embedding import null_text
+from tests.hub import fill_cache, serve_hub
 
 TEXT = TextConfig(vocab_size=BUILTIN_VOCABULARY, length=16, pad_token_id=0)
 BUILTIN_FILE = Path(prompts.__file__).with_name(prompts.BUILTIN_FILE)
@@ -221,30 +219,14 @@ def test_folders_that_hold_no_tokenizer(tmp_path, files):
 
 
 def test_a_misspelt_folder():
-    with pytest.raises(ConfigError, match="cannot be had: there is no such folder, and it is no hub id; must be"):
+    with pytest.raises(ConfigError, match="cannot be had: no such folder, and no hub id, which is owner/name; must be"):
         PromptTokenizer("./no/such/folder", TEXT)
-
-
-class Refusals(BaseHTTPRequestHandler):
-    """A hub where one repository is gated, one out of order and the others do not exist."""
-
-    def do_HEAD(self):
-        gated, down = "gated" in self.path, "down" in self.path
-        self.send_response(503 if down else 403 if gated else 401)
-        if not down:
-            self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_GET = do_HEAD
-
-    def log_message(self, *_):
-        pass
 
 
 ASK = """
 import sys, time
-from madformer.config import ConfigError, TextConfig
+from madformer.config import TextConfig
+from madformer.errors import ConfigError
 from madformer.data.prompts import PromptTokenizer
 for name in sys.argv[1:]:
     start = time.monotonic()
@@ -265,26 +247,22 @@ def ask_hub(endpoint, cache, *names):
 
 
 def test_hubs_answers_and_the_cache(tmp_path, folder, builtin):
-    snapshot = tmp_path / "models--some--cached" / "snapshots" / ("0" * 40)
-    shutil.copytree(folder, snapshot)
-    (snapshot / "config.json").write_text("{}")
-    (tmp_path / "models--some--cached" / "refs").mkdir()
-    (tmp_path / "models--some--cached" / "refs" / "main").write_text("0" * 40)
+    (fill_cache(tmp_path, folder, name="cached") / "config.json").write_text("{}")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()} | {"config.json": b"{}", "model.safetensors": b"large"}
+    with serve_hub(files) as endpoint:
+        names = ("cached", "name", "gated", "missing", "down")
+        cached, loaded, gated, missing, down = ask_hub(endpoint, tmp_path, *(f"owner/{name}" for name in names))
+    assert json.loads(cached) == json.loads(loaded) == builtin(["tench"])[:, :4].tolist()
+    assert not list(tmp_path.glob("models--owner--name/snapshots/*/*.safetensors"))
+    assert (
+        "data.tokenizer = 'owner/gated': cannot be had: no such folder, and the repository's owner must grant access" in gated
+    )
+    assert "the hub has no such repository" in missing and "the hub refuses: Server error '503" in down
 
-    hub = HTTPServer(("127.0.0.1", 0), Refusals)
-    endpoint = f"http://127.0.0.1:{hub.server_port}"
-    Thread(target=hub.serve_forever, daemon=True).start()
-    cached, gated, missing, down = ask_hub(endpoint, tmp_path, "some/cached", "some/gated", "some/missing", "some/down")
-    hub.shutdown()
-    hub.server_close()
-    assert json.loads(cached) == builtin(["tench"])[:, :4].tolist()
-    assert "data.tokenizer = 'some/gated': cannot be had: You are trying to access a gated repo" in gated
-    assert "is not a valid model identifier" in missing and "the hub is out of reach (Server error '503" in down
-
-    cached_still, uncached = ask_hub(endpoint, tmp_path, "some/cached", "some/gated")
+    cached_still, uncached = ask_hub(endpoint, tmp_path, "owner/cached", "owner/gated")
     assert cached_still == cached
     assert uncached.startswith(
-        "data.tokenizer = 'some/gated': cannot be had: it is not in the cache, and the hub is out of reach"
+        "data.tokenizer = 'owner/gated': cannot be had: no such folder, and it is not in the cache, and the hub"
     )
     assert uncached.endswith(
         "or data.tokenizer=builtin model.text.vocab_size=2048 model.text.pad_token_id=0, which ships with the package"

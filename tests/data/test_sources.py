@@ -15,7 +15,7 @@ from madformer.data.image_files import load_square
 from tests.data.layouts import LAYOUTS, all_rows, comparable, source_of, table, write_folder, write_layout, write_raw
 from tests.pictures import as_bytes, picture, write_parquet, write_tars
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("local_cache")
 
 
 @pytest.mark.parametrize("place", ["here", "remote"])

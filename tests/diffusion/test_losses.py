@@ -11,6 +11,7 @@ from madformer.diffusion.losses import compute_losses, next_token_loss, wanted_o
 from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.errors import ConfigError
 from madformer.model.embedding import drop_text, null_text
+from madformer.training.module import unused_parameters
 from tests.conftest import TEXT, build, latents, prompts, timesteps, tiny
 
 SCHEDULE = NoiseSchedule(DiffusionConfig())
@@ -87,7 +88,7 @@ def test_without_prompts_every_used_parameter_still_has_a_gradient():
     result = losses(model, text=None)
     assert result.terms["text"] == 0
     result.total.backward()
-    unused = {id(parameter) for parameter in model.unused_parameters(wanted_outputs(ALL))}
+    unused = {id(parameter) for parameter in unused_parameters(model, wanted_outputs(ALL))}
     assert all((parameter.grad is None) == (id(parameter) in unused) for parameter in model.parameters())
 
 

@@ -98,7 +98,7 @@ def test_the_number_is_the_distance_of_the_averaged_models_samples(tmp_path):
 
 def test_everything_that_made_a_number_stands_beside_it(tmp_path):
     config, *_ = make_run(tmp_path)
-    [point] = evaluate(parse_request(config, nfe="6", sampler="unipc", seeds="3"))
+    [point] = evaluate(parse_request(config, nfe="6", axes={"sampler": "unipc", "seed": "3"}))
     assert point == json.loads(record_path(config.run_dir).read_text())
     told = {"kind": "point", "nfe": 6, "nfe_actual": 5, "steps": 2, "checkpoint": "step-00000006.ckpt", "step": 6}
     told |= {"weights": "ema", "sampler": "unipc", "guidance": 1.0, "num_samples": 16, "seed": 3, "prompts": None}
@@ -122,7 +122,7 @@ def test_the_numbers_do_not_depend_on_the_batch_size(sampler, tmp_path):
     for size in (1, 7, 64):
         sizes = (f"evaluation.batch_size={size}", "evaluation.num_samples=70", pleased(tmp_path))
         config, *_ = make_run(tmp_path / str(size), *sizes)
-        numbers.append(evaluate(parse_request(config, nfe="5", sampler=sampler))[0])
+        numbers.append(evaluate(parse_request(config, nfe="5", axes={"sampler": sampler}))[0])
     assert all(0 < value < 10 for value in numbers[0]["metrics"].values()) and len(numbers[0]["metrics"]) == 6
     assert [point["batch_size"] for point in numbers] == [1, 7, 64]
     assert [point["metrics"] for point in numbers] == only_metrics(numbers[:1] * 3)
@@ -290,7 +290,7 @@ def test_only_what_is_missing_is_computed(tmp_path, capsys):
 
 def test_seeds_and_checkpoints_have_a_mean(tmp_path):
     config, *_ = make_run(tmp_path, steps=(6, 12))
-    points = evaluate(parse_request(config, nfe="5", seeds="0,1,2", checkpoints="last2"))
+    points = evaluate(parse_request(config, nfe="5", checkpoints="last2", axes={"seed": "0,1,2"}))
     assert len({point["metrics"]["fd_digits"] for point in points}) == 6
     [line] = read_means(config.run_dir)
     values = torch.tensor([point["metrics"]["fd_digits"] for point in points], dtype=torch.float64)
@@ -298,13 +298,13 @@ def test_seeds_and_checkpoints_have_a_mean(tmp_path):
     assert line["standard_deviations"]["fd_digits"] == pytest.approx(values.std().item())
     assert (line["count"], line["seeds"]) == (6, [0, 1, 2])
     assert line["checkpoints"] == ["step-00000006.ckpt", "step-00000012.ckpt"]
-    evaluate(parse_request(config, nfe="5", seeds="0,1,2", checkpoints="last2"))
+    evaluate(parse_request(config, nfe="5", checkpoints="last2", axes={"seed": "0,1,2"}))
     assert len(read_means(config.run_dir)) == 1
 
 
 def test_samplers_start_from_the_same_noise_and_end_elsewhere(tmp_path):
     config, *_ = make_run(tmp_path)
-    points = evaluate(parse_request(config, nfe="9", sampler="ddim,ddpm,dpmsolver++,unipc"))
+    points = evaluate(parse_request(config, nfe="9", axes={"sampler": "ddim,ddpm,dpmsolver++,unipc"}))
     assert len({point["metrics"]["fd_digits"] for point in points}) == 4
     assert {point["nfe_actual"] for point in points} == {9}
 
@@ -336,20 +336,23 @@ def test_requests(tmp_path):
     assert budgets(parse_request(config)) == [(3, 1), (5, 2)]
     assert budgets(parse_request(config, nfe="6, 6,7")) == [(6, 2), (7, 3)]
     assert budgets(parse_request(config, steps="4")) == [(9, 4)]
-    assert parse_sampling(config, 3, None, 8, sampler="unipc").config.evaluation.sampler == "unipc"
-    assert parse_request(config, sampler="ddim, unipc", seeds="1,2").samplers == ("ddim", "unipc")
-    assert parse_request(config, guidance="1,1.0").guidances == (1.0,)
+    assert parse_sampling(config, 3, None, 8, axes={"sampler": "unipc"}).sampling.sampler == "unipc"
+    several = parse_request(config, nfe="5", axes={"sampler": "ddim, unipc", "seed": "1,2"}).samplings
+    assert [(each.sampler, each.seed) for each in several] == [("ddim", 1), ("ddim", 2), ("unipc", 1), ("unipc", 2)]
+    assert [each.guidance for each in parse_request(config, nfe="5", axes={"guidance": "1,1.0"}).samplings] == [1.0]
     mistakes = {
         r"steps = 1001: must be in 1\.\.1000": {"steps": "1001"},
-        r"--sampler heun: must be one of ddim, ddpm, dpmsolver\+\+, unipc": {"sampler": "ddim,heun"},
-        r"--guidance much: must be numbers": {"guidance": "1,much"},
-        r"evaluation\.guidance = 2\.0: there is nothing to guide towards": {"guidance": "1,2"},
-        r"evaluation\.guidance = nan: must be a number": {"guidance": "nan"},
-        r"evaluation\.seed = 4001: must be in 0\.\.4000": {"seeds": "0,4001"},
+        r"--sampler heun: must be one of ddim, ddpm, dpmsolver\+\+, unipc": {"axes": {"sampler": "ddim,heun"}},
+        r"--guidance much: must be numbers": {"axes": {"guidance": "1,much"}},
+        r"evaluation\.guidance = 2\.0: there is nothing to guide towards": {"axes": {"guidance": "1,2"}},
+        r"evaluation\.guidance = nan: must be a number": {"axes": {"guidance": "nan"}},
+        r"evaluation\.seed = 4001: must be in 0\.\.4000": {"axes": {"seed": "0,4001"}},
     }
     for message, asked in mistakes.items():
         with pytest.raises((ConfigError, InputError), match=message):
             parse_request(config, **asked)
+    with pytest.raises(InputError, match="--sampler ddim,unipc: give one value"):
+        parse_sampling(config, 3, None, 8, axes={"sampler": "ddim,unipc"})
     nothing = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, feature_networks=()))
     with pytest.raises(ConfigError, match=r"evaluation\.feature_networks = \[\]: nothing to measure with"):
         parse_request(nothing)

@@ -6,7 +6,6 @@ import pytest
 
 from madformer.evaluation.feature_networks import build_feature_network
 from madformer.evaluation.measurement import (
-    DIGITS_SHA256,
     METRICS,
     Measurement,
     Sampling,
@@ -16,6 +15,7 @@ from madformer.evaluation.measurement import (
     metric_name,
 )
 from madformer.evaluation.metrics import _COMPUTE
+from madformer.sweep.needs import DIGITS_SHA256
 from tests.points import point
 
 MAIN = Sampling(nfe=32, steps=4)

@@ -1,20 +1,23 @@
 """Curves in TensorBoard: read back as TensorBoard reads them, and asked of a real server."""
 
+import re
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from torch.utils.tensorboard import RecordWriter, SummaryWriter
 
-from madformer.evaluation import tensorboard as curves
 from madformer.evaluation.record import record_path
 from madformer.evaluation.tensorboard import drop_orphans, write_curves
 from tests.board import tensorboard, until
+from tests.conftest import ROOT
+from tests.data.test_datamodule import TEXT
 from tests.points import INCEPTION, at, diagnostics, mean, point, recorded
+from tests.tiny_runs import command, perform, train_command
 
 HPARAMS = {"model.diffusion_depth": 2, "optimizer.lr": 3e-4, "model.rope": "axial", "model.use_condition": True}
 
@@ -137,22 +140,22 @@ def test_training_s_events_stay_as_they_are(tmp_path):
 def test_a_failure_leaves_the_former_curves(tmp_path):
     write_curves(recorded(tmp_path, point(16, 72.0)), HPARAMS)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(TypeError):
+    with pytest.raises(KeyError, match="list"):
         write_curves(tmp_path, {"unet.channels": [16, 32]})  # type: ignore[dict-item]
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_half_written_files_are_not_for_tensorboard(tmp_path, monkeypatch):
     seen: list[str] = []
-    write = curves._write_events
+    write = RecordWriter.write
 
-    def spy(path: Path, events: Any) -> None:
-        write(path, events)
-        seen.extend(entry.name for entry in path.parent.iterdir())
+    def spy(writer: RecordWriter, data: bytes) -> None:
+        write(writer, data)
+        seen.extend(path.name for path in tmp_path.iterdir())
 
-    monkeypatch.setattr(curves, "_write_events", spy)
+    monkeypatch.setattr(RecordWriter, "write", spy)
     write_curves(recorded(tmp_path, point(16, 72.0)), HPARAMS)
-    assert len(seen) == 2 and not [name for name in seen if "tfevents" in name]
+    assert len(set(seen)) == 2 and not [name for name in seen if "tfevents" in name]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 5, 30])
@@ -209,7 +212,8 @@ def test_a_server_shows_the_curves_of_two_runs(tmp_path, options):
         assert [(step, value) for _, step, value in shown] == [(4000, 76.0), (32000, 24.0)]
 
         experiment = board.ask("plugin/hparams/experiment", {"experimentName": ""})
-        assert {info["name"] for info in experiment["hparamInfos"]} == set(HPARAMS)
+        kinds = {info["name"]: info["type"] for info in experiment["hparamInfos"]}
+        assert kinds.keys() == HPARAMS.keys() and kinds["model.use_condition"] == "DATA_TYPE_BOOL"
         metrics = [info["name"]["tag"] for info in experiment["metricInfos"]]
         assert metrics == ["fd_digits_at_nfe_16", "fd_digits_at_nfe_128"]
         query = {"allowedStatuses": ["STATUS_SUCCESS"], "colParams": [], "startIndex": 0, "sliceSize": 9}
@@ -244,3 +248,33 @@ def test_a_running_server_takes_new_curves_in_place_of_the_former(tmp_path):
         write_curves(recorded(run, point(16, 71.0), point(32, 30.0)), HPARAMS)
         until(lambda: len(shown()) == 3)
         assert shown() == [(16, 71.0), (32, 30.0), (128, 20.0)]
+
+
+PLACEHOLDERS = {
+    "QUARTER": "[0-3]",
+    "BLOCK": "[0-3]",
+    "METRIC": "(fd|kid|precision|recall|density|coverage)_digits",
+    "NFE": r"\d+",
+    "HOW": "unipc",
+    "SAMPLES": "ema, 2 steps, seed 0",
+}
+"""Words of docs/tensorboard.md that stand for a part that differs -> that part in the run below."""
+
+
+def test_the_page_lists_the_tags_of_a_run(tmp_path):
+    losses = ("loss.lambda_clean_tower=0.1", "trainer.max_steps=6", "evaluation.preview_samples=2")
+    perform(train_command(tmp_path, *TEXT, *losses))
+    run = tmp_path / "digits"
+    perform(command("evaluate", run, "--sampler", "ddim,unipc", "--num-samples", 8, "--diagnostics"))
+    perform(command("sample", run, "--num", 1, "--steps", 2, "--out", tmp_path / "samples"))
+    files = [LegacyEventFileLoader(str(path)) for path in run.glob("events*")]
+    tags = {value.tag for file in files for event in file.Load() for value in event.summary.value}
+
+    page = (ROOT / "docs/tensorboard.md").read_text()
+    rows = re.findall(r"^\| `(.*?)` .*\| (.*?) \|$", page, re.MULTILINE)
+    conditions = {tag: condition for tag, condition in rows if tag not in PLACEHOLDERS}
+    words = re.compile("|".join(PLACEHOLDERS))
+    patterns = {tag: words.sub(lambda word: PLACEHOLDERS[word[0]], tag) for tag in conditions}
+    assert {tag for tag in tags if not any(re.fullmatch(pattern, tag) for pattern in patterns.values())} == set()
+    missing = {row for row, pattern in patterns.items() if not any(re.fullmatch(pattern, tag) for tag in tags)}
+    assert missing == {row for row, condition in conditions.items() if condition.startswith("CUDA")}

@@ -16,6 +16,7 @@ from PIL import Image
 
 from madformer.config import load_run
 from madformer.evaluation.tensorboard import AXES
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.trial import trial_commands
 from tests.board import Board, tensorboard, until
@@ -36,7 +37,7 @@ def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     tiny = [override for override in TINY if not override.startswith(("model.diffusion_depth=", "evaluation.nfe="))]
     changes = ["grid.model.diffusion_depth=[1,2,3]", "evaluate.nfe=[3,6,9]", "trainer.max_steps=2", f"output_dir={folder}"]
-    for cell in load_sweep(ROOT / "sweeps/quickstart.yaml", [*tiny, *changes]).cells():
+    for cell in sweep_cells(load_sweep(ROOT / "sweeps/quickstart.yaml", [*tiny, *changes])):
         for command in trial_commands(cell):
             perform(command)
     return folder

@@ -25,8 +25,7 @@ from madformer.evaluation.request import parse_sampling
 from madformer.evaluation.sampling import choose_prompts
 from madformer.evaluation.tensorboard import drop_orphans, write_curves
 from madformer.evaluation.write_samples import write_samples
-from madformer.runs.checkpoints import DATA, list_checkpoints, load_model
-from madformer.runs.fingerprint import weights_sha256
+from madformer.runs.checkpoints import DATA, list_checkpoints, load_model, weights_sha256
 from tests.conftest import ROOT
 from tests.data.test_datamodule import TEXT
 from tests.evaluation.test_evaluate import make_run
@@ -47,7 +46,8 @@ def text(tmp_path_factory):
 
 
 def sample(config, folder, num=3, steps=2, nfe=None, seed=0, **options):
-    write_samples(parse_sampling(config, num, steps, nfe, seed, **options), folder)
+    axes = {"seed": seed, **{name: options.pop(name) for name in ("sampler", "guidance") if name in options}}
+    write_samples(parse_sampling(config, num, steps, nfe, axes=axes, **options), folder)
 
 
 def pixels(folder):

@@ -96,20 +96,6 @@ def test_outputs_that_nobody_wants_change_nothing_and_are_absent(switches):
             torch.testing.assert_close(getattr(forward(model, outputs=[name]), f"{name}_BLCYX"), wanted)
 
 
-@given(configs, st.sets(st.sampled_from(["condition", "clean_tower", "text_logits"])))
-def test_unused_parameters_are_those_without_a_gradient(config, outputs):
-    assume(config.ar_length < 16)
-    model = build(config)
-    out = forward(model, outputs=outputs)
-    total = sum(
-        (x**2).sum() for x in (out.denoised_BLCYX, out.condition_BLCYX, out.clean_tower_BLCYX, out.text_logits) if x is not None
-    )
-    total.backward()
-    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    unused = {id(parameter) for parameter in model.unused_parameters(outputs)}
-    assert without == {name for name, parameter in model.named_parameters() if id(parameter) in unused}
-
-
 def test_the_plan_leaves_out_what_nobody_reads():
     config = tiny(depth=3, diffusion_depth=1)
     plans = layer_plans(config, existing_outputs(config, ()))
@@ -124,6 +110,22 @@ def test_the_plan_leaves_out_what_nobody_reads():
     ]
     unconditioned = tiny(depth=3, diffusion_depth=1, use_condition=False)
     assert [plan.queries for plan in layer_plans(unconditioned, frozenset())] == [("clean",), ("clean",), ("noise",)]
+
+
+def test_every_layer_runs_the_plan_that_is_made_once():
+    model = build(tiny(text=TEXT, depth=3, diffusion_depth=1, local_denoising=True))
+    contexts = []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda layer, arguments: contexts.append(arguments[2]))
+    text = torch.ones(2, 5, dtype=torch.long)
+    forward(model, draws=2, text=text, outputs=("condition",))
+    plans = layer_plans(model.config, frozenset({"condition"}), 5, 2)
+    assert all(context.plan is plan for context, plan in zip(contexts, plans, strict=True))
+    assert [(plan.text_tokens, plan.clean_blocks, plan.draws, plan.local) for plan in plans] == [
+        (5, 3, 1, False),
+        (5, 3, 1, False),
+        (5, 3, 2, True),
+    ]
 
 
 def gradients(model, **options):

@@ -10,6 +10,7 @@ from madformer.config import ExperimentConfig, LossConfig, load_experiment, writ
 from madformer.report import Curve, build_report, write_report
 from madformer.report.paper import design_of, paper
 from madformer.report.statistics import Estimate, differ
+from madformer.sweep.cells import sweep_cells
 from tests.conftest import ROOT
 from tests.points import point, recorded
 
@@ -53,10 +54,10 @@ def test_every_cell_of_the_paper_s_sweeps_has_its_number(data, monkeypatch, tmp_
     assert len(sweeps) == 7
     for sweep, table in zip(sweeps, sorted(paper()[1], key=order), strict=True):
         named = [cell for cell in table.cells if data in cell.distances]
-        for cell in sweep.cells():
+        for cell in sweep_cells(sweep):
             found = [entry for entry in named if entry.has(design_of(cell.config), one, any_length=False)]
             assert len(found) == 1, cell.name
-        assert len(sweep.cells()) == len(named)
+        assert len(sweep_cells(sweep)) == len(named)
 
 
 def order(table):

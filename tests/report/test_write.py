@@ -7,6 +7,7 @@ import pytest
 from madformer.config import write_config
 from madformer.errors import InputError
 from madformer.report.write import report_on
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.search import SearchQueue
 from madformer.sweep.study import Storage
@@ -34,7 +35,7 @@ def test_a_sweep_that_is_not_done_is_reported_on_as_far_as_it_is(here, capsys, c
     (here / "grid.yaml").write_text(GRID)
     with pytest.raises(InputError, match=re.escape("grid: none of 2 cells is evaluated: madformer sweep run does that")):
         report_on(["grid.yaml"], None)
-    measure(load_sweep("grid.yaml").cells()[1], 30.0)
+    measure(sweep_cells(load_sweep("grid.yaml"))[1], 30.0)
     report_on(["grid.yaml"], None)
     printed = capsys.readouterr().out
     assert "| d4 |" in printed and "| d2 |" not in printed and (here / "runs/grid/report.csv").is_file()
@@ -43,7 +44,7 @@ def test_a_sweep_that_is_not_done_is_reported_on_as_far_as_it_is(here, capsys, c
 
 def test_seeds_alone_are_one_line_of_the_sweep_s_name_and_its_own_number_of_samples(here, capsys, caplog):
     (here / "three.yaml").write_text(f"experiment: {ROOT}/experiments/digits.yaml\nseeds: [0, 1, 2]\n")
-    for cell, value in zip(load_sweep("three.yaml").cells(), (30.0, 31.0, 32.0), strict=True):
+    for cell, value in zip(sweep_cells(load_sweep("three.yaml")), (30.0, 31.0, 32.0), strict=True):
         measure(cell, value)
     recorded(cell.run, point(16, 1.0, num_samples=50_000))
     report_on(["three.yaml"], None)

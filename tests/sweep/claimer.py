@@ -6,6 +6,7 @@ import sys
 from madformer.config import write_config
 from madformer.evaluation.record import append_point
 from madformer.runs.checkpoints import checkpoint_path
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.queue import Queue
 from madformer.sweep.study import Storage
@@ -13,7 +14,7 @@ from tests.sweep.trial import point
 
 
 def open_queue(sweep):
-    return Queue(sweep, Storage(sweep), sweep.cells())
+    return Queue(sweep, Storage(sweep), sweep_cells(sweep))
 
 
 def train(cell):
@@ -34,7 +35,7 @@ def work(overrides, repetitions, barrier, results):
         sweep, claimed = load_sweep("small.yaml", [*overrides, f"name=r{repetition}", f"output_dir=runs{repetition}"]), []
         barrier.wait()
         with open_queue(sweep) as queue:
-            while (claim := queue.claim()).trials or claim.others:
+            while (claim := queue.claim()).trials or claim.may_have_more:
                 for trial in claim.trials:
                     claimed.append(trial.cell.name)
                     finish(trial.cell)

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from tests.conftest import ROOT
@@ -19,3 +21,9 @@ def sweep_file(tmp_path, monkeypatch):
     path = tmp_path / "small.yaml"
     path.write_text(SWEEP)
     return path
+
+
+@pytest.fixture(autouse=True)
+def package_path(monkeypatch):
+    """Processes that tests start find this package, whatever their working directory."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)

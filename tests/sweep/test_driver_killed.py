@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.trial import trial_commands
 from tests.conftest import ROOT
@@ -42,7 +43,7 @@ def sweep_file(folder: Path) -> Path:
 
 def leave_alone(folder: Path) -> None:
     """What the sweep does, without drivers and processes that could die."""
-    for cell in load_sweep(sweep_file(folder)).cells():
+    for cell in sweep_cells(load_sweep(sweep_file(folder))):
         for argv in trial_commands(cell):
             perform(argv)
 

@@ -5,9 +5,8 @@ import re
 import pytest
 
 from madformer.errors import InputError
-from madformer.sweep.forecast import print_suite
+from madformer.sweep.forecast import CPU_CORE, print_suite
 from madformer.sweep.load_sweep import load_sweep
-from madformer.sweep.needs import CPU_CORE
 from tests.conftest import ROOT
 from tests.tiny_runs import command, perform
 

@@ -4,12 +4,12 @@ import torch
 
 from madformer.config import write_config
 from madformer.evaluation.evaluate import evaluate
-from madformer.evaluation.measurement import network_sha256
 from madformer.evaluation.request import parse_request
 from madformer.model import MADFormer
 from madformer.runs.checkpoints import EMA, checkpoint_path
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
-from madformer.sweep.needs import cell_needs, main_metrics
+from madformer.sweep.needs import cell_needs, main_metrics, network_sha256
 from madformer.sweep.status import print_status
 from tests.tiny_runs import TINY
 
@@ -29,9 +29,12 @@ def trained_cell(sweep_file, tmp_path):
     """A cell of a sweep with a custom network, trained but for its weights, which are random."""
     network = tmp_path / "brightness.py"
     network.write_text(NETWORK.format(scale=10))
-    overrides = [*(field for field in TINY if "nfe=" not in field), f"evaluation.feature_networks=[{network}:Brightness]"]
+    overrides = [
+        *(field for field in TINY if "nfe=" not in field and "diffusion_depth" not in field),
+        f"evaluation.feature_networks=[{network}:Brightness]",
+    ]
     sweep = load_sweep(sweep_file, [*overrides, "grid.model.diffusion_depth=[2]", "evaluate.nfe=[5]"])
-    [cell] = sweep.cells()
+    [cell] = sweep_cells(sweep)
     write_config(cell.config, cell.run)
     weights = MADFormer(cell.config.model).state_dict()
     path = checkpoint_path(cell.run, cell.max_steps)

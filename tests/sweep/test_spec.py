@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from madformer.config import config_hash, load_experiment, write_config
 from madformer.errors import ConfigError
 from madformer.runs.checkpoints import checkpoint_path
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.spec import as_text, read_value
 from tests.conftest import ROOT
@@ -36,7 +37,7 @@ BAD = {
     "seeds=[]": "seeds = []: must be a list of integers of at least 0",
     "seeds=[-1]": "seeds = [-1]: must be a list of integers of at least 0",
     "seeds=[1,1]": "seeds = [1, 1]: a value occurs twice",
-    "seeds=[a]": "a list entry: the value could not be converted to Integer",
+    "seeds=[a]": "a list's entry: the value could not be converted to Integer",
     "seed=3": "overrides.seed = 3: set seeds",
     "overrides.name=a": "overrides.name = 'a': cells are named by their axes",
     "overrides.output_dir=a": "overrides.output_dir = 'a': set output_dir of the sweep",
@@ -80,6 +81,9 @@ BAD = {
     "evaluate.checkpoints=last2": "cell d2-s0: evaluate.checkpoints = 'last2': there will be 1 (trainer.keep_checkpoints, trainer.checkpoint_every)",
     "launcher=cloud": "launcher: Invalid value 'cloud', expected one of ['local', 'slurm']",
     "slurm.minute=5": "unknown key slurm.minute; the nearest is slurm.minutes",
+    "slurm=3": "slurm = 3: must be a mapping of its fields (partition, account, qos, minutes, signal_seconds, nodes_per_trial, cpus_per_task, mem_gb, parallel, setup, options)",
+    "slurm.options=3": "slurm.options = 3: must be a mapping of fields to values",
+    "slurm.setup=module": "slurm.setup = 'module': must be a list of shell lines",
     "slurm.minutes=0": "slurm.minutes = 0: must be at least 1",
     "slurm.minutes=2": "slurm.signal_seconds = 180: must be in 1..119 (slurm.minutes)",
     "storage=postgres": "storage = 'postgres': must be a database's URL, such as postgresql://user@host/name",
@@ -151,8 +155,8 @@ def test_missing_files_are_named(sweep_file):
 
 
 def test_cells_are_the_product_of_axes_and_seeds(sweep_file):
-    cells = load_sweep(sweep_file, ["grid.model.ar_length=[4,16]", "seeds=[0,7]", "model.unet.channels=[16]",
-                                    "model.unet.layers=[1]", "model.unet.attention=[false]"]).cells()  # fmt: skip
+    cells = sweep_cells(load_sweep(sweep_file, ["grid.model.ar_length=[4,16]", "seeds=[0,7]", "model.unet.channels=[16]",
+                                    "model.unet.layers=[1]", "model.unet.attention=[false]"]))  # fmt: skip
     assert [cell.name for cell in cells] == [f"d{d}-l{length}-s{s}" for d in (2, 4) for length in (4, 16) for s in (0, 7)]
     last = cells[-1]
     assert last.axes == {"model.diffusion_depth": 4, "model.ar_length": 16} and last.seed == 7
@@ -161,9 +165,16 @@ def test_cells_are_the_product_of_axes_and_seeds(sweep_file):
     assert last.run == Path("runs/small/d4-l16-s7") and last.budgets == (16, 24)
 
 
+def test_cells_are_made_once_for_each_sweep(sweep_file):
+    sweep = load_sweep(sweep_file)
+    assert all(first is second for first, second in zip(sweep_cells(sweep), sweep_cells(sweep), strict=True))
+    sweep_cells(sweep).clear()
+    assert len(sweep_cells(sweep)) == 2, "each caller has a list of its own"
+
+
 def test_a_cell_is_what_its_command_line_says(sweep_file):
     axes = ["grid.optimizer.lr=[1e-05,0.5]", "grid.model.prediction_type=[sample]", "grid.optimizer.betas=[[0.9,0.95]]"]
-    for cell in load_sweep(sweep_file, axes).cells():
+    for cell in sweep_cells(load_sweep(sweep_file, axes)):
         assert load_experiment(cell.experiment, cell.overrides) == cell.config
         assert config_hash(cell.config) == cell.config_hash
     assert cell.name == "d4-lr0.5-prediction_typesample-betas0.9x0.95-s0"
@@ -176,7 +187,7 @@ def test_a_cell_is_what_its_command_line_says(sweep_file):
 
 def test_names_of_other_axes_are_legal_folders(sweep_file):
     grid = "grid={model.text: [null, {length: 3}], loss.lambda_hidden: [0.1], model.use_clean_blocks: [true]}"
-    cells = load_sweep(sweep_file, [grid, "data.source=null"]).cells()
+    cells = sweep_cells(load_sweep(sweep_file, [grid, "data.source=null"]))
     assert [cell.name for cell in cells] == [
         "textnull-h0.1-use_clean_blockstrue-s0",
         "text_length_3_-h0.1-use_clean_blockstrue-s0",
@@ -190,7 +201,7 @@ def test_two_cells_of_one_name_are_refused(sweep_file):
 
 
 def test_tied_axes_go_together(sweep_file):
-    cells = load_sweep(sweep_file, ["zip={data.batch_size: [16, 64], optimizer.lr: [0.1, 0.2]}"]).cells()
+    cells = sweep_cells(load_sweep(sweep_file, ["zip={data.batch_size: [16, 64], optimizer.lr: [0.1, 0.2]}"]))
     assert [cell.name for cell in cells] == [
         f"d{d}-batch_size{size}-lr{lr}-s0" for d in (2, 4) for size, lr in ((16, 0.1), (64, 0.2))
     ]
@@ -200,7 +211,7 @@ def test_tied_axes_go_together(sweep_file):
 
 def test_named_variants_set_what_is_no_number(sweep_file):
     variants = "variants={plain: {}, alone: {model.local_denoising: true, loss.lambda_hidden: 0}}"
-    cells = load_sweep(sweep_file, [variants]).cells()
+    cells = sweep_cells(load_sweep(sweep_file, [variants]))
     assert [cell.name for cell in cells] == ["plain-d2-s0", "plain-d4-s0", "alone-d2-s0", "alone-d4-s0"]
     assert [cell.config.model.local_denoising for cell in cells] == [False, False, True, True]
     assert cells[3].axes == {"variant": "alone", "model.diffusion_depth": 4} and cells[3].config.loss.lambda_hidden == 0
@@ -209,38 +220,47 @@ def test_named_variants_set_what_is_no_number(sweep_file):
 def test_what_matches_all_of_an_entry_is_excluded(sweep_file):
     axes = ["grid.model.diffusion_depth=[1,2,4]", "grid.optimizer.lr=[0.1,0.2]"]
     excluded = "exclude=[{model.diffusion_depth: 4, optimizer.lr: 0.2}, {model.diffusion_depth: [1, 2], optimizer.lr: 0.1}]"
-    cells = load_sweep(sweep_file, [*axes, excluded]).cells()
+    cells = sweep_cells(load_sweep(sweep_file, [*axes, excluded]))
     assert [cell.name for cell in cells] == ["d1-lr0.2-s0", "d2-lr0.2-s0", "d4-lr0.1-s0"]
     switches = [
         "variants={plain: {}, alone: {model.local_denoising: true}}",
         "exclude=[{variant: alone, model.diffusion_depth: 2}]",
     ]
-    assert [cell.name for cell in load_sweep(sweep_file, switches).cells()] == ["plain-d2-s0", "plain-d4-s0", "alone-d4-s0"]
+    assert [cell.name for cell in sweep_cells(load_sweep(sweep_file, switches))] == [
+        "plain-d2-s0",
+        "plain-d4-s0",
+        "alone-d4-s0",
+    ]
 
 
 def test_a_budget_that_a_model_cannot_have_is_skipped_with_the_reason(sweep_file):
-    cells = load_sweep(sweep_file, ["evaluate.nfe=[4,16,24]", "grid={model.depth: [4, 8]}", "model.diffusion_depth=2"]).cells()
+    cells = sweep_cells(
+        load_sweep(sweep_file, ["evaluate.nfe=[4,16,24]", "grid={model.depth: [4, 8]}", "model.diffusion_depth=2"])
+    )
     assert [cell.budgets for cell in cells] == [(4, 16, 24), (16, 24)] and cells[0].skipped == {}
     assert cells[1].skipped == {4: "with model.depth = 8 and model.diffusion_depth = 2 a budget must be in 8..2007"}
     assert "evaluation.nfe=[16,24]" in cells[1].overrides
 
 
 def test_steps_are_budgets_of_each_cell_s_own(sweep_file):
-    cells = load_sweep(sweep_file, ["evaluate={steps: [5, 3]}"]).cells()
+    cells = sweep_cells(load_sweep(sweep_file, ["evaluate={steps: [5, 3]}"]))
     assert [cell.budgets for cell in cells] == [(16, 12), (24, 16)], "(N - D) + D * steps"
-    assert [cell.budgets for cell in load_sweep(sweep_file, ["evaluate={steps: [5], nfe: [16]}"]).cells()] == [(16,), (16, 24)]
+    assert [cell.budgets for cell in sweep_cells(load_sweep(sweep_file, ["evaluate={steps: [5], nfe: [16]}"]))] == [
+        (16,),
+        (16, 24),
+    ]
 
 
 def test_a_run_of_the_same_weights_is_a_cell_s_run(sweep_file):
-    cell = load_sweep(sweep_file).cells()[0]
+    cell = sweep_cells(load_sweep(sweep_file))[0]
     by_hand = load_experiment(DIGITS, ["name=mine", "trainer.max_steps=10", "model.diffusion_depth=2", "trainer.log_every=3"])
     write_config(by_hand, by_hand.run_dir)
-    found, other = load_sweep(sweep_file).cells()
+    found, other = sweep_cells(load_sweep(sweep_file))
     assert (found.name, found.run, found.config_hash) == ("d2-s0", Path("runs/mine"), cell.config_hash)
     assert found.overrides[-3:-1] == ("output_dir=runs", "trainer.devices=1") and "name=mine" in found.overrides
     assert other.run == Path("runs/small/d4-s0")
     write_config(cell.config, cell.run)
-    assert load_sweep(sweep_file).cells()[0].run == cell.run, "its own folder comes first"
+    assert sweep_cells(load_sweep(sweep_file))[0].run == cell.run, "its own folder comes first"
 
 
 def test_of_several_runs_the_one_that_got_furthest_is_it(sweep_file):
@@ -249,13 +269,16 @@ def test_of_several_runs_the_one_that_got_furthest_is_it(sweep_file):
         write_config(by_hand, by_hand.run_dir)
         checkpoint_path(by_hand.run_dir, step).parent.mkdir()
         checkpoint_path(by_hand.run_dir, step).touch()
-    assert load_sweep(sweep_file).cells()[0].run == Path("runs/mine")
+    assert sweep_cells(load_sweep(sweep_file))[0].run == Path("runs/mine")
 
 
 def test_cells_of_another_sweep_are_not_trained_again(sweep_file):
-    theirs = load_sweep(sweep_file, ["name=first", "grid.optimizer.lr=[0.003]"]).cells()[1]
+    theirs = sweep_cells(load_sweep(sweep_file, ["name=first", "grid.optimizer.lr=[0.003]"]))[1]
     write_config(theirs.config, theirs.run)
-    assert [cell.run for cell in load_sweep(sweep_file).cells()] == [Path("runs/small/d2-s0"), Path("runs/first/d4-lr0.003-s0")]
+    assert [cell.run for cell in sweep_cells(load_sweep(sweep_file))] == [
+        Path("runs/small/d2-s0"),
+        Path("runs/first/d4-lr0.003-s0"),
+    ]
 
 
 def test_a_variable_of_the_environment_in_the_file(sweep_file, monkeypatch):
@@ -268,7 +291,7 @@ def test_a_variable_of_the_environment_in_the_file(sweep_file, monkeypatch):
 
 def test_a_part_of_a_section_that_is_not_there(sweep_file):
     text = ["grid.model.text.length=[3,4]", "model.text.vocab_size=2048", "model.text.pad_token_id=0", "data.tokenizer=builtin"]
-    for cell in load_sweep(sweep_file, text).cells():
+    for cell in sweep_cells(load_sweep(sweep_file, text)):
         assert load_experiment(cell.experiment, cell.overrides) == cell.config and cell.config.model.text is not None
 
 
@@ -285,7 +308,7 @@ def test_what_the_file_leaves_out_is_the_experiment_s(tmp_path):
     path = tmp_path / "bare.yaml"
     path.write_text(f"experiment: {DIGITS}\n")
     sweep, digits = load_sweep(path), load_experiment(DIGITS)
-    [cell] = sweep.cells()
+    [cell] = sweep_cells(sweep)
     assert (cell.name, cell.budgets) == ("s0", digits.evaluation.nfe) and cell.run == Path(digits.output_dir) / "bare/s0"
     assert sweep.threads == 1 and sweep.cpu_workers >= 1
     assert cell.config_hash == config_hash(digits)
@@ -293,7 +316,7 @@ def test_what_the_file_leaves_out_is_the_experiment_s(tmp_path):
 
 def test_keys_of_the_sweep_on_the_command_line(sweep_file):
     sweep = load_sweep(sweep_file, ["workers=5", "output_dir=elsewhere", "evaluate.nfe=[32]", "grid.model.diffusion_depth=[8]"])
-    [cell] = sweep.cells()
+    [cell] = sweep_cells(sweep)
     assert sweep.cpu_workers == 5 and cell.run == Path("elsewhere/small/d8-s0") and cell.budgets == (32,)
 
 

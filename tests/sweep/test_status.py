@@ -6,10 +6,12 @@ import time
 import pytest
 
 from madformer.model.cost import nfe
+from madformer.progress import with_unit
 from madformer.runs.folder import append_preview, progress_path
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.forecast import print_plan
 from madformer.sweep.load_sweep import load_sweep
-from madformer.sweep.status import print_status, with_unit
+from madformer.sweep.status import print_status
 from madformer.sweep.trial import Outcome
 from tests.sweep.claimer import finish, open_queue, train
 
@@ -27,7 +29,7 @@ def plan(sweep_file, capsys, *overrides, **options):
 
 def test_the_plan_says_what_each_cell_costs_and_what_is_left(sweep_file, capsys):
     three = "grid.model.diffusion_depth=[2,4,8]"
-    one, other, _ = load_sweep(sweep_file, [three]).cells()
+    one, other, _ = sweep_cells(load_sweep(sweep_file, [three]))
     finish(one)
     train(other)
     text = plan(sweep_file, capsys, three)
@@ -63,7 +65,7 @@ def test_hours_are_flops_over_what_a_device_does(sweep_file, capsys):
 
 def test_a_measured_rate_comes_before_an_assumed_one(sweep_file, capsys):
     """One cell has been trained at two steps a second by two processes: the others take as long for as many FLOPs."""
-    for cell in load_sweep(sweep_file).cells()[:1]:
+    for cell in sweep_cells(load_sweep(sweep_file))[:1]:
         train(cell)
         entry = {"done": 10, "total": 10, "per_second": 2.0, "time": time.time(), "devices": 2}
         progress_path(cell.run).write_text(json.dumps({"step": entry}))
@@ -84,7 +86,7 @@ def test_the_plan_of_a_search_says_what_its_trials_cost(sweep_file, capsys):
 def test_the_status_says_how_far_each_cell_is(sweep_file, capsys):
     sweep = load_sweep(sweep_file, ["grid.model.diffusion_depth=[1,2,4,8]"])
     with open_queue(sweep) as queue:
-        finish(sweep.cells()[0])
+        finish(sweep_cells(sweep)[0])
         failed, running = queue.claim(2).trials
         queue.fail(failed, Outcome("failed", "out of memory", "exit status 1\na\nRuntimeError: out of luck [cuda]"))
         train(running.cell)
@@ -122,7 +124,7 @@ def test_the_trials_of_a_dead_driver_are_waiting(sweep_file, capsys, monkeypatch
         queue.claim(1)
     print_status(sweep)
     assert rows(capsys.readouterr().out)["d2-s0"][0] == "running"
-    monkeypatch.setattr("madformer.sweep.queue.is_gone", lambda owner: True)
+    monkeypatch.setattr("madformer.sweep.queue.is_dead", lambda owner: True)
     print_status(sweep)
     assert rows(capsys.readouterr().out)["d2-s0"][0] == "waiting"
 

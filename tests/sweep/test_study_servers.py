@@ -134,7 +134,6 @@ def test_a_job_that_slurm_does_not_take_is_one_line(tmp_path):
 
 
 def test_a_postgresql_that_is_away_for_half_a_minute_costs_no_trial(sweep_file, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("TRIAL_SECONDS", "4")
     journal = Path("journal")
     with database("postgresql") as (url, folder):

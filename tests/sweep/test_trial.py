@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from madformer.sweep.cells import Cell
+from madformer.sweep.cells import Cell, sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.trial import DONE, Outcome, TrialProcesses, failure, last_lines, log_path, read_outcome, trial_commands
 from tests.sweep.claimer import finish, write_config
@@ -24,7 +24,7 @@ def python(text):
 
 @pytest.fixture
 def cell(sweep_file) -> Cell:
-    return load_sweep(sweep_file).cells()[0]
+    return sweep_cells(load_sweep(sweep_file))[0]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_diverged_training_says_so(tmp_path, sweep_file):
         f"overrides.{override}" for override in TINY if not override.startswith(("model.diffusion_depth", "evaluation.nfe"))
     ]
     changes = ["optimizer.lr=1e30", "grid.model.diffusion_depth=[2]", "evaluate.nfe=[3]", f"experiment={DIGITS}"]
-    [cell] = load_sweep(sweep_file, [*tiny, *changes]).cells()
+    [cell] = sweep_cells(load_sweep(sweep_file, [*tiny, *changes]))
     outcome = TrialProcesses(cell, trial_commands, print, environment()).run()
     assert (outcome.state, outcome.kind) == ("failed", "diverged"), outcome
     assert "is not finite; " in outcome.reason

@@ -1,7 +1,7 @@
 """Stands in for `madformer train` and `madformer evaluate`: the same arguments, locks and files, and no training.
 
-Every step is a line in `journal`, in the working directory. A file `fail-CELL` there makes the training of a cell fail, one
-`die-CELL` has it killed.
+Every step is a line in `journal`, in the working directory. A file `fail-CELL` there makes the training of a cell fail, a file
+`die-CELL` kills it, a file `hold-CELL` holds both commands up until it is deleted.
 """
 
 import itertools
@@ -13,12 +13,12 @@ from pathlib import Path
 
 from madformer.config import config_hash, load_experiment, load_run, write_config
 from madformer.errors import InputError
-from madformer.evaluation.measurement import network_sha256
 from madformer.evaluation.record import append_point
 from madformer.model import cost
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
 from madformer.runs.files import append_line
 from madformer.runs.folder import append_preview, claim_folder
+from madformer.sweep.needs import network_sha256
 
 
 def train(experiment, *overrides):
@@ -99,6 +99,9 @@ def work(cell, line, seconds=0.0):
     try:
         journal(line)
         time.sleep(seconds + float(os.environ.get("TRIAL_SECONDS", 0)))
+        end = time.monotonic() + 100
+        while Path(f"hold-{cell}").exists() and time.monotonic() < end:
+            time.sleep(0.02)
     except KeyboardInterrupt:
         journal(f"interrupted {cell}")
         sys.exit(130)

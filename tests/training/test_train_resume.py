@@ -37,7 +37,7 @@ def test_training_does_not_notice_previews(undisturbed, tmp_path):
     assert "preview/fd_digits" in scalars(tmp_path / "noisy/digits") and "preview/fd_digits" not in scalars(tmp_path / "digits")
 
 
-@pytest.mark.parametrize("overrides", [(), ("data.batch_size_per_device=4",)], ids=["plain", "accumulated"])
+@pytest.mark.parametrize("overrides", [(), ("data.batch_size_per_device=8",)], ids=["plain", "accumulated"])
 def test_killed_anywhere_and_resumed_is_uninterrupted(overrides, undisturbed, tmp_path):
     if overrides:
         perform(train_command(tmp_path / "whole", *overrides))
@@ -47,9 +47,9 @@ def test_killed_anywhere_and_resumed_is_uninterrupted(overrides, undisturbed, tm
     for step, delay in ((6, 0.0), (12, 0.07)):  # once right behind a checkpoint, once some steps later
 
         def reached(step=step, delay=delay):
-            there = checkpoint_path(run, step).exists()
-            time.sleep(delay if there else 0)
-            return there
+            exists = checkpoint_path(run, step).exists()
+            time.sleep(delay if exists else 0)
+            return exists
 
         status, printed = run_until(again, reached, tmp_path / "log")
         assert status == -signal.SIGKILL, printed
@@ -62,14 +62,14 @@ def test_killed_anywhere_and_resumed_is_uninterrupted(overrides, undisturbed, tm
     assert f"trained already, {LAST} steps" in perform(again)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGUSR2])
-def test_interrupted_run_saves_the_step_it_is_in(undisturbed, tmp_path, how):
-    """By Ctrl-C, or by Slurm before a time limit."""
+def test_interrupted_run_saves_the_step_it_is_in(undisturbed, tmp_path):
+    """By Ctrl-C, and then by Slurm before a time limit."""
     run = tmp_path / "digits"
-    status, printed = run_until(train_command(tmp_path), checkpoint_path(run, 6).exists, tmp_path / "log", how)
-    assert status == 128 + how and f"madformer train --resume {run}" in printed, printed
-    newest = list_checkpoints(run)[-1]
-    assert f"stopped after step {int(newest.stem[5:])}," in printed
+    for sign, step in ((signal.SIGINT, 6), (signal.SIGUSR2, 12)):
+        status, printed = run_until(train_command(tmp_path), checkpoint_path(run, step).exists, tmp_path / "log", sign)
+        assert status == 128 + sign and f"madformer train --resume {run}" in printed, printed
+        newest = list_checkpoints(run)[-1]
+        assert f"stopped after step {int(newest.stem[5:])}," in printed
     perform(train_command(tmp_path, "trainer.keep_checkpoints=3"))
     assert differences(loaded(undisturbed), loaded(run)) == []
     assert [int(path.stem[5:]) for path in list_checkpoints(run)] == [12, 18, 24], "regular ones alone, once there is a newer"
@@ -101,8 +101,9 @@ def test_a_run_is_not_trained_by_two_processes(undisturbed, tmp_path):
 
 
 def test_resume_with_other_settings_but_the_same_weights(undisturbed, tmp_path):
-    run = tmp_path / "digits"
-    run_until(train_command(tmp_path), checkpoint_path(run, 6).exists, tmp_path / "log")
+    run = shutil.copytree(undisturbed, tmp_path / "digits")
+    for step in (18, 24):
+        checkpoint_path(run, step).unlink()
     printed = perform(command("train", "--resume", run, "optimizer.lr=1"), status=2)
     assert "optimizer.lr = 0.003 there, 1.0 asked for" in printed
     perform(command("train", "--resume", run, "trainer.checkpoint_every=5", "trainer.keep_checkpoints=2"))

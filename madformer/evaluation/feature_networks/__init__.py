@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from madformer.evaluation.feature_networks.digits_network import DigitsFeatures, digits_classifier
-from madformer.evaluation.feature_networks.network import FeatureNetwork, Features
-from madformer.evaluation.feature_networks.registry import build_feature_network, build_feature_networks
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from madformer.config.evaluation import check_feature_network_name
+from madformer.errors import InputError
+from madformer.evaluation.feature_networks.digits_network import DigitsFeatures, build_digits, digits_classifier
+from madformer.evaluation.feature_networks.network import FeatureNetwork, Features, build_custom_network, network_error
+from madformer.evaluation.feature_networks.pretrained import build_inception, build_pretrained, build_torchscript
 
 __all__ = [
     "DigitsFeatures",
@@ -14,3 +21,51 @@ __all__ = [
     "build_feature_networks",
     "digits_classifier",
 ]
+
+
+def build_feature_network(name: str, device: torch.device | str = "cpu") -> FeatureNetwork:
+    """Build the network of that name; the global random state stays as it is.
+
+    Args:
+        name: an entry of `evaluation.feature_networks`.
+        device: where it computes.
+
+    Raises:
+        ConfigError: there is none, it cannot be had, or it is no feature network.
+    """
+    check_feature_network_name(name)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network = _build(name)
+    except InputError as error:
+        raise network_error(name, error) from error
+    return network.to(device)
+
+
+def build_feature_networks(names: Sequence[str], device: torch.device | str = "cpu") -> tuple[FeatureNetwork, ...]:
+    """Build all of these networks.
+
+    Raises:
+        ConfigError: as `build_feature_network`; or metrics of two of them would have the same name.
+    """
+    networks: dict[str, FeatureNetwork] = {}
+    for name in names:
+        network = build_feature_network(name, device)
+        if other := networks.get(network.label):
+            reason = f"its metrics would be named as those of {other.name!r}, {network.label}: take one of them at a time"
+            raise network_error(name, InputError(reason))
+        networks[network.label] = network
+    return tuple(networks.values())
+
+
+def _build(name: str) -> FeatureNetwork:
+    if name == "digits":
+        return build_digits()
+    kind, _, location = name.partition(":")
+    if kind == "inception":
+        return build_inception(name, Path(location).expanduser() if location else None)
+    if kind == "torchscript":
+        return build_torchscript(name, Path(location).expanduser())
+    if kind == "hf":
+        return build_pretrained(name, location)
+    return build_custom_network(name)

@@ -9,7 +9,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from madformer.evaluation.feature_networks.network import FeatureNetwork
-from madformer.runs.fingerprint import weights_sha256
+from madformer.runs.checkpoints import weights_sha256
 
 
 def digits_classifier() -> nn.Sequential:

@@ -1,19 +1,24 @@
-"""What a feature network is: images in, features out, and all that tells two of them apart."""
+"""What a feature network is: images in, features out, and all that tells two of them apart; custom networks."""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from madformer.config.validation import is_integer
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.measurement import INCEPTION
-from madformer.importing import describe
+from madformer.importing import build_custom, describe, modules_of
+from madformer.runs.checkpoints import weights_sha256
 
 _RESERVED = (INCEPTION, "digits", "dinov2")
 """Labels that promise a certain network."""
@@ -161,3 +166,40 @@ def _full_precision(device: torch.device) -> Iterator[None]:
     finally:
         for switch, value in zip(switches, before, strict=True):
             switch.fp32_precision = value
+
+
+class _Custom(nn.Module):
+    def __init__(self, custom: Any) -> None:
+        super().__init__()
+        self.custom = custom
+        self.weights = modules_of(custom)
+
+    def forward(self, images_BCYX: Tensor) -> Any:
+        return self.custom(images_BCYX.float().clamp(-1, 1))
+
+
+def build_custom_network(name: str) -> FeatureNetwork:
+    """The class that `module.path:Class` or `file.py:Class` names, built without arguments; an nn.Module or not.
+
+    It is called with images [B, C, Y, X] float32 in [-1, 1] and gives features [B, d]. Where it has an attribute
+    `num_features`, that is d; else it must take RGB images of 256 x 256, which are tried. Its SHA-256 is of the weights and
+    of the file that the class is in.
+
+    Raises:
+        InputError: it cannot be imported or built, or is no feature network.
+    """
+    place, _, kind = name.rpartition(":")
+    custom = build_custom(place, kind)
+    if not callable(custom):
+        raise InputError(f"{kind} cannot be called: it needs forward or __call__")
+    width = getattr(custom, "num_features", None)
+    if width is not None and not (is_integer(width) and width >= 1):
+        raise InputError(f"{kind}.num_features must be an integer of at least 1, not {width!r}")
+    module = _Custom(custom)
+    parts = (kind, _source_sha256(type(custom)), weights_sha256(module.weights))
+    sha256 = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return FeatureNetwork(name, make_label("own", kind), module, sha256, width)
+
+
+def _source_sha256(kind: type) -> str:
+    return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()

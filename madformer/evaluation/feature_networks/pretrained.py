@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 from madformer.errors import InputError
 from madformer.evaluation.feature_networks.network import FeatureNetwork, Features, as_files, make_label
 from madformer.evaluation.measurement import INCEPTION
-from madformer.hub import explain, list_files
+from madformer.hub import CONFIG, find_model
 from madformer.importing import describe, first_line
-from madformer.runs.fingerprint import weights_sha256
+from madformer.runs.checkpoints import weights_sha256
 
 _FIDELITY_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 """torch-fidelity's file. Its name holds the first digits of its SHA-256, as is torch.hub's custom."""
@@ -130,7 +129,6 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-_CONFIG = "config.json"
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _WEIGHTS = (
     "model.safetensors",
@@ -205,11 +203,11 @@ def build_pretrained(name: str, location: str) -> FeatureNetwork:
     Raises:
         InputError: it cannot be had, or is no network that takes single images.
     """
-    folder = _find_folder(location)
+    folder = find_model(location, _PROCESSORS, _WEIGHTS)
     with _quiet():
         input = _read_input(folder)
         network, has_pooler = _load(folder)
-    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     relevant = {key: value for key, value in config.items() if key not in _IRRELEVANT}
     decides = (type(network).__name__, relevant, astuple(input), has_pooler, weights_sha256(network))
     sha256 = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -262,43 +260,6 @@ def _read_input(folder: Path) -> _Input:
         mean=tuple(told["image_mean"]) if normalised else (0.0,),
         deviation=tuple(told["image_std"]) if normalised else (1.0,),
     )
-
-
-def _find_folder(location: str) -> Path:
-    folder = Path(location).expanduser()
-    if folder.is_dir():
-        if not (folder / _CONFIG).is_file():
-            raise InputError(f"{folder} holds no {_CONFIG}")
-        return folder
-    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", location) is None:
-        raise InputError("no such folder, and no hub id, which is owner/name")
-    return _find_cached(location) or _download(location)
-
-
-def _find_cached(repository: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        config = try_to_load_from_cache(repository, _CONFIG)
-    except ValueError:  # no legal name of a repository: the download says so
-        return None
-    folder = Path(config).parent if isinstance(config, str) else None
-    if folder is None or not all(any((folder / file).is_file() for file in files) for files in (_PROCESSORS, _WEIGHTS)):
-        return None
-    return folder
-
-
-def _download(repository: str) -> Path:
-    """Download a network, and no second form of its weights."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        files = list_files(repository)
-        weights = next((file for file in _WEIGHTS if file in files), _WEIGHTS[0])
-        shards = re.sub(r"(\.\w+)\.index\.json$", r"-*\1", weights)
-        return Path(snapshot_download(repository, allow_patterns=[_CONFIG, *_PROCESSORS, weights, shards]))
-    except Exception as error:  # the network's, the hub's and the disk's
-        raise InputError(f"no such folder, and it cannot be had from the hub: {explain(error)}") from error
 
 
 @contextmanager

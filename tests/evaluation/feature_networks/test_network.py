@@ -11,7 +11,7 @@ from madformer.errors import ConfigError
 from madformer.evaluation.feature_networks import DigitsFeatures, FeatureNetwork, build_feature_network
 from madformer.evaluation.feature_networks.network import as_files, make_label
 from madformer.evaluation.measurement import metric_name
-from madformer.runs.fingerprint import weights_sha256
+from madformer.runs.checkpoints import weights_sha256
 from tests.networks import complaint
 
 OWN = """

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from madformer.data.image_files import to_pixels
 from madformer.evaluation.feature_networks import build_feature_network, pretrained
 from madformer.evaluation.feature_networks.network import as_files
+from tests.hub import fill_cache
 from tests.networks import complaint
 
 LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -174,7 +175,7 @@ def test_broken_folders(vit, tmp_path):
     assert complaint(name).startswith(f"{folder} cannot be loaded: ")
     (folder / "config.json").unlink()
     assert complaint(name) == f"{folder} holds no config.json"
-    assert complaint("hf:./missing") == "no such folder, and no hub id, which is owner/name"
+    assert complaint("hf:./missing").startswith("cannot be had: no such folder, and no hub id, which is owner/name; ")
 
 
 def test_masked_autoencoders_draw_random_numbers(tmp_path):
@@ -187,12 +188,9 @@ def test_masked_autoencoders_draw_random_numbers(tmp_path):
 
 def test_without_network_it_fails_at_once_unless_it_is_cached(vit, tmp_path, cache):
     start = time.monotonic()
-    assert complaint("hf:owner/name").startswith("no such folder, and it cannot be had from the hub: ")
-    repository = cache / "models--owner--name"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(tmp_path / "vit", repository / "snapshots" / ("0" * 40))
+    assert complaint("hf:owner/name").startswith("cannot be had: no such folder, and it is not in the cache")
+    snapshot = fill_cache(cache, tmp_path / "vit")
     assert build_feature_network("hf:owner/name").sha256 == build_feature_network(f"hf:{tmp_path / 'vit'}").sha256
-    (repository / "snapshots" / ("0" * 40) / "model.safetensors").unlink()  # a download that was cut off
-    assert complaint("hf:owner/name").startswith("no such folder, and it cannot be had from the hub: ")
+    (snapshot / "model.safetensors").unlink()  # a download that was cut off
+    assert complaint("hf:owner/name").startswith("cannot be had: no such folder, and it is not in the cache")
     assert time.monotonic() - start < 5
