@@ -53,7 +53,11 @@ def execute(path: Path, folder: Path, parameters: Mapping[str, Any] | None = Non
     if parameters:
         _inject(notebook, parameters)
     shutil.copytree(ROOT / "experiments", folder / "experiments", dirs_exist_ok=True)
-    own = {"IPYTHONDIR": str(folder / ".ipython"), "JUPYTER_RUNTIME_DIR": str(folder / ".jupyter")}  # not the home folder's
+    variables = {
+        "IPYTHONDIR": str(folder / ".ipython"),  # not the home folder's
+        "JUPYTER_RUNTIME_DIR": str(folder / ".jupyter"),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),  # this repository's package
+    }
     client = NotebookClient(
         notebook,
         timeout=None,
@@ -63,7 +67,7 @@ def execute(path: Path, folder: Path, parameters: Mapping[str, Any] | None = Non
         coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
     )
-    client.execute(env={**os.environ, **own})
+    client.execute(env={**os.environ, **variables})
     return notebook
 
 

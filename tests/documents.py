@@ -11,4 +11,4 @@ BLOCKS = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 def blocks(document: str, language: str) -> list[str]:
     """Code of that language in a document."""
-    return [code for found, code in BLOCKS.findall((ROOT / document).read_text()) if found == language]
+    return [code for name, code in BLOCKS.findall((ROOT / document).read_text()) if name == language]

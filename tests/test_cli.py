@@ -103,14 +103,14 @@ def test_another_experiment_does_not_touch_a_run(run):
 
 
 def test_evaluate_records_and_draws_each_point_once(run, tmp_path):
-    mine = tmp_path / "run"
-    shutil.copytree(run, mine)
-    first = execute(command("evaluate", mine))
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    first = execute(command("evaluate", copy))
     assert first.count("  fd_digits ") == 2 and "recorded before" not in first
-    again = perform(command("evaluate", mine, "--steps", "1,2"))
+    again = perform(command("evaluate", copy, "--steps", "1,2"))
     assert again.count("recorded before") == 2, "NFE 3 and 5 are 1 and 2 steps of D = 2 of 3 layers"
-    perform(command("evaluate", mine, "--checkpoints", "last2", "--nfe", "5"))
-    lines = [json.loads(line) for line in (mine / "evaluations.jsonl").read_text().splitlines()]
+    perform(command("evaluate", copy, "--checkpoints", "last2", "--nfe", "5"))
+    lines = [json.loads(line) for line in (copy / "evaluations.jsonl").read_text().splitlines()]
     assert [(line["kind"], line.get("step"), line["nfe"]) for line in lines] == [
         ("point", 6, 3),
         ("point", 6, 5),
@@ -119,18 +119,18 @@ def test_evaluate_records_and_draws_each_point_once(run, tmp_path):
     ]
     values = [lines[1]["metrics"]["fd_digits"], lines[2]["metrics"]["fd_digits"]]
     assert lines[3]["metrics"]["fd_digits"] == pytest.approx(sum(values) / 2)
-    curve = scalars(mine)["fd_digits_vs_nfe"]
+    curve = scalars(copy)["fd_digits_vs_nfe"]
     assert curve == [(line["nfe"], pytest.approx(line["metrics"]["fd_digits"])) for line in (lines[0], lines[3])]
 
 
 def test_an_exported_run_comes_back_as_one_that_is_measured_the_same(run, tmp_path):
-    mine, again = tmp_path / "run", tmp_path / "again"
-    shutil.copytree(run, mine)
-    perform(command("export", mine, "--out", tmp_path / "weights.safetensors"))
-    perform(command("import", tmp_path / "weights.safetensors", "--out", again))
-    points = [evaluate(parse_request(load_run(folder), steps="2"))[0] for folder in (mine, again)]
+    copy, imported = tmp_path / "run", tmp_path / "imported"
+    shutil.copytree(run, copy)
+    perform(command("export", copy, "--out", tmp_path / "weights.safetensors"))
+    perform(command("import", tmp_path / "weights.safetensors", "--out", imported))
+    points = [evaluate(parse_request(load_run(folder), steps="2"))[0] for folder in (copy, imported)]
     assert points[0]["metrics"] == points[1]["metrics"] and points[0]["weights_sha256"] == points[1]["weights_sha256"]
-    assert "its weights are imported" in perform(command("train", "--resume", again), status=2)
+    assert "its weights are imported" in perform(command("train", "--resume", imported), status=2)
 
 
 def test_sample_writes_images_that_do_not_depend_on_their_number(run, tmp_path):
@@ -144,14 +144,14 @@ def test_sample_writes_images_that_do_not_depend_on_their_number(run, tmp_path):
 
 
 def test_corrupt_checkpoints(run, tmp_path):
-    mine = tmp_path / "run"
-    shutil.copytree(run, mine)
-    checkpoint_path(mine, 6).write_bytes(b"torn")
-    printed = perform(command("evaluate", mine, "--nfe", "5"))
-    assert f"{checkpoint_path(mine, 6)} is torn" in printed and "step-00000003  NFE 5" in printed
-    assert "is torn" in perform(command("evaluate", mine, "--nfe", "5", "--checkpoints", "6"), status=2)
-    checkpoint_path(mine, 3).write_bytes(b"torn")
-    assert "no intact checkpoint" in execute(command("evaluate", mine, "--nfe", "5"), status=2)
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    checkpoint_path(copy, 6).write_bytes(b"torn")
+    printed = perform(command("evaluate", copy, "--nfe", "5"))
+    assert f"{checkpoint_path(copy, 6)} is torn" in printed and "step-00000003  NFE 5" in printed
+    assert "is torn" in perform(command("evaluate", copy, "--nfe", "5", "--checkpoints", "6"), status=2)
+    checkpoint_path(copy, 3).write_bytes(b"torn")
+    assert "no intact checkpoint" in execute(command("evaluate", copy, "--nfe", "5"), status=2)
 
 
 def test_checkpoints_load_without_unpickling_code(run):

@@ -35,13 +35,13 @@ def anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document):
-    here = ROOT / document
-    links = LINK.findall(re.sub(r"`[^`\n]*`", "", BLOCKS.sub("", here.read_text())))
+    source = ROOT / document
+    links = LINK.findall(re.sub(r"`[^`\n]*`", "", BLOCKS.sub("", source.read_text())))
     for link in links:
         if "://" in link:
             continue
         path, _, anchor = link.partition("#")
-        target = (here.parent / path) if path else here
+        target = (source.parent / path) if path else source
         assert target.exists(), link
         assert not anchor or anchor in anchors(target.read_text()), link
 
@@ -83,9 +83,9 @@ def test_the_reference_of_the_configuration_is_current():
 def test_the_figures_of_the_concepts_are_current():
     """Word by word: where their lines lie depends on matplotlib's version."""
     words = re.compile(r"<text[^>]*>(.*?)</text>")
-    for name, drawn in draw_concepts.figures().items():
-        kept = words.findall((draw_concepts.FOLDER / name).read_text())
-        assert kept and kept == words.findall(drawn), "make docs"
+    for name, svg in draw_concepts.figures().items():
+        committed = words.findall((draw_concepts.FOLDER / name).read_text())
+        assert committed and committed == words.findall(svg), "make docs"
 
 
 def test_steps_for_budgets():
@@ -120,16 +120,16 @@ def test_a_loss_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "seams.py").write_text(script)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
-    given = [*TINY, "trainer.max_steps=6", "trainer.checkpoint_every=3", "evaluation.preview_every=null"]
-    monkeypatch.setattr(sys, "argv", ["seams.py", *given])
+    arguments = [*TINY, "trainer.max_steps=6", "trainer.checkpoint_every=3", "evaluation.preview_every=null"]
+    monkeypatch.setattr(sys, "argv", ["seams.py", *arguments])
     run = Path("own_runs/seams")
 
     runpy.run_path("seams.py", run_name="__main__")
     assert [step for step, _ in scalars(run)["loss/seams"]] == [2, 4, 6]
-    whole, last = scalars(run), checkpoint_path(run, 6)
+    curves, last = scalars(run), checkpoint_path(run, 6)
     last.unlink()
-    plain = command("train", "experiments/digits.yaml", *given, "name=seams", "output_dir=own_runs")
+    plain = command("train", "experiments/digits.yaml", *arguments, "name=seams", "output_dir=own_runs")
     assert "seams: trained by Seams, not LitMADFormer; go on with that" in perform(plain, status=2, cwd=tmp_path)
     assert not last.exists()
     runpy.run_path("seams.py", run_name="__main__")
-    assert last.exists() and scalars(run) == whole
+    assert last.exists() and scalars(run) == curves

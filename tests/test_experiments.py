@@ -76,15 +76,15 @@ CELLS = {path: cells_of(sweep) for path, sweep in LOADED.items()}
 
 def distinct_models():
     """The narrow models of all files, each once, named by where it is first: the paper's tables share most of theirs."""
-    found = {}
+    models = {}
     for path in EXPERIMENTS:
         config = narrow(load_experiment(path))
-        found.setdefault(trained(config), pytest.param(config, id=path.stem))
+        models.setdefault(trained(config), pytest.param(config, id=path.stem))
     for path, cells in CELLS.items():
         for cell in cells:
             config = narrow(cell.config)
-            found.setdefault(trained(config), pytest.param(config, id=f"{path.stem}:{cell.name}"))
-    return found.values()
+            models.setdefault(trained(config), pytest.param(config, id=f"{path.stem}:{cell.name}"))
+    return models.values()
 
 
 class RandomLatents(Dataset):

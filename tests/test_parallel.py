@@ -31,10 +31,10 @@ class Counts(ProgressDisplay):
 
     def __init__(self):
         super().__init__("done", "units", None, silent=True)
-        self.seen = []
+        self.counts = []
 
     def show(self, done, note=str):
-        self.seen.append(done)
+        self.counts.append(done)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -42,9 +42,9 @@ def test_every_share_is_done_and_counts_add_up(processes, tmp_path, monkeypatch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     display = Counts()
     share_out(write_share, (tmp_path,), ["cpu"] * processes, display, before=10)
-    told = sorted(path.read_text() for path in tmp_path.iterdir())
-    assert told == [f"{rank} of {processes} on cpu, {6 // processes} threads" for rank in range(processes)]
-    assert display.seen == sorted(display.seen) and display.seen[-1] == 10 + 3 * processes
+    lines = sorted(path.read_text() for path in tmp_path.iterdir())
+    assert lines == [f"{rank} of {processes} on cpu, {6 // processes} threads" for rank in range(processes)]
+    assert display.counts == sorted(display.counts) and display.counts[-1] == 10 + 3 * processes
 
 
 def test_an_error_arrives_as_it_was_and_stops_the_others(tmp_path):

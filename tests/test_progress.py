@@ -55,12 +55,12 @@ def test_without_a_total_no_time_is_left_and_the_last_number_is_said(clock, caps
 
 
 def test_a_note_is_asked_for_only_when_it_is_shown(clock, capsys):
-    asked = []
+    calls = []
     with ProgressDisplay("step", "steps", 100) as display:
         for done in (1, 2, 3):
             clock.now += 6
-            display.show(done, lambda done=done: asked.append(done) or "loss 1.0")
-    assert asked == [2] and "step 2/100  loss 1.0  0.17 steps/s" in capsys.readouterr().out
+            display.show(done, lambda done=done: calls.append(done) or "loss 1.0")
+    assert calls == [2] and "step 2/100  loss 1.0  0.17 steps/s" in capsys.readouterr().out
 
 
 def test_silence(clock, capsys):
@@ -84,6 +84,6 @@ def test_a_terminal_gets_a_bar(total, counted, monkeypatch):
         while piece := os.read(reader, 1 << 16):
             pieces.append(piece)
     os.close(reader)
-    shown = b"".join(pieces).decode()
-    assert "━" in shown and re.search(counted, shown) and re.search(r"\d images/s", shown)
-    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "the cursor is back"
+    output = b"".join(pieces).decode()
+    assert "━" in output and re.search(counted, output) and re.search(r"\d images/s", output)
+    assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1, "the cursor is back"

@@ -31,10 +31,10 @@ def folder(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("document", EXAMPLES)
 def test_examples_run_and_print_what_is_written(document, folder, capsys):
     torch.manual_seed(0)
-    found = BLOCKS.findall((ROOT / document).read_text())
+    pairs = BLOCKS.findall((ROOT / document).read_text())
     namespace: dict[str, Any] = {"__name__": "example"}
     for (language, code), (next_language, expected) in zip(
-        found, [*found[1:], ("python", "")], strict=True
+        pairs, [*pairs[1:], ("python", "")], strict=True
     ):  # what a block prints stands behind it
         if language == "python":
             if file := FILE.match(code):  # what stands behind it are commands

@@ -68,7 +68,7 @@ def environment() -> dict[str, str]:
 
 
 def execute(argv: Sequence[str], status: int = 0, **options: Any) -> str:
-    """Run a command, require its exit status, give what it printed."""
+    """Run a command, require its exit status, return its output."""
     result = subprocess.run(
         argv, capture_output=True, text=True, check=False, env=environment(), **{"cwd": ROOT, "timeout": 300, **options}
     )
@@ -78,12 +78,12 @@ def execute(argv: Sequence[str], status: int = 0, **options: Any) -> str:
 
 
 def perform(argv: Sequence[str], status: int = 0, cwd: Path = ROOT) -> str:
-    """`execute` in this process, whose imports are paid for: where a process is neither killed nor what is tested."""
-    torch.set_num_threads(1)  # as `environment` has it; a fixture of a module may be here before `one_thread`
+    """`execute` in this process, which has made the imports: for tests that neither kill a process nor test one."""
+    torch.set_num_threads(1)  # as `environment` has it; a module-scoped fixture may come before `one_thread`
     printed, code = io.StringIO(), 0
-    log, here = logging.getLogger(), logging.StreamHandler(printed)
-    here.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))  # `main` sets up none beside pytest's
-    log.addHandler(here)
+    logger, handler = logging.getLogger(), logging.StreamHandler(printed)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))  # `main` sets up none beside pytest's
+    logger.addHandler(handler)
     try:
         with (
             contextlib.redirect_stdout(printed),
@@ -92,28 +92,28 @@ def perform(argv: Sequence[str], status: int = 0, cwd: Path = ROOT) -> str:
             patch.object(sys, "argv", ["madformer", *argv[3:]]),
         ):
             main()
-    except SystemExit as ended:
-        code = ended.code
+    except SystemExit as error:
+        code = error.code
     finally:
-        log.removeHandler(here)
+        logger.removeHandler(handler)
     assert code == status, printed.getvalue()
     return printed.getvalue()
 
 
 def run_until(
-    argv: Sequence[str], reached: Callable[[], bool], log: Path, sign: int = signal.SIGKILL, seconds: float = 200
+    argv: Sequence[str], condition: Callable[[], bool], log: Path, number: int = signal.SIGKILL, seconds: float = 200
 ) -> tuple[int, str]:
-    """Start a command, send it a signal once `reached()`; its exit status and what it printed, to `log`.
+    """Start a command and send it a signal once `condition()` holds. Return its exit status and its output, written to `log`.
 
-    What Ctrl-C is tried on is started as a user does. All else is forked from a process that has made the imports.
+    A command that gets SIGINT is started as a user starts it. Others are forked from a process that has made the imports.
     """
-    process = _start(argv, log) if sign == signal.SIGINT else _Forked(argv, log)
+    process = _start(argv, log) if number == signal.SIGINT else _Forked(argv, log)
     try:
         end = time.monotonic() + seconds
-        while not reached() and process.poll() is None and time.monotonic() < end:
+        while not condition() and process.poll() is None and time.monotonic() < end:
             time.sleep(0.002)
         if process.poll() is None:
-            os.kill(process.pid, sign)
+            os.kill(process.pid, number)
         status = process.wait(seconds)
     finally:
         process.kill()

@@ -113,9 +113,9 @@ def test_flops_of_a_training_step_of_the_full_model():
 
 
 def test_peak_bytes_counts_what_lives_at_once():
-    kept = torch.ones(10)
+    tensor = torch.ones(10)
     with PeakBytes() as watch:
-        kept.view(2, 5).add_(1)  # neither a view nor an update in place takes memory
+        tensor.view(2, 5).add_(1)  # neither a view nor an update in place takes memory
         for _ in range(3):
             a = torch.zeros(1000)
             b = a + 1

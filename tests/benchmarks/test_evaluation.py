@@ -31,7 +31,7 @@ def check_tables(printed):
     names = [network.name for network in QUICK.networks]
     rows, verdicts = ROW.findall(printed), VERDICT.findall(printed)
     assert [name for name, *_ in verdicts] == names
-    for number, (_, rest, said) in enumerate(verdicts):
+    for number, (_, rest, verdict) in enumerate(verdicts):
         table = rows[4 * number : 4 * number + 4]
         assert [phase for phase, *_ in table] == [*PHASES, "statistics"]
         seconds, shares = ([float(row[column].replace(",", "")) for row in table] for column in (1, 2))
@@ -39,10 +39,10 @@ def check_tables(printed):
         assert sum(shares) == pytest.approx(100, abs=0.03)
         assert shares == pytest.approx([100 * each / sum(seconds) for each in seconds], abs=0.1)
         assert float(rest) == pytest.approx(1 - shares[0] / 100, abs=1e-3)
-        assert said == ("reached" if float(rest) <= 0.15 else "NOT reached")
+        assert verdict == ("reached" if float(rest) <= 0.15 else "NOT reached")
     for network in QUICK.networks:
-        told = f"{network.name}: {network.side} x {network.side}, random weights, {network.gflops:.3g} GFLOPs an image, 16 features"
-        assert told in printed
+        line = f"{network.name}: {network.side} x {network.side}, random weights, {network.gflops:.3g} GFLOPs an image, 16 features"
+        assert line in printed
     assert printed.count("its reference, once for all runs") == 2
     assert "pairs of 64 x 128 features, scaled to 8,000 x 8,000, and the Fréchet distance at full size" in printed
 
