@@ -123,11 +123,11 @@ def _patch_size(module: Any) -> int:
 
 def _normalisation(module: Any, channels: int) -> tuple[Tensor, Tensor]:
     """Shift and scale of latents as in the class's pipelines, float64, either [1] or [C]."""
-    known = {**module.config, **dict(module.named_buffers())}  # LTX keeps its statistics as buffers
-    shift, scale = known.get("shift_factor") or 0.0, known.get("scaling_factor") or 1.0
-    mean, deviation = known.get("latents_mean"), known.get("latents_std")
+    values = {**module.config, **dict(module.named_buffers())}  # LTX keeps its statistics as buffers
+    shift, scale = values.get("shift_factor") or 0.0, values.get("scaling_factor") or 1.0
+    mean, deviation = values.get("latents_mean"), values.get("latents_std")
     if type(module).__name__ == "AutoencoderKLFlux2":
-        mean, deviation = known["bn.running_mean"], (known["bn.running_var"].double() + module.config.batch_norm_eps).sqrt()
+        mean, deviation = values["bn.running_mean"], (values["bn.running_var"].double() + module.config.batch_norm_eps).sqrt()
     if mean is not None and deviation is not None:
         statistics = torch.stack([torch.as_tensor(each, dtype=torch.float64) for each in (mean, deviation)])
         shift, deviation = statistics.reshape(2, channels, -1)[..., 0]  # Cosmos has them for each frame; an image is the first

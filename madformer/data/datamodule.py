@@ -104,17 +104,17 @@ class LatentDataModule(pl.LightningDataModule):
         """Batches from the trainer's step on. Lightning asks after it has restored a checkpoint."""
         assert self.trainer is not None
         data, step = self.config.data, self.trainer.global_step
-        pinned = self.trainer.strategy.root_device.type == "cuda"
+        pin_memory = self.trainer.strategy.root_device.type == "cuda"
         samples = self._samples
         if samples is None:
             reader = ImageReader(data, self._image_size, self._captions)
             if data.streaming:
                 stream = ImageStream(self._source, reader, self._collator, self._shard, step, self._epoch_size)
-                return MicroBatches(stream, stream.read, data.workers, pinned)
+                return MicroBatches(stream, stream.read, data.workers, pin_memory)
             samples = ImageSamples(self._source, reader)
         sampler = BatchSampler(SampleOrder(len(samples), data.batch_size, self.config.seed), self._shard, step)
         workers = 0 if data.source == DIGITS else data.workers
-        return MicroBatches(sampler, partial(self._collator.read, samples), workers, pinned)
+        return MicroBatches(sampler, partial(self._collator.read, samples), workers, pin_memory)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn images or moments into latents, on the training device; note what was skipped.
@@ -145,12 +145,12 @@ class LatentDataModule(pl.LightningDataModule):
         Raises:
             InputError: the checkpoint's is other data.
         """
-        for part, before in state_dict["fingerprint"].items():
-            now = self._fingerprint.get(part)
-            if now != before:
-                change = f"the {part} that this run was trained on (SHA-256 {before[:12]}) is not the one that is there now"
+        for part, expected in state_dict["fingerprint"].items():
+            found = self._fingerprint.get(part)
+            if found != expected:
+                change = f"the {part} that this run was trained on (SHA-256 {expected[:12]}) is not the one that is there now"
                 remedy = "bring it back, or start a run of another name"
-                raise InputError(f"{self.config.run_dir}: {change} ({str(now)[:12]}); {remedy}")
+                raise InputError(f"{self.config.run_dir}: {change} ({str(found)[:12]}); {remedy}")
         self._epoch_size = state_dict["epoch_size"]
 
     @property
@@ -227,15 +227,15 @@ class LatentDataModule(pl.LightningDataModule):
             pairs.insert(0, ("data.codec", encoding.codec + same_name, data.codec))
         for field, theirs, ours in pairs:
             if theirs != ours:
-                made = f"made with {field} = {theirs}, the experiment has {ours}"
-                raise InputError(f"{folder}: {made}: set {field}={theirs}, or encode into another folder (data.latents)")
+                problem = f"made with {field} = {theirs}, the experiment has {ours}"
+                raise InputError(f"{folder}: {problem}: set {field}={theirs}, or encode into another folder (data.latents)")
         if data.flip and not encoding.flip:
             raise InputError(f"{folder}: made without mirrored images: set data.flip=false, or encode into another folder")
 
     def _same_codec(self, manifest: Manifest) -> bool:
-        """Whether the experiment's codec made the latents: another name may be the same one, moved.
+        """Whether the experiment's codec made the latents. A codec of another name may be the same one, moved.
 
-        One that has the name and is not needed for previews is not loaded to look.
+        A codec of the same name is not loaded for this alone, only where previews need it.
         """
         if manifest.encoding.codec == self.config.data.codec and not self.config.evaluation.preview_every:
             return True

@@ -92,19 +92,19 @@ class _Encoder:
         if first_part and self.shards[shard_name(unit, first_part - 1)].last:
             return
         rows = self.source.rows(unit, skip=first_part * ROWS_PER_SHARD)
-        ahead = 2 * self.data.codec_batch_size + self.data.workers
-        images = decode_rows(rows, self.encoding.image_size, self.data.workers, ahead)
+        queue_size = 2 * self.data.codec_batch_size + self.data.workers
+        images = decode_rows(rows, self.encoding.image_size, self.data.workers, queue_size)
         next_image = next(images, None)
         for part in itertools.count(first_part):
             writer = ShardWriter(self.folder, shard_name(unit, part), self.encoding)
             first = [] if next_image is None else [next_image]
-            rows_of_shard = itertools.chain(first, itertools.islice(images, ROWS_PER_SHARD - 1))
+            images_of_shard = itertools.chain(first, itertools.islice(images, ROWS_PER_SHARD - 1))
             seen, skipped = 0, list[tuple[str, str]]()
-            for batch in batched(rows_of_shard, self.data.codec_batch_size):
-                good = list(skip_broken(batch, self.data, skipped))
-                if len(good) < len(batch):
+            for batch in batched(images_of_shard, self.data.codec_batch_size):
+                good_images = list(skip_broken(batch, self.data, skipped))
+                if len(good_images) < len(batch):  # together with those of other shards, also of other processes
                     require_few(self.data, [*skipped, *_skipped(read_shards(self.folder).values())])
-                self._add(writer, good)
+                self._add(writer, good_images)
                 seen += len(batch)
                 yield len(batch)
             next_image = next(images, None) if seen == ROWS_PER_SHARD else None

@@ -42,19 +42,19 @@ class MicroBatches(Generic[Item]):
         items: what the micro-batches are read from, in order.
         read: makes a micro-batch of an item.
         workers: threads that read ahead; no batch depends on their number.
-        pinned: whether batches lie in memory from which they go to a GPU fast.
+        pin_memory: whether batches lie in memory from which they go to a GPU fast.
     """
 
-    def __init__(self, items: Iterable[Item], read: Callable[[Item], Batch], workers: int, pinned: bool) -> None:
-        self.items, self.read, self.workers, self.pinned = items, read, workers, pinned
+    def __init__(self, items: Iterable[Item], read: Callable[[Item], Batch], workers: int, pin_memory: bool) -> None:
+        self.items, self.read, self.workers, self.pin_memory = items, read, workers, pin_memory
 
     def __iter__(self) -> Iterator[Batch]:
         """Micro-batches in order."""
-        return prefetch(self._prepare, self.items, self.workers, ahead=2 * self.workers)
+        return prefetch(self._prepare, self.items, self.workers, queue_size=2 * self.workers)
 
     def _prepare(self, item: Item) -> Batch:
         batch = self.read(item)
-        if not self.pinned:
+        if not self.pin_memory:
             return batch
         return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
 
@@ -257,13 +257,13 @@ class BrokenImage(NamedTuple):
     flaw: str
 
 
-def decode_rows(rows: Iterable[Row], size: int, workers: int = 0, ahead: int = 0) -> Iterator[DecodedImage | BrokenImage]:
-    """Decode rows in their order, with `workers` threads and at most `ahead` images waiting.
+def decode_rows(rows: Iterable[Row], size: int, workers: int = 0, queue_size: int = 0) -> Iterator[DecodedImage | BrokenImage]:
+    """Decode rows in their order, with `workers` threads and at most `queue_size` images waiting.
 
     Raises:
         InputError: an image is there, but cannot be read now.
     """
-    return prefetch(partial(_decode, size=size), rows, workers, ahead)
+    return prefetch(partial(_decode, size=size), rows, workers, queue_size)
 
 
 def skip_broken(
@@ -311,15 +311,15 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def prefetch(prepare: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
-    """`map(prepare, items)`, in order, with at most `ahead` results waiting; without workers it is just that.
+def prefetch(prepare: Callable[[Item], Result], items: Iterable[Item], workers: int, queue_size: int) -> Iterator[Result]:
+    """`map(prepare, items)`, in order, with at most `queue_size` results waiting; without workers it is just that.
 
     One thread goes through the items and `workers` threads prepare them. An error shows at the place of the item that met it.
     """
     if workers == 0:
         yield from map(prepare, items)
         return
-    pool = _ThreadPool(prepare, items, workers, ahead)
+    pool = _ThreadPool(prepare, items, workers, queue_size)
     try:
         while (result := pool.results.get()) is not None:
             yield result.result()
@@ -330,8 +330,8 @@ def prefetch(prepare: Callable[[Item], Result], items: Iterable[Item], workers: 
 class _ThreadPool(Generic[Item, Result]):
     """Threads that can be stopped at any time: an endless stream has no end of its own."""
 
-    def __init__(self, prepare: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> None:
-        self.results: Queue[Future[Result] | None] = Queue(ahead)
+    def __init__(self, prepare: Callable[[Item], Result], items: Iterable[Item], workers: int, queue_size: int) -> None:
+        self.results: Queue[Future[Result] | None] = Queue(queue_size)
         """In the order of the items; None: there are no more."""
         self._stop = Event()
         """Set when nobody wants the rest."""

@@ -200,8 +200,8 @@ class _Pretrained:
         self.pad: int = pad_id if pad_id in self.special_ids else min(self.special_ids, default=self.size)
 
     def ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        ids: list[list[int]] = self._tokenizer(list(prompts), **plain)["input_ids"]
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        ids: list[list[int]] = self._tokenizer(list(prompts), **options)["input_ids"]
         return ids
 
 

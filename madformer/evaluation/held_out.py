@@ -152,10 +152,10 @@ def _read_images(
     require_fit(codec, config.model)
     caption, captions = _captions(config, checkpoint, source), list[str]()
     rows, size = _spread_rows(source, _generator(config)), config.model.latent_size * codec.downsampling
-    decoded = decode_rows(rows, size, data.workers, ahead=data.codec_batch_size + data.workers)
-    good = itertools.islice(skip_broken(decoded, data, []), images)
+    decoded = decode_rows(rows, size, data.workers, queue_size=data.codec_batch_size + data.workers)
+    good_images = itertools.islice(skip_broken(decoded, data, []), images)
     latents_BChw = [torch.empty(0, codec.latent_channels, config.model.latent_size, config.model.latent_size)]
-    for batch in batched(good, data.codec_batch_size):
+    for batch in batched(good_images, data.codec_batch_size):
         images_BCYX = torch.stack([image.pixels_CYX for image in batch]).to(device)
         latents_BChw.append(codec.encode(to_unit(images_BCYX))[0].cpu())
         captions += [caption(image.row.label, image.row.text) for image in batch]

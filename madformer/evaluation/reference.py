@@ -176,7 +176,7 @@ def _open(config: ExperimentConfig, image_size: int, expected_sha256: str | None
     broken: list[tuple[str, str]] = []
 
     def read(unit: int) -> Iterator[Tensor]:
-        decoded = decode_rows(source.rows(unit), image_size, data.workers, ahead=64 + data.workers)
+        decoded = decode_rows(source.rows(unit), image_size, data.workers, queue_size=64 + data.workers)
         for batch in batched(skip_broken(decoded, data, broken), config.evaluation.batch_size):
             yield to_unit(torch.stack([image.pixels_CYX for image in batch]))
 

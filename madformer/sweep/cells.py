@@ -144,7 +144,7 @@ class CellMaker:
         try:
             # These three are of the right type already, and differ from cell to cell.
             identity = {key: values[key] for key in ("seed", "name", "output_dir")}
-            changes = _nested({key: _typed(key, as_text(value)) for key, value in values.items() if key not in identity})
+            changes = _nest({key: _convert(key, as_text(value)) for key, value in values.items() if key not in identity})
             model = self._section("model", changes.pop("model", {}))
             diffusion = self._section("diffusion", changes.pop("diffusion", {}))
             requested = self._budgets(budgets, model)
@@ -169,7 +169,7 @@ class CellMaker:
         """A section of the experiment with changes; cells with the same changes share it."""
         key = f"{name} {changes!r}"
         if key not in self._sections:
-            self._sections[key] = _changed(getattr(self._base, name), changes)
+            self._sections[key] = _with_changes(getattr(self._base, name), changes)
         return self._sections[key]
 
     def _check_inference(self, config: ExperimentConfig) -> None:
@@ -178,9 +178,9 @@ class CellMaker:
         for name, axis in AXES.items():
             for value in getattr(axes, axis.sweep_key):
                 replace(config, evaluation=replace(config.evaluation, **{name: value}))
-        kept = min(trainer.keep_checkpoints, -(-trainer.max_steps // trainer.checkpoint_every))
-        remedy = f"there will be {kept} (trainer.keep_checkpoints, trainer.checkpoint_every)"
-        require(axes.last <= kept, "evaluate.checkpoints", axes.checkpoints, remedy)
+        count = min(trainer.keep_checkpoints, -(-trainer.max_steps // trainer.checkpoint_every))
+        remedy = f"there will be {count} (trainer.keep_checkpoints, trainer.checkpoint_every)"
+        require(axes.last <= count, "evaluate.checkpoints", axes.checkpoints, remedy)
 
 
 class KnownRuns:
@@ -247,15 +247,15 @@ def _points(sweep: Sweep) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     variants = [({VARIANT: name}, changes) for name, changes in sweep.variants.items()] or [({}, {})]
     products = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
     ties = [dict(zip(sweep.zip, values, strict=True)) for values in zip(*sweep.zip.values(), strict=True)] or [{}]
-    used = set[int]()
-    for (variant, changes), product, tied in itertools.product(variants, products, ties):
-        axes = {**variant, **product, **tied}
-        excluded = {number for number, entry in enumerate(sweep.exclude) if _matches(axes, entry)}
-        used |= excluded
-        if not excluded:
-            yield axes, {**changes, **product, **tied}
+    matched = set[int]()
+    for (variant, changes), product, tied_values in itertools.product(variants, products, ties):
+        axes = {**variant, **product, **tied_values}
+        matches = {number for number, entry in enumerate(sweep.exclude) if _matches(axes, entry)}
+        matched |= matches
+        if not matches:
+            yield axes, {**changes, **product, **tied_values}
     for number, entry in enumerate(sweep.exclude):
-        require(number in used, "exclude", dict(entry), "there is no such combination")
+        require(number in matched, "exclude", dict(entry), "there is no such combination")
 
 
 def _matches(axes: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
@@ -281,14 +281,14 @@ def _schema() -> Any:
 
 
 @cache
-def _typed(key: str, text: str) -> Any:
+def _convert(key: str, text: str) -> Any:
     """A field's value in the type that a configuration holds."""
     merged = OmegaConf.merge(_schema(), OmegaConf.from_dotlist([f"{key}={text}"]))
     value = OmegaConf.select(merged, key)
     return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """`section.field` -> value, as nested mappings."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
@@ -304,10 +304,10 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _changed(value: Any, changes: Any) -> Any:
+def _with_changes(value: Any, changes: Any) -> Any:
     """A section with some changed fields, or the new value of a field."""
     if not isinstance(changes, dict):
         return changes
     if not is_dataclass(value) or isinstance(value, type):
         raise _Overlap  # a part of a section that is not there
-    return replace(value, **{name: _changed(getattr(value, name), part) for name, part in changes.items()})
+    return replace(value, **{name: _with_changes(getattr(value, name), part) for name, part in changes.items()})

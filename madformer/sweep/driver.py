@@ -1,4 +1,4 @@
-"""`madformer sweep run`: the driver, which claims trials, starts them and records signal_number they end."""
+"""`madformer sweep run`: the driver, which claims trials, starts them and records how they end."""
 
 from __future__ import annotations
 
@@ -101,13 +101,13 @@ class Driver:
 
     def __init__(self, sweep: Sweep, queue: Queue, launcher: Launcher, say: Callable[[str], None]) -> None:
         self._sweep, self._queue, self._launcher, self._say = sweep, queue, launcher, say
-        self._start_times, self._pruned, self._done = dict[int, float](), set[int](), set[str]()
+        self._start_times, self._pruned_trials, self._done_cells = dict[int, float](), set[int](), set[str]()
         self._may_have_more = True
         """The queue's answer to the last claim."""
         self._last_claim_at = self._last_pruning_at = float("-inf")
         self._waits_for_slot = False
         """Whether there is no free slot although no trial runs."""
-        self._unstarted: list[Trial] = []
+        self._unstarted_trials: list[Trial] = []
         """Claimed trials that the launcher does not have yet."""
         self._most_running, self._quick_failures = 1, set[str]()
         """The most trials that ran at once; cells that failed soon after their start, since the last success."""
@@ -146,14 +146,14 @@ class Driver:
         claim = self._queue.claim(slots)
         if len(claim.trials) < slots:
             self._last_claim_at, self._may_have_more = time.monotonic(), claim.may_have_more
-        self._unstarted = claim.trials
+        self._unstarted_trials = claim.trials
         for trial in claim.trials:
             self._start_times[trial.number] = time.monotonic()
             needs = (_unmet_needs(trial.cell) or "done").removeprefix("still ")
             event = f"runs already, {trial.job}" if trial.job else f"starts, {needs}"
             self._say(f"{trial.cell.name}: {event}, log {log_path(trial.cell)}")
         self._launcher.start(claim.trials)
-        self._unstarted, self._most_running = [], max(self._most_running, len(self._launcher.trials))
+        self._unstarted_trials, self._most_running = [], max(self._most_running, len(self._launcher.trials))
         return self._may_have_more or bool(claim.trials)
 
     def _conclude(self, trial: Trial, outcome: Outcome) -> None:
@@ -163,7 +163,7 @@ class Driver:
             self._quick_failures.clear()
             self._queue.complete(trial)
             event = "finished"
-        elif outcome == INTERRUPTED and trial.number in self._pruned:
+        elif outcome == INTERRUPTED and trial.number in self._pruned_trials:
             self._queue.prune(trial)
             event = "ended early, others are better"
         elif outcome == INTERRUPTED:
@@ -188,8 +188,8 @@ class Driver:
             return
         self._last_pruning_at = time.monotonic()
         for trial in self._launcher.trials:
-            if trial.number not in self._pruned and self._queue.should_prune(trial) and self._launcher.interrupt(trial):
-                self._pruned.add(trial.number)
+            if trial.number not in self._pruned_trials and self._queue.should_prune(trial) and self._launcher.interrupt(trial):
+                self._pruned_trials.add(trial.number)
 
     def _stop(self) -> None:
         """Let all trials save their state and wait for them; another Ctrl-C kills them."""
@@ -198,7 +198,7 @@ class Driver:
             return
         self._queue.storage.waits_for_database = False  # the next driver recovers unrecorded outcomes
         with contextlib.suppress(InputError):
-            for trial in self._unstarted:
+            for trial in self._unstarted_trials:
                 if trial not in self._launcher.trials:
                     self._queue.put_back(trial)
         signal_number = signal.SIGINT
@@ -215,14 +215,14 @@ class Driver:
     def _progress(self) -> str:
         cells, search = self._queue.cells, self._sweep.search
         # A done cell stays done: do not read the folders of a thousand cells after each trial.
-        self._done |= {cell.key for cell in cells if cell.key not in self._done and _unmet_needs(cell) is None}
-        return f"{len(self._done)}/{search.trials if search else len(cells)} cells done"
+        self._done_cells |= {cell.key for cell in cells if cell.key not in self._done_cells and _unmet_needs(cell) is None}
+        return f"{len(self._done_cells)}/{search.trials if search else len(cells)} cells done"
 
     def _summarise(self) -> int:
         cells, statuses = self._queue.cells, self._queue.cell_statuses()
-        unfinished = [(cell, needs) for cell in cells if (needs := _unmet_needs(cell)) is not None]
-        self._say(f"{self._sweep.name}: {len(cells) - len(unfinished)} of {len(cells)} cells are done")
-        for cell, needs in unfinished:
+        open_cells = [(cell, needs) for cell in cells if (needs := _unmet_needs(cell)) is not None]
+        self._say(f"{self._sweep.name}: {len(cells) - len(open_cells)} of {len(cells)} cells are done")
+        for cell, needs in open_cells:
             status = statuses.get(cell.key)
             if status is None or status.state != "pruned":
                 lines = status.reason.splitlines() if status and status.reason else [needs]
@@ -236,7 +236,7 @@ class Driver:
             self._say(f"{self._sweep.name}: {event}, no more were started: look for what they have in common")
         if has_failures:
             self._say(f"{self._sweep.name}: what has failed is tried again with --retry-failed")
-        is_enough = len(unfinished) < len(cells) if self._sweep.search is not None else not unfinished
+        is_enough = len(open_cells) < len(cells) if self._sweep.search is not None else not open_cells
         return 0 if is_enough and not has_failures and not self._too_many_quick_failures else 1
 
 

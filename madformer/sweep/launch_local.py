@@ -35,14 +35,14 @@ def find_gpus() -> list[str]:
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
     try:
-        listed = subprocess.run(
+        result = subprocess.run(
             ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=True, timeout=60
         )
     except (OSError, subprocess.SubprocessError):
         if any(Path("/dev").glob("nvidia[0-9]*")):
             raise ConfigError("there are GPUs here, but nvidia-smi does not list them: set CUDA_VISIBLE_DEVICES") from None
         return []
-    return listed.stdout.split()
+    return result.stdout.split()
 
 
 def group_gpus(gpus: list[str], size: int) -> list[GpuGroup]:
@@ -102,7 +102,7 @@ class LocalLauncher:
             raise ConfigError(f"devices_per_trial = {sweep.devices_per_trial}: there are {len(gpus)} GPUs here")
         self._slots = min(sweep.workers or len(self._groups), len(self._groups)) if self._groups else sweep.cpu_workers
         self._pool = ThreadPoolExecutor(self._slots)
-        self._reserved: dict[GpuGroup, list[int]] = {}
+        self._reserved_locks: dict[GpuGroup, list[int]] = {}
         self._running: list[_RunningTrial] = []
 
     @property
@@ -114,23 +114,23 @@ class LocalLauncher:
         """Trials that can be started now; their GPUs are locked until `start`."""
         free = self._slots - len(self._running)
         if self._groups:
-            busy = {running.gpus for running in self._running} | self._reserved.keys()
+            busy = {running.gpus for running in self._running} | self._reserved_locks.keys()
             for gpus in self._groups:
-                if len(self._reserved) < free and gpus not in busy and (locks := lock_gpus(gpus)) is not None:
-                    self._reserved[gpus] = locks
-            return len(self._reserved)
+                if len(self._reserved_locks) < free and gpus not in busy and (locks := lock_gpus(gpus)) is not None:
+                    self._reserved_locks[gpus] = locks
+            return len(self._reserved_locks)
         return free
 
     def start(self, trials: Sequence[Trial]) -> None:
         """Start trials, no more than there are free slots."""
         for trial in trials:
-            gpus, locks = self._reserved.popitem() if self._reserved else ((), [])
-            processes = TrialProcesses(trial.cell, self._commands, self._say, self._environment(gpus), inherited=locks)
+            gpus, locks = self._reserved_locks.popitem() if self._reserved_locks else ((), [])
+            processes = TrialProcesses(trial.cell, self._commands, self._say, self._environment(gpus), descriptors=locks)
             with _interrupts_delayed():  # a trial that is not in `_running` would not be stopped
                 self._running.append(_RunningTrial(trial, processes, self._pool.submit(processes.run), gpus, locks))
-        for locks in self._reserved.values():
+        for locks in self._reserved_locks.values():
             release_gpus(locks)
-        self._reserved.clear()
+        self._reserved_locks.clear()
 
     def finished_trials(self, seconds: float) -> Iterator[tuple[Trial, Outcome]]:
         """Trials that have ended; waits so long for one."""
@@ -172,14 +172,14 @@ def _interrupts_delayed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    received: list[int] = []
+    signals: list[int] = []
     handlers = {
-        number: signal.signal(number, lambda number, _: received.append(number)) for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, lambda number, _: signals.append(number)) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if received:
+    if signals:
         raise KeyboardInterrupt

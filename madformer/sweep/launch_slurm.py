@@ -60,7 +60,7 @@ class SlurmLauncher:
         self._sweep, self._queue, self._commands, self._say = sweep, queue, commands, say
         self._jobs: dict[str, Trial] = {}
         self._absences: dict[str, int] = {}
-        self._cancelled: set[str] = set()
+        self._cancelled_jobs: set[str] = set()
         self._last_query_at = self._last_refusal_at = float("-inf")
         self._has_submitted = False
 
@@ -114,23 +114,23 @@ class SlurmLauncher:
         if not self._jobs or time.monotonic() - self._last_query_at < _SECONDS_BETWEEN_QUERIES:
             return
         self._last_query_at = time.monotonic()
-        queued = _queued_jobs()
-        if queued is None:
+        job_numbers = _queued_jobs()
+        if job_numbers is None:
             return
         for job, trial in list(self._jobs.items()):
-            self._absences[job] = 0 if job in queued else self._absences.get(job, 0) + 1
+            self._absences[job] = 0 if job in job_numbers else self._absences.get(job, 0) + 1
             if self._absences[job] >= _QUERIES_BEFORE_GONE:
                 del self._jobs[job], self._absences[job]
                 outcome = read_outcome(trial.cell, _begin(job), f"; what Slurm has of it is in {self._sweep.folder}/.slurm")
-                yield trial, INTERRUPTED if job in self._cancelled and outcome != DONE else outcome
+                yield trial, INTERRUPTED if job in self._cancelled_jobs and outcome != DONE else outcome
 
     def interrupt(self, trial: Trial) -> bool:
         """Let a trial save its state and end; whether Slurm takes the command."""
-        queued = _queued_jobs() or {}
+        job_numbers = _queued_jobs() or {}
         for job, other in self._jobs.items():
-            if other == trial and job in queued:
-                self._cancelled.add(job)
-                return subprocess.run(["scancel", queued[job]], check=False).returncode == 0
+            if other == trial and job in job_numbers:
+                self._cancelled_jobs.add(job)
+                return subprocess.run(["scancel", job_numbers[job]], check=False).returncode == 0
         return False
 
     def stop(self, signal_number: signal.Signals) -> None:

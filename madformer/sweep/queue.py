@@ -80,7 +80,7 @@ class Queue:
     def __init__(self, sweep: Sweep, storage: Storage, cells: Sequence[Cell]) -> None:
         self._sweep, self.storage = sweep, storage
         self._cells, self._done = {cell.key: cell for cell in cells}, set[str]()
-        self._owner, self._claimed, self._closing = new_owner(), set[int](), threading.Event()
+        self._owner, self._claimed_ids, self._closing = new_owner(), set[int](), threading.Event()
         self._unreadable = dict[str, str]()
         """Cells whose runs cannot be read -> why. Each is reported once and skipped."""
         self._heart = threading.Thread(target=self._write_heartbeats, daemon=True)
@@ -151,10 +151,10 @@ class Queue:
                     self._record_owner(trial)
                     claimed.append(trial)
             except BaseException:  # nobody will run them: without an owner, the next claim finds them
-                self._claimed -= {trial.id for trial in claimed}
+                self._claimed_ids -= {trial.id for trial in claimed}
                 raise
             running = (trial._trial_id for trial in trials if trial.state == TrialState.RUNNING)
-            return Claim(claimed, len(claimed) == limit or any(trial_id not in self._claimed for trial_id in running))
+            return Claim(claimed, len(claimed) == limit or any(trial_id not in self._claimed_ids for trial_id in running))
 
     def _start_trials(self, trials: Sequence[FrozenTrial], limit: int) -> Iterator[Trial]:
         """Set waiting trials to running; they have no owner yet."""
@@ -169,7 +169,7 @@ class Queue:
         self.storage.rdb.set_trial_user_attr(trial.id, PROGRESS, cell_progress(trial.cell))
         self.storage.rdb.record_heartbeat(trial.id)
         self.storage.rdb.set_trial_user_attr(trial.id, OWNER, self._owner)
-        self._claimed.add(trial.id)
+        self._claimed_ids.add(trial.id)
 
     def _enqueue(self, trials: Sequence[FrozenTrial]) -> bool:
         """Add a trial for each cell that needs work, has no open trial and did not fail for good; whether any was added."""
@@ -212,7 +212,7 @@ class Queue:
 
     def _fail_dead_trials(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
         """Fail the running trials of dead drivers; all trials afterwards."""
-        foreign = [trial for trial in trials if trial.state == TrialState.RUNNING and trial._trial_id not in self._claimed]
+        foreign = [trial for trial in trials if trial.state == TrialState.RUNNING and trial._trial_id not in self._claimed_ids]
         if not foreign:
             return trials
         # Not soon after trouble with the database: nobody could write heartbeats.
@@ -237,11 +237,11 @@ class Queue:
                 self.storage.rdb.set_trial_state_values(trial.id, state, values)
 
         self.storage.retry(record)
-        self._claimed.discard(trial.id)
+        self._claimed_ids.discard(trial.id)
 
     def _write_heartbeats(self) -> None:
         while not self._closing.wait(HEARTBEAT_SECONDS):
-            for trial_id in tuple(self._claimed):
+            for trial_id in tuple(self._claimed_ids):
                 try:
                     self.storage.rdb.record_heartbeat(trial_id)
                 except Exception:  # whatever the database has: the next heartbeat will do

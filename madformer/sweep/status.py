@@ -120,12 +120,12 @@ class Watcher:
 
     def _rows(self, cells: Sequence[Cell]) -> list[Row]:
         needs = [cell_needs(cell) for cell in cells]
-        unfinished = {cell.key: cell for cell, need in zip(cells, needs, strict=True) if need}
+        open_cells = {cell.key: cell for cell, need in zip(cells, needs, strict=True) if need}
         statuses: dict[str, CellStatus] = {}
-        if unfinished and (trials := self._trials()):
+        if open_cells and (trials := self._trials()):
             from madformer.sweep.queue import cell_statuses
 
-            statuses = cell_statuses(trials, self._sweep.retries, unfinished)
+            statuses = cell_statuses(trials, self._sweep.retries, open_cells)
         rows = []
         for cell, need in zip(cells, needs, strict=True):
             status = statuses.get(cell.key)
@@ -179,15 +179,15 @@ def _totals(overview: Overview) -> str:
     if not running:
         return line
     estimates = Estimates([row.cell for row in rows], A100)
-    unfinished = [row for row in rows if row.state in ("running", "waiting")]
-    times = [estimates.remaining_time(row.cell, row.needs, row.step) for row in unfinished]
+    open_rows = [row for row in rows if row.state in ("running", "waiting")]
+    times = [estimates.remaining_time(row.cell, row.needs, row.step) for row in open_rows]
     if not all(time.is_measured for time in times):
         return line
-    seconds = [time.total / row.cell.device_count for time, row in zip(times, unfinished, strict=True)]
+    seconds = [time.total / row.cell.device_count for time, row in zip(times, open_rows, strict=True)]
     if overview.sweep.search is not None:  # trials to come are assumed to take as long as these
         seconds += [sum(seconds) / len(seconds)] * max(0, overview.sweep.search.trials - len(rows))
-    remaining = max(sum(seconds) / running, max(seconds))
-    return f"{line}; about {format_duration(remaining)} left with {running} at a time"
+    seconds_left = max(sum(seconds) / running, max(seconds))
+    return f"{line}; about {format_duration(seconds_left)} left with {running} at a time"
 
 
 def _rate(row: Row) -> str:

@@ -91,10 +91,10 @@ def failure(status: int, output: str) -> Outcome:
     tail = "\n".join(_last_lines(output, _REASON_LINES))
     kinds = (kind for pattern, kind in _KIND_PATTERNS if pattern.search(tail))
     kind = next(kinds, "killed" if status < 0 else "mistake" if status == 2 else "error")
-    how = f"exit status {status}" if status >= 0 else f"killed by {_signal_name(-status)}"
+    ending = f"exit status {status}" if status >= 0 else f"killed by {_signal_name(-status)}"
     if status == -signal.SIGKILL and kind == "killed":
-        how += ", as the system does when memory runs out"
-    return Outcome("failed", kind, f"{how}\n{tail}".strip()[:_REASON_CHARACTERS])
+        ending += ", as the system does when memory runs out"
+    return Outcome("failed", kind, f"{ending}\n{tail}".strip()[:_REASON_CHARACTERS])
 
 
 def _last_lines(text: str, count: int) -> list[str]:
@@ -152,7 +152,7 @@ class TrialProcesses:
         say: Callable[[str], None],
         environment: Mapping[str, str],
         rank: int | None = None,
-        inherited: Sequence[int] = (),
+        descriptors: Sequence[int] = (),
     ) -> None:
         """Starts no process yet.
 
@@ -162,15 +162,15 @@ class TrialProcesses:
             say: called with a line for each event.
             environment: of the processes.
             rank: of this process among several that run the same commands together; None: there is one process.
-            inherited: file descriptors that the processes keep open.
+            descriptors: file descriptors that the processes keep open.
         """
         self._cell, self._commands, self._say = cell, commands, say
-        self._environment, self._log, self._inherited = dict(environment), log_path(cell, rank or 0), tuple(inherited)
-        self._shared = rank is not None
+        self._environment, self._log, self._descriptors = dict(environment), log_path(cell, rank or 0), tuple(descriptors)
+        self._has_other_ranks = rank is not None
         # Reentrant: a signal's handler may run in the thread that holds it.
         self._lock = threading.RLock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._stop_requested = threading.Event()
+        self._stop_event = threading.Event()
 
     def run(self) -> Outcome:
         """Run the commands that the cell needs, from the start if another process had the run."""
@@ -183,7 +183,7 @@ class TrialProcesses:
 
     def stop(self, signal_number: signal.Signals) -> None:
         """Send a signal to all processes of the trial and start no others."""
-        self._stop_requested.set()
+        self._stop_event.set()
         with self._lock:
             if self._child is not None:
                 with contextlib.suppress(ProcessLookupError):
@@ -205,7 +205,7 @@ class TrialProcesses:
                 status, output = self._execute(command)
                 if status != 0:
                     break
-            if status == 0 and self._shared:
+            if status == 0 and self._has_other_ranks:
                 return DONE  # this process is; the others may still run
             if status == 0:
                 needs = cell_needs(self._cell)
@@ -215,7 +215,7 @@ class TrialProcesses:
                 return failure(status, output)
             if pause == _SHORTEST_WAIT_SECONDS:
                 self._say(f"{self._cell.name}: waits, the run {IN_USE} another process")
-            self._stop_requested.wait(pause)
+            self._stop_event.wait(pause)
             pause = min(2 * pause, _LONGEST_WAIT_SECONDS)
 
     def _execute(self, command: list[str]) -> tuple[int, str]:
@@ -230,7 +230,7 @@ class TrialProcesses:
             file.flush()
             begin, start = file.tell(), time.monotonic()
             with self._lock:
-                if self._stop_requested.is_set():
+                if self._stop_event.is_set():
                     raise _StopRequested
                 self._child = subprocess.Popen(
                     command,
@@ -239,7 +239,7 @@ class TrialProcesses:
                     stderr=subprocess.STDOUT,
                     env=self._environment,
                     start_new_session=True,
-                    pass_fds=self._inherited,
+                    pass_fds=self._descriptors,
                 )
             self.wait()
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -249,7 +249,7 @@ class TrialProcesses:
                 self._child = None
             end = file.seek(0, os.SEEK_END)
             file.write(f"[exit status {status} after {time.monotonic() - start:.0f} s]\n".encode())
-        if status != 0 and self._stop_requested.is_set():
+        if status != 0 and self._stop_event.is_set():
             raise _StopRequested
         with self._log.open("rb") as file:
             file.seek(max(begin, end - _OUTPUT_BYTES))

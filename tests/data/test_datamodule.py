@@ -5,18 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from madformer.data import stream
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.encode import encode
-from madformer.data.image_files import load_square, to_unit
 from madformer.data.prompts import PromptTokenizer
 from madformer.errors import ConfigError, InputError
 from madformer.randomness import keyed_generator
 from madformer.runs.checkpoints import DATA
 from madformer.training.module import LitMADFormer
-from tests.pictures import CODEC, as_bytes, experiment, picture, write_parquet, write_tars
+from tests.pictures import CODEC, experiment, moments, write_parquet, write_tars
 
 ROWS = 37
 TEXT = ("model.text.vocab_size=2048", "model.text.pad_token_id=0", "model.text.length=6", "model.text.dropout=0")
@@ -60,13 +58,6 @@ def same(one, other):
     for key, sample in one.items():
         assert sample.keys() == other[key].keys() >= {"latents", "noise"}
         assert all(torch.equal(tensor, other[key][name]) for name, tensor in sample.items()), key
-
-
-def moments(number, flipped=False):
-    """Scaled mean and deviation of a picture through the tests' codec."""
-    image = to_unit(load_square(as_bytes(picture(number)), 16)[None])
-    mean = 0.5 * F.avg_pool2d(image.flip(-1) if flipped else image, 2)
-    return 2 * mean[0], 2 * (0.1 + 0.05 * mean[0].abs())
 
 
 KINDS = {
@@ -223,11 +214,18 @@ def test_rows_without_labels_have_no_prompt(folder):
     assert (Captions(None, use_text=True)(0, "text"), Captions(None, use_text=True)(0, None)) == ("text", "")
 
 
+@pytest.mark.parametrize(
+    ("max_skipped", "problem"),
+    [
+        (2, r"more than data\.max_skipped = 2 broken images: picture_"),
+        (50, "20 images one after the other are broken: picture_"),
+    ],
+)
 @pytest.mark.parametrize("streaming", [False, True])
-def test_the_search_for_a_good_image_ends(streaming, tmp_path):
+def test_the_search_for_a_good_image_ends(streaming, max_skipped, problem, tmp_path):
     write_parquet(tmp_path / "pictures.parquet", rows=20, broken=tuple(range(20)))
-    with pytest.raises(InputError, match=r"more than data\.max_skipped = 2 broken images: picture_"):
-        read(experiment(tmp_path, streaming=streaming, max_skipped=2), steps=1)
+    with pytest.raises(InputError, match=problem):
+        read(experiment(tmp_path, streaming=streaming, max_skipped=max_skipped), steps=1)
 
 
 def test_columns_and_names_that_are_not_those_of_the_latents(folder, tmp_path):

@@ -23,7 +23,7 @@ from madformer.data.image_files import load_square, to_unit
 from madformer.data.latents import ShardReader, read_manifest
 from madformer.errors import ConfigError, InputError
 from tests.conftest import ROOT
-from tests.pictures import as_bytes, experiment, overrides, picture, write_parquet, write_tars
+from tests.pictures import as_bytes, experiment, moments, overrides, picture, write_parquet, write_tars
 from tests.tiny_runs import DIGITS, command, environment, execute
 
 
@@ -45,29 +45,22 @@ def read_all(folder: Path) -> tuple[ShardReader, np.ndarray]:
     return reader, np.arange(len(reader))
 
 
-def by_hand(number: int, flipped: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled mean and deviation of a picture through the tests' codec."""
-    image = to_unit(load_square(as_bytes(picture(number)), 16)[None])
-    mean = 0.5 * F.avg_pool2d(image.flip(-1) if flipped else image, 2)
-    return 2 * mean[0], 2 * (0.1 + 0.05 * mean[0].abs())
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_shards_hold_the_posteriors_of_all_images_in_order(streaming, tmp_path):
     write_parquet(tmp_path / "pictures.parquet", rows=21)
     encode(experiment(tmp_path, latents=tmp_path / "latents", flip=True, streaming=streaming))
-    reader, every = read_all(tmp_path / "latents")
-    assert len(reader) == 21 and reader.values("label", every) == [number % 3 for number in range(21)]
-    assert reader.values("key", every) == [f"picture_{number:04d}.png" for number in range(21)]
-    for number in every.tolist():
+    reader, rows = read_all(tmp_path / "latents")
+    assert len(reader) == 21 and reader.values("label", rows) == [number % 3 for number in range(21)]
+    assert reader.values("key", rows) == [f"picture_{number:04d}.png" for number in range(21)]
+    for number in rows.tolist():
         for suffix, flipped in (("", False), ("_flipped", True)):
-            mean, deviation = by_hand(number, flipped)
-            assert torch.equal(torch.from_numpy(reader.read(f"mean{suffix}", every[[number]])[0]), mean.half())
-            assert torch.equal(torch.from_numpy(reader.read(f"deviation{suffix}", every[[number]])[0]), deviation.half())
+            mean, deviation = moments(number, flipped)
+            assert torch.equal(torch.from_numpy(reader.read(f"mean{suffix}", rows[[number]])[0]), mean.half())
+            assert torch.equal(torch.from_numpy(reader.read(f"deviation{suffix}", rows[[number]])[0]), deviation.half())
     encoding = reader.manifest.encoding
     assert (encoding.image_size, encoding.latent_shape, encoding.class_names) == (16, (3, 8, 8), ("cat", "dog", "eel"))
-    originals = to_unit(torch.stack([load_square(as_bytes(picture(number)), 16) for number in every.tolist()]))
-    decoded = F.interpolate(torch.from_numpy(reader.read("mean", every)).float(), scale_factor=2.0).clamp(-1, 1)
+    originals = to_unit(torch.stack([load_square(as_bytes(picture(number)), 16) for number in rows.tolist()]))
+    decoded = F.interpolate(torch.from_numpy(reader.read("mean", rows)).float(), scale_factor=2.0).clamp(-1, 1)
     psnr = peak_signal_noise_ratio(decoded, originals, data_range=2.0, dim=(1, 2, 3))
     assert reader.manifest.reconstruction == {"psnr": pytest.approx(float(psnr), abs=6e-4), "images": 21}
     assert (tmp_path / "latents/reconstruction.png").is_file()
@@ -76,21 +69,21 @@ def test_shards_hold_the_posteriors_of_all_images_in_order(streaming, tmp_path):
 def test_the_layout_of_ffhq_on_the_hub(tmp_path):
     write_tars(tmp_path / "tars", tars=3, rows=10)
     encode(experiment(tmp_path, source=tmp_path / "tars", streaming=True, latents=tmp_path / "latents"))
-    reader, every = read_all(tmp_path / "latents")
+    reader, rows = read_all(tmp_path / "latents")
     assert len(reader) == 30 and not reader.manifest.encoding.labels
-    keys = reader.values("key", every)
+    keys = reader.values("key", rows)
     assert [key.split("/")[-1] for key in keys] == [f"{number:05d}" for number in range(30)] and len(set(keys)) == 30
-    assert torch.equal(torch.from_numpy(reader.read("mean", every[[17]])[0]), by_hand(17)[0].half())
+    assert torch.equal(torch.from_numpy(reader.read("mean", rows[[17]])[0]), moments(17)[0].half())
 
 
 def test_latents_without_a_posterior_have_no_deviations(tmp_path):
     write_parquet(tmp_path / "pictures.parquet", rows=5)
     config = experiment(tmp_path, "model.latent_size=16", "model.ar_length=4", codec="pixels", latents=tmp_path / "latents")
     encode(config)
-    reader, every = read_all(tmp_path / "latents")
+    reader, rows = read_all(tmp_path / "latents")
     assert reader.manifest.encoding.arrays == ("mean",) and reader.manifest.reconstruction["psnr"] > 60
     pixels = to_unit(load_square(as_bytes(picture(4)), 16))
-    assert torch.equal(torch.from_numpy(reader.read("mean", every[[4]])[0]), pixels.half())
+    assert torch.equal(torch.from_numpy(reader.read("mean", rows[[4]])[0]), pixels.half())
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -98,9 +91,9 @@ def test_broken_images_are_skipped_and_named(streaming, tmp_path, capsys):
     write_parquet(tmp_path / "pictures.parquet", rows=21, broken=(0, 9, 10, 20))
     config = experiment(tmp_path, latents=tmp_path / "latents", streaming=streaming)
     encode(config)
-    reader, every = read_all(tmp_path / "latents")
+    reader, rows = read_all(tmp_path / "latents")
     good = [number for number in range(21) if number not in (0, 9, 10, 20)]
-    assert reader.values("key", every) == [f"picture_{number:04d}.png" for number in good]
+    assert reader.values("key", rows) == [f"picture_{number:04d}.png" for number in good]
     named = (tmp_path / "latents/skipped.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in named] == [f"picture_{number:04d}.png" for number in (0, 9, 10, 20)]
     assert "truncated" in named[0] and "skipped: 4 broken images" in capsys.readouterr().out

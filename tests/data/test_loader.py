@@ -21,7 +21,7 @@ def uneven(number):
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_results_come_in_order(workers):
-    assert list(prefetch(uneven, range(50), workers, ahead=5)) == [number * number for number in range(50)]
+    assert list(prefetch(uneven, range(50), workers, queue_size=5)) == [number * number for number in range(50)]
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -31,7 +31,7 @@ def test_an_error_shows_at_its_place(workers):
             raise KeyError(number)
         return number
 
-    results = prefetch(fail, itertools.count(), workers, ahead=4)
+    results = prefetch(fail, itertools.count(), workers, queue_size=4)
     assert list(itertools.islice(results, 3)) == [0, 1, 2]
     with pytest.raises(KeyError):
         next(results)
@@ -42,7 +42,7 @@ def test_an_error_of_the_items_shows_behind_those_before_it():
         yield from range(2)
         raise OSError("gone")
 
-    results = prefetch(uneven, items(), workers=2, ahead=4)
+    results = prefetch(uneven, items(), workers=2, queue_size=4)
     assert list(itertools.islice(results, 2)) == [0, 1]
     with pytest.raises(OSError, match="gone"):
         next(results)
@@ -50,7 +50,7 @@ def test_an_error_of_the_items_shows_behind_those_before_it():
 
 def test_no_more_is_read_than_asked_for_and_threads_end():
     begun, before = [], threading.active_count()
-    results = prefetch(begun.append, itertools.count(), workers=2, ahead=4)
+    results = prefetch(begun.append, itertools.count(), workers=2, queue_size=4)
     next(results)
     time.sleep(0.2)
     assert 1 <= len(begun) <= 1 + 4 + 1

@@ -256,8 +256,8 @@ def test_a_codec_that_overflows_is_no_number(tmp_path):
 
 def test_a_number_comes_again_from_its_record_alone(tmp_path, monkeypatch):
     config, *_ = make_run(tmp_path, steps=(6, 12))
-    asked = {"sampler": "ddpm,dpmsolver++", "seeds": "5", "num_samples": 20, "checkpoints": "6", "weights": "model"}
-    evaluate(parse_request(config, nfe="5", **asked))
+    options = {"num_samples": 20, "checkpoints": "6", "weights": "model"}
+    evaluate(parse_request(config, nfe="5", axes={"sampler": "ddpm,dpmsolver++", "seed": "5"}, **options))
     before = [json.loads(line) for line in record_path(config.run_dir).read_text().splitlines()]
     record_path(config.run_dir).unlink()
     monkeypatch.chdir(tmp_path)

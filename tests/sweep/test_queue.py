@@ -144,7 +144,7 @@ def test_what_a_lost_machine_had_is_another_s_when_its_heart_is_silent(sweep, mo
     monkeypatch.setattr("madformer.sweep.queue.GRACE_SECONDS", 1)
     with open_queue(sweep) as lost, open_queue(sweep) as queue:
         trial = claim(lost)
-        lost._claimed.clear()  # no heartbeat any more
+        lost._claimed_ids.clear()  # no heartbeat any more
         lost.storage.rdb.set_trial_user_attr(trial.id, OWNER, json.dumps(["another machine", 1, 0.0, ""]))
         assert claim_all(queue) == ["d4-s0"]
         claimed = queue.claim()
@@ -159,7 +159,7 @@ def test_a_heart_is_not_listened_to_soon_after_trouble_with_the_database(sweep, 
     monkeypatch.setattr(study_module, "GRACE_SECONDS", 1)
     with open_queue(sweep) as lost, open_queue(sweep) as queue:
         trial = claim(lost)
-        lost._claimed.clear()
+        lost._claimed_ids.clear()
         lost.storage.rdb.set_trial_user_attr(trial.id, OWNER, json.dumps(["another machine", 1, 0.0, ""]))
         time.sleep(2.1)
         queue.storage.last_error_at = time.monotonic()
@@ -285,7 +285,7 @@ def test_a_claim_that_breaks_in_the_middle_strands_nothing(sweep, monkeypatch):
         monkeypatch.setattr(queue.storage.rdb, "record_heartbeat", fail_once)
         assert sorted(claim_all(queue)) == ["d2-s0", "d4-s0"]
         running = [trial._trial_id for trial in trials(sweep) if trial.state == TrialState.RUNNING]
-        assert sorted(running) == sorted(queue._claimed) and len(running) == 2
+        assert sorted(running) == sorted(queue._claimed_ids) and len(running) == 2
 
 
 def test_a_run_that_cannot_be_read_does_not_hold_up_the_others(sweep, sweep_file):
@@ -304,7 +304,7 @@ def test_a_job_without_a_driver_is_no_failed_attempt_and_one_that_is_done_is_no_
         for _ in range(6):  # drivers that are stopped while it waits in Slurm's queue
             trial = claim(queue)
             queue.save_job(trial, "array/0")
-            queue._claimed.clear()
+            queue._claimed_ids.clear()
         assert queue.cell_statuses()[trial.cell.key].state == "running"
         trial = claim(queue)
         assert trial.job == "array/0"
@@ -319,7 +319,7 @@ def test_a_job_without_a_driver_is_no_failed_attempt_and_one_that_is_done_is_no_
 def test_a_job_is_carried_over_to_the_driver_that_takes_up_a_trial(sweep, monkeypatch):
     with open_queue(sweep) as queue:
         queue.save_job(claim(queue), "array/0")
-        queue._claimed.clear()
+        queue._claimed_ids.clear()
         monkeypatch.setattr("madformer.sweep.queue.is_dead", lambda owner: True)
         first, second = queue.claim(2).trials
         assert {first.job, second.job} == {"array/0", None}
