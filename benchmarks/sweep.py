@@ -26,10 +26,12 @@ import yaml
 from benchmarks.harness import cpu_name, positive, table
 from madformer.config import write_config
 from madformer.evaluation.record import append_point
+from madformer.model import cost
 from madformer.runs.checkpoints import checkpoint_path
 from madformer.sweep.cells import Cell, sweep_cells
 from madformer.sweep.driver import run_sweep
 from madformer.sweep.load_sweep import load_sweep
+from madformer.sweep.needs import network_sha256
 
 PLAN_GOAL, STATUS_GOAL, TRIAL_GOAL = 10.0, 2.0, 5.0
 """Seconds: of the two commands, and of the driver for each trial."""
@@ -116,21 +118,23 @@ def make_run(cell: Cell, folder: Path) -> Path:
     point = {
         "kind": "point",
         "step": cell.max_steps,
-        "steps": 1,
         "config_hash": cell.config_hash,
         "weights": "ema",
         "sampler": evaluation.sampler,
         "guidance": evaluation.guidance,
         "seed": evaluation.seed,
         "num_samples": evaluation.num_samples,
-        "feature_networks": [{"name": name} for name in evaluation.feature_networks],
+        "feature_networks": [{"name": name, "sha256": network_sha256(name)} for name in evaluation.feature_networks],
+        "codec": {"sha256": None, "dtype": "float32"},
+        "references": [],
         "metrics": {"fd_digits": 1.0},
         "tflops_per_image": 1e-3,
         "seconds_spent": {"sampling": 1.0},
     }
-    unread = ("weights_sha256", "prompts", "precision", "codec", "references", "checkpoint", "time")
+    unread = ("weights_sha256", "prompts", "precision", "checkpoint", "time")
     for nfe in cell.budgets:
-        append_point(folder, {**dict.fromkeys(unread), **point, "nfe": nfe, "nfe_actual": nfe})
+        steps = cost.steps_for_nfe(cell.config.model, nfe)
+        append_point(folder, {**dict.fromkeys(unread), **point, "nfe": nfe, "nfe_actual": nfe, "steps": steps})
     entry = {"done": 10, "total": 10, "per_second": 10.0, "time": time.time(), "devices": 1}
     (folder / "progress.json").write_text(json.dumps({"step": entry}))
     return folder
