@@ -13,7 +13,7 @@ from madformer.errors import ConfigError, InputError
 from madformer.sweep.cells import Cell, sweep_cells
 from madformer.sweep.needs import cell_needs
 from madformer.sweep.spec import Sweep
-from madformer.sweep.trial import DONE, INTERRUPTED, TRANSIENT, Commands, Outcome, log_path, trial_commands
+from madformer.sweep.trial import DONE, INTERRUPTED, RETRYABLE, Commands, Outcome, log_path, trial_commands
 
 if TYPE_CHECKING:
     from madformer.sweep.queue import Queue, Trial
@@ -172,7 +172,7 @@ class Driver:
             return
         else:
             self._queue.fail(trial, outcome)
-            verb = "died" if outcome.kind in TRANSIENT else f"failed ({outcome.kind})"
+            verb = "died" if outcome.kind in RETRYABLE else f"failed ({outcome.kind})"
             event = f"{verb}, {outcome.reason.splitlines()[0]}, log {log_path(trial.cell)},"
             if seconds < _QUICK_FAILURE_SECONDS and outcome.kind not in ("diverged", "out of memory"):
                 self._quick_failures.add(trial.cell.key)

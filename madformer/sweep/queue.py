@@ -23,7 +23,7 @@ from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_needs, cell_progress, main_metrics
 from madformer.sweep.spec import Sweep
 from madformer.sweep.study import GRACE_SECONDS, HEARTBEAT_SECONDS, Storage, heartbeat_warnings_off, is_dead, new_owner
-from madformer.sweep.trial import TRANSIENT, Outcome
+from madformer.sweep.trial import RETRYABLE, Outcome
 
 KEY, OWNER, KIND, REASON, PROGRESS, JOB = "config_hash", "owner", "kind", "reason", "progress", "job"
 """Attributes of a trial in the study. Studies on disk have them: their names never change."""
@@ -276,7 +276,7 @@ def cell_status(trial: FrozenTrial, retries: int, cell: Cell) -> CellStatus:
     kind, reason = attributes.get(KIND, "driver died"), attributes.get(REASON, "")
     if kind == "interrupted" or (KIND not in attributes and JOB in attributes):  # its job goes on without a driver
         return waiting
-    if kind in TRANSIENT:
+    if kind in RETRYABLE:
         failed_attempts = 0 if cell_progress(cell) > attributes.get(PROGRESS, []) else failed_attempts + 1
         if failed_attempts <= retries:
             return CellStatus("waiting", failed_attempts=failed_attempts)

@@ -39,7 +39,7 @@ Kind = Literal[
 """Kind of a failure: `killed` by a signal, `lost` with its machine or job, `hindered` if the command says that it can go on
 later, as after a full disk, `error` for a defect. The study on disk holds these words."""
 
-TRANSIENT = frozenset(("killed", "lost", "driver died", "hindered"))
+RETRYABLE = frozenset(("killed", "lost", "driver died", "hindered"))
 """Kinds that say nothing about the cell: it is tried again."""
 
 IN_USE = "is in use by"
@@ -282,7 +282,7 @@ def read_outcome(cell: Cell, begin: str = "", hint: str = "") -> Outcome:
     contents = (_content_after(path, begin) for path in sorted(cell.run.glob("log*.txt")))
     outcomes = [_outcome(content, f"still {needs}") for content in contents if content is not None]
     # A process that failed by itself made the others fail: its outcome counts.
-    outcomes.sort(key=lambda outcome: outcome.kind in TRANSIENT)
+    outcomes.sort(key=lambda outcome: outcome.kind in RETRYABLE)
     return outcomes[0] if outcomes else Outcome("failed", "lost", f"it left no log{hint}")
 
 
