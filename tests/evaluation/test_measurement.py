@@ -52,11 +52,11 @@ def test_a_key_names_the_samples_and_a_curve_key_the_curve():
 
 def test_all_combinations_of_axes_come_with_budgets_fastest():
     budgets = [MAIN, replace(MAIN, nfe=64, steps=8)]
-    found = all_samplings(budgets, ("ddim", "unipc"), (), (0, 1))
+    found = all_samplings(budgets, {"sampler": ("ddim", "unipc"), "guidance": (), "seed": (0, 1)})
     assert [(each.sampler, each.seed, each.nfe) for each in found] == [
         (sampler, seed, nfe) for sampler in ("ddim", "unipc") for seed in (0, 1) for nfe in (32, 64)
     ]
-    assert all_samplings(budgets, (), (), ()) == tuple(budgets)
+    assert all_samplings(budgets, {}) == tuple(budgets)
 
 
 def test_a_measurement_matches_as_far_as_it_is_known():
