@@ -17,16 +17,16 @@ from madformer.model.madformer import MADFormer, Outputs
 
 @dataclass
 class Losses:
-    """The total loss and what it is made of."""
+    """The total loss and its terms."""
 
     total: Tensor
     """The weighted sum, to call `backward` on."""
     terms: dict[str, Tensor]
     """Unweighted terms by name: image, hidden, clean_tower, text; those of weight zero are absent."""
     image_BL: Tensor
-    """The image term of every noisy block, [B * k, L]: for logs by timestep and by block, and weights of one's own."""
+    """The image term of every noisy block, [B * k, L]: for logs by timestep and by block, and custom weights."""
     outputs: Outputs | None = None
-    """What the model gave, for terms of one's own."""
+    """What the model computed, for custom terms."""
 
     def for_log(self) -> Losses:
         """The numbers alone: neither gradients nor outputs are kept in memory."""
@@ -52,7 +52,7 @@ def compute_losses(
         clean_BLCYX: clean latents, [B, L, C, Y, X].
         noise_BLCYX: noise draws, [B * k, L, C, Y, X]; image b's at b * k .. b * k + k - 1 (`NoiseSchedule.draw`).
         t_BL: their timesteps, [B * k, L].
-        text: token ids [B, T], prompts already dropped (`text.drop_text`); None: the null text.
+        text: token ids [B, T], prompts already dropped (`embedding.drop_text`); None: the null text.
 
     Raises:
         ConfigError: a loss on what the model does not have.

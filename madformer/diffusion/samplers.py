@@ -33,16 +33,16 @@ class TrailingDDIM(DDIMScheduler):  # type: ignore[misc]
         Raises:
             InputError: fewer than one step, or more than the schedule has.
         """
-        spaced = _trailing(num_inference_steps, self.config.num_train_timesteps)
+        timesteps = _trailing(num_inference_steps, self.config.num_train_timesteps)
         self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.tensor(spaced, device=device)
-        self._next = dict(zip(spaced, [*spaced[1:], -1], strict=True))
+        self.timesteps = torch.tensor(timesteps, device=device)
+        self._next = dict(zip(timesteps, [*timesteps[1:], -1], strict=True))
 
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, **_: Any) -> DDIMSchedulerOutput:
         """From a noisy sample at `timestep` to the one at the next timestep, by Eq. 12 of DDIM with eta = 0."""
-        following = self._next[int(timestep)]
+        next_timestep = self._next[int(timestep)]
         alpha = self.alphas_cumprod[int(timestep)]
-        alpha_next = self.alphas_cumprod[following] if following >= 0 else self.alphas_cumprod.new_ones(())
+        alpha_next = self.alphas_cumprod[next_timestep] if next_timestep >= 0 else self.alphas_cumprod.new_ones(())
         signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
         if self.config.prediction_type == "sample":
             clean, noise = model_output, (sample - signal * model_output) / spread
@@ -58,8 +58,8 @@ class TrailingDDPM(DDPMScheduler):  # type: ignore[misc]
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose the timesteps, as `TrailingDDIM.set_timesteps`."""
-        spaced = _trailing(num_inference_steps, self.config.num_train_timesteps)
-        super().set_timesteps(timesteps=spaced, device=device)
+        timesteps = _trailing(num_inference_steps, self.config.num_train_timesteps)
+        super().set_timesteps(timesteps=timesteps, device=device)
 
 
 class TrailingDPMSolver(DPMSolverMultistepScheduler):  # type: ignore[misc]
@@ -67,8 +67,8 @@ class TrailingDPMSolver(DPMSolverMultistepScheduler):  # type: ignore[misc]
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose the timesteps, as `TrailingDDIM.set_timesteps`, and forget the predictions."""
-        spaced = _trailing(num_inference_steps, self.config.num_train_timesteps)
-        super().set_timesteps(timesteps=spaced, device=device)
+        timesteps = _trailing(num_inference_steps, self.config.num_train_timesteps)
+        super().set_timesteps(timesteps=timesteps, device=device)
 
 
 class TrailingUniPC(UniPCMultistepScheduler):  # type: ignore[misc]
@@ -76,11 +76,11 @@ class TrailingUniPC(UniPCMultistepScheduler):  # type: ignore[misc]
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose the timesteps, as `TrailingDDIM.set_timesteps`, and forget the predictions."""
-        spaced = _trailing(num_inference_steps, self.config.num_train_timesteps)
+        timesteps = _trailing(num_inference_steps, self.config.num_train_timesteps)
         super().set_timesteps(num_inference_steps, device=device)
         # It takes no timesteps, so those that it chose make way, with the noise levels that belong to them.
-        self.timesteps = torch.tensor(spaced, device=device)
-        alphas = self.alphas_cumprod[spaced]
+        self.timesteps = torch.tensor(timesteps, device=device)
+        alphas = self.alphas_cumprod[timesteps]
         self.sigmas = torch.cat([((1 - alphas) / alphas).sqrt(), alphas.new_zeros(1)])
 
 

@@ -1,7 +1,8 @@
 """A run's curves in TensorBoard: quality against NFE, FLOPs and seconds, and diagnostics. `docs/tensorboard.md` lists the tags.
 
 TensorBoard draws a scalar against an integer step. Here the step is what a point cost, not when it was trained, so the runs of
-a sweep overlay as curves of quality against compute.
+a sweep overlay as curves of quality against compute. A run's main curve has the bare tag, `fid_vs_nfe`; other samplers,
+guidances and weights add their differences, `fid_vs_nfe/unipc`.
 
 `torch.utils.tensorboard` cannot write these files. Its writers create a file under its final name, so a running TensorBoard
 reads half of it. Its `scalar` takes no description, its `hparams` turns booleans into numbers and takes no times, and its

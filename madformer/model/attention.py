@@ -45,11 +45,11 @@ class TrainingContext:
         """Attention of every query tower, [B, H, P, K] each; keys and values have G heads."""
         plan = self.plan
         if self.block_mask is not None:
-            joined = [_join_towers(x, plan) for x in (q, k, v)]
-            grouped = joined[0].shape[1] != joined[1].shape[1]
-            attended = _compiled_flex_attention()(*joined, block_mask=self.block_mask, enable_gqa=grouped)
-            return _split_towers(attended, plan)
-        attended = {}
+            queries, keys, values = (_join_towers(x, plan) for x in (q, k, v))
+            grouped = queries.shape[1] != keys.shape[1]
+            flex = _compiled_flex_attention()
+            return _split_towers(flex(queries, keys, values, block_mask=self.block_mask, enable_gqa=grouped), plan)
+        attended: Towers = {}
         for tower, q_BHPK in q.items():
             if tower == "text":
                 attended[tower] = sdpa(q_BHPK, k[tower], v[tower], causal=True)

@@ -138,7 +138,7 @@ class BlockSampler:
             raise ValueError(f"scheduler.timesteps: {outside}, outside 0..{end - 1}; take another number of steps")
 
     def start_block(self, block: int, previous_BCYX: Tensor | None) -> None:
-        """Clean tower over the finished block before this one, then the AR stage: `self.condition` and the cache."""
+        """Clean tower over the finished block before this one, then the AR stage: fills the cache, sets `condition_BSD`."""
         self.block = block
         self.condition_BSD = None
         tokens_BSD = self.model.boi_SD.detach().expand(self.rows, -1, -1)

@@ -1,7 +1,7 @@
 """Checkpoints of the released MADFormer code: import and export of its state dict.
 
-Sizes are read from the shapes. What shapes do not tell is constant in the released code: 8 group-norm groups, 8 U-Net
-heads, epsilon prediction, its own RoPE, and clean blocks embedded with the noisy block's timestep.
+Sizes are read from the shapes. The rest is constant in the released code: 8 group-norm groups, 8 U-Net heads, epsilon
+prediction, its own RoPE, and clean blocks embedded with the noisy block's timestep.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _LAYER_NAMES = {
     "mlp_list.{}.up_proj": "up",
     "mlp_list.{}.down_proj": "down",
 }
-"""Released module of a layer -> ours in a tower; {} or the end is the tower's number."""
+"""Released module of a layer -> our module of a tower; {} or the end is the tower's number."""
 
 _TOWER_NUMBERS = {"clean": 0, "noise": 1}
 
-_HABITS = {"rope": "released", "prediction_type": "epsilon", "clean_timestep": "released"}
-"""What every released model does."""
+_RELEASED_FIELDS = {"rope": "released", "prediction_type": "epsilon", "clean_timestep": "released"}
+"""Fields that are the same in every released model."""
 
 _UNET_CONSTANTS = {"groups": 8, "num_heads": 8}
 
@@ -45,7 +45,7 @@ def from_released(
     use_condition: bool = True,
     local_denoising: bool = False,
 ) -> MADFormer:
-    """A model with released weights; the switches are not in the weights and must be told.
+    """A model with released weights; the weights do not hold the switches, so give them.
 
     Args:
         state_dict: parameters by released name, as in a checkpoint's `model` or `ema`.
@@ -64,23 +64,23 @@ def from_released(
     )
     with torch.device("meta"):
         model = MADFormer(config)
-    names, known = _names(config), {theirs for theirs, _ in _names(config, all_towers=True)}
-    if missing := [theirs for theirs, _ in names if theirs not in state_dict]:
+    names, known = _names(config), dict(_names(config, all_towers=True))
+    if missing := [released_name for released_name, _ in names if released_name not in state_dict]:
         raise ValueError(f"released state dict lacks {len(missing)} tensors, the first is {missing[0]!r}")
-    if unknown := [theirs for theirs in state_dict if theirs not in known]:
+    if unknown := [released_name for released_name in state_dict if released_name not in known]:
         raise ValueError(f"released state dict has {len(unknown)} tensors too many for its sizes, the first is {unknown[0]!r}")
     weights, parameters = {}, model.state_dict()
-    for theirs, ours in names:
-        tensor = state_dict[theirs].squeeze(0) if ours == "boi_SD" else state_dict[theirs]
-        if tensor.shape != parameters[ours].shape:
-            raise ValueError(f"{theirs} has shape {tuple(tensor.shape)}: must be {tuple(parameters[ours].shape)}")
-        weights[ours] = tensor.detach().clone()
+    for released_name, name in names:
+        tensor = state_dict[released_name].squeeze(0) if name == "boi_SD" else state_dict[released_name]
+        if tensor.shape != parameters[name].shape:
+            raise ValueError(f"{released_name} has shape {tuple(tensor.shape)}: must be {tuple(parameters[name].shape)}")
+        weights[name] = tensor.detach().clone()
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True)
 
 
 def to_released(model: MADFormer) -> dict[str, Tensor]:
-    """The state dict in released names. Where ours has one parameter set for several towers, each gets a copy.
+    """The state dict in released names. A parameter set that several towers share is copied for each.
 
     Raises:
         ValueError: the model does something that the released code cannot.
@@ -88,7 +88,7 @@ def to_released(model: MADFormer) -> dict[str, Tensor]:
     config = model.config
     sizes = {"text": None, "kv_heads": config.num_heads, "head_width": 64}
     rules: list[tuple[str, object, str, object]] = [
-        ("model", config, name, value) for name, value in {**_HABITS, **sizes}.items()
+        ("model", config, name, value) for name, value in {**_RELEASED_FIELDS, **sizes}.items()
     ]
     rules += [("model.unet", config.unet, name, value) for name, value in _UNET_CONSTANTS.items()]
     for section, fields, name, value in rules:
@@ -98,7 +98,7 @@ def to_released(model: MADFormer) -> dict[str, Tensor]:
         raise ValueError(f"model.unet.channels = {config.unet.channels}: the released code needs equal levels after the first")
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     weights["boi_SD"] = weights["boi_SD"][None]
-    return {theirs: weights[ours].clone() for theirs, ours in _names(config, all_towers=True)}
+    return {released_name: weights[name].clone() for released_name, name in _names(config, all_towers=True)}
 
 
 def released_config(state_dict: Mapping[str, Tensor], *, ar_length: int, **switches: int | bool) -> ModelConfig:
@@ -124,7 +124,7 @@ def released_config(state_dict: Mapping[str, Tensor], *, ar_length: int, **switc
             num_heads=width // head_width,
             ffn_width=shapes["blocks.0.mlp_list.1.gate_proj.weight"][0],
             unet=_released_unet(shapes, levels),
-            **_HABITS,  # type: ignore[arg-type]
+            **_RELEASED_FIELDS,  # type: ignore[arg-type]
             **switches,  # type: ignore[arg-type]
         )
     except KeyError as error:
@@ -163,17 +163,17 @@ def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
 
 
 def _names(config: ModelConfig, all_towers: bool = False) -> list[tuple[str, str]]:
-    """(released name, our name) of every parameter; `all_towers`: also of released towers that ours does without."""
+    """(released name, our name) of every parameter; `all_towers`: also of released towers that our model lacks."""
     with torch.device("meta"):
         unet = [name for name in MADFormer(config).state_dict() if name.startswith(("downsampler.", "upsampler."))]
     names = [("boi_block", "boi_SD"), *((name, name) for name in unet)]
-    kept = ("clean", "noise") if config.use_clean_blocks else ("noise",)
+    towers = ("clean", "noise") if config.use_clean_blocks else ("noise",)
     for layer in range(config.depth):
-        for tower in _TOWER_NUMBERS if all_towers else kept:
-            source = "shared" if config.parameter_sets == "shared" else tower if tower in kept else "noise"
-            for theirs, ours in _LAYER_NAMES.items():
+        for tower in _TOWER_NUMBERS if all_towers else towers:
+            source = "shared" if config.parameter_sets == "shared" else tower if tower in towers else "noise"
+            for released_name, name in _LAYER_NAMES.items():
                 number = str(_TOWER_NUMBERS[tower])
-                module = theirs.replace("{}", number) if "{}" in theirs else f"{theirs}.{number}"
-                for kind in ("weight", "bias") if ours in ("qkv", "out") else ("weight",):
-                    names.append((f"blocks.{layer}.{module}.{kind}", f"layers.{layer}.towers.{source}.{ours}.{kind}"))
+                module = released_name.replace("{}", number) if "{}" in released_name else f"{released_name}.{number}"
+                for kind in ("weight", "bias") if name in ("qkv", "out") else ("weight",):
+                    names.append((f"blocks.{layer}.{module}.{kind}", f"layers.{layer}.towers.{source}.{name}.{kind}"))
     return names

@@ -199,10 +199,10 @@ def test_an_objective_that_was_not_measured_fails_and_says_what_was(search_file)
 
 
 def test_a_pruner_ends_hopeless_trials_early_by_their_previews(search_file, monkeypatch):
-    monkeypatch.setattr(
-        "madformer.sweep.driver._SECONDS_BETWEEN_QUERIES", 0.2
-    )  # unseen, these short trials tell the pruner nothing
-    monkeypatch.setenv("TRIAL_SECONDS", "1")
+    # The driver must see the preview of each of these short trials: the pruner learns from them.
+    monkeypatch.setattr("madformer.sweep.driver._SECONDS_BETWEEN_QUERIES", 0.05)
+    monkeypatch.setattr("madformer.sweep.driver._POLL_SECONDS", 0.1)
+    monkeypatch.setenv("TRIAL_SECONDS", "0.4")
     median = ["search.pruner=median", "evaluation.preview_every=5", "evaluation.preview_nfe=16", "search.trials=7", "workers=1"]
     storage = Storage(load_sweep(search_file, median))
     for lr in (0.003, 0.004, 0.005, 0.006, 0.007, 0.9, 0.002):
