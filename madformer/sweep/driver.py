@@ -232,8 +232,9 @@ class Driver:
             self._say(f"  {line}")
         has_failures = any(status.state == "failed" for status in statuses.values())
         if self._too_many_quick_failures:
-            event = f"{len(self._quick_failures)} cells in a row failed within {_QUICK_FAILURE_SECONDS:.0f} s"
-            self._say(f"{self._sweep.name}: {event}, no more were started: look for what they have in common")
+            count, seconds = len(self._quick_failures), _QUICK_FAILURE_SECONDS
+            event = f"{count} cells in a row failed within {seconds:.0f} s, no more were started"
+            self._say(f"{self._sweep.name}: {event}: look for what they have in common")
         if has_failures:
             self._say(f"{self._sweep.name}: what has failed is tried again with --retry-failed")
         is_enough = len(open_cells) < len(cells) if self._sweep.search is not None else not open_cells
