@@ -36,7 +36,7 @@ from madformer.evaluation.feature_cache import (
     sample_features,
 )
 from madformer.evaluation.held_out import describe_held_out, require_held_out
-from madformer.evaluation.measurement import Measurement
+from madformer.evaluation.measurement import AXES, DEFAULTS, Measurement, Sampling
 from madformer.evaluation.metrics import measure
 from madformer.evaluation.record import SHARED, append_point, find_point, read_diagnostics, read_means, read_points
 from madformer.evaluation.request import EvaluationRequest
@@ -213,8 +213,10 @@ def _find(task: Task) -> Point | None:
 
 def _report(task: Task, point: Point, note: str = "") -> None:
     how = [f"{task.config.run_dir.name} {task.checkpoint.stem}", f"NFE {task.sampling.nfe}", f"steps {point['steps']}"]
-    if (point["sampler"], point["guidance"], point["seed"]) != ("ddim", 1.0, 0):
-        how.append(f"{point['sampler']}, guidance {point['guidance']:g}, seed {point['seed']}")
+    sampling = Sampling.of_point(point)
+    if any(getattr(sampling, name) != DEFAULTS[name] for name in AXES):
+        texts = {**sampling.texts, "seed": f"seed {sampling.seed}"}
+        how.append(", ".join(texts[name] for name in AXES))
     how += [f"{name} {value:.4g}" for name, value in point["metrics"].items()]
     costs = f"{point['tflops_per_image'] * 1e3:.3g} GFLOPs, {point['seconds_per_image'] * 1e3:.3g} ms an image"
     print("  ".join([*how, costs]) + note, flush=True)
@@ -253,6 +255,7 @@ def _record_means(run: Path, points: Iterable[Point]) -> None:
         summary = {
             "kind": "mean",
             **{key: group[0][key] for key in ("nfe", "steps", *SHARED, "config_hash")},
+            **Sampling.of_point(group[0]).curve_fields,
             "checkpoints": list(dict.fromkeys(point["checkpoint"] for point in group)),
             "seeds": list(dict.fromkeys(point["seed"] for point in group)),
             "metrics": {name: mean(numbers) for name, numbers in values.items()},

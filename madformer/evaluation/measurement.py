@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, get_args
 
 from madformer.config import ExperimentConfig
@@ -143,11 +143,13 @@ class Sampling:
 
     def difference(self, main: Sampling) -> str:
         """What sets its curve apart from another one, such as `unipc, guidance 1.5`; empty: nothing."""
-        pairs = zip(self._names(), main._names(), strict=True)
-        return ", ".join(name for name, other in pairs if name != other)
+        return ", ".join(text for name, text in self.texts.items() if text != main.texts[name])
 
-    def _names(self) -> tuple[str, ...]:
-        return self.sampler, f"guidance {self.guidance:g}", f"{'EMA' if self.weights == 'ema' else 'raw'} weights"
+    @property
+    def texts(self) -> dict[str, str]:
+        """The curve's fields in words, by name."""
+        weights = "EMA weights" if self.weights == "ema" else "raw weights"
+        return {"sampler": self.sampler, "guidance": f"guidance {self.guidance:g}", "weights": weights}
 
     def apply(self, config: ExperimentConfig) -> ExperimentConfig:
         """The configuration with this sampler, guidance and seed.
@@ -161,6 +163,9 @@ class Sampling:
 
 CURVE_FIELDS = tuple(field.name for field in fields(Sampling) if field.name not in ("nfe", "steps", "seed"))
 """What the points of one curve were sampled with, in the order of tables."""
+
+DEFAULTS = {field.name: field.default for field in fields(Sampling) if field.default is not MISSING}
+"""Field of `Sampling` -> what it was before there was a choice."""
 
 
 def parse_integers(option: str, text: str) -> tuple[int, ...]:

@@ -15,11 +15,11 @@ from statistics import fmean
 from typing import Any
 
 from madformer.errors import InputError
-from madformer.evaluation.measurement import CURVE_FIELDS, Measurement, Point, Sampling
+from madformer.evaluation.measurement import Measurement, Point, Sampling
 from madformer.runs.files import append_line
 
-SHARED = (*CURVE_FIELDS, "num_samples", "prompts", "precision", "codec", "references", "feature_networks")
-"""Keys that the points of one curve have in common, and a mean over them has too."""
+SHARED = ("weights", "sampler", "guidance", "num_samples", "prompts", "precision", "codec", "references", "feature_networks")
+"""Keys that every point has, and a mean over points has in common with them. Later fields of `Sampling` may be absent."""
 
 _REQUIRED = {
     "point": frozenset(SHARED)

@@ -19,6 +19,7 @@ from madformer.config import config_hash
 from madformer.data.codec import build_codec, require_fit
 from madformer.data.image_files import read_settings, save_png, to_pixels, to_tiles
 from madformer.errors import InputError, NonFiniteError
+from madformer.evaluation.measurement import AXES, DEFAULTS, Sampling
 from madformer.evaluation.request import SamplingRequest
 from madformer.evaluation.sampling import choose_prompts, inference_devices, sample_batches, tokenize
 from madformer.model import cost
@@ -106,8 +107,7 @@ def _settings(request: SamplingRequest) -> dict[str, Any]:
         "sampler": sampling.sampler,
         "steps": sampling.steps,
         "nfe": cost.nfe(config.model, sampling.steps),
-        "guidance": sampling.guidance,
-        "seed": sampling.seed,
+        **{name: getattr(sampling, name) for name in AXES if name != "sampler"},
         "codec": codec.name,
         "codec_sha256": codec.sha256,
     }
@@ -124,7 +124,7 @@ def _is_there(folder: Path, wanted: dict[str, Any]) -> bool:
     if found is None:
         return False
     for name, value in wanted.items():
-        if name != "run" and found.get(name) != value:  # a run may have been moved
+        if name != "run" and found.get(name, DEFAULTS.get(name)) != value:  # a run may have been moved
             other = f"{name} = {found.get(name)!r} there, {value!r} asked for"
             raise InputError(f"{path}: made in another way: {other}; name another folder (--out), or delete it")
     return True
@@ -146,10 +146,10 @@ def _show(request: SamplingRequest, folder: Path, shown: Sequence[dict[str, Any]
 def _draw(request: SamplingRequest, grid_YX3: np.ndarray, prompts: Sequence[str]) -> None:
     """An event file of its own for each kind of samples: it takes the place of a former one, training's stay as they are."""
     run, step, sampling = request.config.run_dir, checkpoint_step(request.checkpoint), request.sampling
-    how = f", {sampling.sampler}" if sampling.sampler != "ddim" else ""
-    how += f", guidance {sampling.guidance:g}" if sampling.guidance != 1 else ""
+    how = sampling.difference(Sampling(sampling.nfe, sampling.steps, weights=sampling.weights))
     content = textwrap.shorten(request.prompt or request.classes or "", 60, placeholder=" ...")
-    tag = f"samples/{sampling.weights}, {sampling.steps} steps{how}, seed {sampling.seed}" + (f", {content}" if content else "")
+    words = [f"{sampling.steps} steps", how, f"seed {sampling.seed}", content]
+    tag = f"samples/{sampling.weights}, {', '.join(filter(None, words))}"
     kind = hashlib.sha256(f"{step} {tag} {request.prompt} {request.classes}".encode()).hexdigest()[:8]
     former = list(run.glob(f"events.out.tfevents.*.{kind}.samples"))
     if not os.access(run, os.W_OK):

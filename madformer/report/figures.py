@@ -353,8 +353,7 @@ def _samples(row: Row, count: int) -> np.ndarray:
     path = checkpoint_path(run, max(point["step"] for point in points))
     if not path.is_file():
         raise InputError(f"--samples: {path} was evaluated and is gone; evaluate one that is there: madformer evaluate {run}")
-    name = f"{path.stem}-{sampling.sampler}-{sampling.guidance}-{sampling.weights}-{row.steps}steps"
-    folder = run / "samples/compared" / name
+    folder = run / "samples/compared" / "-".join([path.stem, *map(str, sampling.curve_fields.values()), f"{row.steps}steps"])
     write_samples(SamplingRequest(load_run(run), path, sampling, count), folder)
     return np.stack([_read(sample_path(folder, index)) for index in range(count)])
 

@@ -60,11 +60,9 @@ def _repeated(groups: Sequence[Group]) -> str:
 def _sampled(groups: Sequence[Group], points: Sequence[Point]) -> str:
     main = next(group.sampling for group in groups if not group.difference)
     otherwise = " unless a label says otherwise" if any(group.difference for group in groups) else ""
-    return (
-        f"{distinct(point['num_samples'] for point in points)} samples a point; {main.sampler} sampler, "
-        f"guidance {main.guidance:g}, "
-        f"{'EMA' if main.weights == 'ema' else 'raw'} weights{otherwise}; {trained_for(points)}."
-    )
+    texts = {**main.texts, "sampler": f"{main.sampler} sampler"}
+    samples = distinct(point["num_samples"] for point in points)
+    return f"{samples} samples a point; {', '.join(texts.values())}{otherwise}; {trained_for(points)}."
 
 
 def measured(points: Sequence[Point]) -> str:

@@ -21,7 +21,7 @@ from madformer.config.evaluation import SamplerName
 from madformer.config.loading import all_keys, nearest
 from madformer.config.validation import is_folder_name, is_integer, require
 from madformer.errors import ConfigError
-from madformer.evaluation.measurement import METRICS, metric_key
+from madformer.evaluation.measurement import AXES, METRICS, metric_key
 
 ALIASES = {"model.diffusion_depth": "d", "model.ar_length": "l", "loss.lambda_hidden": "h", "loss.lambda_clean_tower": "c"}
 """Short names of axes in the names of cells. Other axes are called by the last part of their key."""
@@ -70,7 +70,7 @@ class InferenceAxes:
     """`newest`, or `last5`: the last five, and their mean."""
 
     def __post_init__(self) -> None:
-        for name in ("nfe", "steps", "samplers", "guidance", "seeds"):
+        for name in ("nfe", "steps", *(axis.sweep_key for axis in AXES.values())):
             require_distinct(f"evaluate.{name}", getattr(self, name))
         for sampler in self.samplers:
             legal = get_args(SamplerName)
