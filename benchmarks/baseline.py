@@ -250,8 +250,8 @@ def _attend_by_block(q_BHPK: Tensor, k_BHPK: Tensor, v_BHPK: Tensor, size: int) 
     def seen(x_BHPK: Tensor, tower: int, start: int) -> Tensor:
         if tower == CLEAN:
             return x_BHPK[:, :, : start + size]
-        own = x_BHPK[:, :, tokens + start : tokens + start + size]
-        return torch.cat([x_BHPK[:, :, :start], own], dim=2)
+        noisy_block = x_BHPK[:, :, tokens + start : tokens + start + size]
+        return torch.cat([x_BHPK[:, :, :start], noisy_block], dim=2)
 
     attended = []
     for tower, start in itertools.product((CLEAN, NOISE), range(0, tokens, size)):

@@ -283,8 +283,8 @@ def measure_encoding(folder: Path, given: argparse.Namespace) -> dict[str, list[
     configs = {}
     for (side, name), copies in zip(names.items(), (1, FREE_COPIES), strict=True):
         write_images(folder / f"{side}.parquet", given.images, copies)
-        own = [f"data.source={folder / side}.parquet", f"data.codec={name}"]
-        configs[side] = load_experiment(_EXPERIMENTS / "ffhq1024.yaml", [*settings, *own])
+        differences = [f"data.source={folder / side}.parquet", f"data.codec={name}"]
+        configs[side] = load_experiment(_EXPERIMENTS / "ffhq1024.yaml", [*settings, *differences])
     codec = build_codec(names["encoding"], given.codec_dtype, given.device)
     images_BCYX = torch.rand(given.codec_batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=given.device) * 2 - 1
     time_codec(codec, images_BCYX, 1)

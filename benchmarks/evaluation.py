@@ -174,26 +174,27 @@ def prepare(size: Size, nfe: int, batch: int, images: int, device: str, folder: 
     return Bench(size, config, Sampling.of_nfe(config, nfe), torch.device(device), images, points)
 
 
-class Judge(NamedTuple):
-    """A feature network, and what is to be said of it."""
+class NamedNetwork(NamedTuple):
+    """A feature network, with its name and a description for the table."""
 
     name: str
     network: FeatureNetwork
-    told: str
+    description: str
 
 
-def judges(bench: Bench) -> Iterator[Judge]:
+def named_networks(bench: Bench) -> Iterator[NamedNetwork]:
     """The networks, one at a time: Inception or what stands for it, and a heavier one."""
     for number, stand_in in enumerate(bench.size.networks):
-        told = f"{stand_in.side} x {stand_in.side}, random weights, {stand_in.gflops:.3g} GFLOPs an image"
+        description = f"{stand_in.side} x {stand_in.side}, random weights, {stand_in.gflops:.3g} GFLOPs an image"
         if not number and bench.size is FULL:
             try:
                 network = build_feature_network("inception", str(bench.device))
-                yield Judge("Inception", network, f"299 x 299, {INCEPTION_GFLOPS:g} GFLOPs an image")
+                yield NamedNetwork("Inception", network, f"299 x 299, {INCEPTION_GFLOPS:g} GFLOPs an image")
                 continue
             except ConfigError as error:
-                told += f"; in place of Inception, which has {INCEPTION_GFLOPS:g} ({error})"
-        yield Judge(stand_in.name, stand_in.build(bench.folder / f"network-{number}", str(bench.device)), told)
+                description += f"; in place of Inception, which has {INCEPTION_GFLOPS:g} ({error})"
+        network = stand_in.build(bench.folder / f"network-{number}", str(bench.device))
+        yield NamedNetwork(stand_in.name, network, description)
 
 
 # ---- sampling
@@ -315,17 +316,17 @@ def time_parts(bench: Bench) -> Iterator[list[str]]:
     sampling = time_sampling(bench)
     yield report_sampling(bench, sampling, sampling_flops(bench))
     phases = {"sampling": sum(sampling.values()), "decoding": time_decoding(bench)}
-    for judge in judges(bench):
-        yield report_evaluation(bench, judge, phases | {"features": time_features(bench, judge.network)})
+    for entry in named_networks(bench):
+        yield report_evaluation(bench, entry, phases | {"features": time_features(bench, entry.network)})
 
 
 def run_whole(bench: Bench) -> Iterator[list[str]]:
     """The tables, from an evaluation with each network."""
     model, codec = MADFormer(bench.config.model).eval().to(bench.device), open_codec(bench)
-    for judge in judges(bench):
-        phases = evaluate(bench, model, codec, judge.network)
+    for entry in named_networks(bench):
+        phases = evaluate(bench, model, codec, entry.network)
         sampling, flops = {"all": phases["sampling"]}, {"all": sum(sampling_flops(bench).values())}
-        yield [*report_sampling(bench, sampling, flops), "", *report_evaluation(bench, judge, phases)]
+        yield [*report_sampling(bench, sampling, flops), "", *report_evaluation(bench, entry, phases)]
 
 
 def report_sampling(bench: Bench, seconds: Mapping[str, float], flops: Mapping[str, int]) -> list[str]:
@@ -343,14 +344,14 @@ def report_sampling(bench: Bench, seconds: Mapping[str, float], flops: Mapping[s
     return [f"sampling: {how}", *table(["s/image", "TFLOP", "TFLOP/s", "of matmul rate"], rows)]
 
 
-def report_evaluation(bench: Bench, judge: Judge, phases: Mapping[str, float]) -> list[str]:
+def report_evaluation(bench: Bench, entry: NamedNetwork, phases: Mapping[str, float]) -> list[str]:
     """What an evaluation with a network takes, from its seconds an image; and what its reference takes."""
-    content, metrics = photograph(bench.side), time_statistics(bench, judge.network.width)
+    content, metrics = photograph(bench.side), time_statistics(bench, entry.network.width)
     reading = bench.seconds(lambda: load_square(content, bench.side))
     an_image = f"{reading:.3g} s an image for reading (a PNG, one thread) and {phases['features']:.3g} s for features"
     return [
-        f"{judge.name}: {judge.told}, {judge.network.width:,} features",
-        *report_shares(bench, judge.name, {phase: bench.count * phases[phase] for phase in PHASES} | {"statistics": metrics}),
+        f"{entry.name}: {entry.description}, {entry.network.width:,} features",
+        *report_shares(bench, entry.name, {phase: bench.count * phases[phase] for phase in PHASES} | {"statistics": metrics}),
         f"its reference, once for all runs: {an_image}",
     ]
 

@@ -63,9 +63,9 @@ def train(
         config = load_experiment(given[0], given[1:])
     else:
         raise InputError("nothing to train: give an EXPERIMENT.yaml, or --resume RUN")
-    from madformer.runs.folder import require_own_run
+    from madformer.runs.folder import require_no_other_run
 
-    require_own_run(config)
+    require_no_other_run(config)
     from madformer.training.train import train as train_run
 
     train_run(config)
@@ -202,8 +202,8 @@ def sweep_run(
     status = run_sweep(spec, retry_failed)
     if status == 0:
         print(f"table and curves: madformer report {shlex.join([str(sweep), *(overrides or [])])}")
-        own = all(cell.run.parent == spec.folder for cell in sweep_cells(spec))
-        print(f"in TensorBoard:   tensorboard --logdir {spec.folder if own else spec.folder.parent}")
+        in_sweep_folder = all(cell.run.parent == spec.folder for cell in sweep_cells(spec))
+        print(f"in TensorBoard:   tensorboard --logdir {spec.folder if in_sweep_folder else spec.folder.parent}")
     raise typer.Exit(status)
 
 

@@ -17,8 +17,8 @@ def hold(folder, share):
 
 
 def write_share(share, folder):
-    told = f"{share.rank} of {share.world_size} on {share.device}, {torch.get_num_threads()} threads"
-    (folder / str(share.rank)).write_text(told)
+    content = f"{share.rank} of {share.world_size} on {share.device}, {torch.get_num_threads()} threads"
+    (folder / str(share.rank)).write_text(content)
     for done in range(1, 4):
         share.count(done)
 

@@ -203,13 +203,13 @@ def _require_finite(checkpoint: Path, seen: dict[str, Tensor]) -> None:
             raise NonFiniteError(f"{checkpoint}: diagnostics ({name}) are NaN or infinite, the run has diverged")
 
 
-def _exposure(real_NLCYX: Tensor, forced_NLCYX: Tensor, own_NLCYX: Tensor) -> dict[str, list[float]]:
+def _exposure(real_NLCYX: Tensor, forced_NLCYX: Tensor, generated_NLCYX: Tensor) -> dict[str, list[float]]:
     exposure: dict[str, list[float]] = {"teacher_forced": [], "self_generated": [], "gap": [], "gap_error": []}
-    for real_NP, forced_NP, own_NP in _by_block(real_NLCYX, forced_NLCYX, own_NLCYX):
+    for real_NP, forced_NP, generated_NP in _by_block(real_NLCYX, forced_NLCYX, generated_NLCYX):
         forced, forced_N = energy_shares(forced_NP, real_NP)
-        own, own_N = energy_shares(own_NP, real_NP)
-        spread = float((own_N - forced_N).var(correction=0))
-        values = (forced, own, own - forced, ((len(own_N) - 1) * spread) ** 0.5)
+        generated, generated_N = energy_shares(generated_NP, real_NP)
+        spread = float((generated_N - forced_N).var(correction=0))
+        values = (forced, generated, generated - forced, ((len(generated_N) - 1) * spread) ** 0.5)
         for series, value in zip(exposure.values(), values, strict=True):
             series.append(value)
     return exposure

@@ -247,9 +247,9 @@ def _describe(config: ExperimentConfig, image_size: int, network: FeatureNetwork
 
 def _find(folder: Path, described: dict[str, Any]) -> Path:
     """The file of a reference, or the one that it is to have: its name says what it is; another one has another hash there."""
-    there = sorted(folder.glob(f"*-{described['sha256'][:12]}.safetensors"))  # the data may have had another path
-    if there:
-        return there[0]
+    matching = sorted(folder.glob(f"*-{described['sha256'][:12]}.safetensors"))  # the data may have had another path
+    if matching:
+        return matching[0]
     source = re.sub(r"[^A-Za-z0-9]+", "-", Path(described["source"] or "images").stem).strip("-")
     name = f"{source}-{described['image_size']}-{described['network']['label']}-{described['sha256'][:12]}.safetensors"
     return folder / name

@@ -53,7 +53,7 @@ def write_samples(request: SamplingRequest, folder: Path) -> None:
     images = [{**settings, "index": index, **prompt.settings} for index, prompt in enumerate(prompts)]
     tokenize(config, [prompt.text for prompt in prompts], sampling.guidance)  # if there is a mistake, better now
     with claim_folder(folder, "sample", rank or 0):
-        missing = frozenset(wanted["index"] for wanted in images if not _is_there(folder, wanted))
+        missing = frozenset(image["index"] for image in images if not _is_written(folder, image))
         if rank is None:
             for left in folder.glob(".*.png.*.tmp"):  # by a process that was killed
                 left.unlink()
@@ -61,7 +61,7 @@ def write_samples(request: SamplingRequest, folder: Path) -> None:
         if missing:
             with ProgressDisplay("sampled", "images", request.num, before, silent=bool(rank)) as display:
                 share_out(sample_share, (request, folder, images, missing), devices, display, before)
-        if rank is not None and not all(_is_there(folder, wanted) for wanted in images):
+        if rank is not None and not all(_is_written(folder, image) for image in images):
             print(f"{folder}: this process has done its share; the last one makes the grid", flush=True)
             return
         _show(request, folder, images[:IN_GRID])
@@ -74,16 +74,16 @@ def sample_share(
 ) -> None:
     """Sample and write those missing among every `world_size`-th image, whatever other processes have written meanwhile."""
     config = request.config
-    mine = [wanted for wanted in images[share.rank :: share.world_size] if wanted["index"] in missing]
+    assigned = [image for image in images[share.rank :: share.world_size] if image["index"] in missing]
     model = load_model(request.checkpoint, config, request.sampling.weights).to(share.device)
     codec = build_codec(config.data.codec, config.data.codec_dtype, share.device)
-    done, indices = 0, [wanted["index"] for wanted in mine]
-    text_BT = tokenize(config, [wanted["prompt"] for wanted in mine], request.sampling.guidance)
+    done, indices = 0, [image["index"] for image in assigned]
+    text_BT = tokenize(config, [image["prompt"] for image in assigned], request.sampling.guidance)
     for latents_BChw in sample_batches(model, config, request.sampling, indices, text_BT):
         if not bool(latents_BChw.isfinite().all()):
             raise NonFiniteError(f"{request.checkpoint}: its samples are NaN or infinite, the run has diverged")
-        for pixels_YX3, wanted in zip(to_pixels(codec.decode(latents_BChw)), mine[done:], strict=False):
-            save_png(pixels_YX3, sample_path(folder, wanted["index"]), {**wanted, "madformer": __version__})
+        for pixels_YX3, image in zip(to_pixels(codec.decode(latents_BChw)), assigned[done:], strict=False):
+            save_png(pixels_YX3, sample_path(folder, image["index"]), {**image, "madformer": __version__})
         done += len(latents_BChw)
         share.count(done)
 
@@ -113,17 +113,17 @@ def _settings(request: SamplingRequest) -> dict[str, Any]:
     }
 
 
-def _is_there(folder: Path, wanted: dict[str, Any]) -> bool:
+def _is_written(folder: Path, image: dict[str, Any]) -> bool:
     """Whether the file is there and whole.
 
     Raises:
         InputError: it was made in another way.
     """
-    path = sample_path(folder, wanted["index"])
+    path = sample_path(folder, image["index"])
     found = read_settings(path)
     if found is None:
         return False
-    for name, value in wanted.items():
+    for name, value in image.items():
         if name != "run" and found.get(name, DEFAULTS.get(name)) != value:  # a run may have been moved
             other = f"{name} = {found.get(name)!r} there, {value!r} asked for"
             raise InputError(f"{path}: made in another way: {other}; name another folder (--out), or delete it")
@@ -132,13 +132,13 @@ def _is_there(folder: Path, wanted: dict[str, Any]) -> bool:
 
 def _show(request: SamplingRequest, folder: Path, shown: Sequence[dict[str, Any]]) -> None:
     """The grid, as a file and in TensorBoard; one of these images and more may stay."""
-    path, prompts = folder / "grid.png", [wanted["prompt"] for wanted in shown]
+    path, prompts = folder / "grid.png", [image["prompt"] for image in shown]
     settings = {name: value for name, value in shown[0].items() if name not in ("index", "prompt", "class")}
     found = read_settings(path) or {}
     same = all(found.get(name) == value for name, value in settings.items() if name != "run")
     if same and found.get("prompts", [])[: len(prompts)] == prompts:
         return
-    grid_YX3 = to_tiles(np.stack([_read(sample_path(folder, wanted["index"])) for wanted in shown]))
+    grid_YX3 = to_tiles(np.stack([_read(sample_path(folder, image["index"])) for image in shown]))
     _draw(request, grid_YX3, list(dict.fromkeys(prompts)))
     save_png(grid_YX3, path, {**settings, "prompts": prompts, "madformer": __version__})
 

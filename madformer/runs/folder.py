@@ -57,7 +57,7 @@ def drop_previews(run: Path, step: int) -> None:
         write_text(_previews_path(run), "".join(kept))
 
 
-def require_own_run(config: ExperimentConfig) -> None:
+def require_no_other_run(config: ExperimentConfig) -> None:
     """Refuse an experiment whose folder holds another experiment's run.
 
     Raises:

@@ -223,14 +223,14 @@ class Sweep:
         self._check_search()
 
     def _check_fields(self) -> None:
-        places: dict[str, Mapping[str, Any]] = {"overrides": self.overrides, "grid": self.grid, "zip": self.zip}
+        sections: dict[str, Mapping[str, Any]] = {"overrides": self.overrides, "grid": self.grid, "zip": self.zip}
         for name, changes in self.variants.items():
             require(is_plain_name(name), "variants", name, "a variant's name must be of letters, digits, '.', '_', '+' and '-'")
             require(isinstance(changes, Mapping), f"variants.{name}", changes, "must be a mapping of fields to values")
-            places[f"variants.{name}"] = changes
+            sections[f"variants.{name}"] = changes
         if self.search is not None:
-            places["search.space"] = self.search.space
-        for where, values in places.items():
+            sections["search.space"] = self.search.space
+        for where, values in sections.items():
             for key, value in values.items():
                 require_known(key, where)
                 if key in SET_BY_SWEEP:

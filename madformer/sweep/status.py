@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _REFRESH_SECONDS = 2.0
 _SILENT_SECONDS = 120.0
 _LOG_LINES = 5
-_LINES_BESIDE_TABLE = 12
+_LINES_AROUND_TABLE = 12
 """Lines of a terminal that the table does not take."""
 
 
@@ -218,11 +218,11 @@ def _metric(row: Row) -> str:
 
 def _fit(overview: Overview) -> RenderableType:
     """As many rows as the terminal has lines for: failed and running cells come first."""
-    rows, lines = overview.rows, max(5, Console().height - _LINES_BESIDE_TABLE)
+    rows, lines = overview.rows, max(5, Console().height - _LINES_AROUND_TABLE)
     notes = footer(overview)
     if len(rows) > lines:
         order = {"failed": 0, "running": 1, "waiting": 2, "pruned": 3, "done": 4}
         chosen = sorted(range(len(rows)), key=lambda number: (order[rows[number].state], number))[:lines]
         notes.insert(0, f"{len(rows) - lines} more cells are not shown here; madformer sweep status ... | cat shows all")
         rows = [rows[number] for number in sorted(chosen)]
-    return Group(status_table(overview, rows).rich(), *map(Text, notes[: _LINES_BESIDE_TABLE + lines - len(rows)]))
+    return Group(status_table(overview, rows).rich(), *map(Text, notes[: _LINES_AROUND_TABLE + lines - len(rows)]))

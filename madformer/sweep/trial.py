@@ -128,11 +128,11 @@ def _evaluation_options(cell: Cell) -> list[str]:
     if axes.checkpoints != "newest":
         words += ["--checkpoints", axes.checkpoints]
     if is_run(cell.run):
-        frozen, config = load_run(cell.run), cell.config
-        if frozen.trainer.devices != config.trainer.devices:
+        stored, config = load_run(cell.run), cell.config
+        if stored.trainer.devices != config.trainer.devices:
             words.append(f"trainer.devices={config.trainer.devices}")
         evaluation = asdict(config.evaluation)
-        changes = {name: value for name, value in evaluation.items() if value != getattr(frozen.evaluation, name)}
+        changes = {name: value for name, value in evaluation.items() if value != getattr(stored.evaluation, name)}
         words += [f"evaluation.{name}={json.dumps(value)}" for name, value in changes.items() if name != "nfe"]
     return words
 

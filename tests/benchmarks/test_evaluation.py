@@ -27,7 +27,7 @@ def run(capsys, *arguments):
 
 
 def check_tables(printed):
-    """For each network, four phases whose shares are those of their seconds, sum to one, and are judged."""
+    """For each network, four phases whose shares are those of their seconds, sum to one, and have a verdict."""
     names = [network.name for network in QUICK.networks]
     rows, verdicts = ROW.findall(printed), VERDICT.findall(printed)
     assert [name for name, *_ in verdicts] == names
@@ -91,8 +91,8 @@ def test_an_evaluation_runs_as_a_whole(capsys):
 
 def test_the_first_batch_of_a_run_does_not_count(tmp_path):
     bench = prepare(QUICK, 3, batch=2, images=5, device="cpu", folder=str(tmp_path))
-    model, codec, (judge, _) = MADFormer(bench.config.model), evaluation.open_codec(bench), evaluation.judges(bench)
-    phases = evaluation.evaluate(bench, model, codec, judge.network)
+    model, codec, (entry, _) = MADFormer(bench.config.model), evaluation.open_codec(bench), evaluation.named_networks(bench)
+    phases = evaluation.evaluate(bench, model, codec, entry.network)
     (folder,) = (bench.config.run_dir / "features").iterdir()
     (part,) = read_parts(folder)
     assert part[INDICES].tolist() == list(range(5))

@@ -238,9 +238,9 @@ OTHER_WEIGHTS = (
 
 def test_the_hash_is_over_what_changes_the_weights():
     hashes = {override: config_hash(load_experiment(DIGITS, [override])) for override in SAME_WEIGHTS + OTHER_WEIGHTS}
-    own = config_hash(load_experiment(DIGITS))
-    assert {hashes[override] for override in SAME_WEIGHTS} == {own}
-    assert len({hashes[override] for override in OTHER_WEIGHTS} | {own}) == len(OTHER_WEIGHTS) + 1
+    unchanged = config_hash(load_experiment(DIGITS))
+    assert {hashes[override] for override in SAME_WEIGHTS} == {unchanged}
+    assert len({hashes[override] for override in OTHER_WEIGHTS} | {unchanged}) == len(OTHER_WEIGHTS) + 1
 
 
 def test_hashes_stay_as_they_are():

@@ -91,8 +91,8 @@ def write_layout(layout: str, folder: Path) -> list[tuple[Any, ...]]:
         return [(f"part-{tar}/{n:03d}", n, f"picture {n}", as_bytes(picture(3 * tar + n), "JPEG")) for tar, n in members]
     if layout == "folder":
         write_folder(folder)
-        places = [(label, name, number) for label, name in enumerate(("cat", "dog")) for number in range(3)]
-        return [(f"{name}/{number}.png", label, None, as_bytes(picture(10 * label + number))) for label, name, number in places]
+        files = [(label, name, number) for label, name in enumerate(("cat", "dog")) for number in range(3)]
+        return [(f"{name}/{number}.png", label, None, as_bytes(picture(10 * label + number))) for label, name, number in files]
     if layout == "saved":
         table().save_to_disk(folder)
     else:

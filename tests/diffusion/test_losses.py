@@ -100,8 +100,8 @@ def test_several_draws_are_the_mean_of_single_draws():
     torch.testing.assert_close(together.total, torch.stack([one.total for one in alone]).mean())
     gradients = torch.autograd.grad(together.total, list(model.parameters()))
     mean = torch.autograd.grad(sum(one.total for one in alone) / draws, list(model.parameters()))
-    for mine, reference in zip(gradients, mean, strict=True):
-        torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-8)
+    for gradient, reference in zip(gradients, mean, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-8)
 
 
 def test_next_token_loss_leaves_padding_out():

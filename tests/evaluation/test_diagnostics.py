@@ -179,13 +179,13 @@ def test_exposure_compares_samples_after_true_blocks_and_after_own_ones(checkpoi
     held_out = read_held_out(config, checkpoint, IMAGES, CPU)
     real = to_blocks(held_out.latents_NChw, 4)
     sampler = build_sampler(config.diffusion, config.model.prediction_type, "ddpm")
-    asked = {
+    options = {
         "seeds": [sample_seed(3, index) for index in range(IMAGES)],
         "text": PromptTokenizer("builtin", TEXT)(held_out.captions),
     }
     sets = {
-        "teacher_forced": generate(model, sampler, STEPS, context_BLCYX=real, **asked),
-        "self_generated": generate(model, sampler, STEPS, **asked),
+        "teacher_forced": generate(model, sampler, STEPS, context_BLCYX=real, **options),
+        "self_generated": generate(model, sampler, STEPS, **options),
     }
     for name, samples in sets.items():
         shares = [brute_force(*(each[:, block].flatten(1).double().numpy() for each in (samples, real))) for block in range(4)]

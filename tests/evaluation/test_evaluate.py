@@ -100,10 +100,10 @@ def test_everything_that_made_a_number_stands_beside_it(tmp_path):
     config, *_ = make_run(tmp_path)
     [point] = evaluate(parse_request(config, nfe="6", axes={"sampler": "unipc", "seed": "3"}))
     assert point == json.loads(record_path(config.run_dir).read_text())
-    told = {"kind": "point", "nfe": 6, "nfe_actual": 5, "steps": 2, "checkpoint": "step-00000006.ckpt", "step": 6}
-    told |= {"weights": "ema", "sampler": "unipc", "guidance": 1.0, "num_samples": 16, "seed": 3, "prompts": None}
-    told |= {"batch_size": 16, "processes": 1, "device": "cpu", "threads": 1}
-    assert {name: point[name] for name in told} == told
+    expected = {"kind": "point", "nfe": 6, "nfe_actual": 5, "steps": 2, "checkpoint": "step-00000006.ckpt", "step": 6}
+    expected |= {"weights": "ema", "sampler": "unipc", "guidance": 1.0, "num_samples": 16, "seed": 3, "prompts": None}
+    expected |= {"batch_size": 16, "processes": 1, "device": "cpu", "threads": 1}
+    assert {name: point[name] for name in expected} == expected
     assert list(point["metrics"]) == METRICS
     assert point["codec"]["name"] == "pixels" and len(point["codec"]["sha256"]) == 64
     [network], [reference] = point["feature_networks"], point["references"]
@@ -136,19 +136,19 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(torchrun, tmp_path
     config, *_ = make_run(tmp_path / "one", "evaluation.num_samples=70", pleased(tmp_path))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     expected = evaluate(parse_request(config, nfe="3,5"))
-    asked = ["evaluate", "--nfe", "3,5", str(tmp_path / "two/digits")]
+    arguments = ["evaluate", "--nfe", "3,5", str(tmp_path / "two/digits")]
     if torchrun:
-        execute([sys.executable, *TORCHRUN, *asked])
+        execute([sys.executable, *TORCHRUN, *arguments])
     else:
-        perform(command(*asked, "--devices", 2))
+        perform(command(*arguments, "--devices", 2))
     found = read_points(tmp_path / "two/digits")
     assert [point["metrics"] for point in found] == only_metrics(expected)
     assert {point["processes"] for point in found} == {2}
 
 
 def test_killed_it_goes_on_with_the_samples_that_it_has(tmp_path):
-    asked = ("evaluation.num_samples=192", "evaluation.batch_size=16", pleased(tmp_path))
-    config, *_ = make_run(tmp_path / "killed", *asked)
+    overrides = ("evaluation.num_samples=192", "evaluation.batch_size=16", pleased(tmp_path))
+    config, *_ = make_run(tmp_path / "killed", *overrides)
     shutil.copytree(tmp_path / "killed", tmp_path / "whole")
     kept = config.run_dir / "features"
     run_until(command("evaluate", config.run_dir, "--steps", 20), lambda: list(kept.glob("*/part-*")), tmp_path / "log")
@@ -228,8 +228,8 @@ def pleased_in_quotes(folder):
 def test_diagnostics_are_of_the_images_asked_for(tmp_path, caplog):
     config, *_ = make_run(tmp_path, "evaluation.num_samples=12")
 
-    def look(*overrides, **asked):
-        evaluate(parse_request(load_run(config.run_dir, overrides), nfe="5", diagnostics=True, **asked))
+    def look(*overrides, **options):
+        evaluate(parse_request(load_run(config.run_dir, overrides), nfe="5", diagnostics=True, **options))
         return [(line["source"], line["held_out"], line["images"]) for line in read_diagnostics(config.run_dir)]
 
     assert look() == look() == [("digits, train", False, 12)]
@@ -348,9 +348,9 @@ def test_requests(tmp_path):
         r"evaluation\.guidance = nan: must be a number": {"axes": {"guidance": "nan"}},
         r"evaluation\.seed = 4001: must be in 0\.\.4000": {"axes": {"seed": "0,4001"}},
     }
-    for message, asked in mistakes.items():
+    for message, options in mistakes.items():
         with pytest.raises((ConfigError, InputError), match=message):
-            parse_request(config, **asked)
+            parse_request(config, **options)
     with pytest.raises(InputError, match="--sampler ddim,unipc: give one value"):
         parse_sampling(config, 3, None, 8, axes={"sampler": "ddim,unipc"})
     nothing = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, feature_networks=()))

@@ -40,10 +40,10 @@ def digits(**evaluation) -> ExperimentConfig:
 
 def pictures(folder: Path, model=None, **data) -> ExperimentConfig:
     """On 8 x 8 latents of 16 x 16 pixels; of 40 pictures the last 10 are held out."""
-    every = Dataset.from_parquet(str(write_parquet(folder / "every.parquet", 40)), cache_dir=str(folder / "cache"))
+    images = Dataset.from_parquet(str(write_parquet(folder / "every.parquet", 40)), cache_dir=str(folder / "cache"))
     (folder / "parts").mkdir()
-    every.select(range(30)).to_parquet(folder / "parts/train.parquet")
-    every.select(range(30, 40)).to_parquet(folder / "parts/test.parquet")
+    images.select(range(30)).to_parquet(folder / "parts/train.parquet")
+    images.select(range(30, 40)).to_parquet(folder / "parts/test.parquet")
     fields = {"source": str(folder / "parts"), "codec": write_codec(folder), "workers": 0, "tokenizer": "builtin", **data}
     evaluation = EvaluationConfig(nfe=(5,), held_out_split="test")
     model = model or tiny(latent_channels=3)

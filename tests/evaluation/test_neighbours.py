@@ -28,9 +28,9 @@ def distances(one, other):
 
 
 def radii(features, k):
-    own = distances(features, features)
-    np.fill_diagonal(own, np.inf)
-    return np.sort(own, axis=1)[:, k - 1]
+    between = distances(features, features)
+    np.fill_diagonal(between, np.inf)
+    return np.sort(between, axis=1)[:, k - 1]
 
 
 def kernel(one, other):
@@ -41,9 +41,9 @@ def defined(generated, reference):
     """The papers' formulas, pair by pair."""
     generated, reference = generated.numpy(), reference.numpy()
     between, n, m = distances(generated, reference), len(generated), len(reference)
-    own = [kernel(x, x)[~np.eye(len(x), dtype=bool)].mean() for x in (generated, reference)]
+    within = [kernel(x, x)[~np.eye(len(x), dtype=bool)].mean() for x in (generated, reference)]
     return {
-        "kid": own[0] + own[1] - 2 * kernel(generated, reference).mean(),
+        "kid": within[0] + within[1] - 2 * kernel(generated, reference).mean(),
         "precision": sum(any(between[i, j] <= radii(reference, 3)[j] for j in range(m)) for i in range(n)) / n,
         "recall": sum(any(between[i, j] <= radii(generated, 3)[i] for i in range(n)) for j in range(m)) / m,
         "density": (between <= radii(reference, 5)).sum() / (5 * n),

@@ -106,10 +106,10 @@ def assert_drawn(chart: Chart, legend: dict[str, str], curves: dict[str, list[tu
         assert {(colour, place) for place in (corners if every_mark else corners[-1:])} <= chart.marks, run
         wanted += curves[run]
         drawn += corners
-    for values, places, length, rises in zip(np.transpose(wanted), np.transpose(drawn), chart.size, (True, False), strict=True):
-        slope, offset = np.polyfit(values, places, 1)
-        np.testing.assert_allclose(places, slope * values + offset, atol=0.5)
-        assert (slope > 0) == rises and (places >= 0).all() and (places <= length).all()
+    for values, pixels, length, rises in zip(np.transpose(wanted), np.transpose(drawn), chart.size, (True, False), strict=True):
+        slope, offset = np.polyfit(values, pixels, 1)
+        np.testing.assert_allclose(pixels, slope * values + offset, atol=0.5)
+        assert (slope > 0) == rises and (pixels >= 0).all() and (pixels <= length).all()
 
 
 PAGES = {

@@ -70,7 +70,7 @@ def events(run):
 
 
 @pytest.fixture
-def own(plain, tmp_path):
+def copied_run(plain, tmp_path):
     """A copy of the run, whose event files a test may count."""
     shutil.copytree(plain.run_dir, tmp_path / "own", ignore=shutil.ignore_patterns("events*"))
     return load_run(tmp_path / "own")
@@ -98,9 +98,9 @@ def test_files_say_how_they_were_made(text, tmp_path):
         "prompt": "two",
         "class": 2,
     }
-    told = json.loads(image.text["madformer"])
-    assert {name: told[name] for name in expected} == expected
-    assert len(told["codec_sha256"]) == 64 and told["madformer"]
+    settings = json.loads(image.text["madformer"])
+    assert {name: settings[name] for name in expected} == expected
+    assert len(settings["codec_sha256"]) == 64 and settings["madformer"]
     grid = read_settings(tmp_path / "out/grid.png")
     assert grid["prompts"] == ["zero", "one", "two"] and grid["weights_sha256"] == expected["weights_sha256"]
 
@@ -195,8 +195,8 @@ def test_another_program_s_file_is_not_touched(plain, tmp_path):
 
 
 def labels(config, num=5, **options):
-    asked = {"classes": None, "prompt": None, "checkpoint": list_checkpoints(config.run_dir)[0], **options}
-    return [prompt.label for prompt in choose_prompts(config, indices=range(num), **asked)]
+    choice = {"classes": None, "prompt": None, "checkpoint": list_checkpoints(config.run_dir)[0], **options}
+    return [prompt.label for prompt in choose_prompts(config, indices=range(num), **choice)]
 
 
 def test_classes_come_in_turn(text):
@@ -210,7 +210,7 @@ def test_classes_come_in_turn(text):
 
 
 @pytest.mark.parametrize(
-    ("which", "asked", "message"),
+    ("which", "options", "message"),
     [
         ("text", {"classes": "3", "prompt": "three"}, "--classes and --prompt: give one of them"),
         ("text", {"classes": "3,10"}, r"--classes 10: must be in 0\.\.9"),
@@ -220,9 +220,9 @@ def test_classes_come_in_turn(text):
         ("plain", {"guidance": 2.0}, r"evaluation\.guidance = 2\.0: there is nothing to guide towards"),
     ],
 )
-def test_prompts_that_a_run_cannot_have(which, asked, message, request, tmp_path):
+def test_prompts_that_a_run_cannot_have(which, options, message, request, tmp_path):
     with pytest.raises(InputError, match=message):
-        sample(request.getfixturevalue(which), tmp_path / "out", **asked)
+        sample(request.getfixturevalue(which), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -272,9 +272,9 @@ def test_classes_that_nobody_named(latents_run, tmp_path):
     checkpoint = torch.load(path, weights_only=True)
     torch.save({name: value for name, value in checkpoint.items() if name != DATA}, path)
     config = load_run(tmp_path / "run")
-    for asked in ({"classes": "cat"}, {"guidance": 2.0}):
+    for options in ({"classes": "cat"}, {"guidance": 2.0}):
         with pytest.raises(InputError, match=r"it was trained without names of classes: sample takes a --prompt"):
-            sample(config, tmp_path / "out", **asked)
+            sample(config, tmp_path / "out", **options)
     sample(config, tmp_path / "out", num=2)
     shown = [Image.open(path) for path in sorted((tmp_path / "out").glob("0*.png"))]
     assert [image.size for image in shown] == [(16, 16)] * 2, "the codec doubles 8 x 8"
@@ -312,18 +312,18 @@ def test_a_run_of_a_gpu_is_sampled_without_one(tmp_path, monkeypatch):
     assert len(pixels(tmp_path / "out")) == 1
 
 
-def test_tensorboard_shows_a_grid_once(own, tmp_path):
+def test_tensorboard_shows_a_grid_once(copied_run, tmp_path):
     for folder, num in (("out", 2), ("out", 2), ("out", 4), ("elsewhere", 4)):
-        sample(own, tmp_path / folder, num=num)
-    assert events(own.run_dir) == {"samples/ema, 2 steps, seed 0": [6]}
-    sample(own, tmp_path / "more", num=1, steps=3, seed=2, weights="model")
-    assert events(own.run_dir).keys() == {"samples/ema, 2 steps, seed 0", "samples/model, 3 steps, seed 2"}
-    before = {path: path.read_bytes() for path in own.run_dir.glob("events*")}
-    write_curves(own.run_dir, {})
-    drop_orphans(own.run_dir, 6)
-    assert {path: path.read_bytes() for path in own.run_dir.glob("events*")} == before
-    drop_orphans(own.run_dir, 5)
-    assert not list(own.run_dir.glob("events*")), "samples of a checkpoint that is made anew"
+        sample(copied_run, tmp_path / folder, num=num)
+    assert events(copied_run.run_dir) == {"samples/ema, 2 steps, seed 0": [6]}
+    sample(copied_run, tmp_path / "more", num=1, steps=3, seed=2, weights="model")
+    assert events(copied_run.run_dir).keys() == {"samples/ema, 2 steps, seed 0", "samples/model, 3 steps, seed 2"}
+    before = {path: path.read_bytes() for path in copied_run.run_dir.glob("events*")}
+    write_curves(copied_run.run_dir, {})
+    drop_orphans(copied_run.run_dir, 6)
+    assert {path: path.read_bytes() for path in copied_run.run_dir.glob("events*")} == before
+    drop_orphans(copied_run.run_dir, 5)
+    assert not list(copied_run.run_dir.glob("events*")), "samples of a checkpoint that is made anew"
 
 
 def test_tensorboard_shows_prompts(text, tmp_path):

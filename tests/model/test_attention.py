@@ -113,8 +113,8 @@ def test_sdpa_equals_the_dense_mask_forward_and_backward(plan, kv_heads):
     ]
     for name, x in ours.items():
         torch.testing.assert_close(x, expected[name])
-    for mine, reference in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, reference)
+    for gradient, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, reference)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="FlexAttention on the CPU is compiled with g++, which is not there")

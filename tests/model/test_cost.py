@@ -131,11 +131,11 @@ def test_a_budget_below_one_step_names_the_smallest():
 
 def kept_bytes(function, parameters):
     """Bytes that autograd keeps for the backward pass, beside the parameters."""
-    storages, own = {}, {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    storages, excluded = {}, {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in excluded:
             storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too: its address must not be reused
         return tensor
 

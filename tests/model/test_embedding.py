@@ -38,10 +38,10 @@ def rotate(config, x_K, *position):
 
 
 @given(st.tuples(*[st.integers(-20, 20)] * 6), st.integers(0, 5))
-def test_axial_scores_depend_on_relative_position_alone(places, seed):
+def test_axial_scores_depend_on_relative_position_alone(positions, seed):
     config = tiny(width=32)
     query, key = torch.randn(2, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    row, column, other_row, other_column, down, right = places
+    row, column, other_row, other_column, down, right = positions
     score = rotate(config, query, row, column) @ rotate(config, key, other_row, other_column)
     moved = rotate(config, query, row + down, column + right) @ rotate(config, key, other_row + down, other_column + right)
     torch.testing.assert_close(score, moved)

@@ -139,8 +139,8 @@ def test_activation_checkpointing_changes_no_number(switches):
     model = build(tiny(**switches))
     again = MADFormer(dataclasses.replace(model.config, activation_checkpointing=True)).double()
     again.load_state_dict(model.state_dict())
-    for mine, reference in zip(gradients(again), gradients(model), strict=True):
-        assert torch.equal(mine, reference)
+    for gradient, reference in zip(gradients(again), gradients(model), strict=True):
+        assert torch.equal(gradient, reference)
 
 
 @pytest.mark.slow
@@ -156,8 +156,8 @@ def test_compiled_layers_compute_the_same_in_training_and_sampling(monkeypatch):
     assert compiled.state_dict().keys() == model.state_dict().keys()
     assert all(x._compiled_call_impl is not None for x in (*compiled.layers, *copy.deepcopy(compiled).layers))
     compiled.load_state_dict(model.state_dict())
-    for mine, reference in zip(gradients(compiled), gradients(model), strict=True):
-        torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-8)
+    for gradient, reference in zip(gradients(compiled), gradients(model), strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-8)
     scheduler = DDIMScheduler(clip_sample=False, prediction_type="sample")
     samples = [generate(x, scheduler, 2, initial_noise_BLCYX=latents(model.config)) for x in (compiled, model)]
     torch.testing.assert_close(*samples, rtol=1e-6, atol=1e-8)

@@ -110,8 +110,8 @@ def test_pairs_with_a_single_seed_do_not_hide_the_others(tmp_path):
         for seed, value in enumerate(each)
     ]
     text = build_report(curves, "Seeds").markdown()
-    told = "of those that differ by more than seeds do (t-test, p < 0.05), 1 of 1; 2 of single seeds"
-    assert f"FFHQ-1024: 3 of 3 pairs stand in the paper's order; {told}, which another training may order otherwise." in text
+    counted = "of those that differ by more than seeds do (t-test, p < 0.05), 1 of 1; 2 of single seeds"
+    assert f"FFHQ-1024: 3 of 3 pairs stand in the paper's order; {counted}, which another training may order otherwise." in text
 
 
 def test_of_depths_and_lengths_each_data_set_has_its_own(tmp_path):

@@ -299,12 +299,12 @@ def test_diagnosed_runs_have_a_second_picture(tmp_path):
 def test_the_command_takes_a_metric_and_panels(tmp_path):
     run = recorded(tmp_path / "d2", point(16, 0, metrics={"fid": 9.0, "recall": 0.5}, seconds_per_block=None))
     write_config(ExperimentConfig(), run)
-    asked = ["report", str(run), "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, [*asked, "--metric", "recall", "--against", "nfe, memory"], catch_exceptions=False)
+    arguments = ["report", str(run), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*arguments, "--metric", "recall", "--against", "nfe, memory"], catch_exceptions=False)
     assert result.exit_code == 0 and "| recall ↑ | NFE 16 |" in result.output
     svg = (tmp_path / "out/report.svg").read_text()
     assert "MiB at the peak" in svg and "per image" not in svg
     with pytest.raises(
         InputError, match=re.escape("--against nfe,hours: no cost is named 'hours'; there are nfe, flops, seconds,")
     ):
-        CliRunner().invoke(app, [*asked, "--against", "nfe,hours"], catch_exceptions=False)
+        CliRunner().invoke(app, [*arguments, "--against", "nfe,hours"], catch_exceptions=False)

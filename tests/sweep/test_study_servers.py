@@ -71,11 +71,11 @@ def test_slurm_preempts_and_ends_trials_that_go_on_from_their_checkpoint(tmp_pat
     gpus = tmp_path / "gpus"
     jobs = {"minutes": 3, "signal_seconds": 60, "options": {"gres": "gpu:1"}}
     jobs["setup"] = [f'echo "$SLURM_ARRAY_TASK_ID $SLURM_RESTART_COUNT $CUDA_VISIBLE_DEVICES" >> {gpus}']
-    there = write_sweep(tmp_path, **grid, launcher="slurm", slurm=jobs)
+    on_slurm = write_sweep(tmp_path, **grid, launcher="slurm", slurm=jobs)
     with slurm() as environment, (tmp_path / "driver.log").open("w") as log:
 
         def start():
-            argv = command("sweep", "run", there)
+            argv = command("sweep", "run", on_slurm)
             return subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
         driver = start()
@@ -100,24 +100,25 @@ def test_slurm_preempts_and_ends_trials_that_go_on_from_their_checkpoint(tmp_pat
     print(f"{put_off} jobs met their time limit, trials went on {resumed} times")
     assert put_off >= 1 and resumed > 4, "all four were preempted, and some met their time limit in training"
     execute(command("sweep", "run", here), timeout=SECONDS)
-    assert quality(there) == quality(here)
+    assert quality(on_slurm) == quality(here)
 
 
 def test_the_tasks_of_a_job_are_the_processes_of_one_run(tmp_path):
     """Two of DDP; and what they train and measure is what two processes of this machine do."""
     both = {"grid": {"model.diffusion_depth": [2]}, "evaluate": {"nfe": [3, 9]}, "devices_per_trial": 2}
     (tmp_path / "here").mkdir()
-    here, there = write_sweep(tmp_path / "here", **both), write_sweep(tmp_path, **both, launcher="slurm", slurm={"minutes": 10})
+    here = write_sweep(tmp_path / "here", **both)
+    on_slurm = write_sweep(tmp_path, **both, launcher="slurm", slurm={"minutes": 10})
     with slurm() as environment:
         done = subprocess.run(
-            command("sweep", "run", there), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            command("sweep", "run", on_slurm), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
     log = tmp_path / "cells/d2-s0/log.txt"
     assert done.returncode == 0, done.stdout + done.stderr + (log.read_text() if log.exists() else "")
     assert log.read_text().count(": trained, 24 steps") == 1 and (log.parent / "log.rank1.txt").is_file()
     execute(command("sweep", "run", here))
     distance = quality(here)[0].index("fd_digits")
-    distances = [[float(row[distance]) for row in quality(sweep)[1:]] for sweep in (there, here)]
+    distances = [[float(row[distance]) for row in quality(sweep)[1:]] for sweep in (on_slurm, here)]
     assert distances[0] == pytest.approx(distances[1], rel=1e-4), "equal up to the order of sums"
 
 

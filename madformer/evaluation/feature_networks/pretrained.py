@@ -242,23 +242,23 @@ def _read_input(folder: Path) -> _Input:
     if not any((folder / file).is_file() for file in _PROCESSORS):
         raise InputError(f"{folder} holds no {_PROCESSORS[0]}: it does not say what images the network takes")
     try:
-        told = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
     except Exception as error:  # a file can be broken in every way
         raise InputError(f"the image processor in {folder} cannot be loaded: {first_line(error)}") from error
-    size = told.get("crop_size") if told.get("do_center_crop") else told.get("size")
+    size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
     height, width = ((size or {}).get(side) or (size or {}).get("shortest_edge") for side in ("height", "width"))
-    filter = _FILTERS.get(told.get("resample") or 0)
+    filter = _FILTERS.get(processor.get("resample") or 0)
     if height is None or width is None or filter is None:
-        found = f"size {size}, resample {told.get('resample')}"
+        found = f"size {size}, resample {processor.get('resample')}"
         raise InputError(f"the image processor in {folder} resizes in a way that is not known here: {found}")
-    normalised = told.get("do_normalize")
+    normalised = processor.get("do_normalize")
     return _Input(
         height=height,
         width=width,
         filter=filter,
-        scale=told["rescale_factor"] if told.get("do_rescale") else 1.0,
-        mean=tuple(told["image_mean"]) if normalised else (0.0,),
-        deviation=tuple(told["image_std"]) if normalised else (1.0,),
+        scale=processor["rescale_factor"] if processor.get("do_rescale") else 1.0,
+        mean=tuple(processor["image_mean"]) if normalised else (0.0,),
+        deviation=tuple(processor["image_std"]) if normalised else (1.0,),
     )
 
 

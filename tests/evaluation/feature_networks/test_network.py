@@ -14,7 +14,7 @@ from madformer.evaluation.measurement import metric_name
 from madformer.runs.checkpoints import weights_sha256
 from tests.networks import complaint
 
-OWN = """
+SOURCE = """
 import torch
 from torch import nn
 
@@ -77,11 +77,11 @@ class NoCall:
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
+def user_file(tmp_path, monkeypatch):
     """A user's file, in the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    Path("mine.py").write_text(OWN.format(scale=1.0))
+    Path("mine.py").write_text(SOURCE.format(scale=1.0))
 
 
 def images_of(channels=3, size=16, batch=4, seed=0):
@@ -208,13 +208,13 @@ def test_images_as_files_hold_them():
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "uint8.*floating point"),
     ],
 )
-def test_images_that_cannot_be_described(own, images, words):
+def test_images_that_cannot_be_described(user_file, images, words):
     with pytest.raises(ValueError, match=words):
         build_feature_network("mine.py:Quarters")(images)
 
 
 @pytest.mark.parametrize("name", ["mine.py:Quarters", "mine:Quarters"])
-def test_own_module(own, name):
+def test_own_module(user_file, name):
     network, images = build_feature_network(name), images_of()
     assert (network.name, network.label, network.width) == (name, "quarters", 12)
     with torch.autocast("cpu", torch.bfloat16):
@@ -224,28 +224,28 @@ def test_own_module(own, name):
     assert found.dtype == torch.float32 and not found.requires_grad
 
 
-def test_own_class_that_is_no_module(own):
+def test_own_class_that_is_no_module(user_file):
     network = build_feature_network("mine.py:Plain")
     assert (network.label, network.width) == ("plain", 2)
     assert network(images_of()).features_BD.shape == (4, 2)
     assert not any(parameter.requires_grad for parameter in network._module.parameters())
 
 
-def test_own_class_of_other_images_says_its_width(own):
+def test_own_class_of_other_images_says_its_width(user_file):
     network = build_feature_network("mine.py:Sized")
     assert network.width == 5 and network(images_of(1, 8)).features_BD.shape == (4, 5)
     with pytest.raises(ConfigError, match=r"'mine.py:Sized': must give features of shape \[4, 5\].*not \[4, 768\]"):
         network(images_of())
 
 
-def test_own_label_is_never_that_of_fid(own):
+def test_own_label_is_never_that_of_fid(user_file):
     assert build_feature_network("mine.py:Inception").label == "own_inception"
 
 
-def test_own_hash_follows_weights_and_code(own):
-    Path("again.py").write_text(OWN.format(scale=1.0))
-    Path("weights.py").write_text(OWN.format(scale=2.0))
-    Path("code.py").write_text(OWN.format(scale=1.0).replace("avg_pool", "max_pool"))
+def test_own_hash_follows_weights_and_code(user_file):
+    Path("again.py").write_text(SOURCE.format(scale=1.0))
+    Path("weights.py").write_text(SOURCE.format(scale=2.0))
+    Path("code.py").write_text(SOURCE.format(scale=1.0).replace("avg_pool", "max_pool"))
     files = ("mine", "again", "weights", "code")
     first, again, *others = (build_feature_network(f"{file}.py:Quarters").sha256 for file in files)
     assert len(first) == 64 and first == again and len({first, *others}) == 3
@@ -267,18 +267,18 @@ def test_own_hash_follows_weights_and_code(own):
         ("mine.py:Random", "gives other features each time it sees the same images"),
     ],
 )
-def test_own_class_that_is_no_network(own, name, words):
+def test_own_class_that_is_no_network(user_file, name, words):
     assert complaint(name) == words
 
 
-def test_building_leaves_the_random_state_alone(own):
+def test_building_leaves_the_random_state_alone(user_file):
     before = torch.get_rng_state()
     for name in ("mine.py:Plain", "digits"):
         build_feature_network(name)
         assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_reduced_precision_of_the_trainer_stays_outside(own):
+def test_reduced_precision_of_the_trainer_stays_outside(user_file):
     seen = []
     network = build_feature_network("mine.py:Quarters")
     switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)

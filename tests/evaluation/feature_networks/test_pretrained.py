@@ -48,8 +48,8 @@ def save(folder, config, processor=SQUARE, kind="ViTImageProcessor", head=transf
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         model.save_pretrained(folder)
-    told = {**processor, **RESCALED, "image_mean": MEAN, "image_std": DEVIATION, "image_processor_type": kind}
-    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    content = {**processor, **RESCALED, "image_mean": MEAN, "image_std": DEVIATION, "image_processor_type": kind}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
     return model.eval()
 
 
@@ -159,12 +159,12 @@ def test_only_the_network_of_fd_dinov2_is_called_so(tmp_path):
 
 def test_broken_folders(vit, tmp_path):
     folder = tmp_path / "vit"
-    name, told = f"hf:{folder}", folder / "preprocessor_config.json"
-    edit(told, resample=1)
+    name, file = f"hf:{folder}", folder / "preprocessor_config.json"
+    edit(file, resample=1)
     assert complaint(name).startswith(f"the image processor in {folder} resizes in a way that is not known here: ")
-    told.unlink()
+    file.unlink()
     assert complaint(name).startswith(f"{folder} holds no preprocessor_config.json")
-    told.write_text(json.dumps({**SQUARE, "image_processor_type": "ViTImageProcessor"}))
+    file.write_text(json.dumps({**SQUARE, "image_processor_type": "ViTImageProcessor"}))
 
     file = folder / "model.safetensors"
     weights = load_file(file)
