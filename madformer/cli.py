@@ -213,7 +213,7 @@ def sweep_plan(
     tflops: Annotated[float | None, typer.Option(min=1e-3, help="Peak of a device in TFLOP/s; default: an A100's.")] = None,
     mfu: Annotated[float | None, typer.Option(min=1e-3, max=1, help="Part of the peak that is reached.")] = None,
 ) -> None:
-    """Show what would run, and what it costs: by measured rates where there are some, else by FLOPs."""
+    """Show what would run, and what it costs: by measured rates if there are any, else by FLOPs."""
     files = list(itertools.takewhile(lambda word: "=" not in word, sweeps))
     if not files:
         raise InputError(f"{sweeps[0]}: name a SWEEP.yaml before overrides")

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: the files of a model from its cache or by download, or why they cannot be had."""
+"""Files of models on the Hugging Face hub, from its cache or by download."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Custom classes, which are code of the user's own: imported by name, built, and explained when they fail."""
+"""Custom classes: import and build a user's class by name, and explain its errors."""
 
 from __future__ import annotations
 

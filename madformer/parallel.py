@@ -1,4 +1,4 @@
-"""One piece of work on several devices: by processes of this machine, or by those that torchrun or Slurm started."""
+"""Share work among devices: by processes of this machine, or by those that torchrun or Slurm started."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What an experiment is: dataclasses, loading and rules.
+"""The configuration of an experiment: its dataclasses, their rules, and loading from YAML.
 
-Every other module reads these and this one imports none of them, nor torch: a mistake in a YAML file is reported at once.
-A rule that is broken raises `ConfigError` with the field, its value and the legal values; construction in Python and
-loading from YAML go through the same rules, because they live in `__post_init__`.
+It imports no torch, so a mistake in a YAML file is reported at once. A broken rule raises `ConfigError` with the field, its
+value and the legal values. The rules are in `__post_init__`, so they hold for YAML and for construction in Python.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The configuration of data: where images come from, what turns them into latents, and in which portions they are learnt."""
+"""The configuration of data: image source, codec, latents, prompts and batch size."""
 
 from __future__ import annotations
 
@@ -12,57 +12,57 @@ DIGITS = "digits"
 """The source that ships with scikit-learn."""
 
 PIXELS = "pixels"
-"""The codec that does nothing."""
+"""The codec that leaves images as they are."""
 
 BUILTIN = "builtin"
 """The tokenizer that ships with the package."""
 
 BUILTIN_VOCABULARY = 2048
-"""Tokens of the builtin tokenizer; number 0 pads."""
+"""Tokens of the builtin tokenizer; token 0 is padding."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is learnt, and in which portions."""
+    """Training data: image source, codec, latents, prompts and batch size."""
 
     source: str | None = None
     """Images: `digits`; a data set of the Hugging Face hub; files (Parquet, Arrow, WebDataset tars), a pattern of files, a
-    folder of files or images, or their hf://, s3:// or https:// address. null: nowhere, or latents alone."""
+    folder of files or images, or their hf://, s3:// or https:// address. null: none; training then reads `data.latents`."""
     subset: str | None = None
-    """Configuration of a hub's data set that has several."""
+    """Configuration of a data set on the hub that has several."""
     split: str = "train"
     """Part of the data set, or a slice of one, such as `train[:90%]`."""
     streaming: bool = False
-    """Read the source in order, without a copy on the disk, instead of making a local copy that can be read anywhere."""
+    """true: read the source in order, without a local copy. false: make a local copy, which can be read in any order."""
     image_column: str | None = None
     """Column of images; null: found by its type and name."""
     label_column: str | None = None
-    """Column of class numbers; null: found by its type and name, if there is one."""
+    """Column of class numbers, if any; null: found by its type and name."""
     text_column: str | None = None
-    """Column of texts; null: found by its name, if there is one."""
+    """Column of texts, if any; null: found by its name."""
     max_skipped: int = setting(100, new_run=False)
-    """Broken images that are skipped before reading stops with an error."""
+    """Largest number of broken images that are skipped; more are an error."""
     codec: str = "vae:stabilityai/sd-vae-ft-mse"
-    """What maps images to latents and back: `vae:` with a diffusers autoencoder (hub id, or local folder), `pixels` (identity),
-    or a class of your own as `module.path:Class` or `file.py:Class`."""
+    """Maps images to latents and back: `vae:` with a diffusers autoencoder (hub id or local folder), `pixels` (identity), or a
+    class of your own as `module.path:Class` or `file.py:Class`."""
     codec_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type in which the codec computes."""
+    """Floating-point type in which the codec computes."""
     codec_batch_size: int = setting(16, new_run=False)
-    """Images that the codec takes at once."""
+    """Images that the codec encodes or decodes at once."""
     latents: str | None = setting(None, new_run="presence")  # the folder may move; a checkpoint remembers its content
     """Folder of latents: `madformer encode` fills it, training reads it. null: images are encoded while training."""
     flip: bool = False
-    """Mirror every image with probability one half; latents are made of both."""
+    """Mirror each training image with probability 1/2. `madformer encode` then stores latents of both versions."""
     class_names: str | None = None
     """Prompts of the classes: `imagenet`, or a text file with one name a line; null: the data set's own names."""
     tokenizer: str = "meta-llama/Meta-Llama-3-8B"
     """Turns prompts into tokens, if the model takes text: `builtin`, or a hub id or folder of transformers."""
     workers: int = setting(4, new_run=False)
-    """Threads that read ahead for each device; no result depends on their number."""
+    """Threads that read ahead for each device. Results do not depend on their number."""
     batch_size: int = 64
-    """Images of one optimiser step, over all devices."""
+    """Images in one optimiser step, over all devices."""
     batch_size_per_device: int | None = setting(None, new_run=False)
-    """The most images that one device takes at once, gradient accumulation follows; null: no limit."""
+    """Largest micro-batch of a device; gradients are accumulated up to `data.batch_size`. null: no limit."""
 
     def __post_init__(self) -> None:
         require_types("data", self)

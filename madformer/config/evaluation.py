@@ -1,4 +1,4 @@
-"""The configuration of evaluation: inference alone, it never changes what is trained."""
+"""The configuration of evaluation. It never changes what is trained."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from typing import Literal
 from madformer.config.validation import is_integer, require, require_at_least, require_types
 
 SamplerName = Literal["ddim", "ddpm", "dpmsolver++", "unipc"]
-"""What turns noise into latents: deterministic but for `ddpm`, each with one evaluation of the network a step."""
+"""Samplers by name. All but `ddpm` are deterministic; each evaluates the network once per step."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What `madformer evaluate` computes unless it is told otherwise, and the previews during training."""
+    """Defaults of `madformer evaluate`, and the previews during training."""
 
     nfe: tuple[int, ...] = (280, 700, 1400, 2800)
-    """Budgets in layer evaluations per block."""
+    """NFE budgets: layer evaluations per block."""
     num_samples: int = 8000
-    """Images sampled for each number."""
+    """Images sampled for each point."""
     batch_size: int = 64
-    """Images sampled at once; no result depends on it."""
+    """Images sampled at once. Results do not depend on it."""
     seed: int = 0
-    """Sample i is a function of (seed, i) and the weights."""
+    """Sampling seed. Sample i depends only on (seed, i) and the weights."""
     sampler: SamplerName = "ddim"
-    """What denoises a block."""
+    """Sampler that denoises the blocks."""
     guidance: float = 1.0
-    """Scale of classifier-free guidance; 1: none."""
+    """Scale of classifier-free guidance; 1: no guidance."""
     feature_networks: tuple[str, ...] = ()
     """Networks whose features are compared, all on the same samples: `inception` or `inception:FILE` (FID's),
     `torchscript:FILE`, `hf:MODEL` (of transformers), `digits`, or a class of your own as `module.path:Class` or
     `file.py:Class`."""
     references: str = "references"
-    """Folder where statistics of reference images are kept, for all runs that need them."""
+    """Folder for statistics of reference images; all runs share it."""
     held_out_source: str | None = None
-    """Images for diagnostics that training has not seen, as `data.source`; null: of `data.source` itself."""
+    """Source of held-out images for diagnostics, as in `data.source`; null: `data.source` itself."""
     held_out_split: str | None = None
-    """Their part of the data set; null: `data.split`."""
+    """Split of the held-out images, as in `data.split`; null: `data.split` itself."""
     preview_every: int | None = None
-    """Training steps from one preview (a sample grid and a quick metric) to the next; null: none."""
+    """Training steps between previews (a sample grid and quick metrics); null: no previews."""
     preview_nfe: int = 280
-    """Budget of a preview."""
+    """NFE budget of a preview."""
     preview_samples: int = 64
-    """Images of a preview."""
+    """Images sampled for a preview."""
 
     def __post_init__(self) -> None:
         require_types("evaluation", self)
@@ -86,7 +86,7 @@ _LEGAL = re.compile(r"digits|inception|(inception|torchscript|hf):.+|.+:[A-Za-z_
 
 
 def check_feature_network_name(name: str) -> None:
-    """Refuse what can be no feature network.
+    """Refuse a name that no feature network has.
 
     Raises:
         ConfigError: with the legal forms.

@@ -25,7 +25,7 @@ class DiffusionConfig:
     beta_end: float = 2e-2
     """Noise variance of the last timestep."""
     draws_per_image: int = 1
-    """Independent (t, noise) draws that go through the diffusion stage for one pass of clean tower and AR stage."""
+    """Independent (t, noise) draws per image. The clean tower and the AR stage run once for all of them."""
 
     def __post_init__(self) -> None:
         require_at_least(1, "diffusion", self, "train_timesteps", "draws_per_image")
@@ -41,13 +41,13 @@ class LossConfig:
     """Weights of the total loss (Eq. 6). A loss of weight zero is not computed."""
 
     lambda_text: float = 1.0
-    """Next-token loss; has no effect without text."""
+    """Weight of the text loss: next-token prediction. No effect without text."""
     lambda_image: float = 5.0
-    """Denoised block against its target."""
+    """Weight of the image loss: denoised block against its target."""
     lambda_hidden: float = 0.1
-    """Upsampled condition against the block's clean latents."""
+    """Weight of the hidden loss: upsampled condition against the block's clean latents."""
     lambda_clean_tower: float = 0.0
-    """Clean tower's output at a block against the next block's clean latents."""
+    """Weight of the clean-tower loss: the tower's output at a block against the next block's clean latents."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -58,28 +58,28 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """One experiment: everything that a run needs to know."""
+    """One experiment: the whole configuration of a run."""
 
     name: str = setting("madformer", new_run=False)
-    """Name of the experiment; its run lives in output_dir/name."""
+    """Name of the experiment. Its run is the folder output_dir/name."""
     output_dir: str = setting("runs", new_run=False)
     """Folder of runs, relative to the working directory."""
     seed: int = 0
-    """Of initialisation, data order and training noise."""
+    """Seed of initialisation, data order and training noise."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """What is trained."""
+    """The model."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    """The noise that it learns to remove."""
+    """The noise schedule."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """What is minimised."""
+    """Weights of the losses."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What is learnt from."""
+    """Training data."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How weights move."""
+    """The optimiser and the learning rate schedule."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    """How long, and on what."""
+    """Training length, precision, devices, checkpoints and logging."""
     evaluation: EvaluationConfig = setting(EvaluationConfig(), new_run=False)
-    """What is measured."""
+    """Evaluation and previews."""
 
     def __post_init__(self) -> None:
         require(is_integer(self.seed) and self.seed >= 0, "seed", self.seed, "must be an integer of at least 0")
@@ -96,12 +96,12 @@ class ExperimentConfig:
 
     @property
     def run_dir(self) -> Path:
-        """Where the run lives."""
+        """The run's folder."""
         return Path(self.output_dir) / self.name
 
 
 def check_data(data: DataConfig, model: ModelConfig) -> None:
-    """Refuse data that the model does not take.
+    """Refuse data that does not fit the model.
 
     Raises:
         ConfigError: digits for a model of other latents or through a codec, pixels for a model without three channels, or
@@ -148,7 +148,7 @@ def budget_flaw(budget: int, model: ModelConfig, diffusion: DiffusionConfig) -> 
 
 
 def check_losses(model: ModelConfig, loss: LossConfig) -> None:
-    """Refuse losses on what the model does not have.
+    """Refuse losses on outputs that the model does not have.
 
     Raises:
         ConfigError: the hidden loss without the condition, the clean-tower loss without clean blocks or a second block,

@@ -1,4 +1,4 @@
-"""A run's config.yaml: the hash of what is trained, written beside the checkpoints, read back."""
+"""A run's config.yaml and the configuration's hash: write, read and compare them."""
 
 from __future__ import annotations
 

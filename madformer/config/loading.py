@@ -1,6 +1,6 @@
-"""From YAML and overrides to the dataclasses of an experiment or a sweep. Each mistake is reported in one line.
+"""Load an experiment or a sweep from YAML and overrides. Each mistake is reported in one line.
 
-`where` is what a message begins with, such as `digits.yaml: `.
+`where` is the beginning of a message, such as `digits.yaml: `.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The configuration of the model."""
+"""The configuration of the model: Transformer, U-Net and text."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Text before the image: tower, embeddings and language-model head."""
+    """Text before the image: vocabulary, prompt length, padding and prompt dropout."""
 
     vocab_size: int = 128_256
     """Token ids are 0 .. vocab_size - 1. The default is Llama 3's vocabulary (Table 7)."""
     length: int = 32
-    """Tokens of a prompt after padding."""
+    """Tokens of a padded prompt."""
     pad_token_id: int = 128_004
-    """Pads short prompts; a prompt of nothing else is the null text of classifier-free guidance. Default: Llama 3's."""
+    """Token that pads short prompts. A prompt of padding alone is the null text of classifier-free guidance."""
     dropout: float = 0.1
     """Probability that training replaces a prompt by the null text."""
 
@@ -91,7 +91,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The hybrid Transformer. Defaults: FFHQ-1024 as in the authors' code, but for prediction type, RoPE and clean timestep."""
+    """The Transformer. Defaults: FFHQ-1024 as in the authors' code, except prediction type, RoPE and clean timestep."""
 
     latent_channels: int = 4
     """Channels of the latents (C)."""
@@ -102,7 +102,7 @@ class ModelConfig:
     depth: int = 28
     """Transformer layers in all (N)."""
     diffusion_depth: int = 14
-    """The last D layers iterate in the denoising loop, the first N - D run once per block (Table 1)."""
+    """Layers that iterate in the denoising loop (D), the last ones; the first N - D run once per block (Table 1)."""
     width: int = 1152
     """Model width."""
     num_heads: int = 18
@@ -116,20 +116,20 @@ class ModelConfig:
     use_condition: bool = True
     """Add the AR stage's output to the embedded noisy block (Eq. 4, Table 3)."""
     local_denoising: bool = False
-    """In the diffusion stage a block attends to itself (and the text) alone (Table 5)."""
+    """In the diffusion stage a block attends only to itself and the text (Table 5)."""
     parameter_sets: Literal["separate", "shared"] = "separate"
-    """A parameter set for each of text, clean and noisy tokens, or one for all (Table 4)."""
+    """separate: one parameter set each for text, clean and noisy tokens; shared: one for all of them (Table 4)."""
     rope: Literal["axial", "released"] = "axial"
-    """Rotary positions: each axis in its half of the head, or the released code's form."""
+    """Rotary positions. axial: each axis rotates its half of the head; released: as in the released code."""
     prediction_type: Literal["sample", "epsilon", "v_prediction"] = "sample"
     """What the network predicts for the noisy block."""
     clean_timestep: Literal["zero", "released"] = "zero"
-    """Timestep that clean blocks are embedded with: 0, or the released habit (the noisy block's in training, the
-    scheduler's last when sampling)."""
+    """Timestep that clean blocks are embedded with. zero: 0; released: as in the released code, the noisy block's in training
+    and the scheduler's last when sampling."""
     unet: UNetConfig = field(default_factory=UNetConfig)
-    """Embedding of blocks."""
+    """The U-Net that turns blocks into tokens and back."""
     text: TextConfig | None = None
-    """Text before the image; null: none."""
+    """Text before the image; null: a model without text."""
     attention_backend: Literal["auto", "flex", "sdpa"] = setting("auto", new_run=False)
     """FlexAttention or scaled_dot_product_attention; auto: flex on CUDA."""
     activation_checkpointing: bool = setting(False, new_run=False)

@@ -1,4 +1,4 @@
-"""The configuration of training: optimiser, trainer. Defaults are the paper's FFHQ-1024 run."""
+"""The configuration of training: optimiser and trainer. Defaults are the paper's FFHQ-1024 run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from madformer.config.validation import require, require_at_least, require_types
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its warm-up-stable-decay schedule, clipping, and the moving average of the weights."""
+    """AdamW, the learning rate schedule (warm-up, stable, decay), clipping, and the moving average of the weights."""
 
     lr: float = 3e-4
     """Learning rate between warm-up and decay."""
@@ -20,15 +20,15 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     """Decoupled weight decay; norms, biases and embeddings have none."""
     warmup_fraction: float = 0.01
-    """Part of all steps over which the rate rises linearly."""
+    """Fraction of all steps, at the start, over which the learning rate rises linearly."""
     decay_fraction: float = 0.15
-    """Part of all steps, the last ones, over which the rate falls exponentially."""
+    """Fraction of all steps, at the end, over which the learning rate falls exponentially."""
     decay_halvings: float = 6.0
-    """Halvings of the rate at the end: a factor of 0.5 ** (decay_halvings * progress)."""
+    """Halvings of the learning rate during the decay: its factor is 0.5 ** (decay_halvings * progress)."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient; a larger one is scaled down."""
+    """Largest norm of the gradient; a larger gradient is scaled down to it."""
     ema_decay: float = 0.9999
-    """Decay of the moving average; warmed up, after t updates it is at most (1 + t) / (10 + t)."""
+    """Decay of the moving average. It is warmed up: after t updates it is at most (1 + t) / (10 + t)."""
 
     def __post_init__(self) -> None:
         require_types("optimizer", self)
@@ -50,28 +50,28 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How long, on what, and how often something is written."""
+    """Training length, precision, devices, and how often to save and log."""
 
     max_steps: int = 210_000
-    """Optimiser steps of the whole run; the learning rate's schedule depends on it."""
+    """Optimiser steps of the whole run. The learning rate schedule depends on it."""
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
     """float32, or bfloat16 autocast over float32 weights."""
     accelerator: Literal["auto", "cpu", "cuda"] = setting("auto", new_run=False)
-    """Kind of device; auto: CUDA where there is one."""
+    """Kind of device; auto: CUDA if there is a GPU, else the CPU."""
     devices: int | None = setting(None, new_run=False)
     """Devices on each node; null: all of them (on the CPU: one process)."""
     num_nodes: int = setting(1, new_run=False)
-    """Machines."""
+    """Number of machines."""
     strategy: Literal["auto", "ddp", "fsdp"] = setting("auto", new_run=False)
     """auto: one device, or DDP on several; fsdp: weights, gradients and optimiser state sharded over all devices."""
     deterministic: bool = setting(False, new_run=False)
-    """Deterministic algorithms alone: two runs are equal bit for bit, also on CUDA."""
+    """Use only deterministic algorithms, so that two runs are equal bit for bit on CUDA too."""
     checkpoint_every: int = setting(10_000, new_run=False)
-    """Steps from one checkpoint to the next."""
+    """Steps between checkpoints."""
     keep_checkpoints: int = setting(5, new_run=False)
-    """Checkpoints kept, the newest ones."""
+    """How many checkpoints are kept: the newest ones."""
     log_every: int = setting(50, new_run=False)
-    """Steps from one logged point to the next."""
+    """Steps between logged values."""
 
     def __post_init__(self) -> None:
         require_types("trainer", self)

@@ -1,4 +1,4 @@
-"""What the rules of a configuration are made of."""
+"""Building blocks of the configuration's dataclasses: `setting` declares a field, `require` and its kin check values."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 def setting(default: T, *, new_run: bool | Literal["presence"] = True, neutral: object = MISSING) -> T:
-    """A dataclass field with metadata that say how it counts in a run's hash. A field with a plain default counts always.
+    """A dataclass field whose metadata say how it counts in a run's hash. A field with a plain default always counts.
 
     Args:
         default: the field's default.
-        new_run: whether another value makes a new run. False: it does not change the trained weights. "presence": only
-            whether there is a value matters.
-        neutral: a value that does not count. Give one to a field that you add, so that existing runs keep their hashes.
+        new_run: whether another value makes a new run. False: the field does not change the trained weights. "presence": it
+            matters only whether there is a value.
+        neutral: a value that is left out of the hash. Give one to a field that you add: existing runs then keep their hashes.
     """
     return field(default=default, metadata={"new_run": new_run, "neutral": neutral})
 

@@ -1,1 +1,1 @@
-"""Images and latents that models are trained on and compared with."""
+"""Training data: image sources, codecs, latents, prompts, and the DataModule that reads them."""

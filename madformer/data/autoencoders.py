@@ -1,4 +1,4 @@
-"""Autoencoders of diffusers, from a folder or the hub, behind one interface.
+"""The autoencoders of diffusers, loaded from a folder or the hub, with one interface for all.
 
 Their classes differ in what `encode` returns, in how latents are normalised, and in whether there is a frame axis. Which of
 them map one image to latents and back is not listed here but tried, on tensors without memory, before weights are loaded.

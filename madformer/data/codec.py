@@ -1,4 +1,4 @@
-"""Codecs, which map images to latents and back, by the name that `data.codec` gives."""
+"""Codecs by name (`data.codec`): they map images to latents and back."""
 
 from __future__ import annotations
 

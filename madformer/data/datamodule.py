@@ -45,7 +45,7 @@ class LatentDataModule(pl.LightningDataModule):
     Gradient accumulation is set on the Trainer so that every optimiser step sees `data.batch_size` images, on any number of
     devices.
 
-    The codec is held here, beside the model: it is neither in checkpoints nor in the moving average.
+    The codec is held here and not by the model: it is neither in checkpoints nor in the moving average.
 
     Raises:
         ConfigError: the experiment names no data, or data that is not there or not the model's.
@@ -155,7 +155,7 @@ class LatentDataModule(pl.LightningDataModule):
 
     @property
     def source_sha256(self) -> str:
-        """Fingerprint of the images, also of those behind latents."""
+        """Fingerprint of the images; of latents, that of the images that they were made from."""
         return self._fingerprint["source"]
 
     @property

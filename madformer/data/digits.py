@@ -1,4 +1,4 @@
-"""The embedded data set: scikit-learn's 1,797 handwritten digits, real scans of 8 x 8 grey pixels, part of its package.
+"""The embedded data set: the 1,797 handwritten digits that ship with scikit-learn, 8 x 8 grey pixels each.
 
 There is one split, `train`, and slices of it, as datasets writes them: `train[:90%]` to learn, `train[90%:]` to hold out. As
 in the paper, the full training set is also the reference of the metric; 1,797 images are too few to estimate feature

@@ -1,4 +1,4 @@
-"""`madformer encode`: images to shards of latents, on all devices; run again, it goes on."""
+"""`madformer encode`: turn images into shards of latents, on all devices. Run again, it resumes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ RECONSTRUCTED = 32
 """Images that are decoded again when all is done, to see that the latents mean what they should."""
 
 SHOWN = 8
-"""Of these in the picture, beside their originals."""
+"""Images in the picture, next to their originals."""
 
 
 def encode(config: ExperimentConfig) -> None:

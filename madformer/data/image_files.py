@@ -1,4 +1,4 @@
-"""Image files: files of any format to squares of RGB, and tensors to grids and PNG files."""
+"""Image files: read any format as square RGB images; write tensors as grids and PNG files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder of latents: shards in Arrow's format, a JSON file beside each one, and a manifest of them all."""
+"""Read and write a folder of latents: shards in Arrow's format, a JSON file for each, and one manifest."""
 
 from __future__ import annotations
 

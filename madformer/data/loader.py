@@ -1,4 +1,4 @@
-"""From rows and shards to micro-batches: samples and their captions, images decoded ahead by threads, broken ones skipped."""
+"""Read micro-batches from digits, latents or images: decode in threads, add captions, skip broken images."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class MicroBatches(Generic[Item]):
 
 @dataclass(frozen=True)
 class Captions:
-    """What is said of an image: its own text, or the prompt of its class."""
+    """The caption of an image: its own text, or the prompt of its class."""
 
     class_prompts: tuple[str, ...] | None
     use_text: bool = False
@@ -334,7 +334,7 @@ class _ThreadPool(Generic[Item, Result]):
         self.results: Queue[Future[Result] | None] = Queue(queue_size)
         """In the order of the items; None: there are no more."""
         self._stop = Event()
-        """Set when nobody wants the rest."""
+        """Set when the rest is not needed."""
         self._tasks: Queue[tuple[Future[Result], Item] | None] = Queue()
         self._threads = [Thread(target=self._read, args=(items, workers), daemon=True)]
         self._threads += [Thread(target=self._prepare, args=(prepare,), daemon=True) for _ in range(workers)]

@@ -1,4 +1,4 @@
-"""The order of training samples: a pure function of seed and step, whatever the number of devices or restarts."""
+"""The order of training samples: a function of seed and step, independent of the number of devices and of restarts."""
 
 from __future__ import annotations
 

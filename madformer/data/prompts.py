@@ -1,7 +1,7 @@
-"""Prompts: the names of classes, and tokenizers that turn text into token ids.
+"""Prompts: class names, and tokenizers that turn text into token ids.
 
-ImageNet's names are the first lemma of each class in WordNet, but for four, so that no two are the same: crane (bird) and
-crane (machine), and by their second lemma Cardigan Welsh corgi (beside cardigan) and tank suit (beside maillot).
+ImageNet's names are the first lemma of each class in WordNet. Four differ, so that no two names are the same: crane (bird) and
+crane (machine), and by their second lemma Cardigan Welsh corgi (there is a cardigan) and tank suit (there is a maillot).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 """Prompts of the digits."""
 
 BUILTIN_FILE = "builtin_tokenizer.json"
-"""The builtin tokenizer, beside this module; `scripts/train_tokenizer.py` makes it."""
+"""The builtin tokenizer, in the folder of this module; `scripts/train_tokenizer.py` makes it."""
 
 _CACHE_SIZE = 10_000
 """Prompts whose tokens are kept: those of classes come again and again."""

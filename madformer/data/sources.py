@@ -1,6 +1,6 @@
-"""Images of any source that the `datasets` library reads: hub, files, folders; copied to the disk, or streamed in order.
+"""Rows of images from any source that the `datasets` library reads, copied to the disk or streamed in order.
 
-Nothing is decoded here: a row hands on the bytes of its image file.
+Nothing is decoded here: a row holds the bytes of its image file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training from images that are read in order: the explicit choice for sources that are neither copied nor encoded first.
+"""Training on streamed images (`data.streaming`): read in order, neither copied nor encoded first.
 
 The stream of an epoch goes through the source's units in an order drawn from (seed, epoch) and shuffles windows of `WINDOW`
 rows, each by a draw of its own. So it is a pure function of seed and position, and a resumed run sees exactly what an

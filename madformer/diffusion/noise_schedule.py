@@ -1,4 +1,4 @@
-"""The noise schedule (DDPM's, from diffusers) and the three prediction types, converted into each other here alone.
+"""The noise schedule (DDPM's, from diffusers) and the three prediction types: training targets and conversion to samples.
 
 With a = alphas_cumprod[t], a noisy block is sqrt(a) * clean + sqrt(1 - a) * noise (section 2.2 of the paper).
 """

@@ -1,1 +1,1 @@
-"""How good the samples are, and everything that made the number."""
+"""Evaluation of a run: samples, metrics and their record, diagnostics, curves in TensorBoard."""

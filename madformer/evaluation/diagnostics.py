@@ -1,4 +1,4 @@
-"""Why a model's samples are as good as they are: where it errs, by noise level and by block, on images it has not seen."""
+"""Diagnostics of a model on held-out images: loss by timestep and by block, exposure gap, what the condition explains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`madformer evaluate`: sample from a run's checkpoints, measure, record."""
+"""`madformer evaluate`: sample from a run's checkpoints, compute the metrics and record them."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ IMAGES_LOOKED_AT = 256
 
 
 def evaluate(request: EvaluationRequest) -> list[Point]:
-    """Measure every budget of every checkpoint, sampler, guidance and seed asked for; what is recorded is not computed again.
+    """Measure each requested combination of checkpoint, sampler, guidance, seed and budget that is not recorded yet.
 
-    Interrupted, it goes on with the samples that have no features yet.
+    After an interruption, only samples without features are made again.
 
     Returns:
-        The points asked for that are recorded, in the record's form: all, unless other processes are still at work.
+        The requested points as the record has them: all of them, unless other processes are still at work.
 
     Raises:
         ConfigError: a feature network, codec or tokenizer that cannot be had, or no reference images.
@@ -107,7 +107,7 @@ def prepare(request: EvaluationRequest, device: str, silent: bool = False) -> tu
 def evaluate_share(
     share: Share, request: EvaluationRequest, tasks: Sequence[Task], instruments: Instruments | None = None
 ) -> None:
-    """Sample every `world_size`-th image of each task; whoever finds that all of a task are there measures and records it.
+    """Sample every `world_size`-th image of each task; the process that completes a task measures and records it.
 
     Args:
         instruments: those of this process, if they are open already.

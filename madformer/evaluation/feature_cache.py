@@ -1,4 +1,4 @@
-"""Features of samples, kept part by part until all are there: what is interrupted goes on, processes write side by side."""
+"""Features of samples on the disk, in parts, so that an interrupted evaluation resumes and several processes can share it."""
 
 from __future__ import annotations
 

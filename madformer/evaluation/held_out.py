@@ -1,4 +1,4 @@
-"""Images that diagnostics look at: those that a run was not trained on, if the experiment names some."""
+"""Held-out images for diagnostics; images of training if the experiment names no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: metrics, ways of sampling, and what makes two numbers the same measurement. No torch."""
+"""Metrics, samplings and measurements: their names, fields and keys. Needs no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INCEPTION = "inception"
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric over the features of one network. `metrics.computes` marks the function behind it."""
+    """A metric over the features of one network. `metrics.computes` marks the function that computes it."""
 
     title: str
     higher_is_better: bool = False

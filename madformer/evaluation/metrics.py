@@ -1,6 +1,6 @@
 """Metrics of generated images from their features in any network.
 
-Sampling and the networks are elsewhere: features come in, numbers go out. What needs all pairs of features is in `pairs`.
+Features come in, numbers go out. Metrics over all pairs of features are in `neighbours`.
 """
 
 from __future__ import annotations

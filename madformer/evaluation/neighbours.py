@@ -1,6 +1,6 @@
 """Metrics over all pairs of generated and reference features: kernel distance, precision and recall, density and coverage.
 
-All of them are exact: no subsets are drawn. Pairs are looked at in tiles, so that memory does not grow with their number.
+All of them are exact: no subsets are drawn. Pairs are computed in tiles, so that memory does not grow with their number.
 Letters in shapes: N generated and M reference points, D features, B and C the points along the sides of a tile.
 """
 

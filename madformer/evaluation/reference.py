@@ -1,4 +1,4 @@
-"""What samples are compared with: features of all images of a data set, computed once, kept in a file, shared.
+"""Statistics of reference images: features of all images of a data set, computed once and kept in a file.
 
 A file belongs to one data set (by its fingerprint), image size, crop and feature network. It holds the sums for the Fréchet
 distance over all images, and the features themselves of at most `KEPT` images for the metrics that need pairs.
@@ -88,7 +88,7 @@ def find_reference(
 
     Args:
         image_size: pixels along a side of the images that the run makes.
-        source_sha256: fingerprint of the images that the run was trained on; None: nobody knows, the source is looked at.
+        source_sha256: fingerprint of the images that the run was trained on; None: unknown, compute it from the source.
         given: files of references; of each network there is one.
 
     Raises:

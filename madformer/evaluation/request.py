@@ -1,4 +1,4 @@
-"""What is asked of a run, checked before anything heavy is imported."""
+"""Requests for an evaluation or for samples: the command line, checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from madformer.runs.checkpoints import checkpoint_path, find_flaw, list_checkpoi
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """Checkpoints of a run x ways of sampling them."""
+    """Checkpoints of a run and the samplings of each."""
 
     config: ExperimentConfig
-    """The run's, with what was asked for instead."""
+    """The run's configuration, with overrides."""
     checkpoints: tuple[Path, ...]
     samplings: tuple[Sampling, ...]
     references: tuple[Path, ...] = ()
@@ -28,7 +28,7 @@ class EvaluationRequest:
     devices: int | None = None
     """Devices that share the work; None: all GPUs, or one process."""
     diagnostics: bool = False
-    """Whether the newest of the checkpoints is looked into as well."""
+    """Whether diagnostics of the newest checkpoint are computed too."""
 
 
 @dataclass(frozen=True)

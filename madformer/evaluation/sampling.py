@@ -1,4 +1,4 @@
-"""Samples by (seed, index), and their prompts."""
+"""Sample latents by (seed, index), and choose their prompts."""
 
 from __future__ import annotations
 

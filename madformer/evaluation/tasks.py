@@ -1,4 +1,4 @@
-"""What an evaluation consists of: the instruments, opened once, and a task for each number with all that decides it."""
+"""The tasks of an evaluation, one for each point, and the instruments they share: codec, feature networks, references."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`madformer sample`: images of a run as files that say how they were made."""
+"""`madformer sample`: write samples of a run as PNG files that record how they were made."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def sample_path(folder: Path, index: int) -> Path:
 
 
 def _settings(request: SamplingRequest) -> dict[str, Any]:
-    """What makes all samples, beside their prompts."""
+    """The settings that all samples share; prompts differ."""
     config, sampling = request.config, request.sampling
     codec = build_codec(config.data.codec, config.data.codec_dtype)
     require_fit(codec, config.model)

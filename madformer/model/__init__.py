@@ -34,7 +34,7 @@ __all__ = ["MADFormer", "Outputs", "from_released", "generate", "to_released"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the network on first use: `cost` and `layer_plan`, beside it in this package, need no torch."""
+    """Import the network on first use: `cost` and `layer_plan` in this package need no torch."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

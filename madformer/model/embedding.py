@@ -1,4 +1,4 @@
-"""Between latents, text and tokens: blocks and positions, the U-Net that embeds blocks, text embeddings."""
+"""Embedding: latents to blocks and positions, blocks to tokens and back by a U-Net, text to tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each layer computes: the one place that decides which work is needed. Needs no torch.
+"""The plan of each layer: which towers it runs for the requested outputs, and its attention pattern. Needs no torch.
 
 A layer's *keys* are the towers that some query attends to. Its *queries* are the towers whose output is read later.
 Walking back from the requested outputs leaves out all the rest: the clean tower's queries in the last layer, the noise
@@ -18,7 +18,7 @@ TOWERS = ("text", "clean", "noise")
 """Parameter sets, in the order of their tokens in the sequence."""
 
 AUXILIARY_OUTPUTS = ("condition", "clean_tower", "text_logits")
-"""Outputs beside the denoised blocks."""
+"""Outputs in addition to the denoised blocks."""
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ Layer = Callable[[Towers, dict[str, Rope], TrainingContext], Towers]
 
 @dataclass(frozen=True)
 class _Run:
-    """What a forward needs beside its latents: checked, with defaults filled in."""
+    """Arguments of a forward other than latents: checked, with defaults filled in."""
 
     outputs: frozenset[str]
     """The auxiliary outputs to compute."""

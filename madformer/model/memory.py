@@ -92,7 +92,7 @@ def _layer(config: ModelConfig, size: int, plan: LayerPlan) -> int:
     without_queries = 2 * config.width * _FULL + config.width * size + keys_values * (size + _normalised(size) // 2)
     kept = sum(plan.tokens(tower) * (with_queries if tower in plan.queries else without_queries) for tower in plan.keys)
     if "noise" in plan.queries and "clean" in plan.keys and not plan.local:
-        # Every noisy block but the first has a copy of the keys and values that it sees, beside its own.
+        # Every noisy block but the first has a copy of the keys and values that it sees, in addition to its own.
         text = plan.text_tokens if "text" in plan.keys else 0
         copied = sum(text + (block + 1) * plan.block_tokens for block in range(1, plan.noisy_blocks))
         kept += plan.draws * copied * keys_values * size

@@ -1,4 +1,4 @@
-"""Curves of trained runs side by side: tables, CSV and figures of quality against what it costs."""
+"""Reports on trained runs: tables, CSV and figures of quality against cost."""
 
 from __future__ import annotations
 

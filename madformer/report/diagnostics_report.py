@@ -1,4 +1,4 @@
-"""Where models err, side by side: by timestep, by block, and for the errors of the blocks before."""
+"""Diagnostics in a report: loss by timestep and by block, exposure gap, what the condition explains."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Diagnosis:
     exposure_gap: tuple[Estimate, ...]
     """For each block, how much farther from real ones it is after the model's own blocks than after real ones."""
     condition_explains: tuple[Estimate, ...]
-    """For each block, the share of its variance that the condition foretells; empty: there is no condition."""
+    """For each block, the share of its variance that the condition explains; empty: there is no condition."""
 
 
 @dataclass(frozen=True)

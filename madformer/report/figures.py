@@ -1,4 +1,4 @@
-"""The figures of a report."""
+"""The figures of a report: quality against cost, diagnostics, and samples."""
 
 from __future__ import annotations
 

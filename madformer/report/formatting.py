@@ -1,4 +1,4 @@
-"""How a report writes numbers, spreads, tables and costs."""
+"""Formatting of a report: numbers, intervals, tables, and the costs that it can show."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Cost:
-    """A quantity that every point has, or lacks: on a CPU nobody measures memory."""
+    """A cost of a point. A point may lack it: memory is not measured on a CPU."""
 
     column: str
     """Its name in CSV, with the unit."""
@@ -137,7 +137,7 @@ NFE = "nfe"
 """The paper's measure of compute, and the budget itself: not measured, so not among `COSTS`."""
 
 AGAINST = (NFE, "flops", "seconds")
-"""What a figure shows quality against unless it is told otherwise."""
+"""The default panels of a figure: costs that quality is drawn against."""
 
 
 def parse_against(text: str | None) -> tuple[str, ...]:

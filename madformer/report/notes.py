@@ -1,4 +1,4 @@
-"""What stands above the tables: how the numbers were made, and what they do not say."""
+"""The notes above a report's tables: how the numbers were made, and their limits."""
 
 from __future__ import annotations
 

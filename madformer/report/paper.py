@@ -1,4 +1,4 @@
-"""The paper's numbers, and a report's designs compared with them."""
+"""The paper's numbers, and the comparison of a report's designs with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The points of a report: runs and their labels, groups of runs, rows and columns."""
+"""The points of a report: select the runs' points, group them over seeds, arrange them in rows and columns."""
 
 from __future__ import annotations
 

@@ -74,11 +74,11 @@ def over_training(values: Sequence[float]) -> Estimate:
 
 
 SIGNIFICANCE = 0.05
-"""Below this probability of a difference at least as great, two means are told apart."""
+"""The p-value below which two means differ."""
 
 
 def differ(one: Estimate, other: Estimate, paired: bool) -> bool | None:
-    """Whether two means over training seeds are told apart, by a two-sided t-test.
+    """Whether two means over training seeds differ, by a two-sided t-test.
 
     Args:
         one: over at least two seeds.

@@ -15,7 +15,7 @@ from madformer.report.points import Column, Curve, Group, Row, columns_of, gathe
 from madformer.report.statistics import pareto_front
 
 _ALWAYS = ("flops", "seconds")
-"""Costs with a column of their own in Markdown even where nobody measured them."""
+"""Costs that always have a column in Markdown, measured or not."""
 
 _FRONTS = {NFE: "NFE", "flops": "FLOPs", "seconds": "seconds"}
 """Costs that have a Pareto front in tables, and their names there; what a clock measures is the last."""
@@ -31,9 +31,9 @@ class Report:
     notes: tuple[str, ...]
     """How it was measured, a sentence each."""
     diagnostics: Diagnostics | None = None
-    """Where the models err; None: nobody asked."""
+    """The models' diagnostics; None: none were computed."""
     comparison: Comparison | None = None
-    """The paper's numbers beside these; None: no two runs have the designs of its models."""
+    """The comparison with the paper; None: no two runs have the designs of its models."""
 
     @property
     def groups(self) -> list[Group]:
@@ -73,7 +73,7 @@ class Report:
         return COSTS[cost].unit(row.costs[cost] for row in self.rows)
 
     def markdown(self, pictures: Sequence[str] = ()) -> str:
-        """The report as Markdown: quality by budget, beside the paper's, what every point cost, other metrics, diagnostics.
+        """The report as Markdown: quality by budget, the paper's numbers, costs, other metrics, diagnostics.
 
         Args:
             pictures: names of files that are shown below the first table.

@@ -1,4 +1,4 @@
-"""`madformer report`: what is reported on, and the files that are written."""
+"""`madformer report`: choose the runs, and write the report's files."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _SOMETIMES = ("-paper.csv", "-diagnostics.png", "-diagnostics.svg", "-samples.pn
 def write_report(report: Report, folder: Path, stem: str, against: Sequence[str] = AGAINST, samples: int = 0) -> list[Path]:
     """Write a report in all forms, in `folder`: `stem`.md, .html (which needs no other file), .csv, .png and .svg.
 
-    Beside them: `stem`-paper.csv if the paper has models of these designs, `stem`-diagnostics.png and .svg if runs were
+    Further files: `stem`-paper.csv if the paper has models of these designs, `stem`-diagnostics.png and .svg if runs were
     diagnosed, `stem`-samples.png if samples are asked for.
 
     Args:

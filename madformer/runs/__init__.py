@@ -1,1 +1,1 @@
-"""A run on disk: its folder, its checkpoints, atomic writes, import and export."""
+"""A run on the disk: its folder, its checkpoints, atomic writes, import and export."""

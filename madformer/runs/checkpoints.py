@@ -1,7 +1,7 @@
 """Checkpoint files of a run: their names, their order, whether they are intact, their contents.
 
-A checkpoint is Lightning's dictionary (`state_dict`, `optimizer_states`, `global_step`, ...) with the moving average of the
-weights beside it, `ema`: name in the model -> tensor. All of it loads with `torch.load(path, weights_only=True)`.
+A checkpoint is Lightning's dictionary (`state_dict`, `optimizer_states`, `global_step`, ...) plus `ema`, the moving average of
+the weights: name in the model -> tensor. All of it loads with `torch.load(path, weights_only=True)`.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) 
 
 
 def export_run(run: Path, out: Path, weights: str) -> None:
-    """Write a run's newest weights as safetensors, and the configuration as YAML beside it.
+    """Write a run's newest weights as safetensors, and the configuration as a YAML file next to it.
 
     Raises:
         InputError: no run, no intact checkpoint, or a file name with another ending.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`. At the end its file replaces that of `path`; after an error it is removed.
+    """A temporary path in the folder of `path`. At the end its file replaces that of `path`; after an error it is removed.
 
     The data is synced to the disk before the file is renamed.
     """

@@ -1,4 +1,4 @@
-"""The Slurm launcher: trials as jobs, which any driver finds again, and which are queued again at their time limit."""
+"""The Slurm launcher: trials as jobs. Any driver can take them over; at their time limit they are queued again."""
 
 from __future__ import annotations
 

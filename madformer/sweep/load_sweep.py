@@ -1,4 +1,4 @@
-"""From a sweep's YAML file and the command line to a `Sweep`."""
+"""Load a `Sweep` from its YAML file and the command line."""
 
 from __future__ import annotations
 

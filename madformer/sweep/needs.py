@@ -29,7 +29,7 @@ class Needs:
     training: bool
     """Whether the last checkpoint is missing."""
     budgets: tuple[int, ...]
-    """Budgets that were not evaluated in all the ways asked for."""
+    """Budgets that lack a requested point."""
     points: int
     """Points of the record that are missing."""
 
@@ -64,7 +64,7 @@ def is_trained(cell: Cell) -> bool:
     before = read_config_hash(cell.run)
     if before is None:
         return False
-    if before != cell.config_hash:  # also where a version of old lacked a field, with the same weights
+    if before != cell.config_hash:  # a run of an older version may lack a field and have the same weights
         require_same_weights(load_experiment(config_path(cell.run)), cell.config, str(cell.run))
     return checkpoint_path(cell.run, cell.max_steps).is_file()
 

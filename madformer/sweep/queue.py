@@ -215,7 +215,7 @@ class Queue:
         foreign = [trial for trial in trials if trial.state == TrialState.RUNNING and trial._trial_id not in self._claimed_ids]
         if not foreign:
             return trials
-        # Not soon after trouble with the database: nobody could write heartbeats.
+        # Heartbeats are trusted again some time after the database failed: until then no driver could write them.
         if self.storage.last_error_at + GRACE_SECONDS < time.monotonic():
             with heartbeat_warnings_off():
                 fail_stale_trials(self.storage.study)

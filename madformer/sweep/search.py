@@ -1,4 +1,4 @@
-"""Searches: trials that Optuna chooses, and prunes."""
+"""Searches: Optuna chooses trials and prunes them."""
 
 from __future__ import annotations
 

@@ -54,18 +54,18 @@ _FIELDS = tuple(all_keys(ExperimentConfig))
 
 @dataclass(frozen=True)
 class InferenceAxes:
-    """What every trained cell is evaluated at; it never makes a new cell. Empty: as the experiment's `evaluation` says."""
+    """How each trained cell is evaluated; never makes a new cell. An empty axis takes the experiment's `evaluation` value."""
 
     nfe: tuple[int, ...] = ()
-    """Budgets in layer evaluations per block. One that a cell's model cannot have is skipped for that cell, with the reason."""
+    """NFE budgets: layer evaluations per block. One that a cell's model cannot have is skipped for that cell."""
     steps: tuple[int, ...] = ()
-    """Denoising steps per block: the same for cells of any depth, and then other budgets for each of them."""
+    """Denoising steps per block, the same for all cells; the budget then depends on the cell's depth."""
     samplers: tuple[str, ...] = ()
     """Samplers by name."""
     guidance: tuple[float, ...] = ()
     """Scales of classifier-free guidance."""
     seeds: tuple[int, ...] = ()
-    """Seeds of sampling."""
+    """Sampling seeds."""
     checkpoints: str = "newest"
     """`newest`, or `last5`: the last five, and their mean."""
 
@@ -91,18 +91,18 @@ class Search:
     space: dict[str, Any] = field(default_factory=dict)
     """Field -> list of choices, or a range: {low: 1e-4, high: 1e-2, log: true}, {low: 16, high: 64, step: 16}."""
     nfe: tuple[int, ...] = ()
-    """The budget that trials are judged at; of several, each trial is given one (a run is trained once for all of them)."""
+    """NFE budgets. With several, each trial is given one; a run is trained once for all of them."""
     trials: int = 20
-    """How many are tried."""
+    """Number of trials."""
     objectives: tuple[str, ...] = (DISTANCE,)
-    """One or two, to be as small as can be: `distance` (of the first feature network), or a distance by its name, such as
-    `fid`; `nfe`, or `tflops` per image."""
+    """One or two objectives to minimise: `distance` (of the first feature network), a distance by its name such as `fid`,
+    `nfe`, or `tflops` per image."""
     sampler: Literal["tpe", "random", "nsga2", "qmc"] = "tpe"
-    """Optuna's algorithm."""
+    """Optuna's sampler."""
     pruner: Literal["none", "median", "halving", "hyperband"] = "none"
-    """Optuna's rule that ends hopeless trials early, by the distances of previews (`evaluation.preview_every`)."""
+    """Optuna's pruner, which ends hopeless trials early by the distances of previews (`evaluation.preview_every`)."""
     seed: int = 0
-    """Of the algorithm."""
+    """Seed of Optuna's sampler."""
 
     def __post_init__(self) -> None:
         require(len(self.space) > 0, "search.space", {}, "must name at least one field, as in loss.lambda_hidden: [0, 0.1, 1]")
@@ -129,26 +129,26 @@ class Search:
 
 @dataclass(frozen=True)
 class Slurm:
-    """How a trial is asked for from Slurm."""
+    """Options of a trial's job in Slurm."""
 
     partition: str | None = None
-    """Where jobs are queued (`sbatch --partition`); null: the cluster's default."""
+    """Partition of the jobs (`sbatch --partition`); null: the cluster's default."""
     account: str | None = None
-    """Who pays for them (`sbatch --account`); null: the user's default."""
+    """Account that is charged (`sbatch --account`); null: the user's default."""
     qos: str | None = None
-    """Their quality of service (`sbatch --qos`); null: the user's default."""
+    """Quality of service (`sbatch --qos`); null: the user's default."""
     minutes: int = 1440
-    """Time limit of a job. A trial that takes longer is saved, queued again, and goes on."""
+    """Time limit of a job. A trial that takes longer is saved, queued again and resumed."""
     signal_seconds: int = 180
-    """Time before the limit at which a trial is told to save its state; Slurm may tell it up to a minute earlier."""
+    """Seconds before the limit at which a trial is signalled to save its state. Slurm may signal up to a minute earlier."""
     nodes_per_trial: int = 1
     """Machines of a trial, each with `devices_per_trial` devices."""
     cpus_per_task: int | None = None
     """Cores for each device; null: the cluster's default."""
     mem_gb: float | None = None
-    """Memory on each machine; null: the cluster's default."""
+    """Memory on each machine in GB; null: the cluster's default."""
     parallel: int | None = None
-    """The most trials that wait or run at once; null: as many as Slurm takes, of a search ten."""
+    """Largest number of trials queued or running at once; null: as many as Slurm takes, ten in a search."""
     setup: tuple[str, ...] = field(default=(), metadata={"entries": "shell lines"})
     """Shell lines before the trial, such as `module load cuda`."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -169,7 +169,7 @@ class Sweep:
     """Runs of one experiment: a grid, or a search."""
 
     name: str = ""
-    """Its runs live in output_dir/name; default: the file's name."""
+    """Name of the sweep. Its runs are in the folder output_dir/name. Default: the file's name."""
     experiment: str = ""
     """The experiment's YAML file, relative to the working directory."""
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -177,32 +177,32 @@ class Sweep:
     grid: dict[str, Any] = field(default_factory=dict)
     """Training axes, field -> list of values; a cell is trained for each combination and seed."""
     zip: dict[str, Any] = field(default_factory=dict)
-    """Tied axes, field -> list of values, all of one length: the first values go together, the second ones, ..."""
+    """Tied axes, field -> list of values, all of one length: first values go together, second values go together, ..."""
     variants: dict[str, Any] = field(default_factory=dict)
-    """Name -> fields and values that set the variant apart, for switches that are no number; {} for the plain one."""
+    """Named sets of overrides, name -> field -> value. {} overrides nothing."""
     exclude: tuple[Any, ...] = ()
-    """Combinations to leave out: axis -> value or list of values; what matches all of an entry is left out."""
+    """Combinations to leave out. Each entry is axis -> value or list of values; a cell that matches all of it is left out."""
     seeds: tuple[int, ...] = (0,)
     """Seeds that every combination is trained with."""
     search: Search | None = None
-    """Trials that Optuna chooses, in place of grid, zip and variants."""
+    """A search: Optuna chooses the trials, instead of grid, zip and variants."""
     evaluate: InferenceAxes = field(default_factory=InferenceAxes)
     """Inference axes."""
     devices_per_trial: int = 1
-    """Devices of a trial, on each of its machines; on the CPU, processes."""
+    """Devices of a trial on each machine; on the CPU, processes."""
     launcher: Literal["local", "slurm"] = "local"
     """Where trials run: on this machine, or as jobs of Slurm."""
     slurm: Slurm = field(default_factory=Slurm)
-    """How a trial is asked for from Slurm."""
+    """Options of a trial's job in Slurm."""
     storage: str | None = None
     """Database of the study, such as postgresql://user@host/name, for drivers on several machines; ${oc.env:NAME} is a variable
     of the environment. null: SQLite, in the sweep's folder."""
     retries: int = 3
-    """How often a trial that died (killed, lost machine) is tried again without having got any further."""
+    """How many times in a row a trial that died (killed, lost machine) is retried without progress."""
     workers: int | None = None
-    """Trials side by side on this machine; null: a group of GPUs for each, or as many as there are cores for them."""
+    """Trials at once on this machine; null: one for each group of GPUs, or as many as the cores allow."""
     threads: int = 1
-    """CPU threads of a process on the CPU: a fixed number, so that results do not depend on the machine's."""
+    """CPU threads of each process on the CPU. The number is fixed, so results do not depend on the machine."""
     output_dir: str | None = None
     """Folder of sweeps; null: the experiment's."""
 

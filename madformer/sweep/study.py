@@ -1,4 +1,4 @@
-"""The study of a sweep: its database, and the owners of its trials."""
+"""The study of a sweep: its database and its lock, and whether the owner of a trial is alive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trial: the commands that bring a cell forward, their log, and how they ended."""
+"""A trial: its commands (`madformer train`, `madformer evaluate`), their log, and how they ended (killed, failed, done)."""
 
 from __future__ import annotations
 

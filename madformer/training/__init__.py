@@ -1,1 +1,1 @@
-"""Training runs: the LightningModule, its callbacks, and what puts them together."""
+"""Training: the LightningModule, its callbacks, and the function that trains a run."""

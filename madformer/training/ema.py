@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, of whole tensors or of a device's shards."""
+"""The exponential moving average (EMA) of the weights, whole or sharded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics of a training step for the log: losses, averaged over micro-batches and devices, and speed."""
+"""Scalars of a training step for the log: losses, as means over micro-batches and devices, and speed."""
 
 from __future__ import annotations
 

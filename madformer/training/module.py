@@ -1,4 +1,4 @@
-"""The optimiser, the sharding, and the LightningModule that trains a step with both."""
+"""The optimiser, the learning rate schedule, sharding, and the LightningModule that uses them."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def unused_parameters(model: MADFormer, outputs: Iterable[str] | None = None) ->
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, max_steps: int) -> LambdaLR:
-    """The schedule of the learning rate, a new rate for every step."""
+    """The learning rate schedule (`wsd_factor`), updated at every step."""
     return LambdaLR(optimizer, lambda step: wsd_factor(step, config, max_steps))
 
 
 def wsd_factor(step: int, config: OptimizerConfig, max_steps: int) -> float:
-    """The factor of the learning rate at a step (0-based): linear warm-up, 1, then 0.5 ** (halvings * progress).
+    """The factor on the learning rate at a step (0-based): linear warm-up, 1, then 0.5 ** (halvings * progress).
 
     As in the released code; transformers' schedule of this name has no exponential decay.
     """

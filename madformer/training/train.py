@@ -1,4 +1,4 @@
-"""Train a run: resuming and stopping; the Trainer with its devices and strategy."""
+"""Train a run: build the Trainer with its devices and strategy, resume, and stop on signals."""
 
 from __future__ import annotations
 

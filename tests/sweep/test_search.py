@@ -159,7 +159,7 @@ def test_trials_that_cannot_be_compared_are_not_mixed(search_file, change, messa
 
 
 def test_two_objectives_and_a_budget_that_is_searched(search_file, capsys):
-    """A run is trained once, whatever the number of budgets that it is judged at."""
+    """A run is trained once, whatever the number of budgets that it is evaluated at."""
     pareto = (
         "search={space: {optimizer.lr: [0.003, 0.3]}, nfe: [16, 32], trials: 12, objectives: [distance, nfe], sampler: random}"
     )

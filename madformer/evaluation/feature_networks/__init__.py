@@ -1,4 +1,4 @@
-"""Networks whose features are compared, by name. A metric is named after its network: `fd_digits`."""
+"""Feature networks by name (`evaluation.feature_networks`). A metric is named after its network: `fd_digits`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features of digits: a small classifier in place of Inception, whose weights come with the package."""
+"""The feature network for digits: a small classifier, in place of Inception, whose weights ship with the package."""
 
 from __future__ import annotations
 

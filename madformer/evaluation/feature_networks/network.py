@@ -1,4 +1,4 @@
-"""What a feature network is: images in, features out, and all that tells two of them apart; custom networks."""
+"""The interface of a feature network (images in, features out, a hash), and custom networks."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class FeatureNetwork:
 
         Raises:
             ValueError: images that are not finite, of another type, or of a shape that the network does not take.
-            ConfigError: a network of one's own gives something else than [B, d].
+            ConfigError: a custom network returns something else than [B, d].
         """
         if images_BCYX.ndim != 4:
             raise ValueError(f"images of shape {list(images_BCYX.shape)}: {self.name} needs [B, C, Y, X]")
