@@ -30,14 +30,14 @@ def build_custom(location: str, class_name: str) -> Any:
         raise InputError(f"no such file: {location}")
     try:
         module = _import_file(Path(location)) if location.endswith(".py") else importlib.import_module(location)
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise InputError(f"{location} cannot be imported: {describe(error)}") from error
     custom = getattr(module, class_name, None)
     if not isinstance(custom, type):
         raise InputError(f"{location} has no class {class_name}")
     try:
         return custom()
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise InputError(f"{class_name}() fails: {describe(error)}") from error
 
 

@@ -46,7 +46,7 @@ VARIANT = "variant"
 DISTANCE = "distance"
 """The objective of a search that stands for the distance of the first feature network."""
 
-COSTS = ("nfe", "tflops")
+COST_OBJECTIVES = ("nfe", "tflops")
 """Objectives of a search that are costs, not metrics."""
 
 _FIELDS = tuple(all_keys(ExperimentConfig))
@@ -114,10 +114,10 @@ class Search:
         require_distinct("search.objectives", self.objectives)
         for name in objectives:
             key = metric_key(name)
-            legal = name in (DISTANCE, *COSTS) or (key is not None and METRICS[key].is_distance)
-            remedy = f"must be {DISTANCE}, {', '.join(COSTS)}, or a distance such as fid or fd_digits"
+            legal = name in (DISTANCE, *COST_OBJECTIVES) or (key is not None and METRICS[key].is_distance)
+            remedy = f"must be {DISTANCE}, {', '.join(COST_OBJECTIVES)}, or a distance such as fid or fd_digits"
             require(legal, "search.objectives", name, remedy)
-        legal = any(name not in COSTS for name in objectives)
+        legal = any(name not in COST_OBJECTIVES for name in objectives)
         require(legal, "search.objectives", objectives, f"one must be {DISTANCE}: costs alone need no training")
         legal = "nfe" not in objectives or len(self.nfe) > 1
         require(legal, "search.nfe", list(self.nfe), "an objective is the NFE: name several budgets")

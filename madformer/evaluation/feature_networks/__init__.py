@@ -36,6 +36,7 @@ def build_feature_network(name: str, device: torch.device | str = "cpu") -> Feat
     check_feature_network_name(name)
     try:
         with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # random weights of a custom network are the same in every process
             network = _build(name)
     except InputError as error:
         raise network_error(name, error) from error

@@ -51,6 +51,10 @@ class Failing(Plain):
     def __init__(self):
         raise KeyError("weights\\nare elsewhere")
 
+class Leaving(Plain):
+    def __init__(self):
+        raise SystemExit(3)
+
 class Maps(Plain):
     def __call__(self, images):
         return images
@@ -251,6 +255,12 @@ def test_own_hash_follows_weights_and_code(user_file):
     assert len(first) == 64 and first == again and len({first, *others}) == 3
 
 
+def test_random_weights_are_the_same_whenever_a_network_is_built(user_file):
+    first = build_feature_network("mine.py:Plain").sha256
+    torch.rand(3)
+    assert build_feature_network("mine.py:Plain").sha256 == first
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -259,6 +269,7 @@ def test_own_hash_follows_weights_and_code(user_file):
         ("mine.py:Missing", "mine.py has no class Missing"),
         ("mine.py:NoCall", "NoCall cannot be called: it needs forward or __call__"),
         ("mine.py:Failing", "Failing() fails: KeyError: 'weights\\nare elsewhere'"),
+        ("mine.py:Leaving", "Leaving() fails: SystemExit: 3"),
         ("mine.py:Misnumbered", "Misnumbered.num_features must be an integer of at least 1, not 'many'"),
         ("mine.py:Maps", "must give features of shape [2, d], floating point; not [2, 3, 256, 256], torch.float32"),
         ("mine.py:Whole", "must give features of shape [2, d], floating point; not [2, 196608], torch.int64"),
