@@ -151,17 +151,17 @@ def test_killed_it_goes_on_with_the_samples_that_it_has(tmp_path):
     config, *_ = make_run(tmp_path / "killed", *overrides)
     shutil.copytree(tmp_path / "killed", tmp_path / "whole")
     kept = config.run_dir / "features"
-    run_until(command("evaluate", config.run_dir, "--steps", 20), lambda: list(kept.glob("*/part-*")), tmp_path / "log")
+    run_until(command("evaluate", config.run_dir, "--steps", 8), lambda: list(kept.glob("*/part-*")), tmp_path / "log")
     [folder] = kept.iterdir()
     had = len(module.read_indices(folder))
     assert 0 < had < 192 and not record_path(config.run_dir).exists()
-    request = parse_request(config, steps="20")
+    request = parse_request(config, steps="8")
     sampled = []
     share = Share(0, 1, "cpu", sampled.append)
     evaluate_share(share, request, tasks_of(request))
     assert sampled[-1] == 192 - had, "no sample is made twice"
     whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
-    [expected] = evaluate(parse_request(whole, steps="20"))
+    [expected] = evaluate(parse_request(whole, steps="8"))
     assert [point["metrics"] for point in read_points(config.run_dir)] == only_metrics([expected])
 
 
