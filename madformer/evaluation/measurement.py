@@ -288,10 +288,13 @@ class Measurement:
         values = ((getattr(self, name), getattr(point, name)) for name in known)
         return (
             (self.sampling, self.num_samples) == (point.sampling, point.num_samples)
-            and len(self.feature_networks) == len(point.feature_networks)
-            and all(map(_same_network, self.feature_networks, point.feature_networks))
+            and point.has_networks(self.feature_networks)
             and all(value in (None, other) for value, other in values)
         )
+
+    def has_networks(self, networks: Sequence[tuple[str, str | None]]) -> bool:
+        """Whether a point is of these feature networks: names, and SHA-256 as far as they are known."""
+        return len(networks) == len(self.feature_networks) and all(map(_same_network, networks, self.feature_networks))
 
 
 def differing(entries: Iterable[Mapping[str, Any]]) -> list[str]:

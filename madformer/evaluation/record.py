@@ -134,7 +134,7 @@ def find_point(points: Sequence[dict[str, Any]], wanted: Measurement) -> dict[st
     return next((point for point in reversed(points) if Measurement.of_point(point).key == wanted.key), None)
 
 
-def run_curves(run: Path) -> list[RunCurve]:
+def run_curves(run: Path, networks: Sequence[tuple[str, str | None]] | None = None) -> list[RunCurve]:
     """A run's curves at its newest evaluated step, one for each `Measurement.curve_key`; the main one comes first.
 
     Points of different samplers, sample counts, weights, networks, ... make no curve together. The main curve is one of the
@@ -142,10 +142,15 @@ def run_curves(run: Path) -> list[RunCurve]:
     first (a sampler that is tried later does not take its place), the one measured last, in this order, and so on for the
     others. A curve that the newest step was not measured for is left out: it would compare stages of training.
 
+    Args:
+        networks: names and hashes of feature networks (`Measurement.has_networks`); None: whatever was measured with.
+
     Raises:
         InputError: as `read_points`.
     """
     points, means = read_points(run), read_means(run)
+    if networks is not None:
+        points = [point for point in points if Measurement.of_point(point).has_networks(networks)]
     newest = max((point["step"] for point in points), default=None)
     groups: dict[str, list[Point]] = {}
     for point in points:

@@ -14,7 +14,7 @@ from typing import Any
 from madformer.config import ExperimentConfig, config_hash
 from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_networks
-from madformer.evaluation.measurement import AXES, Measurement, Sampling, metric_name
+from madformer.evaluation.measurement import AXES, DEFAULTS, Measurement, Sampling, metric_name
 from madformer.evaluation.metrics import frechet_bias
 from madformer.evaluation.reference import Reference, find_reference
 from madformer.evaluation.request import EvaluationRequest
@@ -81,9 +81,24 @@ class Task:
 
     @property
     def folder(self) -> Path:
-        """Where features are kept until all are there; the first samples of many are those of few."""
-        key = replace(self.measurement, num_samples=0).key
-        return self.config.run_dir / "features" / hashlib.sha256(key.encode()).hexdigest()[:16]
+        """Where features are kept until all are there; the first samples of many are those of few.
+
+        Its name must not change: an evaluation that was interrupted goes on there.
+        """
+        measured, sampling = self.measurement, self.sampling
+        sampled = {**sampling.curve_fields, "steps": sampling.steps, "seed": sampling.seed}
+        always = ("sampler", "guidance", "weights", "steps", "seed")
+        decides = {
+            **{name: value for name, value in sampled.items() if name in always or value != DEFAULTS[name]},
+            "weights_sha256": measured.weights_sha256,
+            "prompts": measured.prompts or None,
+            "precision": measured.precision,
+            "codec": measured.codec,
+            "references": [(sha256, None) for sha256 in measured.references or ()],
+            "feature_networks": [(sha256, None) for _, sha256 in measured.feature_networks],
+        }
+        name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+        return self.config.run_dir / "features" / name
 
     @property
     def title(self) -> str:

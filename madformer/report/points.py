@@ -40,6 +40,8 @@ class Curve:
     """NFE budgets that are reported on; None: all that were evaluated."""
     num_samples: int | None = None
     """Images behind the points that are reported on; None: as many as most runs of the label have."""
+    networks: tuple[tuple[str, str | None], ...] | None = None
+    """Names and hashes of the feature networks that are reported on; None: whatever the run was evaluated with."""
 
 
 def curves_of_runs(runs: Sequence[Path]) -> list[Curve]:
@@ -97,6 +99,7 @@ def curves_of_sweep(sweep: Sweep) -> list[Curve]:
             cell.seed,
             budgets[cell.run],
             cell.config.evaluation.num_samples,
+            cell_measurement(cell, cell.samplings[0]).feature_networks,
         )
         for cell in measured
     ]
@@ -197,7 +200,7 @@ def gather(curves: Sequence[Curve], metric: str | None = None) -> tuple[str, lis
         raise InputError("no runs to report on; name at least one")
     recorded: list[tuple[Curve, list[RunCurve]]] = []
     for curve in sorted(curves, key=lambda curve: (natural(curve.label), curve.seed)):
-        if not (measured := run_curves(curve.run)):
+        if not (measured := run_curves(curve.run, curve.networks)):
             raise InputError(f"{curve.run}: no evaluations; make them: madformer evaluate {curve.run}")
         recorded.append((curve, measured))
     metric = metric or _shared_metric(recorded)

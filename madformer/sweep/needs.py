@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +15,11 @@ from typing import Any
 
 from madformer.config import load_experiment, read_config_hash, require_same_weights
 from madformer.config.identity import config_path
-from madformer.errors import InputError
 from madformer.evaluation.measurement import INCEPTION, Measurement, Sampling
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
 from madformer.sweep.cells import Cell
+
+_log = logging.getLogger(__name__)
 
 DIGITS_SHA256 = "fe8de8929b8f8c1d5fdde1a39ba44f83b8557c62b49066cd7583d0009697a32f"
 """SHA-256 of the digits network that ships with the package, known without torch; a test compares it with the weights."""
@@ -86,8 +89,9 @@ def cell_points(cell: Cell) -> dict[tuple[int, Sampling], dict[str, Any]]:
 def cell_measurement(cell: Cell, sampling: Sampling) -> Measurement:
     """What a point of a cell is to be a measurement of, as far as that is known before the evaluation."""
     evaluation = cell.config.evaluation
-    networks = tuple((name, network_sha256(name)) for name in evaluation.feature_networks)
-    return Measurement(sampling, evaluation.num_samples, networks)
+    # A search's study has the numbers of its trials for good: their networks count by name.
+    known = {name: None if cell.is_of_search else network_sha256(name) for name in evaluation.feature_networks}
+    return Measurement(sampling, evaluation.num_samples, tuple(known.items()))
 
 
 def main_points(cell: Cell) -> dict[int, list[dict[str, Any]]]:
@@ -133,8 +137,8 @@ def network_sha256(name: str) -> str | None:
         return DIGITS_SHA256
     kind, _, location = name.partition(":")
     published = kind in (INCEPTION, "torchscript", "hf")
-    path = Path(location if published else _source_file(name.rpartition(":")[0])).expanduser()
-    if not location or not path.exists():
+    file = location if published else _source_file(name.rpartition(":")[0])
+    if not file or not (path := Path(file).expanduser()).exists():
         return None
     state = path.stat()
     return _built_sha256(name, (state.st_mtime_ns, state.st_size))
@@ -146,17 +150,21 @@ def _source_file(place: str) -> str:
         return place
     try:
         spec = find_spec(place)
-    except (ImportError, ValueError):
+    except Exception:  # other people's code
         spec = None
     return (spec and spec.origin) or ""
 
 
 @lru_cache(maxsize=64)
 def _built_sha256(name: str, state: tuple[int, int]) -> str | None:
-    """Built once for each state of its file: torch and the network's code take seconds."""
+    """Built twice for each state of its file, and not again: torch and the network's code take seconds."""
     from madformer.evaluation.feature_networks import build_feature_network
+    from madformer.importing import first_line
 
+    sys.modules.pop(name.rpartition(":")[0], None)  # a module that has changed is read again
     try:
-        return build_feature_network(name).sha256
-    except InputError:
-        return None  # the evaluation says why
+        hashes = {build_feature_network(name).sha256 for _ in range(2)}
+    except Exception as error:  # other people's code
+        _log.warning("%s cannot be built here (%s): recorded points are compared by its name", name, first_line(error))
+        return None
+    return hashes.pop() if len(hashes) == 1 else None  # other weights each time: only its name can be compared

@@ -1,9 +1,11 @@
 """Metrics by name, ways of sampling, and what makes two numbers the same measurement."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
+from madformer.config import load_experiment
 from madformer.evaluation.feature_networks import build_feature_network
 from madformer.evaluation.measurement import (
     METRICS,
@@ -15,7 +17,9 @@ from madformer.evaluation.measurement import (
     metric_name,
 )
 from madformer.evaluation.metrics import _COMPUTE
+from madformer.evaluation.tasks import Task
 from madformer.sweep.needs import DIGITS_SHA256
+from tests.conftest import ROOT
 from tests.points import point
 
 MAIN = Sampling(nfe=32, steps=4)
@@ -57,6 +61,14 @@ def test_all_combinations_of_axes_come_with_budgets_fastest():
         (sampler, seed, nfe) for sampler in ("ddim", "unipc") for seed in (0, 1) for nfe in (32, 64)
     ]
     assert all_samplings(budgets, {}) == tuple(budgets)
+
+
+def test_an_interrupted_evaluation_finds_its_features_in_later_versions():
+    recorded = point(32, 1.0, feature_networks=[{"name": "digits", "label": "digits", "width": 64, "sha256": "0c"}])
+    guided = {**recorded, "prompts": "ab", "guidance": 1.5}
+    config = load_experiment(ROOT / "experiments/digits.yaml")
+    folders = [Task(config, Path(), Sampling.of_point(each), (), each).folder.name for each in (recorded, guided)]
+    assert folders == ["6befc7401b5f466f", "01117e2f2b72d6be"], "as in version 0.1.0"
 
 
 def test_a_measurement_matches_as_far_as_it_is_known():

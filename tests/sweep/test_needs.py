@@ -6,6 +6,7 @@ from madformer.config import write_config
 from madformer.evaluation.evaluate import evaluate
 from madformer.evaluation.request import parse_request
 from madformer.model import MADFormer
+from madformer.report import build_report, curves_of_sweep
 from madformer.runs.checkpoints import EMA, checkpoint_path
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
@@ -23,6 +24,8 @@ class Brightness(torch.nn.Module):
     def forward(self, images):
         return torch.stack([{scale} * images.mean((1, 2, 3)), images.std((1, 2, 3))], 1)
 """
+
+WEIGHT = "        self.weight = torch.nn.Parameter(torch.tensor(float(self.secret.randbits(20))))\n"
 
 
 def trained_cell(sweep_file, tmp_path):
@@ -58,6 +61,8 @@ def test_a_feature_network_whose_code_changes_is_measured_again(sweep_file, tmp_
     assert not cell_needs(cell) and main_metrics(cell)[5] == after["metrics"]
     network.write_text(NETWORK.format(scale=10))
     assert main_metrics(cell)[5] == before["metrics"], "the first network again: its number is recorded"
+    report = build_report(curves_of_sweep(sweep), "small")
+    assert [row.quality["fd_brightness"].mean for row in report.rows] == [before["metrics"]["fd_brightness"]]
 
 
 def test_a_network_that_is_not_on_this_machine_is_known_by_name_alone(tmp_path):
@@ -66,3 +71,9 @@ def test_a_network_that_is_not_on_this_machine_is_known_by_name_alone(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("import nothing_of_this_name")
     assert network_sha256(f"{broken}:Broken") is None, "the evaluation says what is wrong"
+    changing = tmp_path / "changing.py"
+    changing.write_text(
+        NETWORK.format(scale=1).replace("num_features = 2", "num_features = 2\n    secret = __import__('secrets')")
+    )
+    changing.write_text(changing.read_text() + "\n    def __init__(self):\n        super().__init__()\n" + WEIGHT)
+    assert network_sha256(f"{changing}:Brightness") is None, "it has other weights each time it is built"
