@@ -205,7 +205,7 @@ class ImageSamples:
         return self.source.num_rows
 
     def read(self, samples: np.ndarray, flipped_B: np.ndarray) -> tuple[Batch, list[str]]:
-        """Images as `ImageReader` gives them; a broken one is replaced by one of the rows behind it."""
+        """Images from `ImageReader`. A broken image is replaced by one of the next rows."""
         return self.reader.read((self._rows_from(int(sample)) for sample in samples), flipped_B)
 
     def _rows_from(self, sample: int) -> Iterator[Row]:

@@ -71,7 +71,7 @@ def curves_of_runs(runs: Sequence[Path]) -> list[Curve]:
 
 
 def curves_of_sweep(sweep: Sweep) -> list[Curve]:
-    """All cells that were evaluated as the sweep has it, at its own budgets, with a word on the others.
+    """All cells that were evaluated as the sweep says, at its budgets. A warning names how many others there are.
 
     Raises:
         InputError: none is evaluated; the message says how to do that.
@@ -282,7 +282,7 @@ def _groups(chosen: Sequence[tuple[Curve, Sequence[RunCurve]]]) -> list[Group]:
 
 
 def _alike(entries: Sequence[tuple[Curve, RunCurve]]) -> list[tuple[Curve, RunCurve]]:
-    """One curve for each run, all of the same step and number of samples; runs without such a one are left out, with a word.
+    """One curve for each run, all of the same step and number of samples. Other runs are left out with a warning.
 
     Of several steps it is the newest, then the number of samples that most runs have, then the greatest.
     """

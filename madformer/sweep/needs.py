@@ -131,7 +131,7 @@ def _requested(cell: Cell) -> list[tuple[int, Sampling]]:
 def network_sha256(name: str) -> str | None:
     """The SHA-256 of a feature network that lies on this machine; None: it is the hub's, or it cannot be built here.
 
-    So a network whose code or weights have changed is known for another one before anything is evaluated.
+    It tells before any evaluation whether a network's code or weights have changed.
     """
     if name == "digits":
         return DIGITS_SHA256
@@ -157,7 +157,7 @@ def _source_file(place: str) -> str:
 
 @lru_cache(maxsize=64)
 def _built_sha256(name: str, state: tuple[int, int]) -> str | None:
-    """Built twice for each state of its file, and not again: torch and the network's code take seconds."""
+    """Built twice, to see whether its weights repeat, and only once for each state of its file: it takes seconds."""
     from madformer.evaluation.feature_networks import build_feature_network
     from madformer.importing import first_line
 

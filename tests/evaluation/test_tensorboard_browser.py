@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a sweep: asked of its server, and seen in a real browser where there is one.
+"""TensorBoard shows a sweep: its server is asked, and a real browser if one is installed.
 
 `make test-browser LOGDIR=runs/SWEEP` looks at a sweep of yours on digits, not at a tiny one that it trains.
 """
