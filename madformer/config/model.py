@@ -124,8 +124,12 @@ class ModelConfig:
     prediction_type: Literal["sample", "epsilon", "v_prediction"] = "sample"
     """What the network predicts for the noisy block."""
     clean_timestep: Literal["zero", "released"] = "zero"
-    """Timestep that clean blocks are embedded with. zero: 0; released: as in the released code, the noisy block's in training
-    and the scheduler's last when sampling."""
+    """Timestep of what is not noisy. zero: clean blocks are embedded at 0, auxiliary outputs leave the upsampler at -1000, far
+    from every noisy block's timestep; released: as in the released code, both at the noisy block's timestep in training, and
+    clean blocks at the scheduler's last one when sampling."""
+    timestep_embedding: Literal["raw", "sinusoidal"] = setting("raw", neutral="raw")
+    """Input of the two layers that embed a timestep. raw: the integer, as in the released code; sinusoidal: sines and cosines
+    of it, `unet.time_embed_dim` in all, with periods from 2 pi to 20,000 pi."""
     unet: UNetConfig = field(default_factory=UNetConfig)
     """The U-Net that turns blocks into tokens and back."""
     text: TextConfig | None = None
@@ -144,6 +148,9 @@ class ModelConfig:
         require_types("model", self)
         legal = is_integer(self.diffusion_depth) and 1 <= self.diffusion_depth <= self.depth
         require(legal, "model.diffusion_depth", self.diffusion_depth, f"must be in 1..{self.depth} (model.depth)")
+        legal = self.timestep_embedding == "raw" or self.unet.time_embed_dim % 2 == 0
+        remedy = "must be even with model.timestep_embedding=sinusoidal"
+        require(legal, "model.unet.time_embed_dim", self.unet.time_embed_dim, remedy)
         self._check_blocks()
         self._check_heads()
 

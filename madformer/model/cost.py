@@ -221,9 +221,10 @@ class CostCounter:
         self.parameters += 2 * channels
         self.kept += rows**2 * channels
 
-    def time_embedding(self, dim: int) -> None:
+    def time_embedding(self, config: ModelConfig) -> None:
         """The two layers that embed the timestep."""
-        self.linear(1, dim, bias=False)
+        dim = config.unet.time_embed_dim
+        self.linear(dim if config.timestep_embedding == "sinusoidal" else 1, dim, bias=False)
         self.linear(dim, dim, bias=False)
 
     def resnet(self, inputs: int, outputs: int, rows: int, time_dim: int) -> None:
@@ -252,7 +253,7 @@ def downsampler(config: ModelConfig) -> CostCounter:
     """What the downsampler costs for one block."""
     unet, rows, counter = config.unet, config.block_size, CostCounter()
     counter.conv(config.latent_channels, unet.channels[0], rows)
-    counter.time_embedding(unet.time_embed_dim)
+    counter.time_embedding(config)
     for level, channels in enumerate(unet.channels):
         for layer in range(unet.layers[level]):
             inputs = channels if layer else unet.channels[max(level - 1, 0)]
@@ -270,7 +271,7 @@ def upsampler(config: ModelConfig) -> CostCounter:
     """What the upsampler costs for one block."""
     unet, rows, counter = config.unet, config.token_rows, CostCounter()
     counter.conv(config.width, unet.channels[-1], rows)
-    counter.time_embedding(unet.time_embed_dim)
+    counter.time_embedding(config)
     for level in reversed(range(len(unet.channels))):
         channels = unet.channels[level]
         for inputs in _upsampler_inputs(unet, level):

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import cast
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, AttnUpBlock2D, DownBlock2D, UpBlock2D
 from einops import rearrange
 from torch import Tensor, nn
@@ -69,11 +70,13 @@ def _replace_group_norms(network: nn.Module) -> None:
 
 
 class TimestepEmbedding(nn.Module):
-    """The raw timestep through two linear layers; no sinusoids."""
+    """A timestep through two linear layers: the raw number, as released, or its sines and cosines (section 5.4 of ADM)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(1, dim, bias=False)
+        dim = config.unet.time_embed_dim
+        self.sinusoids = dim if config.timestep_embedding == "sinusoidal" else 0
+        self.linear_1 = nn.Linear(self.sinusoids or 1, dim, bias=False)
         self.linear_2 = nn.Linear(dim, dim, bias=False)
 
     def forward(self, t_U: Tensor) -> Tensor:
@@ -84,7 +87,8 @@ class TimestepEmbedding(nn.Module):
         with full_precision:
             first, second = self.linear_1.weight, self.linear_2.weight
             dtype = torch.promote_types(first.dtype, torch.float32)
-            hidden = nn.functional.silu(nn.functional.linear(t_U[:, None].to(dtype), first.to(dtype)))
+            features = get_timestep_embedding(t_U, self.sinusoids).to(dtype) if self.sinusoids else t_U[:, None].to(dtype)
+            hidden = nn.functional.silu(nn.functional.linear(features, first.to(dtype)))
             return nn.functional.linear(hidden, second.to(dtype)).to(second.dtype)
 
 
@@ -95,7 +99,7 @@ class Downsampler(nn.Module):
         super().__init__()
         unet = config.unet
         self.conv_in = nn.Conv2d(config.latent_channels, unet.channels[0], kernel_size=3, padding=1)
-        self.time_embedding = TimestepEmbedding(unet.time_embed_dim)
+        self.time_embedding = TimestepEmbedding(config)
         self.down_blocks = nn.ModuleList(_down_block(unet, level) for level in range(len(unet.channels)))
         self.conv_out = nn.Conv2d(unet.channels[-1], config.width, kernel_size=3, padding=1)
         _replace_group_norms(self)
@@ -118,7 +122,7 @@ class Upsampler(nn.Module):
         super().__init__()
         unet = config.unet
         self.conv_in = nn.Conv2d(config.width, unet.channels[-1], kernel_size=3, padding=1)
-        self.time_embedding = TimestepEmbedding(unet.time_embed_dim)
+        self.time_embedding = TimestepEmbedding(config)
         self.up_blocks = nn.ModuleList(_up_block(unet, level) for level in reversed(range(len(unet.channels))))
         self.conv_out = nn.Conv2d(unet.channels[0], config.latent_channels, kernel_size=3, padding=1)
         _replace_group_norms(self)

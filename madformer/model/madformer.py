@@ -27,6 +27,10 @@ from madformer.model.embedding import (
 from madformer.model.layer import DecoderLayer, Rope, rope
 from madformer.model.layer_plan import TOWERS, embedded_block_count, existing_outputs, layer_plans
 
+AUXILIARY_TIMESTEP = -1000
+"""Where auxiliary outputs leave the upsampler. Its embedding must be far from those of noisy blocks, t = 0 .. 999: at t = 0 the
+upsampler learns to predict a block from the condition, and no longer to denoise it."""
+
 
 @dataclass
 class Outputs:
@@ -88,7 +92,8 @@ class MADFormer(nn.Module):
             clean_BLCYX: clean latents, [B, L, C, Y, X].
             noisy_BLCYX: noisy latents, [B * k, L, C, Y, X]; k draws share the clean tower and the AR stage.
             t_BL: the noisy blocks' timesteps, [B * k, L].
-            clean_t_BL: timesteps that clean blocks are embedded with, [B, L]; None: as `config.clean_timestep` says.
+            clean_t_BL: timesteps that clean blocks are embedded with, [B, L]; None: as `config.clean_timestep` says. With
+                `released`, auxiliary outputs leave the upsampler at these timesteps; else at `AUXILIARY_TIMESTEP`.
             text: token ids [B, T]; None: the null text.
             outputs: names of the auxiliary outputs to compute (`layer_plan.AUXILIARY_OUTPUTS`); None: all that exist.
 
@@ -124,13 +129,13 @@ class MADFormer(nn.Module):
         for layer, context in run.diffusion_stage:
             x = layer(x, run.ropes, context)
 
-        # z = Proj(h_N); the auxiliary outputs go through the same upsampler, at the clean blocks' timestep.
+        # z = Proj(h_N); the auxiliary outputs go through the same upsampler, at a timestep of their own.
         result = Outputs(self.unembed(x["noise"], t_BL, noisy_skips))  # [B * k, L, C, Y, X]
         if "condition" in run.outputs and condition_BPD is not None:
             skips = self._shift_skips(clean_skips, len(clean_BLCYX))
-            result.condition_BLCYX = self.unembed(condition_BPD, run.clean_t_BL, skips)  # [B, L, C, Y, X]
+            result.condition_BLCYX = self.unembed(condition_BPD, run.auxiliary_t_BL, skips)  # [B, L, C, Y, X]
         if "clean_tower" in run.outputs:
-            result.clean_tower_BLCYX = self.unembed(x["clean"], run.clean_t_BL, clean_skips)  # [B, L, C, Y, X]
+            result.clean_tower_BLCYX = self.unembed(x["clean"], run.auxiliary_t_BL, clean_skips)  # [B, L, C, Y, X]
         if "text_logits" in run.outputs and self.text is not None:
             result.text_logits = self.text.logits(x["text"])  # [B, T, V]
         return result
@@ -206,6 +211,8 @@ class _Run:
     draws: int
     """Noise draws per image (k)."""
     clean_t_BL: Tensor
+    auxiliary_t_BL: Tensor
+    """Timesteps at which the auxiliary outputs leave the upsampler."""
     text_BT: Tensor | None
     clean_blocks: int
     """Clean blocks in the sequence."""
@@ -230,6 +237,8 @@ def _prepare(
     text_BT = _prompts(config, text, len(clean_BLCYX), device)
     text_tokens = 0 if text_BT is None else text_BT.shape[1]
     outputs = existing_outputs(config, outputs)
+    clean_t_BL = _clean_timesteps(config, t_BL, draws) if clean_t_BL is None else clean_t_BL
+    released = config.clean_timestep == "released"
     plans = layer_plans(config, outputs, text_tokens, draws)
     backend = choose_backend(config, model.boi_SD.device, model.boi_SD.dtype)
     checkpointing = config.activation_checkpointing and torch.is_grad_enabled()
@@ -242,7 +251,8 @@ def _prepare(
     return _Run(
         outputs=outputs,
         draws=draws,
-        clean_t_BL=_clean_timesteps(config, t_BL, draws) if clean_t_BL is None else clean_t_BL,
+        clean_t_BL=clean_t_BL,
+        auxiliary_t_BL=clean_t_BL if released else torch.full_like(clean_t_BL, AUXILIARY_TIMESTEP),
         text_BT=text_BT,
         clean_blocks=plans[0].clean_blocks,
         embedded_blocks=embedded_block_count(config, outputs),

@@ -31,7 +31,12 @@ _LAYER_NAMES = {
 
 _TOWER_NUMBERS = {"clean": 0, "noise": 1}
 
-_RELEASED_FIELDS = {"rope": "released", "prediction_type": "epsilon", "clean_timestep": "released"}
+_RELEASED_FIELDS = {
+    "rope": "released",
+    "prediction_type": "epsilon",
+    "clean_timestep": "released",
+    "timestep_embedding": "raw",
+}
 """Fields that are the same in every released model."""
 
 _UNET_CONSTANTS = {"groups": 8, "num_heads": 8}
