@@ -184,9 +184,10 @@ def test_bfloat16_autocast_keeps_residual_stream_and_outputs_in_float32():
     assert 0 < difference < 0.1 * exact.denoised_BLCYX.norm()
 
 
-def test_neighbouring_timesteps_stay_apart_under_autocast():
+@pytest.mark.parametrize("form", ["raw", "sinusoidal"])
+def test_neighbouring_timesteps_stay_apart_under_autocast(form):
     torch.manual_seed(0)
-    embedding = TimestepEmbedding(128)
+    embedding = TimestepEmbedding(tiny(timestep_embedding=form)).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         late, later = embedding(torch.tensor([998, 999]))
     assert late.dtype == torch.float32 and not torch.equal(late, later)
