@@ -210,7 +210,7 @@ def test_the_first_condition_is_made_of_the_boi_block_alone():
     config = model.config
     skips = [torch.zeros(2, c, rows, rows, dtype=torch.float64) for c, rows in skip_shapes(config.unet, config.block_size)]
     features = model.boi_SD.T.unflatten(1, (2, 2)).expand(2, -1, -1, -1)
-    expected = model.upsampler(features, torch.zeros(2), tuple(skips))
+    expected = model.upsampler(features, torch.full((2,), AUXILIARY_TIMESTEP), tuple(skips))
     torch.testing.assert_close(forward(model).condition_BLCYX[:, 0], expected)
 
 
