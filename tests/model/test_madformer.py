@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from madformer.model import MADFormer
 from madformer.model.embedding import TimestepEmbedding, skip_shapes
 from madformer.model.layer_plan import existing_outputs, layer_plans
+from madformer.model.madformer import AUXILIARY_TIMESTEP
 from tests.conftest import SWITCHES, TEXT, build, latents, prompts, switch_name, timesteps, tiny
 
 configs = st.builds(
