@@ -16,7 +16,7 @@ import typer
 
 from madformer import __version__
 from madformer.config import load_experiment, load_run
-from madformer.config.evaluation import SamplerName
+from madformer.config.evaluation import SPACINGS, SamplerName
 from madformer.errors import DataError, InputError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ sweep_app = typer.Typer(help="Grids of runs.", no_args_is_help=True, rich_markup
 app.add_typer(sweep_app, name="sweep")
 
 _SAMPLERS = ", ".join(get_args(SamplerName))
+_INTERVAL = "Timesteps at which guidance acts, such as 100/900, or all"
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields that replace the file's.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
@@ -81,7 +82,9 @@ def evaluate(
     checkpoints: Annotated[str, typer.Option(help="newest, last5 (each, and their mean), or a step.")] = "newest",
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
     sampler: Annotated[str | None, typer.Option(help=f"{_SAMPLERS}; several with commas.")] = None,
+    spacing: Annotated[str | None, typer.Option(help=f"{SPACINGS}; several with commas.")] = None,
     guidance: Annotated[str | None, typer.Option(help="Scales of classifier-free guidance, such as 1,1.5.")] = None,
+    guidance_interval: Annotated[str | None, typer.Option(help=f"{_INTERVAL}; several with commas.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds of sampling, such as 0,1,2: each, and their mean.")] = None,
     reference: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Statistics of the reference images, one for each network.")
@@ -93,7 +96,8 @@ def evaluate(
     from madformer.evaluation.request import parse_request
 
     options = {"references": tuple(reference or ()), "devices": devices, "diagnostics": diagnostics}
-    axes = {"sampler": sampler, "guidance": guidance, "seed": seeds}
+    axes = {"sampler": sampler, "spacing": spacing, "guidance": guidance, "seed": seeds}
+    axes |= {"guidance_interval": guidance_interval}
     request = parse_request(load_run(run, overrides or []), nfe, steps, num_samples, checkpoints, weights, axes, **options)
     from madformer.evaluation.evaluate import evaluate
 
@@ -112,14 +116,17 @@ def sample(
     classes: Annotated[str | None, typer.Option(metavar="207,360", help="Classes, in turn; default: all of them.")] = None,
     prompt: Annotated[str | None, typer.Option(help="A text for all images, instead of classes.")] = None,
     sampler: Annotated[str | None, typer.Option(help=f"One of {_SAMPLERS}.")] = None,
+    spacing: Annotated[str | None, typer.Option(help=f"One of {SPACINGS}.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; 1: none.")] = None,
+    guidance_interval: Annotated[str | None, typer.Option(help=f"{_INTERVAL}.")] = None,
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
     devices: Annotated[int | None, typer.Option(min=1, help="Devices that share the work; default: all GPUs.")] = None,
 ) -> None:
     """Write images, and a grid of them; those that are there already are left alone."""
     from madformer.evaluation.request import parse_sampling
 
-    axes = {"sampler": sampler, "guidance": guidance, "seed": seed}
+    axes = {"sampler": sampler, "spacing": spacing, "guidance": guidance, "seed": seed}
+    axes |= {"guidance_interval": guidance_interval}
     options = {"classes": classes, "prompt": prompt, "devices": devices}
     request = parse_sampling(load_run(run), num, steps, nfe, weights, axes, **options)
     from madformer.evaluation.write_samples import write_samples

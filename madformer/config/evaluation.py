@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from madformer.config.validation import is_integer, require, require_at_least, require_types
 
 SamplerName = Literal["ddim", "ddpm", "dpmsolver++", "unipc"]
 """Samplers by name. All but `ddpm` are deterministic; each evaluates the network once per step."""
+
+SPACINGS = "uniform, power:P with P of at least 1, logsnr, karras:RHO, or list:999/500/0"
+"""How the timesteps of a sampler are spaced (`diffusion.samplers.spaced_timesteps`)."""
+
+ALL_TIMESTEPS = "all"
+"""The guidance interval that leaves no timestep out."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,13 @@ class EvaluationConfig:
     """Sampling seed. Sample i depends only on (seed, i) and the weights."""
     sampler: SamplerName = "ddim"
     """Sampler that denoises the blocks."""
+    spacing: str = "uniform"
+    """How the sampler's timesteps are spaced: `uniform`; `power:P`, denser at small timesteps for P > 1; `logsnr`, uniform in
+    the logarithm of the signal-to-noise ratio; `karras:RHO`, EDM's; `list:999/500/0`, these timesteps."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1: no guidance."""
+    guidance_interval: str = ALL_TIMESTEPS
+    """Timesteps at which guidance acts: `all`, or the lowest and the highest one, such as `100/900`."""
     feature_networks: tuple[str, ...] = ()
     """Networks whose features are compared, all on the same samples: `inception` or `inception:FILE` (FID's),
     `torchscript:FILE`, `hf:MODEL` (of transformers), `digits`, or a class of your own as `module.path:Class` or
@@ -62,6 +74,8 @@ class EvaluationConfig:
                 f"must be at most {MAX_SAMPLES:,}, each has a seed of its own",
             )
         require(math.isfinite(self.guidance), "evaluation.guidance", self.guidance, "must be a number")
+        object.__setattr__(self, "spacing", canonical_spacing(self.spacing))
+        parse_interval(self.guidance_interval)
         for name in self.feature_networks:
             check_feature_network_name(name)
         twice = len(set(self.feature_networks)) < len(self.feature_networks)
@@ -93,3 +107,46 @@ def check_feature_network_name(name: str) -> None:
     """
     legal = "digits, inception, inception:FILE, torchscript:FILE, hf:MODEL, module.path:Class or file.py:Class"
     require(_LEGAL.fullmatch(name) is not None, "evaluation.feature_networks", name, f"must be {legal}")
+
+
+def canonical_spacing(text: str) -> str:
+    """A spacing in the one form that records know: `power:2.0` is `power:2`, and `power:1` is `uniform`.
+
+    Raises:
+        ConfigError: no spacing.
+    """
+    kind, colon, argument = text.partition(":")
+    if text in ("uniform", "logsnr"):
+        return text
+    if kind == "list":
+        legal = re.fullmatch(r"\d+(/\d+)*", argument) is not None
+        timesteps = listed_timesteps(text) if legal else ()
+        legal = legal and all(later < earlier for earlier, later in itertools.pairwise(timesteps))
+        require(legal, "evaluation.spacing", text, "must list falling timesteps, as in list:999/500/0")
+        return f"list:{'/'.join(map(str, timesteps))}"
+    legal = kind in ("power", "karras") and re.fullmatch(r"\d+(\.\d+)?", argument) is not None
+    require(legal, "evaluation.spacing", text, f"must be {SPACINGS}")
+    number = float(argument)
+    least = 1 if kind == "power" else 0.1
+    require(least <= number <= 100, "evaluation.spacing", text, f"its number must be in {least:g}..100")
+    return "uniform" if kind == "power" and number == 1 else f"{kind}{colon}{number:g}"
+
+
+def listed_timesteps(spacing: str) -> tuple[int, ...]:
+    """The timesteps of a `list:` spacing; of others none."""
+    kind, _, argument = spacing.partition(":")
+    return tuple(map(int, argument.split("/"))) if kind == "list" else ()
+
+
+def parse_interval(text: str) -> tuple[int, int] | None:
+    """The lowest and the highest timestep of a guidance interval; None: all timesteps.
+
+    Raises:
+        ConfigError: no interval.
+    """
+    if text == ALL_TIMESTEPS:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    legal = match is not None and int(match[1]) <= int(match[2])
+    require(legal, "evaluation.guidance_interval", text, "must be all, or lowest and highest timestep, as in 100/900")
+    return int(cast("re.Match[str]", match)[1]), int(cast("re.Match[str]", match)[2])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY, DIGITS, PIXELS, DataConfig
-from madformer.config.evaluation import EvaluationConfig
+from madformer.config.evaluation import EvaluationConfig, listed_timesteps
 from madformer.config.model import ModelConfig
 from madformer.config.training import OptimizerConfig, TrainerConfig
 from madformer.config.validation import is_folder_name, is_integer, require, require_at_least, setting
@@ -136,6 +136,11 @@ def check_budgets(evaluation: EvaluationConfig, model: ModelConfig, diffusion: D
         for budget in values:
             if reason := budget_flaw(budget, model, diffusion):
                 raise ConfigError(f"{name} = {budget}: {reason}")
+            timesteps, steps = listed_timesteps(evaluation.spacing), (budget - model.ar_depth) // model.diffusion_depth
+            remedy = f"its timesteps are {len(timesteps)}, {name} = {budget} makes {steps} steps"
+            require(len(timesteps) in (0, steps), "evaluation.spacing", evaluation.spacing, remedy)
+            remedy = f"they must be below {diffusion.train_timesteps} (diffusion.train_timesteps)"
+            require(max(timesteps, default=0) < diffusion.train_timesteps, "evaluation.spacing", evaluation.spacing, remedy)
 
 
 def budget_flaw(budget: int, model: ModelConfig, diffusion: DiffusionConfig) -> str | None:

@@ -1,13 +1,14 @@
 """Samplers by name: diffusers' schedulers, set up for latents and for any number of steps.
 
 All of them go from full noise (t = T - 1) to clean latents in 1 .. T steps, with one evaluation of the network in each, and
-none clips. Their timesteps are the same integers, T * (n - i) // n - 1 for step i of n, and each step goes to the next of
-them: diffusers' own spacings round floats, which adds a timestep of -1 for some numbers of steps (61, 103, ... of 1000) or
-repeats one, start below t = T - 1, or step to t - T // n, which drifts away from the spacing.
+none clips. Their timesteps are those of `spaced_timesteps`, and each step goes to the next of them: diffusers' own spacings
+round floats, which adds a timestep of -1 for some numbers of steps (61, 103, ... of 1000) or repeats one, start below
+t = T - 1, or step to t - T // n, which drifts away from the spacing.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
 import torch
@@ -16,16 +17,18 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from madformer.config import DiffusionConfig
-from madformer.config.evaluation import SamplerName
+from madformer.config.evaluation import SamplerName, canonical_spacing, listed_timesteps
 from madformer.config.validation import require
 from madformer.diffusion.noise_schedule import PredictionType
 from madformer.errors import InputError
 
-__all__ = ["Sampler", "TrailingDDIM", "TrailingDDPM", "TrailingDPMSolver", "TrailingUniPC", "build_sampler"]
+__all__ = ["Sampler", "SpacedDDIM", "SpacedDDPM", "SpacedDPMSolver", "SpacedUniPC", "build_sampler", "spaced_timesteps"]
 
 
-class TrailingDDIM(DDIMScheduler):  # type: ignore[misc]
+class SpacedDDIM(DDIMScheduler):  # type: ignore[misc]
     """Deterministic DDIM."""
+
+    spacing = "uniform"
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose the timesteps.
@@ -33,7 +36,7 @@ class TrailingDDIM(DDIMScheduler):  # type: ignore[misc]
         Raises:
             InputError: fewer than one step, or more than the schedule has.
         """
-        timesteps = _trailing(num_inference_steps, self.config.num_train_timesteps)
+        timesteps = spaced_timesteps(self.spacing, num_inference_steps, self.alphas_cumprod)
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.tensor(timesteps, device=device)
         self._next = dict(zip(timesteps, [*timesteps[1:], -1], strict=True))
@@ -53,30 +56,36 @@ class TrailingDDIM(DDIMScheduler):  # type: ignore[misc]
         return DDIMSchedulerOutput(alpha_next.sqrt() * clean + (1 - alpha_next).sqrt() * noise, clean)
 
 
-class TrailingDDPM(DDPMScheduler):  # type: ignore[misc]
+class SpacedDDPM(DDPMScheduler):  # type: ignore[misc]
     """Ancestral sampling: the posterior of the next timestep, given the predicted clean latents (Eq. 7 of DDPM)."""
 
+    spacing = "uniform"
+
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Choose the timesteps, as `TrailingDDIM.set_timesteps`."""
-        timesteps = _trailing(num_inference_steps, self.config.num_train_timesteps)
+        """Choose the timesteps, as `SpacedDDIM.set_timesteps`."""
+        timesteps = spaced_timesteps(self.spacing, num_inference_steps, self.alphas_cumprod)
         super().set_timesteps(timesteps=timesteps, device=device)
 
 
-class TrailingDPMSolver(DPMSolverMultistepScheduler):  # type: ignore[misc]
+class SpacedDPMSolver(DPMSolverMultistepScheduler):  # type: ignore[misc]
     """DPM-Solver++(2M): second order by the prediction of the step before."""
 
+    spacing = "uniform"
+
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Choose the timesteps, as `TrailingDDIM.set_timesteps`, and forget the predictions."""
-        timesteps = _trailing(num_inference_steps, self.config.num_train_timesteps)
+        """Choose the timesteps, as `SpacedDDIM.set_timesteps`, and forget the predictions."""
+        timesteps = spaced_timesteps(self.spacing, num_inference_steps, self.alphas_cumprod)
         super().set_timesteps(timesteps=timesteps, device=device)
 
 
-class TrailingUniPC(UniPCMultistepScheduler):  # type: ignore[misc]
+class SpacedUniPC(UniPCMultistepScheduler):  # type: ignore[misc]
     """UniPC-2: a predictor of second order, corrected by the prediction that the next step makes anyway."""
 
+    spacing = "uniform"
+
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Choose the timesteps, as `TrailingDDIM.set_timesteps`, and forget the predictions."""
-        timesteps = _trailing(num_inference_steps, self.config.num_train_timesteps)
+        """Choose the timesteps, as `SpacedDDIM.set_timesteps`, and forget the predictions."""
+        timesteps = spaced_timesteps(self.spacing, num_inference_steps, self.alphas_cumprod)
         super().set_timesteps(num_inference_steps, device=device)
         # It takes no timesteps, so those that it chose make way, with the noise levels that belong to them.
         self.timesteps = torch.tensor(timesteps, device=device)
@@ -84,14 +93,19 @@ class TrailingUniPC(UniPCMultistepScheduler):  # type: ignore[misc]
         self.sigmas = torch.cat([((1 - alphas) / alphas).sqrt(), alphas.new_zeros(1)])
 
 
-Sampler = TrailingDDIM | TrailingDDPM | TrailingDPMSolver | TrailingUniPC
+Sampler = SpacedDDIM | SpacedDDPM | SpacedDPMSolver | SpacedUniPC
 
 
-def build_sampler(config: DiffusionConfig, prediction_type: PredictionType, name: SamplerName = "ddim") -> Sampler:
+def build_sampler(
+    config: DiffusionConfig, prediction_type: PredictionType, name: SamplerName = "ddim", spacing: str = "uniform"
+) -> Sampler:
     """The sampler of that name for models trained with this noise schedule and prediction type.
 
+    Args:
+        spacing: as in `evaluation.spacing`.
+
     Raises:
-        InputError: a name that no sampler has.
+        InputError: a name that no sampler has, or no spacing.
     """
     require(name in get_args(SamplerName), "sampler", name, f"must be one of {', '.join(get_args(SamplerName))}")
     schedule: dict[str, Any] = {
@@ -101,17 +115,55 @@ def build_sampler(config: DiffusionConfig, prediction_type: PredictionType, name
         "beta_schedule": "linear",
         "prediction_type": prediction_type,
     }
+    sampler: Sampler
     if name == "ddim":
-        return TrailingDDIM(**schedule, clip_sample=False)  # latents have no bounds
-    if name == "ddpm":
-        return TrailingDDPM(**schedule, clip_sample=False)
-    if name == "dpmsolver++":
-        return TrailingDPMSolver(**schedule, algorithm_type="dpmsolver++", solver_order=2)
-    return TrailingUniPC(**schedule, solver_order=2)
+        sampler = SpacedDDIM(**schedule, clip_sample=False)  # latents have no bounds
+    elif name == "ddpm":
+        sampler = SpacedDDPM(**schedule, clip_sample=False)
+    elif name == "dpmsolver++":
+        sampler = SpacedDPMSolver(**schedule, algorithm_type="dpmsolver++", solver_order=2)
+    else:
+        sampler = SpacedUniPC(**schedule, solver_order=2)
+    sampler.spacing = canonical_spacing(spacing)
+    return sampler
 
 
-def _trailing(steps: int, end: int) -> list[int]:
-    """Timesteps of `steps` steps through a schedule of `end`, the noisiest first."""
+def spaced_timesteps(spacing: str, steps: int, alphas_cumprod: Tensor) -> list[int]:
+    """The timesteps of a sampler, the noisiest first: `steps` falling integers from T - 1 on, where they are not listed.
+
+    - `uniform`: T (n - i) // n - 1 for step i of n.
+    - `power:P`: floor(T (1 - i / n)^P) - 1. P = 2 is DDIM's quadratic spacing (Song et al. 2021, appendix D.3).
+    - `logsnr`: equal steps of log(alpha / sigma), as in DPM-Solver (Lu et al. 2022, section 3.3), down to t = 0.
+    - `karras:RHO`: equal steps of (sigma / alpha)^(1 / RHO), as in EDM (Karras et al. 2022, Eq. 5), down to t = 0.
+    - `list:...`: as listed.
+
+    Values between two timesteps go to the nearer one. Where too many fall on the same, they make way by one each.
+
+    Args:
+        alphas_cumprod: of all T timesteps.
+
+    Raises:
+        InputError: fewer than one step, more than the schedule has, or not as many as are listed.
+    """
+    end, kind, argument = len(alphas_cumprod), *spacing.partition(":")[::2]
     if not 1 <= steps <= end:
         raise InputError(f"steps = {steps}: must be in 1..{end}, the noise schedule has no more timesteps")
-    return [end * (steps - index) // steps - 1 for index in range(steps)]
+    if kind == "list":
+        listed = list(listed_timesteps(spacing))
+        if len(listed) != steps or listed[0] >= end:
+            raise InputError(f"spacing = {spacing!r}: must list {steps} timesteps below {end}, one for each step")
+        return listed
+    if kind == "uniform":
+        return [end * (steps - index) // steps - 1 for index in range(steps)]
+    if kind == "power":
+        powers = (((steps - index) / steps) ** float(argument) for index in range(steps))
+        wanted = [math.floor(end * power + 1e-9) - 1 for power in powers]
+    else:
+        noise_T = ((1 - alphas_cumprod.double()) / alphas_cumprod.double()).sqrt()  # sigma / alpha, rises with t
+        level_T = noise_T.log() if kind == "logsnr" else noise_T ** (1 / float(argument))
+        levels = torch.linspace(float(level_T[-1]), float(level_T[0]), steps, dtype=torch.float64)
+        wanted = (level_T[None] - levels[:, None]).abs().argmin(dim=1).tolist()
+    timesteps: list[int] = []
+    for index, timestep in enumerate(wanted):
+        timesteps.append(max(min([timestep, *(earlier - 1 for earlier in timesteps[-1:])]), steps - 1 - index))
+    return timesteps

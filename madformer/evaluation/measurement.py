@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, get_args
 
 from madformer.config import ExperimentConfig
-from madformer.config.evaluation import SamplerName
+from madformer.config.evaluation import ALL_TIMESTEPS, SamplerName, canonical_spacing
 from madformer.errors import ConfigError, InputError
 from madformer.model import cost
 from madformer.runs.checkpoints import Weights
@@ -88,13 +88,21 @@ class Sampling:
     steps: int
     """Denoising steps per block: as many as the budget allows."""
     sampler: SamplerName = "ddim"
+    spacing: str = "uniform"
+    """How the sampler's timesteps are spaced."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1: none."""
+    guidance_interval: str = ALL_TIMESTEPS
+    """Timesteps at which guidance acts; all without guidance."""
     weights: Weights = "ema"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "guidance", float(self.guidance))  # 1 and 1.0 have the same key
+        # Equal samples, equal keys.
+        object.__setattr__(self, "guidance", float(self.guidance))
+        object.__setattr__(self, "spacing", canonical_spacing(self.spacing))
+        if self.guidance == 1:
+            object.__setattr__(self, "guidance_interval", ALL_TIMESTEPS)
 
     @classmethod
     def of_nfe(cls, config: ExperimentConfig, nfe: int, weights: Weights = "ema") -> Sampling:
@@ -149,16 +157,22 @@ class Sampling:
     def texts(self) -> dict[str, str]:
         """The curve's fields in words, by name."""
         weights = "EMA weights" if self.weights == "ema" else "raw weights"
-        return {"sampler": self.sampler, "guidance": f"guidance {self.guidance:g}", "weights": weights}
+        return {
+            "sampler": self.sampler,
+            "spacing": self.spacing,
+            "guidance": f"guidance {self.guidance:g}",
+            "guidance_interval": f"at timesteps {self.guidance_interval}",
+            "weights": weights,
+        }
 
     def apply(self, config: ExperimentConfig) -> ExperimentConfig:
-        """The configuration with this sampler, guidance and seed.
+        """The configuration with these fields and this budget alone, without previews.
 
         Raises:
             ConfigError: the run cannot be sampled like this.
         """
         chosen = {name: getattr(self, name) for name in AXES}
-        return replace(config, evaluation=replace(config.evaluation, **chosen))
+        return replace(config, evaluation=replace(config.evaluation, nfe=(self.nfe,), preview_every=None, **chosen))
 
 
 CURVE_FIELDS = tuple(field.name for field in fields(Sampling) if field.name not in ("nfe", "steps", "seed"))
@@ -189,8 +203,12 @@ def _parse_numbers(option: str, text: str) -> tuple[float, ...]:
     return tuple(dict.fromkeys(numbers))
 
 
+def _parse_words(option: str, text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
 def _parse_samplers(option: str, text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    names = _parse_words(option, text)
     for name in names:
         if name not in get_args(SamplerName):
             raise InputError(f"{option} {name}: must be one of {', '.join(get_args(SamplerName))}")
@@ -211,18 +229,24 @@ class Axis:
 
 AXES = {
     "sampler": Axis("--sampler", "samplers", _parse_samplers),
+    "spacing": Axis("--spacing", "spacings", _parse_words),
     "guidance": Axis("--guidance", "guidance", _parse_numbers),
+    "guidance_interval": Axis("--guidance-interval", "guidance_intervals", _parse_words),
     "seed": Axis("--seeds", "seeds", parse_integers),
 }
 """Field of `Sampling` -> how it is varied; the last one varies fastest, but for the budget."""
 
 
 def all_samplings(budgets: Sequence[Sampling], values: Mapping[str, Sequence[Any]]) -> tuple[Sampling, ...]:
-    """All combinations of values of `AXES`, budgets fastest; an axis without values is as the budgets have it."""
+    """All combinations of values of `AXES`, budgets fastest; an axis without values is as the budgets have it.
+
+    Raises:
+        ConfigError: no spacing.
+    """
     varied = [name for name in AXES if values.get(name)]
     combinations = itertools.product(*(values[name] for name in varied))
     changes = [dict(zip(varied, combination, strict=True)) for combination in combinations]
-    return tuple(replace(budget, **change) for change in changes for budget in budgets)
+    return tuple(dict.fromkeys(replace(budget, **change) for change in changes for budget in budgets))
 
 
 @dataclass(frozen=True)

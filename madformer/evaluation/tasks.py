@@ -13,6 +13,8 @@ from typing import Any
 
 from madformer.config import ExperimentConfig, config_hash
 from madformer.data.codec import Codec, build_codec, require_fit
+from madformer.diffusion.noise_schedule import NoiseSchedule
+from madformer.diffusion.samplers import spaced_timesteps
 from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_networks
 from madformer.evaluation.measurement import AXES, DEFAULTS, Measurement, Sampling, metric_name
 from madformer.evaluation.metrics import frechet_bias
@@ -153,7 +155,7 @@ def _tasks_of(request: EvaluationRequest, path: Path, instruments: Instruments) 
             for network in instruments.networks
         ],
     }
-    prompts_by_guidance: dict[float, tuple[str, ...]] = {}
+    schedule, prompts_by_guidance = NoiseSchedule(config.diffusion), dict[float, tuple[str, ...]]()
     for sampling in request.samplings:
         if sampling.guidance not in prompts_by_guidance:
             indices = range(config.evaluation.num_samples)
@@ -168,6 +170,7 @@ def _tasks_of(request: EvaluationRequest, path: Path, instruments: Instruments) 
             "precision": sampling_precision(config, codec.device),
             "nfe": sampling.nfe,
             "steps": sampling.steps,
+            "last_timestep": spaced_timesteps(sampling.spacing, sampling.steps, schedule.alphas_cumprod)[-1],
         }
         point["command"] = _command(config, point, request.references)
         yield Task(config, path, sampling, prompts, point)

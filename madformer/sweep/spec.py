@@ -62,8 +62,12 @@ class InferenceAxes:
     """Denoising steps per block, the same for all cells; the budget then depends on the cell's depth."""
     samplers: tuple[str, ...] = ()
     """Samplers by name."""
+    spacings: tuple[str, ...] = ()
+    """Spacings of the timesteps."""
     guidance: tuple[float, ...] = ()
     """Scales of classifier-free guidance."""
+    guidance_intervals: tuple[str, ...] = ()
+    """Intervals of timesteps at which guidance acts."""
     seeds: tuple[int, ...] = ()
     """Sampling seeds."""
     checkpoints: str = "newest"

@@ -8,7 +8,8 @@ import torch
 
 from madformer.config import DiffusionConfig
 from madformer.config.evaluation import SamplerName
-from madformer.diffusion.samplers import build_sampler
+from madformer.diffusion.noise_schedule import NoiseSchedule
+from madformer.diffusion.samplers import build_sampler, spaced_timesteps
 from madformer.errors import InputError
 
 NAMES = get_args(SamplerName)
@@ -55,6 +56,53 @@ def test_every_number_of_steps_starts_at_full_noise_and_descends_to_the_end(name
         assert bool((spacing >= end // steps).all() and (spacing <= -(-end // steps)).all()), steps
         assert timesteps[-1] + 1 in (end // steps, -(-end // steps))
         assert timesteps.tolist() == [end * (steps - index) // steps - 1 for index in range(steps)]
+
+
+SPACINGS = ("power:1.5", "power:2", "power:100", "logsnr", "karras:0.1", "karras:7", "karras:100")
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_spaced_timesteps_start_at_full_noise_and_strictly_fall(spacing):
+    for config in (DiffusionConfig(), SHORT, DiffusionConfig(train_timesteps=1)):
+        end = config.train_timesteps
+        for steps in [*range(1, min(end, 30) + 1), *range(31, end + 1, 97), end]:
+            timesteps = spaced_timesteps(spacing, steps, NoiseSchedule(config).alphas_cumprod)
+            assert len(timesteps) == steps and timesteps[0] == end - 1 and timesteps[-1] >= 0
+            assert all(later < earlier for earlier, later in pairwise(timesteps)), (spacing, steps)
+
+
+def test_power_spacing_is_its_formula():
+    alphas_cumprod = NoiseSchedule(DiffusionConfig()).alphas_cumprod
+    for steps in range(1, 200):
+        exact = [1000 * (steps - i) ** 2 // steps**2 - 1 for i in range(steps)]  # in integers
+        expected = [max(t, steps - 1 - i) for i, t in enumerate(exact)]
+        assert spaced_timesteps("power:2", steps, alphas_cumprod) == expected
+        assert spaced_timesteps("power:1.0000000001", steps, alphas_cumprod)[0] == 999
+
+
+def test_logsnr_and_karras_spacing_are_even_on_their_scales():
+    schedule = NoiseSchedule(DiffusionConfig()).alphas_cumprod.double()
+    ratio = ((1 - schedule) / schedule).sqrt()
+    for spacing, scale in (("logsnr", ratio.log()), ("karras:7", ratio ** (1 / 7)), ("karras:3", ratio ** (1 / 3))):
+        timesteps = spaced_timesteps(spacing, 6, schedule)
+        assert (timesteps[0], timesteps[-1]) == (999, 0)
+        gaps = -scale[timesteps].diff()
+        assert gaps.max() < 1.2 * gaps.min(), spacing  # even, but for rounding to whole timesteps
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("spacing", ["power:2", "logsnr", "karras:7", "list:999/700/30/0"])
+def test_every_sampler_is_exact_on_one_image_at_any_spacing(name, spacing):
+    sampler, clean = build_sampler(DiffusionConfig(), "sample", name, spacing), draw(2, 3, 3, seed=1)
+    path = denoise(sampler, 4, draw(2, 3, 3), lambda x, alpha: clean)
+    assert sampler.timesteps.tolist() == spaced_timesteps(spacing, 4, sampler.alphas_cumprod)
+    torch.testing.assert_close(path[-1].double(), clean, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("spacing", "steps"), [("list:999/500", 3), ("list:1000/500", 2), ("power:2", 1001), ("logsnr", 0)])
+def test_spacings_that_do_not_fit_are_refused(spacing, steps):
+    with pytest.raises(InputError, match=r"spacing = 'list.*': must list|steps = \d+: must be in 1..1000"):
+        build_sampler(DiffusionConfig(), "sample", "ddim", spacing).set_timesteps(steps)
 
 
 @pytest.mark.parametrize("name", ["dpmsolver++", "unipc"])

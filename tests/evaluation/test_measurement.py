@@ -45,13 +45,15 @@ def test_every_metric_is_computed():
 
 def test_a_key_names_the_samples_and_a_curve_key_the_curve():
     assert replace(MAIN, nfe=35).key == MAIN.key, "budgets of as many steps have the same samples"
-    changes = {"steps": 5, "sampler": "unipc", "guidance": 1.5, "weights": "model", "seed": 1}
+    main = replace(MAIN, guidance=2.0)  # without guidance its interval means nothing
+    changes = {"steps": 5, "sampler": "unipc", "spacing": "power:2", "guidance": 1.5, "guidance_interval": "100/900"}
+    changes |= {"weights": "model", "seed": 1}
     assert set(changes) == {field.name for field in fields(Sampling)} - {"nfe"}
     for name, value in changes.items():
-        other = replace(MAIN, **{name: value})
-        assert other.key != MAIN.key, name
-        assert (other.curve_key == MAIN.curve_key) == (name in ("steps", "seed")), name
-    assert Sampling(32, 4, guidance=1).key == MAIN.key
+        other = replace(main, **{name: value})
+        assert other.key != main.key, name
+        assert (other.curve_key == main.curve_key) == (name in ("steps", "seed")), name
+    assert Sampling(32, 4, guidance=1, spacing="power:1.0", guidance_interval="100/900").key == MAIN.key
 
 
 def test_all_combinations_of_axes_come_with_budgets_fastest():
