@@ -16,8 +16,9 @@ import typer
 
 from madformer import __version__
 from madformer.config import load_experiment, load_run
-from madformer.config.evaluation import SPACINGS, SamplerName
+from madformer.config.evaluation import SPACINGS, TRIES, SamplerName
 from madformer.errors import DataError, InputError
+from madformer.evaluation.measurement import parse_integers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,6 +30,7 @@ sweep_app = typer.Typer(help="Grids of runs.", no_args_is_help=True, rich_markup
 app.add_typer(sweep_app, name="sweep")
 
 _SAMPLERS = ", ".join(get_args(SamplerName))
+_TUNED = "Sample each budget as madformer tune chose."
 _INTERVAL = "Timesteps at which guidance acts, such as 100/900, or all"
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields that replace the file's.")]
@@ -86,6 +88,7 @@ def evaluate(
     guidance: Annotated[str | None, typer.Option(help="Scales of classifier-free guidance, such as 1,1.5.")] = None,
     guidance_interval: Annotated[str | None, typer.Option(help=f"{_INTERVAL}; several with commas.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds of sampling, such as 0,1,2: each, and their mean.")] = None,
+    tuned: Annotated[bool, typer.Option("--tuned", help=_TUNED)] = False,
     reference: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Statistics of the reference images, one for each network.")
     ] = None,
@@ -98,11 +101,40 @@ def evaluate(
     options = {"references": tuple(reference or ()), "devices": devices, "diagnostics": diagnostics}
     axes = {"sampler": sampler, "spacing": spacing, "guidance": guidance, "seed": seeds}
     axes |= {"guidance_interval": guidance_interval}
-    request = parse_request(load_run(run, overrides or []), nfe, steps, num_samples, checkpoints, weights, axes, **options)
+    config = load_run(run, overrides or [])
+    request = parse_request(config, nfe, steps, num_samples, checkpoints, weights, axes, tuned, **options)
     from madformer.evaluation.evaluate import evaluate
 
     with _going_on_later():
         evaluate(request)
+
+
+@app.command()
+def tune(
+    sources: Annotated[list[str], typer.Argument(metavar="RUN... [KEY=VALUE]... | SWEEP.yaml [KEY=VALUE]...")],
+    nfe: Annotated[str | None, typer.Option(help="Budgets, such as 16,64; default: the experiment's, or the sweep's.")] = None,
+    tries: Annotated[int, typer.Option(min=1, help="Samplings to try at each budget, the default included.")] = TRIES,
+    minutes: Annotated[float | None, typer.Option(min=0, help="When to stop trying; what was found is confirmed.")] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="Devices that share the work; default: all GPUs.")] = None,
+) -> None:
+    """Find the sampler, spacing and guidance that suit a run at each budget best; several runs share one choice."""
+    names = list(itertools.takewhile(lambda word: "=" not in word, sources))
+    overrides = sources[len(names) :]
+    if not names:
+        raise InputError(f"{sources[0]}: name a run or a SWEEP.yaml before overrides")
+    budgets = parse_integers("--nfe", nfe) if nfe is not None else ()
+    if Path(names[0]).suffix in (".yaml", ".yml"):
+        from madformer.sweep.load_sweep import load_sweep
+        from madformer.sweep.needs import trained_designs
+
+        designs = trained_designs(load_sweep(Path(names[0]), overrides))
+    else:
+        designs = [tuple(load_run(name, overrides) for name in names)]
+    from madformer.evaluation.tune import TuningRequest, tune
+
+    with _going_on_later():
+        for configs in designs:
+            tune(TuningRequest(configs, budgets or configs[0].evaluation.nfe, tries, minutes, devices))
 
 
 @app.command()
@@ -119,6 +151,7 @@ def sample(
     spacing: Annotated[str | None, typer.Option(help=f"One of {SPACINGS}.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; 1: none.")] = None,
     guidance_interval: Annotated[str | None, typer.Option(help=f"{_INTERVAL}.")] = None,
+    tuned: Annotated[bool, typer.Option("--tuned", help=_TUNED)] = False,
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
     devices: Annotated[int | None, typer.Option(min=1, help="Devices that share the work; default: all GPUs.")] = None,
 ) -> None:
@@ -128,7 +161,7 @@ def sample(
     axes = {"sampler": sampler, "spacing": spacing, "guidance": guidance, "seed": seed}
     axes |= {"guidance_interval": guidance_interval}
     options = {"classes": classes, "prompt": prompt, "devices": devices}
-    request = parse_sampling(load_run(run), num, steps, nfe, weights, axes, **options)
+    request = parse_sampling(load_run(run), num, steps, nfe, weights, axes, tuned, **options)
     from madformer.evaluation.write_samples import write_samples
 
     with _going_on_later():

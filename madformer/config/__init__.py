@@ -13,7 +13,7 @@ from madformer.config.identity import (
     config_hash,
     load_run,
     read_config_hash,
-    require_same_weights,
+    require_same_run,
     trained_fields,
     write_config,
 )
@@ -39,7 +39,7 @@ __all__ = [
     "load_experiment",
     "load_run",
     "read_config_hash",
-    "require_same_weights",
+    "require_same_run",
     "trained_fields",
     "wanted_outputs",
     "write_config",

@@ -16,6 +16,9 @@ SamplerName = Literal["ddim", "ddpm", "dpmsolver++", "unipc"]
 SPACINGS = "uniform, power:P with P of at least 1, logsnr, karras:RHO, or list:999/500/0"
 """How the timesteps of a sampler are spaced (`diffusion.samplers.spaced_timesteps`)."""
 
+TRIES = 24
+"""Samplings that `madformer tune` tries at each budget if nothing else is said."""
+
 ALL_TIMESTEPS = "all"
 """The guidance interval that leaves no timestep out."""
 

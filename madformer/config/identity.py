@@ -24,6 +24,10 @@ _HEAD_CHARACTERS = 200
 """The hash stands at the beginning of the file."""
 
 
+AUXILIARY_REVISION = "auxiliary outputs at timestep -1000"
+"""In the hash of a configuration with an auxiliary loss: version 0.1.0 trained other weights."""
+
+
 def trained_fields(config: ExperimentConfig) -> dict[str, Any]:
     """Everything that changes the trained weights, as `section.field` -> value, without neutral values (see `setting`)."""
     return _collect(config, leave_out_neutral=True)
@@ -45,8 +49,13 @@ def _collect(section: object, leave_out_neutral: bool, prefix: str = "") -> dict
 
 def config_hash(config: ExperimentConfig) -> str:
     """Sixteen hexadecimal digits over `trained_fields`: equal hashes, equal weights."""
-    canonical = json.dumps(trained_fields(config), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    has_auxiliary_loss = config.loss.lambda_hidden > 0 or config.loss.lambda_clean_tower > 0
+    revised = has_auxiliary_loss and config.model.clean_timestep == "zero"
+    return _hash({**trained_fields(config), **({"revision": AUXILIARY_REVISION} if revised else {})})
+
+
+def _hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def config_path(run: Path) -> Path:
@@ -91,6 +100,25 @@ def require_same_weights(existing: ExperimentConfig, requested: ExperimentConfig
         if before.get(name) != after.get(name):
             difference = f"{name} = {before.get(name)!r} there, {after.get(name)!r} asked for"
             raise InputError(f"{run} is a run of another experiment: {difference}; give another name, or delete it")
+
+
+def is_outdated(run: Path) -> bool:
+    """Whether version 0.1.0 trained a run with its auxiliary outputs at timestep 0, where that broke the denoiser."""
+    config = load_experiment(config_path(run))
+    return read_config_hash(run) == _hash(trained_fields(config)) != config_hash(config)
+
+
+def require_same_run(config: ExperimentConfig) -> None:
+    """Refuse to go on with the run in an experiment's folder if this version would have trained other weights.
+
+    Raises:
+        InputError: the first field that differs, with both values; or the run is outdated.
+    """
+    run = config.run_dir
+    require_same_weights(load_run(run), config, str(run))
+    if is_outdated(run):
+        change = "version 0.1.0 trained it with auxiliary outputs at timestep 0, which broke the denoiser there"
+        raise InputError(f"{run}: {change}; train it anew under another name, or delete it")
 
 
 def read_config_hash(run: Path) -> str | None:

@@ -133,7 +133,7 @@ def evaluate_share(
 
 def _measure_if_complete(task: Task, instruments: Instruments, share: Share) -> None:
     run, count = task.config.run_dir, task.described["num_samples"]
-    if find_point(read_points(run), task.measurement) or len(_sampled(task)) < count:
+    if find_point(read_points(run, task.described["kind"]), task.measurement) or len(_sampled(task)) < count:
         return
     parts = list(read_parts(task.folder))
     before, metrics = time.perf_counter(), dict[str, float]()
@@ -144,7 +144,6 @@ def _measure_if_complete(task: Task, instruments: Instruments, share: Share) -> 
     seconds = {phase: float(sum(part[phase].sum() for part in parts)) for phase in PHASES}
     seconds["statistics"] = time.perf_counter() - before
     point = {
-        "kind": "point",
         **task.described,
         "nfe_actual": cost.nfe(task.config.model, task.sampling.steps),
         "metrics": metrics,
@@ -206,7 +205,7 @@ def _report_recorded(task: Task) -> bool:
 
 
 def _find(task: Task) -> Point | None:
-    points = read_points(task.config.run_dir)
+    points = read_points(task.config.run_dir, task.described["kind"])
     same_budget = [point for point in points if point["nfe"] == task.sampling.nfe]
     return find_point(same_budget, task.measurement) or find_point(points, task.measurement)
 
@@ -233,12 +232,18 @@ def _conclude(request: EvaluationRequest, tasks: Sequence[Task], device: torch.d
             point = {**point, "nfe": task.sampling.nfe, "command": task.described["command"]}
             append_point(run, point)
         points.append(point)
+    if request.kind == "candidate":
+        return points
     _record_means(run, points)
-    hparams = _hparams(request.config)
-    write_curves(run, hparams)
+    write_run_curves(request.config)
     if request.diagnostics and _record_diagnostics(request, tasks[-1], device):
-        write_curves(run, hparams)
+        write_run_curves(request.config)
     return points
+
+
+def write_run_curves(config: ExperimentConfig) -> None:
+    """Bring a run's curves in TensorBoard up to its record."""
+    write_curves(config.run_dir, _hparams(config))
 
 
 def _record_means(run: Path, points: Iterable[Point]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
+from statistics import stdev
 from typing import Any, get_args
 
 from madformer.config import ExperimentConfig
@@ -17,6 +19,9 @@ from madformer.runs.checkpoints import Weights
 
 Point = Mapping[str, Any]
 """A line of a run's record."""
+
+CONFIDENCE = 0.95
+"""Of the intervals in records and reports."""
 
 INCEPTION = "inception"
 """Label of the one feature network whose Fréchet distance is called FID, with its published weights."""
@@ -325,6 +330,13 @@ def differing(entries: Iterable[Mapping[str, Any]]) -> list[str]:
     """The keys in which mappings of the same keys differ."""
     listed = list(entries)
     return [key for key in listed[0] if len({repr(entry[key]) for entry in listed}) > 1] if listed else []
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half-width of the 95 % confidence interval of the mean of several values (Student's t)."""
+    from scipy.special import stdtrit  # type: ignore[import-untyped]  # scipy.stats takes a second to import
+
+    return float(stdtrit(len(values) - 1, 0.5 + CONFIDENCE / 2)) * stdev(values) / math.sqrt(len(values))
 
 
 def _same_network(network: tuple[str, str | None], other: tuple[str, str | None]) -> bool:

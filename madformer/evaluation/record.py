@@ -1,7 +1,8 @@
 """The record of a run's evaluations: `evaluations.jsonl`, one JSON object a line, only ever appended to.
 
 A line of kind `point` is one budget of one checkpoint, sampled with one seed: the metrics, and everything that made them. One
-of kind `mean` sums up several of them, one of kind `diagnostics` says where a checkpoint's model errs.
+of kind `mean` sums up several of them, one of kind `diagnostics` says where a checkpoint's model errs. `madformer tune` adds
+lines of kind `candidate`, points of samplings that it tried, and one of kind `tuning` with its choice for each budget.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from madformer.config import ExperimentConfig
+from madformer.config.evaluation import MAX_EVALUATION_SEED
 from madformer.errors import InputError
 from madformer.evaluation.measurement import Measurement, Point, Sampling
 from madformer.runs.files import append_line
@@ -21,15 +24,21 @@ from madformer.runs.files import append_line
 SHARED = ("weights", "sampler", "guidance", "num_samples", "prompts", "precision", "codec", "references", "feature_networks")
 """Keys that every point has, and a mean over points has in common with them. Later fields of `Sampling` may be absent."""
 
+_POINT = frozenset(SHARED) | {"steps", "seed", "weights_sha256", "metrics", "nfe", "nfe_actual", "checkpoint", "step", "time"}
+
 _REQUIRED = {
-    "point": frozenset(SHARED)
-    | {"steps", "seed", "weights_sha256", "metrics", "nfe", "nfe_actual", "checkpoint", "step", "time"},
+    "point": _POINT,
+    "candidate": _POINT,
+    "tuning": frozenset(("nfe", "step", "tries", "most_tries", "seeds", "metric", "sampling", "default")),
     "mean": frozenset(SHARED) | {"steps", "metrics", "nfe", "checkpoints", "seeds"},
     "diagnostics": frozenset(
         ("step", "weights", "timesteps", "loss_by_timestep", "loss_by_block", "exposure", "condition_explains", "time")
     ),
 }
 """Kind of a line -> the keys that readers rely on."""
+
+SEARCH_SEED = MAX_EVALUATION_SEED
+"""Evaluation seed of the tries of `madformer tune`."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,10 +49,12 @@ class RunCurve:
 
     points: Mapping[int, Sequence[Point]]
     """NFE budget -> its points over checkpoints and seeds; budgets rise, none is without a point."""
+    is_tuned: bool = False
+    """Whether each budget has a `Sampling` of its own, as `madformer tune` chose it."""
 
     @property
     def sampling(self) -> Sampling:
-        """How all points were sampled, but for budget and seed."""
+        """How all points were sampled, but for budget and seed; of a tuned curve, those of the smallest budget."""
         return Sampling.of_point(self._any)
 
     @property
@@ -72,20 +83,51 @@ def record_path(run: Path) -> Path:
     return run / "evaluations.jsonl"
 
 
-def read_points(run: Path) -> list[dict[str, Any]]:
-    """All points of a run in the order they were measured; none if it was never evaluated.
+def read_points(run: Path, kind: str = "point") -> list[dict[str, Any]]:
+    """All points (or candidates) of a run in the order they were measured; none if it was never evaluated.
 
     The end of a line that a crash cut short is left out with a warning.
 
     Raises:
         InputError: a line is no JSON object, or a point lacks a key; the message names the file and the line.
     """
-    return _read(run, "point")
+    return _read(run, kind)
 
 
 def read_means(run: Path) -> list[dict[str, Any]]:
     """Means over checkpoints and seeds, in the order they were recorded; as `read_points` otherwise."""
     return _read(run, "mean")
+
+
+def find_tuning(run: Path, nfe: int) -> dict[str, Any] | None:
+    """The last choice of `madformer tune` at a budget; None: there is none."""
+    return next((line for line in reversed(_read(run, "tuning")) if line["nfe"] == nfe), None)
+
+
+def known_choice(config: ExperimentConfig, nfe: int, tries: int, step: int) -> dict[str, Any] | None:
+    """The last choice of `madformer tune` for a budget of a run, with these samples and this default; None: there is none.
+
+    Args:
+        config: the run's, with `evaluation` as requested.
+        tries: tries that it was allowed at least.
+        step: training step of the checkpoint.
+    """
+    known = {"nfe": nfe, "step": step, "num_samples": config.evaluation.num_samples}
+    known |= {"default": Sampling.of_nfe(config, nfe).curve_fields}
+    known |= {"feature_networks": list(config.evaluation.feature_networks)}
+    lines = [line for line in _read(config.run_dir, "tuning") if known.items() <= line.items()]
+    return next((line for line in reversed(lines) if line["most_tries"] >= tries), None)
+
+
+def confirmation_seeds(runs: int) -> tuple[int, ...]:
+    """Evaluation seeds that confirm the choice of `madformer tune` for so many runs: three or more repeat each other."""
+    seeds = range(SEARCH_SEED - 3, SEARCH_SEED)
+    return tuple(seeds) if runs < len(seeds) else (seeds[0],)
+
+
+def search_samples(num_samples: int) -> int:
+    """Samples of a try of `madformer tune`, for points of so many samples: a quarter."""
+    return max(num_samples // 4, min(num_samples, 2))
 
 
 def read_diagnostics(run: Path) -> list[dict[str, Any]]:
@@ -156,7 +198,11 @@ def run_curves(run: Path, networks: Sequence[tuple[str, str | None]] | None = No
     for point in points:
         key = Measurement.of_point(point).curve_key
         groups[key] = [*groups.pop(key, []), point]
-    lasting = {key: group for key, group in groups.items() if any(point["step"] == newest for point in group)}
+    lasting = {
+        key: group
+        for key, group in groups.items()
+        if any(point["step"] == newest for point in group) and not all(point.get("tuned") for point in group)
+    }
     mean_keys = [Measurement.of_point(mean).curve_key for mean in means]
     curves = [
         _curve(group, [mean for mean, mean_key in zip(means, mean_keys, strict=True) if mean_key == key])
@@ -169,6 +215,30 @@ def run_curves(run: Path, networks: Sequence[tuple[str, str | None]] | None = No
         return sampling.weights != "ema", -curve.num_samples, -len(curve.points), first.index(sampling.curve_key)
 
     return sorted(curves, key=rank)
+
+
+def tuned_curve(run: Path, networks: Sequence[tuple[str, str | None]] | None = None) -> RunCurve | None:
+    """A run's points at the `Sampling` that `madformer tune` chose for each budget, at the newest step; None: it has none.
+
+    Args:
+        networks: as in `run_curves`.
+
+    Raises:
+        InputError: as `read_points`.
+    """
+    points = [point for point in read_points(run) if point.get("tuned")]
+    if networks is not None:
+        points = [point for point in points if Measurement.of_point(point).has_networks(networks)]
+    newest = max((point["step"] for point in points), default=None)
+    budgets: dict[int, list[Point]] = {}
+    for point in sorted((point for point in points if point["step"] == newest), key=lambda point: int(point["nfe"])):
+        budgets.setdefault(point["nfe"], []).append(point)
+    chosen = {nfe: Measurement.of_point(measured[-1]).curve_key for nfe, measured in budgets.items()}  # tuned again: the last
+    kept = {
+        nfe: list({point["seed"]: point for point in measured if Measurement.of_point(point).curve_key == chosen[nfe]}.values())
+        for nfe, measured in budgets.items()
+    }
+    return RunCurve(kept, is_tuned=True) if kept else None
 
 
 def curves_by_sampling(curves: Sequence[RunCurve], metric: str) -> list[RunCurve]:

@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from madformer.config import ExperimentConfig
 from madformer.config.evaluation import MAX_SAMPLES
 from madformer.errors import ConfigError, InputError
-from madformer.evaluation.measurement import AXES, Sampling, all_samplings, parse_integers
+from madformer.evaluation.measurement import AXES, CURVE_FIELDS, Sampling, all_samplings, parse_integers
+from madformer.evaluation.record import find_tuning
 from madformer.runs.checkpoints import checkpoint_path, find_flaw, list_checkpoints, newest_intact, parse_weights
 
 
@@ -29,6 +30,8 @@ class EvaluationRequest:
     """Devices that share the work; None: all GPUs, or one process."""
     diagnostics: bool = False
     """Whether diagnostics of the newest checkpoint are computed too."""
+    kind: Literal["point", "candidate"] = "point"
+    """Of the lines in the record. Curves and reports leave candidates out."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def parse_request(
     checkpoints: str = "newest",
     weights: str = "ema",
     axes: Mapping[str, str | None] | None = None,
+    tuned: bool = False,
     **options: Any,
 ) -> EvaluationRequest:
     """Read the command line of an evaluation; what is not given is as the experiment says.
@@ -62,6 +66,7 @@ def parse_request(
     Args:
         nfe, steps: one or several, with commas.
         axes: field of `Sampling` -> one or several values, with commas.
+        tuned: sample each budget as `madformer tune` chose.
         options: further fields of the request.
 
     Raises:
@@ -81,6 +86,8 @@ def parse_request(
         numbers = config.evaluation.nfe if nfe is None else parse_integers("--nfe", nfe)
         budgets = [Sampling.of_nfe(config, number, chosen) for number in numbers]
     values = {name: AXES[name].parse(AXES[name].option, text) for name, text in (axes or {}).items() if text is not None}
+    if tuned:
+        budgets = [tuned_sampling(config, budget, values) for budget in budgets]
     samplings = all_samplings(budgets, values)
     for sampling in samplings:
         sampling.apply(config)  # what the run cannot do shows now
@@ -94,12 +101,14 @@ def parse_sampling(
     nfe: int | None,
     weights: str = "ema",
     axes: Mapping[str, Any] | None = None,
+    tuned: bool = False,
     **options: Any,
 ) -> SamplingRequest:
     """Read the command line of `madformer sample`.
 
     Args:
         axes: field of `Sampling` -> its value.
+        tuned: sample as `madformer tune` chose for this budget.
         options: further fields of the request.
 
     Raises:
@@ -117,9 +126,30 @@ def parse_sampling(
             values[name] = AXES[name].parse(AXES[name].option, str(value))
             if len(values[name]) > 1:
                 raise InputError(f"{AXES[name].option} {value}: give one value")
+    if tuned:
+        budget = tuned_sampling(config, budget, values)
     [sampling] = all_samplings([budget], values)
     sampling.apply(config)  # what the run cannot do shows now
     return SamplingRequest(config, _checkpoints(config.run_dir, "newest")[0], sampling, num, **options)
+
+
+def tuned_sampling(config: ExperimentConfig, budget: Sampling, values: Mapping[str, Any]) -> Sampling:
+    """The sampling that `madformer tune` chose for a budget.
+
+    Args:
+        values: fields of `Sampling` that are given.
+
+    Raises:
+        InputError: there is no choice for this budget, or a field is given that the choice sets.
+    """
+    for name in values:
+        if name in CURVE_FIELDS:
+            raise InputError(f"{AXES[name].option} and --tuned: give one of them")
+    line = find_tuning(config.run_dir, budget.nfe)
+    if line is None:
+        remedy = f"madformer tune {config.run_dir} --nfe {budget.nfe}"
+        raise InputError(f"--tuned: {config.run_dir} is not tuned at NFE {budget.nfe}; {remedy}")
+    return replace(budget, **line["sampling"])
 
 
 def _checkpoints(run: Path, which: str) -> tuple[Path, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from madformer.config import ExperimentConfig, config_hash
+from madformer.config.identity import is_outdated
 from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.diffusion.samplers import spaced_timesteps
@@ -143,6 +144,7 @@ def _tasks_of(request: EvaluationRequest, path: Path, instruments: Instruments) 
     config, codec = request.config, instruments.codec
     weights = request.samplings[0].weights
     described = {
+        "kind": request.kind,
         "checkpoint": path.name,
         "step": checkpoint_step(path),
         "weights": weights,
@@ -172,6 +174,8 @@ def _tasks_of(request: EvaluationRequest, path: Path, instruments: Instruments) 
             "steps": sampling.steps,
             "last_timestep": spaced_timesteps(sampling.spacing, sampling.steps, schedule.alphas_cumprod)[-1],
         }
+        if point["last_timestep"] == 0 and is_outdated(config.run_dir):
+            _log.warning("%s: version 0.1.0 trained it and broke it at timestep 0, where this sampling ends", config.run_dir)
         point["command"] = _command(config, point, request.references)
         yield Task(config, path, sampling, prompts, point)
 

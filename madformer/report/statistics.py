@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from statistics import fmean, stdev, variance
 from typing import Literal, TypeVar
 
-from scipy.special import stdtr, stdtrit  # type: ignore[import-untyped]  # scipy.stats takes a second to import
+from scipy.special import stdtr  # type: ignore[import-untyped]  # scipy.stats takes a second to import
 
-from madformer.evaluation.measurement import Point
+from madformer.evaluation.measurement import Point, half_width
 
 Over = Literal["training seeds", "evaluation seeds", "checkpoints"]
 """What was repeated. Only training seeds say how much another training would differ."""
 
 MARKS: dict[Over, str] = {"training seeds": "", "evaluation seeds": " †", "checkpoints": " ‡"}
 """What follows a spread in a table, so that none is taken for another."""
-
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,7 @@ class Estimate:
         """What follows ±: the half-width of the confidence interval of the mean, over checkpoints their standard deviation."""
         if self.over is None:
             return None
-        deviation = stdev(self.values)
-        return deviation if self.over == "checkpoints" else _student(len(self.values)) * deviation / math.sqrt(len(self.values))
+        return stdev(self.values) if self.over == "checkpoints" else half_width(self.values)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -110,11 +107,6 @@ def _means(points: Sequence[Point], key: str, value: Callable[[Point], float]) -
     """The mean for each seed, or for each checkpoint."""
     names = dict.fromkeys(point[key] for point in points)
     return tuple(fmean(value(point) for point in points if point[key] == name) for name in names)
-
-
-def _student(count: int) -> float:
-    """Standard errors from the mean of `count` values to an end of its confidence interval."""
-    return float(stdtrit(count - 1, 0.5 + CONFIDENCE / 2))
 
 
 Priced = TypeVar("Priced")

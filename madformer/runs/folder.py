@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from madformer.config import ExperimentConfig, load_run, require_same_weights
+from madformer.config import ExperimentConfig, require_same_run
 from madformer.config.identity import config_path
 from madformer.errors import InputError
 from madformer.runs.files import append_line, write_text
 
-Purpose = Literal["train", "evaluate", "encode", "sample"]
+Purpose = Literal["train", "evaluate", "tune", "encode", "sample"]
 """The command that claims a folder."""
 
 
@@ -64,7 +64,7 @@ def require_no_other_run(config: ExperimentConfig) -> None:
         InputError: the first field that differs, with both values.
     """
     if is_run(config.run_dir):
-        require_same_weights(load_run(config.run_dir), config, str(config.run_dir))
+        require_same_run(config)
 
 
 @contextlib.contextmanager

@@ -44,6 +44,8 @@ class Cell:
     """Budgets that its model cannot have -> the reason."""
     is_of_search: bool = False
     """Whether Optuna chose it."""
+    tuned_with: tuple[Cell, ...] | None = None
+    """With `evaluate.tune`, for the first cell of each design: those that differ in the seed alone, which it is tuned with."""
 
     @property
     def key(self) -> str:
@@ -239,7 +241,16 @@ def _make_cells(sweep: Sweep) -> tuple[Cell, ...]:
     )
     require(len(cells) > 0, "exclude", list(sweep.exclude), "leaves nothing of the sweep")
     _require_one_run_each(cells)
-    return cells
+    return _with_designs(cells) if sweep.evaluate.tune else cells
+
+
+def _with_designs(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+    """The cells; the first one of each design knows the others, which differ in the seed alone."""
+    designs: dict[str, list[Cell]] = {}
+    for cell in cells:
+        designs.setdefault(repr(cell.axes), []).append(cell)
+    firsts = {first.name: others for first, *others in designs.values()}
+    return tuple(replace(cell, tuned_with=tuple(firsts[cell.name])) if cell.name in firsts else cell for cell in cells)
 
 
 def _points(sweep: Sweep) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:

@@ -77,7 +77,7 @@ def run_sweep(
     say = say or _print
     cells = sweep_cells(sweep)
     needs = [cell_needs(cell) for cell in cells]
-    if cells and not any(needs):
+    if cells and all(need.is_done for need in needs):
         say(f"{sweep.name}: all {len(cells)} cells are done, nothing to do")
         return 0
     for cell in cells:
@@ -247,7 +247,7 @@ def _unmet_needs(cell: Cell) -> str | None:
         needs = cell_needs(cell)
     except (InputError, OSError) as error:
         return str(error)
-    return f"still {needs}" if needs else None
+    return None if needs.is_done else f"still {needs}"
 
 
 def _open_queue(sweep: Sweep, cells: Sequence[Cell], say: Callable[[str], None]) -> Queue:

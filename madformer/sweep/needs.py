@@ -6,18 +6,20 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from madformer.config import load_experiment, read_config_hash, require_same_weights
-from madformer.config.identity import config_path
+from madformer.config import ExperimentConfig, read_config_hash, require_same_run
+from madformer.config.evaluation import TRIES
+from madformer.errors import InputError
 from madformer.evaluation.measurement import INCEPTION, Measurement, Sampling
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
-from madformer.sweep.cells import Cell
+from madformer.sweep.cells import Cell, sweep_cells
+from madformer.sweep.spec import Sweep
 
 _log = logging.getLogger(__name__)
 
@@ -35,14 +37,27 @@ class Needs:
     """Budgets that lack a requested point."""
     points: int
     """Points of the record that are missing."""
+    tuning: tuple[int, ...] = ()
+    """Budgets whose sampling is not tuned, of the first cell of a design."""
+    waits: bool = False
+    """Whether tuning waits for other seeds of the design."""
 
     def __bool__(self) -> bool:
-        return self.training or bool(self.budgets)
+        """Whether there is work that can start."""
+        return self.training or bool(self.budgets) or (bool(self.tuning) and not self.waits)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left, now or later."""
+        return not (self or self.tuning)
 
     def __str__(self) -> str:
         if self.training:
             return "to train"
-        return f"to evaluate at {', '.join(map(str, self.budgets))}" if self.budgets else "done"
+        if self.budgets:
+            return f"to evaluate at {', '.join(map(str, self.budgets))}"
+        later = ", when its other seeds are evaluated" if self.waits else ""
+        return f"to tune at {', '.join(map(str, self.tuning))}{later}" if self.tuning else "done"
 
 
 def cell_needs(cell: Cell) -> Needs:
@@ -51,11 +66,53 @@ def cell_needs(cell: Cell) -> Needs:
     Raises:
         InputError: its folder holds a run of another experiment; the message names the first field that differs.
     """
+    needs = _run_needs(cell)
+    if needs or cell.tuned_with is None:
+        return needs
+    design = (cell, *cell.tuned_with)
+    tuning = tuple(nfe for nfe in cell.budgets if any(_choice(each, nfe) is None for each in design))
+    return replace(needs, tuning=tuning, waits=bool(tuning) and any(map(_is_unfinished, cell.tuned_with)))
+
+
+def _run_needs(cell: Cell) -> Needs:
+    """Training and evaluation that are left."""
     if not is_trained(cell):
         return Needs(True, cell.budgets, len(cell.samplings) * cell.inference.last)
     points = cell_points(cell)
     missing = Counter(sampling.nfe for step, sampling in _requested(cell) if (step, sampling) not in points)
     return Needs(False, tuple(budget for budget in cell.budgets if missing[budget]), missing.total())
+
+
+def _is_unfinished(cell: Cell) -> bool:
+    try:
+        return bool(_run_needs(cell))
+    except (InputError, OSError):  # it is reported as its own cell
+        return True
+
+
+def _choice(cell: Cell, nfe: int) -> dict[str, Any] | None:
+    from madformer.evaluation.record import known_choice
+
+    return known_choice(cell.config, nfe, TRIES, cell.max_steps)
+
+
+def trained_designs(sweep: Sweep) -> list[tuple[ExperimentConfig, ...]]:
+    """The trained runs of a sweep's cells, together where they differ in the seed alone.
+
+    Raises:
+        InputError: a search, or no cell is trained.
+    """
+    if sweep.search is not None:
+        raise InputError(f"{sweep.name} is a search, without designs: name its runs instead")
+    designs: dict[str, list[ExperimentConfig]] = {}
+    for cell in sweep_cells(sweep):
+        if is_trained(cell):
+            designs.setdefault(repr(cell.axes), []).append(cell.config)
+        else:
+            _log.warning("%s is not trained: left out", cell.name)
+    if not designs:
+        raise InputError(f"{sweep.name}: none of its cells is trained; madformer sweep run does that")
+    return [tuple(configs) for configs in designs.values()]
 
 
 def is_trained(cell: Cell) -> bool:
@@ -68,7 +125,7 @@ def is_trained(cell: Cell) -> bool:
     if before is None:
         return False
     if before != cell.config_hash:  # a run of an older version may lack a field and have the same weights
-        require_same_weights(load_experiment(config_path(cell.run)), cell.config, str(cell.run))
+        require_same_run(cell.config)
     return checkpoint_path(cell.run, cell.max_steps).is_file()
 
 

@@ -187,11 +187,12 @@ class Queue:
         return added
 
     def _needs_work(self, cell: Cell) -> bool:
-        """Whether a cell needs anything; False if its run cannot be read."""
+        """Whether a cell needs anything that can start; False if its run cannot be read."""
         try:
-            if cell_needs(cell):
-                return True
-            self._done.add(cell.key)
+            needs = cell_needs(cell)
+            if needs.is_done:
+                self._done.add(cell.key)
+            return bool(needs)
         except (InputError, OSError) as error:
             if self._unreadable.get(cell.key) != str(error):
                 self.storage.say(f"{cell.name}: {error}")

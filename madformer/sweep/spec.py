@@ -72,6 +72,8 @@ class InferenceAxes:
     """Sampling seeds."""
     checkpoints: str = "newest"
     """`newest`, or `last5`: the last five, and their mean."""
+    tune: bool = False
+    """Tune the sampling too (`madformer tune`): all seeds of a design share one choice for each budget."""
 
     def __post_init__(self) -> None:
         for name in ("nfe", "steps", *(axis.sweep_key for axis in AXES.values())):
@@ -278,6 +280,7 @@ class Sweep:
         for name in ("grid", "zip", "variants", "exclude"):
             require(not getattr(self, name), name, getattr(self, name), "a sweep is a grid or a search: leave one of them out")
         require(len(self.seeds) == 1, "seeds", list(self.seeds), "trials of a search have one seed")
+        require(not self.evaluate.tune, "evaluate.tune", True, "a search has no designs with seeds to tune: set it to false")
         for name in ("nfe", "steps"):
             values = list(getattr(self.evaluate, name))
             require(not values, f"evaluate.{name}", values, "trials of a search have search.nfe")

@@ -120,7 +120,7 @@ class Watcher:
 
     def _rows(self, cells: Sequence[Cell]) -> list[Row]:
         needs = [cell_needs(cell) for cell in cells]
-        open_cells = {cell.key: cell for cell, need in zip(cells, needs, strict=True) if need}
+        open_cells = {cell.key: cell for cell, need in zip(cells, needs, strict=True) if not need.is_done}
         statuses: dict[str, CellStatus] = {}
         if open_cells and (trials := self._trials()):
             from madformer.sweep.queue import cell_statuses
@@ -129,8 +129,8 @@ class Watcher:
         rows = []
         for cell, need in zip(cells, needs, strict=True):
             status = statuses.get(cell.key)
-            if not need or status is None:
-                rows.append(Row(cell, need, "waiting" if need else "done"))
+            if need.is_done or status is None:
+                rows.append(Row(cell, need, "done" if need.is_done else "waiting"))
             else:
                 state = "waiting" if status.state == "complete" else status.state
                 rows.append(Row(cell, need, state, status.kind, status.reason))

@@ -109,24 +109,33 @@ def _signal_name(number: int) -> str:
 
 
 def trial_commands(cell: Cell) -> list[list[str]]:
-    """The commands that a cell needs: training, then evaluation."""
+    """The commands that a cell needs: training, then evaluation; or tuning, together with the design's other seeds."""
     needs, madformer = cell_needs(cell), [sys.executable, "-m", "madformer"]
     commands = []
     if needs.training:
         commands.append([*madformer, "train", cell.experiment, *cell.overrides])
     if needs.budgets:
         nfe = ",".join(map(str, needs.budgets))
-        commands.append([*madformer, "evaluate", str(cell.run), "--nfe", nfe, *_evaluation_options(cell)])
+        commands.append([*madformer, "evaluate", str(cell.run), "--nfe", nfe, *_inference_options(cell), *_overrides(cell)])
+    if needs and not commands:
+        runs = [str(each.run) for each in (cell, *(cell.tuned_with or ()))]
+        commands.append([*madformer, "tune", *runs, *_overrides(cell), "--nfe", ",".join(map(str, needs.tuning))])
     return commands
 
 
-def _evaluation_options(cell: Cell) -> list[str]:
-    """The sweep's inference axes, and fields of the evaluation that differ from the run's: they may change at any time."""
+def _inference_options(cell: Cell) -> list[str]:
+    """The sweep's inference axes."""
     axes = cell.inference
     options = {axis.option: getattr(axes, axis.sweep_key) for axis in AXES.values()}
     words = [word for option, values in options.items() if values for word in (option, ",".join(map(str, values)))]
     if axes.checkpoints != "newest":
         words += ["--checkpoints", axes.checkpoints]
+    return words
+
+
+def _overrides(cell: Cell) -> list[str]:
+    """Fields of the evaluation that differ from the run's: they may change at any time."""
+    words = list[str]()
     if is_run(cell.run):
         stored, config = load_run(cell.run), cell.config
         if stored.trainer.devices != config.trainer.devices:
@@ -198,19 +207,24 @@ class TrialProcesses:
                 os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
 
     def _run(self) -> Outcome:
-        pause = _SHORTEST_WAIT_SECONDS
+        pause, before = _SHORTEST_WAIT_SECONDS, list[list[str]]()
         while True:
             status, output = 0, ""
-            for command in self._commands(self._cell):
+            commands = self._commands(self._cell)
+            if not commands:
+                return DONE
+            if commands == before:
+                reason = f"its commands exited with 0, yet it is still {cell_needs(self._cell)}"
+                return Outcome("failed", "error", reason)
+            for command in commands:
                 status, output = self._execute(command)
                 if status != 0:
                     break
             if status == 0 and self._has_other_ranks:
                 return DONE  # this process is; the others may still run
             if status == 0:
-                needs = cell_needs(self._cell)
-                reason = f"its commands exited with 0, yet it is still {needs}"
-                return Outcome("failed", "error", reason) if needs else DONE
+                before = commands  # what can start now that they are done, such as tuning, is next
+                continue
             if not (status == 2 and IN_USE in output):
                 return failure(status, output)
             if pause == _SHORTEST_WAIT_SECONDS:
@@ -277,7 +291,7 @@ def read_outcome(cell: Cell, begin: str = "", hint: str = "") -> Outcome:
         hint: where else to look if there is no log.
     """
     needs = cell_needs(cell)
-    if not needs:
+    if not (needs.training or needs.budgets):  # what is left to tune gets a trial of its own
         return DONE
     contents = (_content_after(path, begin) for path in sorted(cell.run.glob("log*.txt")))
     outcomes = [_outcome(content, f"still {needs}") for content in contents if content is not None]

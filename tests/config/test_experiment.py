@@ -1,5 +1,7 @@
 """Every rule of the configuration, by its message: the field, the value, what would be right."""
 
+import hashlib
+import json
 import math
 import re
 import subprocess
@@ -23,10 +25,11 @@ from madformer.config import (
     load_experiment,
     load_run,
     read_config_hash,
-    require_same_weights,
+    require_same_run,
     trained_fields,
     write_config,
 )
+from madformer.config.identity import config_path, is_outdated, require_same_weights
 from madformer.config.loading import build
 from madformer.config.validation import setting
 from madformer.errors import ConfigError, InputError
@@ -294,6 +297,30 @@ def test_a_neutral_value_is_compared_with_others():
     require_same_weights(before, LaterExperiment(model=LaterModel(dropout=0.0)), "run")
     with pytest.raises(InputError, match=r"another experiment: model.dropout = 0.0 there, 0.1 asked for"):
         require_same_weights(before, later, "run")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "revised"),
+    [
+        ("", True),
+        ("loss.lambda_hidden=0", False),
+        ("loss.lambda_hidden=0 loss.lambda_clean_tower=0.1", True),
+        ("model.clean_timestep=released", False),
+    ],
+)
+def test_a_run_whose_auxiliary_outputs_were_at_timestep_0_is_refused(tmp_path, overrides, revised):
+    config = load_experiment("experiments/digits.yaml", [*overrides.split(), f"output_dir={tmp_path}"])
+    write_config(config, config.run_dir)
+    require_same_run(config)
+    path, fields = config_path(config.run_dir), json.dumps(trained_fields(config), sort_keys=True)
+    before = hashlib.sha256(fields.encode()).hexdigest()[:16]  # as version 0.1.0 had it
+    path.write_text(path.read_text().replace(config_hash(config), before))
+    assert is_outdated(config.run_dir) is revised
+    if revised:
+        with pytest.raises(InputError, match=r"digits: version 0.1.0 trained it with auxiliary outputs at timestep 0.*anew"):
+            require_same_run(config)
+    else:
+        require_same_run(config)
 
 
 def test_of_latents_only_their_presence_makes_a_new_run():

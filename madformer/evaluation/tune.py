@@ -1,0 +1,275 @@
+"""`madformer tune`: for each budget the `Sampling` that suits a design best, found with few samples, confirmed on fresh seeds.
+
+Optuna proposes samplers, spacings and, with text, guidance. A proposal is judged by the mean distance over the design's runs,
+all sampled from the same noise. The best one and the default are then measured with all samples on seeds that the search has
+not seen. Whatever is measured goes into the runs' records as a candidate, and proposals depend only on what was measured, so a
+command that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any, get_args
+
+import optuna
+
+from madformer.config import ExperimentConfig
+from madformer.config.evaluation import ALL_TIMESTEPS, SamplerName
+from madformer.errors import InputError
+from madformer.evaluation.evaluate import evaluate, write_run_curves
+from madformer.evaluation.measurement import Point, Sampling, half_width
+from madformer.evaluation.record import SEARCH_SEED, append_point, confirmation_seeds, known_choice, search_samples
+from madformer.evaluation.request import EvaluationRequest
+from madformer.evaluation.sampling import known_classes
+from madformer.model import cost
+from madformer.parallel import cluster_rank
+from madformer.runs.checkpoints import checkpoint_step, newest_intact
+from madformer.runs.folder import claim_folder
+
+_STARTS: tuple[dict[str, Any], ...] = (
+    {"sampler": "unipc", "spacing": "power", "power": 1.5},
+    {"sampler": "unipc", "spacing": "power", "power": 2.0},
+    {"sampler": "unipc", "spacing": "power", "power": 1.0},
+    {"sampler": "ddim", "spacing": "power", "power": 2.0},
+    {"sampler": "dpmsolver++", "spacing": "power", "power": 1.5},
+    {"sampler": "dpmsolver++", "spacing": "logsnr"},
+    {"sampler": "unipc", "spacing": "karras", "rho": 7},
+)
+"""What is tried first: what the literature recommends, and what did well on digits."""
+
+
+@dataclass(frozen=True)
+class TuningRequest:
+    """Runs of one design, which share one choice for each budget."""
+
+    configs: tuple[ExperimentConfig, ...]
+    """Those of the runs, which differ in their seeds."""
+    nfe: tuple[int, ...]
+    """Budgets to tune at."""
+    tries: int
+    """Samplings to try at each budget at most, the default included."""
+    minutes: float | None = None
+    """When to stop trying; what was found until then is confirmed. None: when all tries are made."""
+    devices: int | None = None
+    """Devices that share the work; None: all GPUs, or one process."""
+
+
+@dataclass(frozen=True)
+class _Design:
+    """The runs that are tuned together, at one budget."""
+
+    request: TuningRequest
+    default: Sampling
+    """As `config.evaluation` says."""
+
+    @property
+    def configs(self) -> tuple[ExperimentConfig, ...]:
+        return self.request.configs
+
+    @property
+    def runs(self) -> list[Path]:
+        return [config.run_dir for config in self.configs]
+
+    @property
+    def num_samples(self) -> int:
+        return self.configs[0].evaluation.num_samples
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the confirmation."""
+        return confirmation_seeds(len(self.configs))
+
+
+def tune(request: TuningRequest) -> None:
+    """Choose a `Sampling` for each budget, confirm it, and record it in every run, as points and as a line of kind `tuning`.
+
+    A choice that any of the runs has already is kept (a later seed does not change it), and measured where it is missing.
+
+    Raises:
+        ConfigError: as `evaluate`, or a budget that the runs cannot have.
+        InputError: as `evaluate`, or another process tunes them.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.disable_propagation()
+    deadline = None if request.minutes is None else time.monotonic() + 60 * request.minutes
+    if deadline is not None and cluster_rank() is not None:
+        raise InputError("--minutes: processes on several machines would stop at different tries; give --tries")
+    with claim_folder(request.configs[0].run_dir, "tune", cluster_rank() or 0):
+        for nfe in request.nfe:
+            _tune_at(_Design(request, Sampling.of_nfe(request.configs[0], nfe)), deadline)
+        for config in request.configs:
+            if not cluster_rank():
+                write_run_curves(config)
+
+
+def _tune_at(design: _Design, deadline: float | None) -> None:
+    request, nfe = design.request, design.default.nfe
+    step = checkpoint_step(_checkpoint(design.configs[0]))
+    lines = [known_choice(config, nfe, request.tries, step) for config in design.configs]
+    title = f"{', '.join(run.name for run in design.runs)} at NFE {nfe}"
+    if all(lines):
+        print(f"{title}: tuned already, {_text(lines[0])}", flush=True)
+        return
+    line = next((line for line in lines if line is not None), None)
+    if line is None:
+        print(f"{title}: {_costs(design)}", flush=True)
+        line = _choose(design, deadline)
+    else:
+        print(f"{title}: as its other seeds, {_text(line)}", flush=True)
+    chosen = Sampling(nfe, design.default.steps, **line["sampling"])
+    for config, known in zip(design.configs, lines, strict=True):
+        if known is None:
+            points = _measure(design, config, [chosen, design.default], line["seeds"])
+            if not cluster_rank():
+                _record(config.run_dir, points, line, chosen)
+    print(f"{title}: {_text(line)}", flush=True)
+
+
+def _choose(design: _Design, deadline: float | None) -> dict[str, Any]:
+    """Search and confirm; the line to record."""
+    tried = _search(design, deadline)
+    best = min(tried, key=lambda sampling: tried[sampling])
+    differences = list[float]()
+    if best != design.default:
+        found = [_measure(design, config, [best, design.default], design.seeds) for config in design.configs]
+        pairs = [[_distance(point) for point in points] for points in found]
+        seeds = len(design.seeds)
+        for distance_of_best, distance_of_default in ((pair[:seeds], pair[seeds:]) for pair in pairs):
+            differences += [one - other for one, other in zip(distance_of_best, distance_of_default, strict=True)]
+    spread = half_width(differences) if len(differences) > 1 else None
+    # Never worse than the default beyond the interval: else the default is the choice.
+    chosen = design.default if differences and fmean(differences) > (spread or 0) else best
+    first = design.configs[0]
+    return {
+        "kind": "tuning",
+        "nfe": design.default.nfe,
+        "steps": design.default.steps,
+        "step": checkpoint_step(_checkpoint(first)),
+        "sampling": chosen.curve_fields,
+        "default": design.default.curve_fields,
+        "best_of_search": best.curve_fields,
+        "tries": len(tried),
+        "most_tries": design.request.tries,
+        "search_samples": search_samples(design.num_samples),
+        "search_seed": SEARCH_SEED,
+        "num_samples": design.num_samples,
+        "seeds": list(design.seeds),
+        "runs": [run.name for run in design.runs],
+        "feature_networks": list(first.evaluation.feature_networks),
+        "differences": differences,
+        "difference": fmean(differences) if differences else 0.0,
+        "half_width": spread,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _search(design: _Design, deadline: float | None) -> dict[Sampling, float]:
+    """Samplings -> mean distance over the runs; the default comes first and is always tried."""
+    request, first = design.request, design.configs[0]
+    guided = first.model.text is not None and known_classes(first, _checkpoint(first)) is not None
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=10))
+    for start in _STARTS:
+        study.enqueue_trial(start)
+    tried = {design.default: _mean_distance(design, design.default)}
+    for _ in range(1, request.tries):
+        if deadline is not None and time.monotonic() > deadline:
+            break
+        trial = study.ask()
+        sampling = _propose(trial, design.default, first.diffusion.train_timesteps, guided)
+        if sampling not in tried:
+            tried[sampling] = _mean_distance(design, sampling)
+        study.tell(trial, tried[sampling])
+    return tried
+
+
+def _propose(trial: optuna.Trial, default: Sampling, end: int, guided: bool) -> Sampling:
+    kind = trial.suggest_categorical("spacing", ["power", "logsnr", "karras"])
+    spacing = kind
+    if kind == "power":
+        spacing = f"power:{trial.suggest_float('power', 1, 4, step=0.25)}"
+    elif kind == "karras":
+        spacing = f"karras:{trial.suggest_int('rho', 1, 10)}"
+    changes: dict[str, Any] = {"sampler": trial.suggest_categorical("sampler", get_args(SamplerName)), "spacing": spacing}
+    if guided:
+        tenths = trial.suggest_int("first_tenth", 0, 5), trial.suggest_int("last_tenth", 5, 9)
+        interval = f"{tenths[0] * end // 10}/{(tenths[1] + 1) * end // 10 - 1}"
+        changes["guidance"] = trial.suggest_float("guidance", 1, 8, step=0.25)
+        changes["guidance_interval"] = ALL_TIMESTEPS if tenths == (0, 9) else interval
+    return replace(default, **changes)
+
+
+def _mean_distance(design: _Design, sampling: Sampling) -> float:
+    few = search_samples(design.num_samples)
+    found = [_measure(design, config, [sampling], (SEARCH_SEED,), few) for config in design.configs]
+    return fmean(_distance(point) for points in found for point in points)
+
+
+def _measure(
+    design: _Design,
+    config: ExperimentConfig,
+    samplings: Sequence[Sampling],
+    seeds: Sequence[int],
+    num_samples: int | None = None,
+) -> list[Point]:
+    """Candidates of a run, by sampling and seed; with few samples, of the first feature network alone."""
+    evaluation = config.evaluation
+    if num_samples is not None:
+        networks = evaluation.feature_networks[:1]
+        evaluation = replace(evaluation, num_samples=num_samples, feature_networks=networks)
+    requested = tuple(replace(sampling, seed=seed) for sampling in samplings for seed in seeds)
+    request = EvaluationRequest(
+        replace(config, evaluation=evaluation),
+        (_checkpoint(config),),
+        tuple(dict.fromkeys(requested)),
+        devices=design.request.devices,
+        kind="candidate",
+    )
+    while len(points := evaluate(request)) < len(request.samplings):
+        time.sleep(1)  # other processes are still at work
+    by_sampling = dict(zip(request.samplings, points, strict=True))
+    return [by_sampling[sampling] for sampling in requested]
+
+
+def _record(run: Path, points: Sequence[Point], line: dict[str, Any], chosen: Sampling) -> None:
+    """Add the confirmed points and the choice, last, to a run's record."""
+    for point in {Sampling.of_point(point): point for point in points}.values():
+        tuned = Sampling.of_point(point).curve_key == chosen.curve_key
+        append_point(run, {**point, "kind": "point", **({"tuned": True, "tries": line["tries"]} if tuned else {})})
+    append_point(run, {**line, "metric": next(iter(points[0]["metrics"]))})
+
+
+def _costs(design: _Design) -> str:
+    """What is ahead, before it begins."""
+    config, default, request = design.configs[0], design.default, design.request
+    few, runs, seeds = search_samples(design.num_samples), len(design.configs), len(design.seeds)
+    images = runs * (request.tries * few + 2 * seeds * design.num_samples)
+    flops = images * cost.sampling_flops(config.model, guidance=default.guidance != 1).total(default.steps)
+    work = f"up to {request.tries} tries of {few:,} samples, then 2 x {seeds} x {design.num_samples:,} to confirm"
+    return f"{work}, for each of {runs} runs: {flops / 1e12:.3g} TFLOPs in all"
+
+
+def _text(line: dict[str, Any]) -> str:
+    """A choice in words."""
+    sampling, default = (Sampling(line["nfe"], line["steps"], **line[name]) for name in ("sampling", "default"))
+    if sampling == default:
+        return f"the default is the best of {line['tries']} samplings"
+    spread = "" if line["half_width"] is None else f" ± {line['half_width']:.2g}"
+    change = f"{line['difference']:+.3g}{spread} against the default"
+    return f"{sampling.difference(default)} is the best of {line['tries']} samplings, {change}"
+
+
+def _checkpoint(config: ExperimentConfig) -> Path:
+    newest = newest_intact(config.run_dir)
+    if newest is None:
+        raise InputError(f"{config.run_dir}: no intact checkpoint; madformer train --resume {config.run_dir} makes some")
+    return newest
+
+
+def _distance(point: Point) -> float:
+    """The first metric of the first network, a distance."""
+    return float(next(iter(point["metrics"].values())))
