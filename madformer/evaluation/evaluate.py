@@ -75,7 +75,7 @@ def evaluate(request: EvaluationRequest) -> list[Point]:
     device = own_device(devices)
     with claim_folder(run, "evaluate", rank or 0):
         instruments: Instruments | None
-        instruments, tasks = prepare(request, device, silent=bool(rank))
+        instruments, tasks = prepare(request, device, silent=bool(rank) or request.kind == "candidate")
         missing: dict[Path, Task] = {}
         for task in tasks:
             if not _report_recorded(task):
@@ -161,7 +161,8 @@ def _measure_if_complete(task: Task, instruments: Instruments, share: Share) -> 
     except ValueError as error:
         raise NonFiniteError(f"{task.title}: {error}") from error
     remove_parts(task.folder)
-    _report(task, point)
+    if task.described["kind"] == "point":
+        _report(task, point)
 
 
 def _sampled(task: Task) -> set[int]:
@@ -200,7 +201,8 @@ def _report_recorded(task: Task) -> bool:
     point = _find(task)
     if point is not None:
         remove_parts(task.folder)  # if the process that recorded it did not live to do so
-        _report(task, point, " (recorded before)")
+        if task.described["kind"] == "point":
+            _report(task, point, " (recorded before)")
     return point is not None
 
 

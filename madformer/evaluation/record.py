@@ -112,9 +112,9 @@ def known_choice(config: ExperimentConfig, nfe: int, tries: int, step: int) -> d
         tries: tries that it was allowed at least.
         step: training step of the checkpoint.
     """
-    known = {"nfe": nfe, "step": step, "num_samples": config.evaluation.num_samples}
-    known |= {"default": Sampling.of_nfe(config, nfe).curve_fields}
-    known |= {"feature_networks": list(config.evaluation.feature_networks)}
+    known: dict[str, Any] = {"nfe": nfe, "step": step, "num_samples": config.evaluation.num_samples}
+    known["default"] = Sampling.of_nfe(config, nfe).curve_fields
+    known["feature_networks"] = list(config.evaluation.feature_networks)
     lines = [line for line in _read(config.run_dir, "tuning") if known.items() <= line.items()]
     return next((line for line in reversed(lines) if line["most_tries"] >= tries), None)
 

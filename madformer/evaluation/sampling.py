@@ -133,11 +133,12 @@ def sample_batches(
     """
     batch_size, device = config.evaluation.batch_size, model.boi_SD.device
     sampler = build_sampler(config.diffusion, config.model.prediction_type, sampling.sampler, sampling.spacing)
-    options = {"guidance": sampling.guidance, "guidance_interval": parse_interval(sampling.guidance_interval)}
+    options: dict[str, Any] = {"guidance": sampling.guidance, "on_block": on_block}
+    options["guidance_interval"] = parse_interval(sampling.guidance_interval)
     for start in range(0, len(indices), batch_size):
         part = slice(start, start + batch_size)
         seeds = [sample_seed(sampling.seed, index) for index in indices[part]]
         text = None if text_BT is None else text_BT[part]
         with torch.autocast(device.type, torch.bfloat16, enabled=sampling_precision(config, device) == "bf16-mixed"):
-            latents_BLCYX = generate(model, sampler, sampling.steps, seeds=seeds, text=text, on_block=on_block, **options)
+            latents_BLCYX = generate(model, sampler, sampling.steps, seeds=seeds, text=text, **options)
         yield to_image(latents_BLCYX)

@@ -112,10 +112,10 @@ def _tune_at(design: _Design, deadline: float | None) -> None:
     step = checkpoint_step(_checkpoint(design.configs[0]))
     lines = [known_choice(config, nfe, request.tries, step) for config in design.configs]
     title = f"{', '.join(run.name for run in design.runs)} at NFE {nfe}"
-    if all(lines):
-        print(f"{title}: tuned already, {_text(lines[0])}", flush=True)
-        return
     line = next((line for line in lines if line is not None), None)
+    if line is not None and all(lines):
+        print(f"{title}: tuned already, {_text(line)}", flush=True)
+        return
     if line is None:
         print(f"{title}: {_costs(design)}", flush=True)
         line = _choose(design, deadline)
@@ -176,13 +176,16 @@ def _search(design: _Design, deadline: float | None) -> dict[Sampling, float]:
     for start in _STARTS:
         study.enqueue_trial(start)
     tried = {design.default: _mean_distance(design, design.default)}
-    for _ in range(1, request.tries):
+    print(f"  try 1 of {request.tries}: the default, {tried[design.default]:.4g}", flush=True)
+    for number in range(2, request.tries + 1):
         if deadline is not None and time.monotonic() > deadline:
             break
         trial = study.ask()
         sampling = _propose(trial, design.default, first.diffusion.train_timesteps, guided)
         if sampling not in tried:
             tried[sampling] = _mean_distance(design, sampling)
+            words = f"{sampling.difference(design.default) or 'the default'}, {tried[sampling]:.4g}"
+            print(f"  try {number} of {request.tries}: {words}", flush=True)
         study.tell(trial, tried[sampling])
     return tried
 

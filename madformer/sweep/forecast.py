@@ -8,6 +8,7 @@ from functools import cache
 from statistics import fmean
 
 from madformer.config import ExperimentConfig, ModelConfig, wanted_outputs
+from madformer.config.evaluation import TRIES
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.measurement import Sampling
 from madformer.model import cost
@@ -71,14 +72,16 @@ class Estimates:
 
     def cell_time(self, cell: Cell) -> Time:
         """The time of a cell from its start to its end."""
-        return self._time(cell, 1.0, sum(evaluation_flops(cell).values()))
+        return self._time(cell, 1.0, sum(evaluation_flops(cell).values()) + sum(tuning_flops(cell).values()))
 
     def remaining_time(self, cell: Cell, needs: Needs, step: int = 0) -> Time:
         """The time that a cell still needs after so many training steps."""
         fraction = (1 - step / cell.max_steps) if needs.training else 0.0
         costs = evaluation_flops(cell)
         point = sum(costs[budget] for budget in needs.budgets) / max(1, len(needs.budgets)) / cell.points_per_budget
-        return self._time(cell, fraction, point * needs.points)
+        tuning = tuning_flops(cell)
+        budgets = cell.budgets if needs.training or needs.budgets else needs.tuning
+        return self._time(cell, fraction, point * needs.points + sum(tuning[budget] for budget in budgets))
 
     def _time(self, cell: Cell, training_fraction: float, sampling_flops: float) -> Time:
         training_rate = self._training_rates.get(cell.key) or self._median_rate
@@ -128,6 +131,15 @@ def evaluation_flops(cell: Cell) -> dict[int, float]:
     for sampling in cell.samplings:
         flops[sampling.nfe] += images * image_flops(cell, sampling)
     return flops
+
+
+def tuning_flops(cell: Cell) -> dict[int, float]:
+    """Budget -> FLOPs of tuning the cell's design at most; zero for all but the first cell of a design."""
+    from madformer.evaluation.record import confirmation_seeds, search_samples
+
+    runs, count = 0 if cell.tuned_with is None else 1 + len(cell.tuned_with), cell.config.evaluation.num_samples
+    images = runs * (TRIES * search_samples(count) + 2 * len(confirmation_seeds(runs)) * count)
+    return {nfe: images * image_flops(cell, Sampling.of_nfe(cell.config, nfe)) for nfe in cell.budgets}
 
 
 @cache
@@ -220,18 +232,20 @@ def _total_lines(
     """All FLOPs and hours, the remaining hours, and the cells by state."""
     training = sum(training_flops(cell.config) for cell in cells)
     evaluation = sum(sum(evaluation_flops(cell).values()) for cell in cells)
+    tuning = sum(sum(tuning_flops(cell).values()) for cell in cells)
     times = [estimates.cell_time(cell) for cell in cells]
     remaining = sum(
         estimates.remaining_time(cell, need, _newest_step(cell)).total for cell, need in zip(cells, needs, strict=True)
     )
     longest = max(time.total / cell.device_count for time, cell in zip(times, cells, strict=True))
-    counts = {"to train": 0, "to evaluate": 0, "done": 0}
+    counts = {"to train": 0, "to evaluate": 0, **({"to tune": 0} if sweep.evaluate.tune else {}), "done": 0}
     for need in needs:
         counts[_state(need)] += 1
     hours, unit = sum(time.total for time in times) / 3600, hours_unit(sweep)
     return [
         f"{len(cells)} cells: {', '.join(f'{count} {state}' for state, count in counts.items())}. "
-        f"Training {with_unit(training)}FLOPs, evaluation {with_unit(evaluation)}FLOPs. Under NFE: FLOPs per image.",
+        f"Training {with_unit(training)}FLOPs, evaluation {with_unit(evaluation)}FLOPs"
+        f"{f', tuning {with_unit(tuning)}FLOPs' if tuning else ''}. Under NFE: FLOPs per image.",
         f"{hours:.3g} {unit}, of which {remaining / 3600:.3g} are left; the longest trial takes {format_duration(longest)} "
         f"on {cells[0].device_count} {'process' if sweep.accelerator == 'cpu' else 'GPU'}(s).",
         basis(all(time.is_measured for time in times), device),
@@ -239,7 +253,7 @@ def _total_lines(
 
 
 def _state(needs: Needs) -> str:
-    return "to train" if needs.training else "to evaluate" if needs.budgets else "done"
+    return "to train" if needs.training else "to evaluate" if needs.budgets else "to tune" if needs.tuning else "done"
 
 
 def _newest_step(cell: Cell) -> int:
@@ -305,6 +319,7 @@ class _Suite:
         training = evaluation = seconds = 0.0
         for cell in cells:
             time, costs = estimates.cell_time(cell), _point_costs(cell)
+            costs |= {(cell.key, "tuning", nfe): flops for nfe, flops in tuning_flops(cell).items()}
             self.is_measured &= time.is_measured
             new_flops = sum(flops for point, flops in costs.items() if point not in self._points)
             self._points |= costs.keys()
