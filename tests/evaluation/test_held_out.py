@@ -281,3 +281,16 @@ def test_held_out_images_that_are_not(tmp_path, caplog):
         with pytest.raises(InputError, match=rf"held-out images \(evaluation\..*{said}"):
             evaluate(parse_request(replace(config, data=data, evaluation=evaluation), nfe="5"))
     assert read_points(config.run_dir) == [point]
+
+
+def test_the_bias_is_that_of_samples_and_of_held_out_images():
+    """The numbers of docs/evaluation.md: digits against other digits."""
+    features, generator = build_feature_network("digits")(load_digits()[0]).features_BD, torch.Generator().manual_seed(0)
+    distances, rows = [], torch.arange(1797)
+    for _ in range(20):
+        learnt, held_out = (Moments.of(features[part]) for part in rows[torch.randperm(1797, generator=generator)].split(1438))
+        distances.append(frechet_distance(learnt, held_out))
+    assert sum(distances) / 20 == pytest.approx(5.0, abs=0.1)
+    assert frechet_bias(learnt, 1438) + frechet_bias(learnt, 359) == pytest.approx(5.5, abs=0.1)
+    slices = [Moments.of(features[part]) for part in rows.split(1438)]
+    assert frechet_distance(*slices) == pytest.approx(11.5, abs=0.05)
