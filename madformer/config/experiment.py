@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 
 from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY, DIGITS, PIXELS, DataConfig
@@ -98,6 +99,51 @@ class ExperimentConfig:
     def run_dir(self) -> Path:
         """The run's folder."""
         return Path(self.output_dir) / self.name
+
+
+def held_out_data(config: ExperimentConfig) -> DataConfig:
+    """The images of `evaluation.held_out_source` and `evaluation.held_out_split`, read as training reads its own.
+
+    Raises:
+        ConfigError: no source is named.
+    """
+    evaluation, data = config.evaluation, config.data
+    source = evaluation.held_out_source or data.source
+    if source is None:
+        remedy = "name images to look at, as data.source would"
+        raise ConfigError(f"evaluation.held_out_source = null, and data.source as well: {remedy}")
+    return replace(data, source=source, split=evaluation.held_out_split or data.split, latents=None, flip=False)
+
+
+def has_held_out(config: ExperimentConfig) -> bool:
+    """Whether held-out images are named, and are no rows of those of training.
+
+    Raises:
+        ConfigError: a split is named, but no source.
+    """
+    if not names_held_out(config.evaluation):
+        return False
+    data = held_out_data(config)
+    return data.source != config.data.source or not _share_rows(data.split, config.data.split)
+
+
+def names_held_out(evaluation: EvaluationConfig) -> bool:
+    """Whether images are named as held-out, be they or not."""
+    return evaluation.held_out_source is not None or evaluation.held_out_split is not None
+
+
+@cache
+def _share_rows(one: str, other: str) -> bool:
+    """Whether two splits, or slices of splits, have rows in common; sizes are not known here, so per cent are of a million."""
+    from datasets import ReadInstruction  # here, because it takes a second
+
+    try:
+        lengths = {part.split("[")[0]: 10**6 for part in f"{one}+{other}".split("+")}
+        rows = [ReadInstruction.from_spec(spec).to_absolute(lengths) for spec in (one, other)]
+    except ValueError:  # a name that only its data set understands
+        return one == other
+    pairs = [(a, b) for a in rows[0] for b in rows[1] if a.splitname == b.splitname]
+    return any(max(a.from_, b.from_) < min(a.to, b.to) for a, b in pairs)
 
 
 def check_data(data: DataConfig, model: ModelConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from madformer import __version__
 from madformer.config import ExperimentConfig, trained_fields
+from madformer.config.experiment import has_held_out, names_held_out
 from madformer.errors import NonFiniteError
 from madformer.evaluation.diagnostics import diagnose
 from madformer.evaluation.feature_cache import (
@@ -52,6 +54,8 @@ from madformer.runs.folder import claim_folder, progress_path
 __all__ = ["evaluate"]
 
 Point = dict[str, Any]
+
+_log = logging.getLogger(__name__)
 
 IMAGES_LOOKED_AT = 256
 """Held-out images of the diagnostics, no more than are sampled for a number."""
@@ -96,10 +100,13 @@ def evaluate(request: EvaluationRequest) -> list[Point]:
 
 def prepare(request: EvaluationRequest, device: str, silent: bool = False) -> tuple[Instruments, list[Task]]:
     """Open and check everything before the first sample: cheap mistakes show before the costly references are computed."""
-    instruments = Instruments.open(request, device)
+    config, instruments = request.config, Instruments.open(request, device)
     tasks = make_tasks(request, instruments)
-    if request.diagnostics:
-        require_held_out(request.config)
+    if names_held_out(config.evaluation) and not has_held_out(config) and not silent:
+        shared = "evaluation.held_out_split shares images with data.split: no distances to held-out images"
+        _log.warning("%s: %s; name others, such as train[90%%:] beside data.split=train[:90%%]", config.run_dir, shared)
+    if request.diagnostics or has_held_out(config):
+        require_held_out(config)
     instruments = instruments.with_references(request)
     return instruments, complete_tasks(tasks, instruments, silent)
 
@@ -140,7 +147,10 @@ def _measure_if_complete(task: Task, instruments: Instruments, share: Share) -> 
     for number, (network, reference) in enumerate(zip(instruments.networks, instruments.references, strict=True)):
         features_ND = _in_order(parts, features_name(number), count)
         logits_NK = _in_order(parts, logits_name(number), count) if logits_name(number) in parts[0] else None
-        metrics |= measure(network.label, features_ND.to(share.device), logits_NK, reference)
+        features_ND = features_ND.to(share.device)
+        metrics |= measure(network.label, features_ND, logits_NK, reference)
+        for held_out in instruments.held_out[number : number + 1]:
+            metrics |= measure(network.label, features_ND, None, held_out, held_out=True)
     seconds = {phase: float(sum(part[phase].sum() for part in parts)) for phase in PHASES}
     seconds["statistics"] = time.perf_counter() - before
     point = {

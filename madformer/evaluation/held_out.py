@@ -1,4 +1,4 @@
-"""Held-out images for diagnostics; images of training if the experiment names no others."""
+"""Held-out images as diagnostics see them; images of training if the experiment names no others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from madformer.config import DataConfig, ExperimentConfig
 from madformer.config.data import DIGITS
-from madformer.config.experiment import check_data
+from madformer.config.experiment import check_data, has_held_out, held_out_data
 from madformer.data.codec import build_codec, require_fit
 from madformer.data.digits import load_digits
 from madformer.data.image_files import to_unit
 from madformer.data.loader import Captions, batched, decode_rows, skip_broken
 from madformer.data.prompts import DIGIT_NAMES
 from madformer.data.sources import ImageSource, Row, open_source
-from madformer.errors import ConfigError
+from madformer.errors import ConfigError, InputError
 from madformer.evaluation.sampling import known_classes
 from madformer.randomness import keyed_generator
 
@@ -66,11 +66,11 @@ def read_held_out(config: ExperimentConfig, checkpoint: Path, images: int, devic
             with text.
         InputError: too many are broken.
     """
-    data, description = _held_out_data(config), describe_held_out(config)
+    data, description = held_out_data(config), describe_held_out(config)
     if not description["held_out"]:
         remedy = "name others as evaluation.held_out_split=validation, train[90%:] ..., or as evaluation.held_out_source"
         _log.warning("%s: the diagnostics are of images that the run was trained on; %s", config.run_dir, remedy)
-    with _explain_errors():
+    with explain_errors():
         check_data(data, config.model)
         if data.source == DIGITS:
             latents_NChw, captions = _read_digits(config, data, images)
@@ -88,9 +88,8 @@ def describe_held_out(config: ExperimentConfig) -> dict[str, Any]:
     Raises:
         ConfigError: none are named.
     """
-    data = _held_out_data(config)
-    is_held_out = data.source != config.data.source or not _share_rows(data.split, config.data.split)
-    return {"source": f"{data.source}, {data.split}", "held_out": is_held_out}
+    data = held_out_data(config)
+    return {"source": f"{data.source}, {data.split}", "held_out": has_held_out(config)}
 
 
 def require_held_out(config: ExperimentConfig) -> None:
@@ -99,8 +98,8 @@ def require_held_out(config: ExperimentConfig) -> None:
     Raises:
         ConfigError: they are not.
     """
-    data = _held_out_data(config)
-    with _explain_errors():
+    data = held_out_data(config)
+    with explain_errors():
         check_data(data, config.model)
         if data.source == DIGITS:
             load_digits(data.split)
@@ -108,35 +107,13 @@ def require_held_out(config: ExperimentConfig) -> None:
             open_source(data)
 
 
-def _share_rows(one: str, other: str) -> bool:
-    """Whether two splits, or slices of splits, have rows in common; sizes are not known here, so per cent are of a million."""
-    from datasets import ReadInstruction
-
-    try:
-        lengths = {part.split("[")[0]: 10**6 for part in f"{one}+{other}".split("+")}
-        rows = [ReadInstruction.from_spec(spec).to_absolute(lengths) for spec in (one, other)]
-    except ValueError:  # a name that only its data set understands
-        return one == other
-    pairs = [(a, b) for a in rows[0] for b in rows[1] if a.splitname == b.splitname]
-    return any(max(a.from_, b.from_) < min(a.to, b.to) for a, b in pairs)
-
-
 @contextmanager
-def _explain_errors() -> Iterator[None]:
+def explain_errors() -> Iterator[None]:
     """Say that an error is about held-out images."""
     try:
         yield
-    except ConfigError as error:
-        raise ConfigError(f"held-out images (evaluation.held_out_source, evaluation.held_out_split): {error}") from error
-
-
-def _held_out_data(config: ExperimentConfig) -> DataConfig:
-    evaluation, data = config.evaluation, config.data
-    source = evaluation.held_out_source or data.source
-    if source is None:
-        remedy = "name images to look at, as data.source would"
-        raise ConfigError(f"evaluation.held_out_source = null, and data.source as well: {remedy}")
-    return replace(data, source=source, split=evaluation.held_out_split or data.split, latents=None, flip=False)
+    except InputError as error:
+        raise type(error)(f"held-out images (evaluation.held_out_source, evaluation.held_out_split): {error}") from error
 
 
 def _read_digits(config: ExperimentConfig, data: DataConfig, images: int) -> tuple[Tensor, list[str]]:

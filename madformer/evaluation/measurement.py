@@ -17,6 +17,9 @@ from madformer.errors import ConfigError, InputError
 from madformer.model import cost
 from madformer.runs.checkpoints import Weights
 
+HELD_OUT = "_held_out"
+"""Ends the name of a distance to held-out images."""
+
 Point = Mapping[str, Any]
 """A line of a run's record."""
 
@@ -53,23 +56,26 @@ METRICS = {
 """All metrics, in the order of records and tables."""
 
 
-def metric_name(metric: str, label: str) -> str:
+def metric_name(metric: str, label: str, held_out: bool = False) -> str:
     """What a metric over a network's features is called in records, curves and tables.
 
     Args:
         metric: a key of `METRICS`.
         label: the network's.
+        held_out: whether it is a distance to held-out images.
 
     Returns:
-        `fid`, `kid`, `precision` over Inception's features, and over no others: `fd_digits`, `kid_dinov2`.
+        `fid`, `kid`, `precision` over Inception's features, and over no others: `fd_digits`, `kid_dinov2`; `fid_held_out`.
     """
+    end = HELD_OUT if held_out else ""
     if label == INCEPTION:
-        return "fid" if metric == "fd" else metric
-    return f"{metric}_{label}"
+        return ("fid" if metric == "fd" else metric) + end
+    return f"{metric}_{label}{end}"
 
 
 def metric_key(name: str) -> str | None:
     """The key in `METRICS` of a recorded metric, of whatever network it is; None: there is no such metric."""
+    name = name.removesuffix(HELD_OUT)
     if name == "fid":
         return "fd"
     return next((key for key in METRICS if name.startswith(f"{key}_") or (name == key and key != "fd")), None)
@@ -273,7 +279,9 @@ class Measurement:
     codec: tuple[str | None, str] | None = None
     """SHA-256, and the type that it computes in."""
     references: tuple[str, ...] | None = None
-    """SHA-256 of each network's reference images."""
+    """SHA-256 of each network's reference images, and of its held-out ones."""
+    held_out: bool | None = None
+    """Whether distances to held-out images are measured too."""
 
     @classmethod
     def of_point(cls, point: Point) -> Measurement:
@@ -287,6 +295,7 @@ class Measurement:
             point["precision"],
             (point["codec"]["sha256"], point["codec"]["dtype"]),
             tuple(reference["sha256"] for reference in point["references"]),
+            any(reference.get("held_out", False) for reference in point["references"]),
         )
 
     @property
@@ -313,7 +322,7 @@ class Measurement:
 
     def matches(self, point: Measurement) -> bool:
         """Whether a point is this measurement at this budget, as far as this one is known."""
-        known = ("weights_sha256", "prompts", "precision", "codec", "references")
+        known = ("weights_sha256", "prompts", "precision", "codec", "references", "held_out")
         values = ((getattr(self, name), getattr(point, name)) for name in known)
         return (
             (self.sampling, self.num_samples) == (point.sampling, point.num_samples)

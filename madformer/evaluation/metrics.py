@@ -135,13 +135,16 @@ def computes(metric: str) -> Callable[[Compute], Compute]:
     return register
 
 
-def measure(label: str, features_ND: Tensor, logits_NK: Tensor | None, reference: Reference) -> dict[str, float]:
+def measure(
+    label: str, features_ND: Tensor, logits_NK: Tensor | None, reference: Reference, held_out: bool = False
+) -> dict[str, float]:
     """All metrics that can be had, in the order of `METRICS`.
 
     Args:
         label: the network's, metrics are named after it (`measurement.metric_name`).
         features_ND: [N, D] of the generated images; computed where they are.
         logits_NK: [N, K] of a classifier of the same images; None: there is no inception score.
+        held_out: whether the reference is of held-out images: only distances are measured.
 
     Returns:
         By name. A few images do for the distances; what needs more than there are is left out.
@@ -152,11 +155,13 @@ def measure(label: str, features_ND: Tensor, logits_NK: Tensor | None, reference
     inputs = MetricInputs(features_ND, logits_NK, reference)
     values: dict[str, float | None] = {}
     for name, metric in METRICS.items():
+        if held_out and not metric.is_distance:
+            continue
         if metric.needs_pairs:
             values[name] = inputs.pairs.get(name)
         elif logits_NK is not None or not metric.needs_logits:
             values[name] = _COMPUTE[name](inputs)
-    return {metric_name(name, label): value for name, value in values.items() if value is not None}
+    return {metric_name(name, label, held_out): value for name, value in values.items() if value is not None}
 
 
 @computes("fd")

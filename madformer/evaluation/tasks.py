@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from madformer.config import ExperimentConfig, config_hash
+from madformer.config.experiment import has_held_out, held_out_data
 from madformer.config.identity import is_outdated
 from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.diffusion.samplers import spaced_timesteps
 from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_networks
+from madformer.evaluation.held_out import explain_errors
 from madformer.evaluation.measurement import AXES, DEFAULTS, Measurement, Sampling, metric_name
 from madformer.evaluation.metrics import frechet_bias
 from madformer.evaluation.reference import Reference, find_reference
@@ -38,6 +40,8 @@ class Instruments:
     networks: tuple[FeatureNetwork, ...]
     references: tuple[Reference, ...] = ()
     """One for each network; none yet while a plan is checked."""
+    held_out: tuple[Reference, ...] = ()
+    """The same of held-out images; empty: none are named."""
 
     @staticmethod
     def open(request: EvaluationRequest, device: str) -> Instruments:
@@ -55,13 +59,18 @@ class Instruments:
         """With the networks' references, found or computed.
 
         Raises:
-            ConfigError: no reference images.
+            ConfigError: no reference images, or no held-out images where some are named.
             InputError: references that are not of the run's images.
         """
         config, trained_on = request.config, source_sha256(request.checkpoints[-1])
         size = config.model.latent_size * self.codec.downsampling
-        found = (find_reference(network, config, size, trained_on, request.references) for network in self.networks)
-        return replace(self, references=tuple(found))
+        found = [find_reference(network, config, size, trained_on, request.references) for network in self.networks]
+        held_out = list[Reference]()
+        if has_held_out(config):
+            with explain_errors():
+                others = replace(config, data=held_out_data(config))
+                held_out = [find_reference(network, others, size, None) for network in self.networks]
+        return replace(self, references=tuple(found), held_out=tuple(held_out))
 
 
 @dataclass(frozen=True)
@@ -122,15 +131,19 @@ def make_tasks(request: EvaluationRequest, instruments: Instruments) -> list[Tas
 def complete_tasks(tasks: Sequence[Task], instruments: Instruments, silent: bool = False) -> list[Task]:
     """The same with the references, and the bias to expect; few samples for wide features are warned of, unless `silent`."""
     count, networks, references = tasks[0].described["num_samples"], instruments.networks, instruments.references
-    bias = {
-        metric_name("fd", network.label): frechet_bias(reference.moments, count)
-        for network, reference in zip(networks, references, strict=True)
-    }
-    known = {"references": [reference.pedigree for reference in references], "bias": bias}
-    for network, (name, value) in zip(networks, bias.items(), strict=True):
+    bias = dict[str, float]()
+    for number, (network, reference) in enumerate(zip(networks, references, strict=True)):
+        name, value = metric_name("fd", network.label), frechet_bias(reference.moments, count)
+        bias[name] = value
+        for held_out in instruments.held_out[number : number + 1]:  # as many samples would scatter
+            scatter = frechet_bias(reference.moments, held_out.moments.count)
+            bias[metric_name("fd", network.label, held_out=True)] = value + scatter
         if count < FEW * network.width and not silent:
             few = f"{count:,} samples for features of width {network.width:,} are few"
             _log.warning("%s: %s of perfect samples would be %.3g, not 0: compare only numbers of as many", few, name, value)
+    pedigrees = [reference.pedigree for reference in references]
+    pedigrees += [{**reference.pedigree, "held_out": True} for reference in instruments.held_out]
+    known = {"references": pedigrees, "bias": bias}
     return [replace(task, described={**task.described, **known}) for task in tasks]
 
 
@@ -193,6 +206,8 @@ def _command(config: ExperimentConfig, point: dict[str, Any], references: Sequen
     words += [word for path in references for word in ("--reference", str(path))]
     networks = json.dumps(config.evaluation.feature_networks, ensure_ascii=False)
     overrides = [f"evaluation.feature_networks={networks}", f"evaluation.batch_size={config.evaluation.batch_size}"]
+    named = {name: getattr(config.evaluation, name) for name in ("held_out_source", "held_out_split")}
+    overrides += [f"evaluation.{name}={json.dumps(value)}" for name, value in named.items() if value is not None]
     return shlex.join(["madformer", "evaluate", str(config.run_dir), *overrides, *words])
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from madformer.config import ExperimentConfig, read_config_hash, require_same_run
 from madformer.config.evaluation import TRIES
+from madformer.config.experiment import has_held_out
 from madformer.errors import InputError
 from madformer.evaluation.measurement import INCEPTION, Measurement, Sampling
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
@@ -146,9 +147,10 @@ def cell_points(cell: Cell) -> dict[tuple[int, Sampling], dict[str, Any]]:
 def cell_measurement(cell: Cell, sampling: Sampling) -> Measurement:
     """What a point of a cell is to be a measurement of, as far as that is known before the evaluation."""
     evaluation = cell.config.evaluation
-    # A search's study has the numbers of its trials for good: their networks count by name.
+    # A search's study has the numbers of its trials for good: networks count by name, held-out images do not count.
     known = {name: None if cell.is_of_search else network_sha256(name) for name in evaluation.feature_networks}
-    return Measurement(sampling, evaluation.num_samples, tuple(known.items()))
+    held_out = None if cell.is_of_search else has_held_out(cell.config)
+    return Measurement(sampling, evaluation.num_samples, tuple(known.items()), held_out=held_out)
 
 
 def main_points(cell: Cell) -> dict[int, list[dict[str, Any]]]:
@@ -162,9 +164,13 @@ def main_points(cell: Cell) -> dict[int, list[dict[str, Any]]]:
 
 
 def main_metrics(cell: Cell) -> dict[int, Mapping[str, float]]:
-    """Budget -> the mean metrics of its `main_points`."""
+    """Budget -> the mean metrics of its `main_points`: those that all of them have."""
     return {
-        nfe: {name: fmean(point["metrics"][name] for point in points) for name in points[0]["metrics"]}
+        nfe: {
+            name: fmean(point["metrics"][name] for point in points)
+            for name in points[0]["metrics"]
+            if all(name in point["metrics"] for point in points)
+        }
         for nfe, points in main_points(cell).items()
     }
 

@@ -1,6 +1,8 @@
-"""Images for diagnostics: other ones than training's, from all over the data set, described as training describes them."""
+"""Held-out images: from all over the data set, described as training describes them; distances to them."""
 
 import logging
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,17 +11,29 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset
 
-from madformer.config import DataConfig, EvaluationConfig, ExperimentConfig, TextConfig
+from madformer.cli import app
+from madformer.config import DataConfig, EvaluationConfig, ExperimentConfig, TextConfig, load_run
 from madformer.data.codec import build_codec
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.digits import load_digits
 from madformer.data.image_files import load_square, to_unit
 from madformer.data.prompts import DIGIT_NAMES
 from madformer.errors import ConfigError, InputError
+from madformer.evaluation.evaluate import evaluate
+from madformer.evaluation.feature_networks import build_feature_network
 from madformer.evaluation.held_out import read_held_out
+from madformer.evaluation.measurement import Sampling
+from madformer.evaluation.metrics import Moments, frechet_bias, frechet_distance
+from madformer.evaluation.record import read_points, record_path
+from madformer.evaluation.request import parse_request
+from madformer.evaluation.sampling import sample_batches
+from madformer.model import MADFormer
+from madformer.randomness import keyed_generator
 from madformer.runs.checkpoints import CLASS_PROMPTS, DATA, EMA
 from tests.conftest import tiny
-from tests.pictures import as_bytes, picture, write_codec, write_parquet, write_tars
+from tests.evaluation.test_evaluate import METRICS, make_run, only_metrics, pleased, save_random_checkpoint
+from tests.pictures import as_bytes, experiment, picture, write_codec, write_parquet, write_tars
+from tests.tiny_runs import command, perform, scalars
 
 CPU = torch.device("cpu")
 TEXT = TextConfig(vocab_size=2048, length=4, pad_token_id=0)
@@ -174,3 +188,109 @@ def test_what_is_refused(tmp_path):
     nameless = replace(nameless, model=tiny(latent_channels=3, text=TEXT))
     with pytest.raises(ConfigError, match="neither texts nor named classes for a model with text"):
         read_held_out(nameless, path, 8, CPU)
+
+
+HELD_OUT = ["fd_digits_held_out", "kid_digits_held_out"]
+
+
+def test_distances_to_held_out_images_stand_beside_those_to_training(tmp_path, caplog):
+    folder = f"evaluation.references={tmp_path / 'references'}"
+    config, _, average = make_run(tmp_path, folder, "data.split=train[:80%]")
+    plain = evaluate(parse_request(config, steps="2"))[0]
+    printed = perform(command("evaluate", config.run_dir, "--steps", 2, "evaluation.held_out_split=train[80%:]"))
+    before, point = read_points(config.run_dir)
+    assert before == plain and "recorded before" not in printed, "it is measured again"
+    assert list(point["metrics"]) == METRICS + HELD_OUT
+    assert {name: point["metrics"][name] for name in METRICS} == plain["metrics"]
+
+    network, model = build_feature_network("digits"), MADFormer(config.model)
+    model.load_state_dict(average)
+    samples = network(torch.cat(list(sample_batches(model, config, Sampling.of_steps(config, 2), range(16))))).features_BD
+    learnt, held_out = (network(load_digits()[0][rows]).features_BD for rows in (slice(1438), slice(1438, None)))
+    for name, features in (("fd_digits", learnt), ("fd_digits_held_out", held_out)):
+        expected = frechet_distance(Moments.of(samples), Moments.of(features))
+        assert point["metrics"][name] == pytest.approx(expected, rel=1e-6)
+    drawn = held_out[torch.randperm(len(held_out), generator=keyed_generator("reference"))][:16]
+    assert point["metrics"]["kid_digits_held_out"] == pytest.approx(kernel_distance(samples, drawn), rel=1e-6)
+    moments = Moments.of(learnt)
+    assert point["bias"] == {
+        "fd_digits": pytest.approx(frechet_bias(moments, 16)),
+        "fd_digits_held_out": pytest.approx(frechet_bias(moments, 16) + frechet_bias(moments, 359)),
+    }
+    assert [(each["images"], each.get("held_out")) for each in point["references"]] == [(1438, None), (359, True)]
+    assert (
+        len({each["sha256"] for each in point["references"]})
+        == len(list((tmp_path / "references").glob("[!.]*.safetensors")))
+        == 2
+    )
+    assert [tag for tag in scalars(config.run_dir) if tag.endswith("_held_out_vs_nfe")] == [
+        f"{name}_vs_nfe" for name in HELD_OUT
+    ]
+
+    again = perform(command("evaluate", config.run_dir, "--steps", 2, "evaluation.held_out_split=train[80%:]"))
+    assert "recorded before" in again and len(read_points(config.run_dir)) == 2
+    record_path(config.run_dir).unlink()
+    app(shlex.split(point["command"])[1:], standalone_mode=False)
+    assert [each["metrics"] for each in read_points(config.run_dir)] == only_metrics([point]), "its command gives it again"
+    assert "shares images" not in caplog.text
+
+
+def kernel_distance(generated_ND, reference_MD):
+    """The unbiased squared maximum mean discrepancy, by its definition."""
+    x, y = generated_ND.double(), reference_MD.double()
+    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3  # noqa: E731
+    within = [(kernel(a, a).sum() - kernel(a, a).trace()) / (len(a) * (len(a) - 1)) for a in (x, y)]
+    return (sum(within) - 2 * kernel(x, y).mean()).item()
+
+
+def test_held_out_images_of_a_folder(tmp_path):
+    """Two splits of a folder of images; the second one is read, cut and compared like the first."""
+    for split, numbers in (("train", range(12)), ("test", range(12, 20))):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        for number in numbers:
+            picture(number).save(tmp_path / "images" / split / f"{number}.png")
+    settings = (pleased(tmp_path), f"evaluation.references={tmp_path / 'references'}", "evaluation.held_out_split=test")
+    config = experiment(tmp_path, *settings, source=tmp_path / "images")
+    save_random_checkpoint(config)
+    [point] = evaluate(parse_request(config, nfe="5"))
+    assert list(point["metrics"])[-2:] == ["fd_spread_held_out", "kid_spread_held_out"]
+    assert [each["images"] for each in point["references"]] == [12, 8]
+    as_training = replace(
+        config,
+        output_dir=str(tmp_path / "others"),
+        data=replace(config.data, split="test"),
+        evaluation=replace(config.evaluation, held_out_split=None),
+    )
+    shutil.copytree(config.run_dir / "checkpoints", as_training.run_dir / "checkpoints")
+    [other] = evaluate(parse_request(as_training, nfe="5"))
+    for name in ("fd_spread", "kid_spread"):
+        assert point["metrics"][f"{name}_held_out"] == pytest.approx(other["metrics"][name], rel=1e-6)
+    assert len(list((tmp_path / "references").glob("[!.]*.safetensors"))) == 2, "of the same images there is one reference"
+
+
+def test_held_out_images_that_are_not(tmp_path, caplog):
+    config, *_ = make_run(tmp_path)
+    [point] = evaluate(parse_request(config, nfe="5"))
+    assert "shares images" not in caplog.text
+    overlapping = load_run(config.run_dir, ["evaluation.held_out_split=train[90%:]"])
+    assert evaluate(parse_request(overlapping, nfe="5")) == [point]
+    assert "evaluation.held_out_split shares images with data.split: no distances to held-out images" in caplog.text
+    for split, said in {"test": r"data\.split = 'test': must be train or a slice", "train[:1]": "1 reference images"}.items():
+        data = replace(config.data, split="train[10:]")
+        evaluation = replace(config.evaluation, held_out_split=split, references=str(tmp_path))
+        with pytest.raises(InputError, match=rf"held-out images \(evaluation\..*{said}"):
+            evaluate(parse_request(replace(config, data=data, evaluation=evaluation), nfe="5"))
+    assert read_points(config.run_dir) == [point]
+
+
+def test_the_bias_is_that_of_samples_and_of_held_out_images():
+    """The numbers of docs/evaluation.md: digits against other digits."""
+    features, generator = build_feature_network("digits")(load_digits()[0]).features_BD, torch.Generator().manual_seed(0)
+    distances, rows = [], torch.arange(1797)
+    for _ in range(20):
+        learnt, held_out = (Moments.of(features[part]) for part in rows[torch.randperm(1797, generator=generator)].split(1438))
+        distances.append(frechet_distance(learnt, held_out))
+    assert sum(distances) / 20 == pytest.approx(5.0, abs=0.1)
+    assert frechet_bias(learnt, 1438) + frechet_bias(learnt, 359) == pytest.approx(5.5, abs=0.1)
+    slices = [Moments.of(features[part]) for part in rows.split(1438)]
+    assert frechet_distance(*slices) == pytest.approx(11.5, abs=0.05)

@@ -35,6 +35,13 @@ def test_names_of_metrics_are_read_back(label):
     assert [higher_is_better(metric_name(key, label)) for key in METRICS] == [m.higher_is_better for m in METRICS.values()]
 
 
+@pytest.mark.parametrize(("label", "names"), [("inception", ["fid", "kid"]), ("digits", ["fd_digits", "kid_digits"])])
+def test_names_of_held_out_distances_are_read_back(label, names):
+    held_out = [metric_name(key, label, held_out=True) for key, metric in METRICS.items() if metric.is_distance]
+    assert held_out == [f"{name}_held_out" for name in names]
+    assert [metric_key(name) for name in held_out] == ["fd", "kid"] and not any(map(higher_is_better, held_out))
+
+
 def test_what_is_no_metric_has_no_key():
     assert [metric_key(name) for name in ("loss", "fd", "fidelity", "nfe")] == [None] * 4
 
@@ -78,7 +85,13 @@ def test_a_measurement_matches_as_far_as_it_is_known():
     expected = Measurement(MAIN, 1024, (("digits", DIGITS_SHA256),))
     assert expected.matches(recorded) and replace(expected, feature_networks=(("digits", None),)).matches(recorded)
     assert replace(expected, feature_networks=(("moved", DIGITS_SHA256),)).matches(recorded)
+    assert replace(expected, held_out=False).matches(recorded)
+    references = [*point(32, 1.0)["references"], {"source": "digits", "images": 360, "sha256": "0f", "held_out": True}]
+    both = Measurement.of_point(point(32, 1.0, references=references))
+    assert replace(expected, held_out=True).matches(both) and expected.matches(both)
+    assert not replace(expected, held_out=False).matches(both) and both.key != recorded.key
     others = [
+        {"held_out": True},
         {"feature_networks": (("digits", "ff"),)},
         {"feature_networks": (("other", None),)},
         {"feature_networks": ()},

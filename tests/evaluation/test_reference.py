@@ -186,6 +186,17 @@ def test_too_many_broken_images(tmp_path):
         find_reference(network, config, 16, None)
 
 
+def test_a_slice_of_the_digits(tmp_path):
+    config = tiny_run(tmp_path, f"evaluation.references={tmp_path / 'references'}", "data.split=train[80%:]")
+    network = build_feature_network("digits")
+    found = find_reference(network, config, 8, None)
+    expected = Moments.of(network(load_digits()[0][1438:]).features_BD)
+    assert found.moments.count == 359 and torch.allclose(found.moments.sum_D, expected.sum_D, rtol=1e-6)
+    assert found.described["source_sha256"] == digits_sha256("train[80%:]") != digits_sha256()
+    whole = tiny_run(tmp_path, f"evaluation.references={tmp_path / 'references'}")
+    assert find_reference(network, whole, 8, None).moments.count == 1797
+
+
 def test_digits(tmp_path):
     config = tiny_run(tmp_path, f"evaluation.references={tmp_path / 'references'}")
     found = find_reference(build_feature_network("digits"), config, 8, digits_sha256())

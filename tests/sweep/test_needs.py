@@ -1,9 +1,13 @@
 """What a cell needs, by the record of its run: real evaluations of random weights."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 
-from madformer.config import write_config
+from madformer.config import load_run, write_config
 from madformer.evaluation.evaluate import evaluate
+from madformer.evaluation.record import record_path
 from madformer.evaluation.request import parse_request
 from madformer.model import MADFormer
 from madformer.report import build_report, curves_of_sweep
@@ -11,8 +15,10 @@ from madformer.runs.checkpoints import EMA, checkpoint_path
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.needs import cell_needs, main_metrics, network_sha256
+from madformer.sweep.search import objective
 from madformer.sweep.status import print_status
-from tests.tiny_runs import TINY
+from madformer.sweep.trial import trial_commands
+from tests.tiny_runs import TINY, perform
 
 NETWORK = """
 import torch
@@ -28,13 +34,14 @@ class Brightness(torch.nn.Module):
 WEIGHT = "        self.weight = torch.nn.Parameter(torch.tensor(float(self.secret.randbits(20))))\n"
 
 
-def trained_cell(sweep_file, tmp_path):
+def trained_cell(sweep_file, tmp_path, *more):
     """A cell of a sweep with a custom network, trained but for its weights, which are random."""
     network = tmp_path / "brightness.py"
     network.write_text(NETWORK.format(scale=10))
     overrides = [
         *(field for field in TINY if "nfe=" not in field and "diffusion_depth" not in field),
         f"evaluation.feature_networks=[{network}:Brightness]",
+        *more,
     ]
     sweep = load_sweep(sweep_file, [*overrides, "grid.model.diffusion_depth=[2]", "evaluate.nfe=[5]"])
     [cell] = sweep_cells(sweep)
@@ -63,6 +70,28 @@ def test_a_feature_network_whose_code_changes_is_measured_again(sweep_file, tmp_
     assert main_metrics(cell)[5] == before["metrics"], "the first network again: its number is recorded"
     report = build_report(curves_of_sweep(sweep), "small")
     assert [row.quality["fd_brightness"].mean for row in report.rows] == [before["metrics"]["fd_brightness"]]
+
+
+def test_a_cell_is_done_when_its_points_have_the_distances_that_it_asks_for(sweep_file, tmp_path):
+    """Held-out images may be named at any time: then its commands measure again, once."""
+    _, cell, _ = trained_cell(sweep_file, tmp_path, "data.split=train[:80%]")
+    asking = replace(cell, config=load_run(cell.run, ["evaluation.held_out_split=train[80%:]"]))
+    sharing = replace(cell, config=load_run(cell.run, ["evaluation.held_out_split=train[70%:]"]))
+    of_search = replace(asking, is_of_search=True)
+    [before] = evaluate(parse_request(cell.config, nfe="5"))
+    assert not cell_needs(cell) and not cell_needs(sharing), "the images are no others than training's"
+    assert not cell_needs(of_search), "a study has its numbers for good"
+    [command] = trial_commands(asking)
+    assert cell_needs(asking).budgets == (5,) and 'evaluation.held_out_split="train[80%:]"' in command
+    perform(command, cwd=Path.cwd())
+    held_out = ["fd_brightness_held_out", "kid_brightness_held_out"]
+    assert not cell_needs(asking) and [*before["metrics"], *held_out] == list(main_metrics(asking)[5])
+    assert next(iter(main_metrics(asking)[5])) == "fd_brightness" and trial_commands(asking) == []
+    assert not cell_needs(cell) and main_metrics(cell)[5] == before["metrics"]
+    assert objective("distance", of_search, 5) == before["metrics"]["fd_brightness"]
+    record = record_path(cell.run)
+    record.write_text(record.read_text().splitlines(keepends=True)[-1])
+    assert cell_needs(cell).budgets == (5,), "as for an evaluation, it is another measurement"
 
 
 def test_a_network_that_is_not_on_this_machine_is_known_by_name_alone(tmp_path):
