@@ -191,30 +191,22 @@ def worse_than_larger(errors_NT: Tensor, margin: float = 0.25) -> Tensor:
 def denoising_warnings(diagnosed: Mapping[str, Any], prediction_type: str) -> list[str]:
     """Where a diagnosed model is worse than it should be (`denoising_worse_than`), and why: a line for each reference."""
     timesteps, errors = diagnosed["denoising_timesteps"], diagnosed["denoising_error"]
-    cost = "model.prediction_type={} is known for this at {} t; v_prediction or {} avoids it".format
-    weak = "train longer, or look for a fault at these timesteps"
-    references = {
-        "noisy": (
-            "returning the noisy block",
-            diagnosed["noisy_error"],
-            cost("sample", "small", "epsilon") if prediction_type == "sample" else weak,
-        ),
-        "mean": (
-            "returning the mean image",
-            [diagnosed["mean_error"]] * len(errors),
-            cost("epsilon", "large", "sample") if prediction_type == "epsilon" else weak,
-        ),
-        "larger": (
-            "at a larger t",
-            [min(errors[place:]) for place in range(len(errors))],
-            "less noise is never harder: look for a fault at these timesteps",
-        ),
+    known = "model.prediction_type={} is known for this at {} t; v_prediction or {} avoids it".format
+    reasons = {
+        ("noisy", "sample"): known("sample", "small", "epsilon"),
+        ("mean", "epsilon"): known("epsilon", "large", "sample"),
+        ("larger", prediction_type): "less noise is never harder: look for a fault at these timesteps",
     }
+    references = (
+        ("noisy", "returning the noisy block", diagnosed["noisy_error"]),
+        ("mean", "returning the mean image", [diagnosed["mean_error"]] * len(errors)),
+        ("larger", "at a larger t", [min(errors[place:]) for place in range(len(errors))]),
+    )
     lines = []
-    for name, worse in diagnosed["denoising_worse_than"].items():
-        if worse:
-            text, than, reason = references[name]
+    for name, text, than in references:
+        if worse := diagnosed["denoising_worse_than"][name]:
             ratio, place = max((errors[place] / max(than[place], 1e-12), place) for place in map(timesteps.index, worse))
+            reason = reasons.get((name, prediction_type), "train longer, or look for a fault at these timesteps")
             times = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2f}"
             how_much = f"its squared error is {times} times as large at t = {timesteps[place]}"
             lines.append(f"at t = {_ranges(worse, timesteps)} the denoiser is worse than {text}, {how_much}; {reason}")

@@ -84,7 +84,7 @@ def _diagnosis(label: str, entries: Sequence[dict[str, Any]]) -> Diagnosis:
     """Means over seeds; one diagnosed at other timesteps than the first is left out, and the notes say that they differ."""
     timesteps = entries[0]["timesteps"]
     alike = [entry for entry in entries if entry["timesteps"] == timesteps]
-    denoised_at = next((entry["denoising_timesteps"] for entry in alike if "denoising_timesteps" in entry), [])
+    denoised_at: list[int] = next((entry["denoising_timesteps"] for entry in alike if "denoising_timesteps" in entry), [])
     denoised = [entry for entry in alike if entry.get("denoising_timesteps", []) == denoised_at]
 
     def means(

@@ -1,6 +1,6 @@
 """Less noise is never harder: after a short training, no timestep's denoising error is above that of a larger one.
 
-The eight configurations hold every pair of values that two switches can have together.
+The eight configurations hold every pair of values that two switches can have together (seven do not).
 """
 
 import itertools
@@ -94,9 +94,7 @@ def harder_than_larger(model: MADFormer, config: ExperimentConfig) -> dict[int, 
     clean_NLCYX, text_NT = read(config, "train[95%:]")
     errors_NT = denoising_errors(model, config, clean_NLCYX, range(len(clean_NLCYX)), text_NT)[0].mean(dim=2)
     series = zip(denoising_timesteps(1000), errors_NT.mean(dim=0).tolist(), worse_than_larger(errors_NT), strict=True)
-    listed = list(series)
-    print({t: f"{error:.3g}" for t, error, _ in listed})
-    return {t: error for t, error, worse in listed if worse}
+    return {timestep: error for timestep, error, worse in series if worse}
 
 
 def pairs(case: dict[str, Any]) -> set[Any]:
