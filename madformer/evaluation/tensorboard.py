@@ -66,10 +66,10 @@ AXES: dict[str, tuple[Callable[[Point], int | None], str]] = {
 
 DIAGNOSTICS: dict[str, tuple[Callable[[Point], Sequence[float] | None], str]] = {
     "loss_by_timestep": (lambda entry: entry["loss_by_timestep"], "timestep"),
-    "denoising_error_by_timestep": (lambda entry: entry.get("denoising_error"), "timestep"),
     "loss_by_block": (lambda entry: entry["loss_by_block"], "block"),
     "exposure_gap_by_block": (lambda entry: entry["exposure"]["gap"], "block"),
     "condition_explains_by_block": (lambda entry: entry["condition_explains"], "block"),
+    "denoising_error_by_timestep": (lambda entry: entry.get("denoising_error"), "timestep"),
 }
 """The part of a tag after `diagnostics/` -> its values (None: the model has none), and the step's unit."""
 
