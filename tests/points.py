@@ -102,6 +102,16 @@ def diagnostics(scale: float = 1.0, **changes: Any) -> dict[str, Any]:
     }
 
 
+DENOISING: dict[str, Any] = {
+    "denoising_timesteps": [0, 10, 999],
+    "denoising_error": [0.5, 0.125, 0.25],
+    "noisy_error": [0.25, 0.5, 2.0],
+    "mean_error": 0.5,
+    "denoising_worse_than": {"noisy": [0], "mean": [], "larger": [0]},
+}
+"""The denoising error, which diagnostics of earlier versions lack."""
+
+
 def recorded(run: Path, *points: dict[str, Any]) -> Path:
     """A run's folder with these lines in its record."""
     run.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Diagnostics of a model on held-out images: loss by timestep and by block, exposure gap, what the condition explains."""
+"""Diagnostics of a model on held-out images: loss, denoising error, exposure gap, what the condition explains."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,18 @@ from madformer.model.embedding import to_blocks
 from madformer.model.generation import generate
 from madformer.randomness import keyed_generator, sample_seed
 
-__all__ = ["diagnose", "energy_shares", "explained_share", "image_losses", "probed_timesteps"]
+__all__ = [
+    "denoising_errors",
+    "denoising_timesteps",
+    "denoising_warnings",
+    "diagnose",
+    "energy_shares",
+    "explained_share",
+    "image_losses",
+    "is_worse",
+    "probed_timesteps",
+    "worse_than_larger",
+]
 
 IMAGE_LOSS = LossConfig(lambda_text=0.0, lambda_image=1.0, lambda_hidden=0.0, lambda_clean_tower=0.0)
 """The denoiser's loss alone."""
@@ -43,6 +54,11 @@ def diagnose(
     - `loss`: the image term of the training loss, in the space of the model's prediction type, for each of `timesteps` and
       each block, after the true blocks before it. The noise is keyed by (`evaluation.seed`, image, timestep) and drawn for the
       whole image: the same for runs of any AR length. `loss_by_timestep` and `loss_by_block` are its means.
+    - `denoising_error`: the squared error of the clean latents that the prediction stands for, whatever its type, at each of
+      `denoising_timesteps` (`denoising_errors`); `denoising_error_by_block` has it for each block too. Two trivial denoisers
+      beside it: `noisy_error` of returning the noisy block as it is, `mean_error` of returning the mean image.
+      `denoising_worse_than` lists the timesteps at which the model is worse (`is_worse`) than these (`noisy`, `mean`), and
+      than itself at a larger timestep (`larger`).
     - `exposure`: how far each block, sampled in `steps` steps, is from real ones of its place, as an energy distance
       (`energy_shares`): after true blocks (`teacher_forced`) and after the model's own (`self_generated`), from the same noise
       and prompts, without guidance. Their difference `gap` is what errors of earlier blocks cost, 0 at block 0 where both
@@ -79,7 +95,7 @@ def diagnose(
         if show:
             show(indices.stop)
     gathered = {name: torch.cat([part[name] for part in seen]) for name in seen[0]}
-    loss_TL = gathered["loss"].double().mean(dim=0)
+    loss_TL, timesteps = gathered["loss"].double().mean(dim=0), denoising_timesteps(config.diffusion.train_timesteps)
     return {
         "images": len(clean_NLCYX),
         "held_out": held_out.is_held_out,
@@ -91,6 +107,7 @@ def diagnose(
         "loss": loss_TL.tolist(),
         "loss_by_timestep": loss_TL.mean(dim=1).tolist(),
         "loss_by_block": loss_TL.mean(dim=0).tolist(),
+        **_denoising(timesteps, clean_NLCYX, gathered["denoising_error"], gathered["noisy_error"]),
         "exposure": _exposure(clean_NLCYX, gathered["teacher_forced"], gathered["self_generated"]),
         "condition_explains": (
             [explained_share(*pair) for pair in _by_block(gathered["condition"], clean_NLCYX)]
@@ -120,16 +137,80 @@ def image_losses(
     Returns:
         [B, T, L]; T as `probed_timesteps`.
     """
-    schedule, c = NoiseSchedule(config.diffusion), config.model
-    losses_BL = []
+    schedule, losses_BL = NoiseSchedule(config.diffusion), []
     for place, timestep in enumerate(probed_timesteps(config.diffusion.train_timesteps)):
-        keys = [(config.evaluation.seed, "diagnostics", index, place) for index in indices]
-        shape = (c.latent_channels, c.latent_size, c.latent_size)
-        noise_BChw = torch.stack([torch.randn(shape, generator=keyed_generator(*key)) for key in keys])
+        noise_BLCYX = _noise(config, clean_BLCYX, [("diagnostics", index, place) for index in indices])
         t_BL = torch.full(clean_BLCYX.shape[:2], timestep, device=clean_BLCYX.device)
-        inputs = (clean_BLCYX, to_blocks(noise_BChw, c.ar_length).to(clean_BLCYX), t_BL, text_BT)
-        losses_BL.append(compute_losses(model, schedule, IMAGE_LOSS, *inputs).image_BL)
+        losses_BL.append(compute_losses(model, schedule, IMAGE_LOSS, clean_BLCYX, noise_BLCYX, t_BL, text_BT).image_BL)
     return torch.stack(losses_BL, dim=1)
+
+
+def denoising_timesteps(train_timesteps: int) -> list[int]:
+    """0, 1, 2, 5, 10, ... up to a tenth of the schedule, then every tenth, the last fiftieth, and the last one."""
+    tenths = [part * train_timesteps // 10 for part in range(10)]
+    small = [digit * 10**power for power in range(len(str(train_timesteps))) for digit in (1, 2, 5)]
+    chosen = {*tenths, *(timestep for timestep in small if timestep < tenths[1]), train_timesteps - train_timesteps // 50}
+    return sorted(chosen - {train_timesteps} | {train_timesteps - 1})
+
+
+def denoising_errors(
+    model: MADFormer, config: ExperimentConfig, clean_BLCYX: Tensor, indices: Sequence[int], text_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Squared errors of the clean latents that the predictions stand for (`NoiseSchedule.to_sample`), and of noisy blocks.
+
+    The noise of an image is the same at every timestep, keyed by (`evaluation.seed`, image): only its strength differs, so no
+    timestep is harder than a larger one. Arguments as of `image_losses`.
+
+    Returns:
+        Two of [B, T, L], means over a block's latents; T as `denoising_timesteps`.
+    """
+    schedule, denoised_BL, noisy_BL = NoiseSchedule(config.diffusion), list[Tensor](), list[Tensor]()
+    noise_BLCYX = _noise(config, clean_BLCYX, [("denoising error", index) for index in indices])
+    for timestep in denoising_timesteps(config.diffusion.train_timesteps):
+        t_BL = torch.full(clean_BLCYX.shape[:2], timestep, device=clean_BLCYX.device)
+        noisy_BLCYX = schedule.add_noise(clean_BLCYX, noise_BLCYX, t_BL)
+        predicted_BLCYX = model(clean_BLCYX, noisy_BLCYX, t_BL, text=text_BT, outputs=()).denoised_BLCYX
+        denoised_BLCYX = schedule.to_sample(config.model.prediction_type, predicted_BLCYX, noisy_BLCYX, t_BL)
+        denoised_BL.append((denoised_BLCYX - clean_BLCYX).square().mean(dim=(2, 3, 4)))
+        noisy_BL.append((noisy_BLCYX - clean_BLCYX).square().mean(dim=(2, 3, 4)))
+    return torch.stack(denoised_BL, dim=1), torch.stack(noisy_BL, dim=1)
+
+
+def is_worse(errors_NT: Tensor, than_NT: Tensor, margin: float = 0.05) -> Tensor:
+    """Whether the mean over N images is larger than another one, [T]: by `margin`, and by three paired standard errors."""
+    difference_NT = errors_NT - than_NT
+    noise_T = difference_NT.std(dim=0) / len(difference_NT) ** 0.5
+    return difference_NT.mean(dim=0) > torch.maximum(margin * than_NT.mean(dim=0), 3 * noise_T)
+
+
+def worse_than_larger(errors_NT: Tensor, margin: float = 0.25) -> Tensor:
+    """Whether errors at a timestep are worse than at some larger one, [T]; models that are trained little fluctuate by 10 %."""
+    return torch.stack([is_worse(errors_NT[:, [t]], errors_NT[:, t:], margin).any() for t in range(errors_NT.shape[1])])
+
+
+def denoising_warnings(diagnosed: Mapping[str, Any], prediction_type: str) -> list[str]:
+    """Where a diagnosed model is worse than it should be (`denoising_worse_than`), and why: a line for each reference."""
+    timesteps, errors = diagnosed["denoising_timesteps"], diagnosed["denoising_error"]
+    known = "model.prediction_type={} is known for this at {} t; v_prediction or {} avoids it".format
+    reasons = {
+        ("noisy", "sample"): known("sample", "small", "epsilon"),
+        ("mean", "epsilon"): known("epsilon", "large", "sample"),
+        ("larger", prediction_type): "less noise is never harder: look for a fault at these timesteps",
+    }
+    references = (
+        ("noisy", "returning the noisy block", diagnosed["noisy_error"]),
+        ("mean", "returning the mean image", [diagnosed["mean_error"]] * len(errors)),
+        ("larger", "at a larger t", [min(errors[place:]) for place in range(len(errors))]),
+    )
+    lines = []
+    for name, text, than in references:
+        if worse := diagnosed["denoising_worse_than"][name]:
+            ratio, place = max((errors[place] / max(than[place], 1e-12), place) for place in map(timesteps.index, worse))
+            reason = reasons.get((name, prediction_type), "train longer, or look for a fault at these timesteps")
+            times = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2f}"
+            how_much = f"its squared error is {times} times as large at t = {timesteps[place]}"
+            lines.append(f"at t = {_ranges(worse, timesteps)} the denoiser is worse than {text}, {how_much}; {reason}")
+    return lines
 
 
 def energy_shares(samples_NP: Tensor, real_NP: Tensor) -> tuple[float, Tensor]:
@@ -185,8 +266,11 @@ def _observe(
     seeds = [sample_seed(config.evaluation.seed, index) for index in indices]
     # Latents are float32 also where the weights are not, as in sampling.
     clean_BLCYX = clean_BLCYX.to(torch.promote_types(model.boi_SD.dtype, torch.float32))
+    denoising_error_BTL, noisy_error_BTL = denoising_errors(model, config, clean_BLCYX, indices, text_BT)
     seen = {
         "loss": image_losses(model, config, clean_BLCYX, indices, text_BT),
+        "denoising_error": denoising_error_BTL,
+        "noisy_error": noisy_error_BTL,
         "teacher_forced": generate(model, sampler, steps, seeds=seeds, text=text_BT, context_BLCYX=clean_BLCYX),
         "self_generated": generate(model, sampler, steps, seeds=seeds, text=text_BT),
     }
@@ -195,6 +279,39 @@ def _observe(
         outputs = model(clean_BLCYX, clean_BLCYX, t_BL, text=text_BT, outputs=["condition"])
         seen["condition"] = outputs.condition_BLCYX
     return {name: tensor.cpu() for name, tensor in seen.items()}
+
+
+def _noise(config: ExperimentConfig, clean_BLCYX: Tensor, keys: Sequence[tuple[int | str, ...]]) -> Tensor:
+    """Noise keyed by (`evaluation.seed`, key), drawn for whole images, [B, L, C, Y, X]."""
+    shape = (config.model.latent_channels, config.model.latent_size, config.model.latent_size)
+    generators = [keyed_generator(config.evaluation.seed, *key) for key in keys]
+    noise_BChw = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    return to_blocks(noise_BChw, config.model.ar_length).to(clean_BLCYX)
+
+
+def _denoising(timesteps: list[int], clean_NLCYX: Tensor, error_NTL: Tensor, noisy_NTL: Tensor) -> dict[str, Any]:
+    error_NTL, clean_NLCYX = error_NTL.double(), clean_NLCYX.double()
+    error_NT, noisy_NT = error_NTL.mean(dim=2), noisy_NTL.double().mean(dim=2)
+    mean_N = (clean_NLCYX - clean_NLCYX.mean(dim=0)).square().mean(dim=(1, 2, 3, 4))
+    worse = {
+        "noisy": is_worse(error_NT, noisy_NT),
+        "mean": is_worse(error_NT, mean_N[:, None]),
+        "larger": worse_than_larger(error_NT),
+    }
+    return {
+        "denoising_timesteps": timesteps,
+        "denoising_error": error_NT.mean(dim=0).tolist(),
+        "denoising_error_by_block": error_NTL.mean(dim=0).tolist(),
+        "noisy_error": noisy_NT.mean(dim=0).tolist(),
+        "mean_error": float(mean_N.mean()),
+        "denoising_worse_than": {name: list(itertools.compress(timesteps, worse_T)) for name, worse_T in worse.items()},
+    }
+
+
+def _ranges(some: Sequence[int], timesteps: Sequence[int]) -> str:
+    """Some of the timesteps; those next to each other as `first..last`."""
+    groups = [list(group) for _, group in itertools.groupby(enumerate(some), lambda pair: timesteps.index(pair[1]) - pair[0])]
+    return ", ".join("..".join(str(timestep) for _, timestep in dict.fromkeys((group[0], group[-1]))) for group in groups)
 
 
 def _require_finite(checkpoint: Path, seen: dict[str, Tensor]) -> None:

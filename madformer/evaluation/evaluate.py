@@ -21,7 +21,7 @@ from madformer import __version__
 from madformer.config import ExperimentConfig, trained_fields
 from madformer.config.experiment import has_held_out, names_held_out
 from madformer.errors import NonFiniteError
-from madformer.evaluation.diagnostics import diagnose
+from madformer.evaluation.diagnostics import denoising_warnings, diagnose
 from madformer.evaluation.feature_cache import (
     BLOCKS,
     INDICES,
@@ -52,6 +52,8 @@ from madformer.runs.checkpoints import load_model
 from madformer.runs.folder import claim_folder, progress_path
 
 __all__ = ["evaluate"]
+
+_log = logging.getLogger(__name__)
 
 Point = dict[str, Any]
 
@@ -290,14 +292,18 @@ def _record_diagnostics(request: EvaluationRequest, task: Task, device: torch.de
     known = {key: task.described[key] for key in ("checkpoint", "step", "weights", "weights_sha256", "config_hash", "codec")}
     wanted = {**known, "nfe": sampling.nfe, "steps": sampling.steps, "sampler": sampling.sampler}
     wanted |= {"seed": sampling.seed, "most_images": count, **describe_held_out(config)}
-    if any(wanted.items() <= line.items() for line in read_diagnostics(config.run_dir)):
-        return False
-    model = load_model(path, config, sampling.weights).to(device)
-    with ProgressDisplay("diagnosed", "images", count) as display:
-        found = diagnose(model, config, path, sampling.steps, device, count, display.show)
-    where = {"device": device_name(device), "versions": _versions(), "time": _now()}
-    append_point(config.run_dir, {"kind": "diagnostics", **wanted, **found, **where})
-    return True
+    # Those of earlier versions have no denoising error.
+    lines = [line for line in read_diagnostics(config.run_dir) if wanted.items() <= line.items() and "denoising_error" in line]
+    if is_new := not lines:
+        model = load_model(path, config, sampling.weights).to(device)
+        with ProgressDisplay("diagnosed", "images", count) as display:
+            found = diagnose(model, config, path, sampling.steps, device, count, display.show)
+        where = {"device": device_name(device), "versions": _versions(), "time": _now()}
+        lines.append({"kind": "diagnostics", **wanted, **found, **where})
+        append_point(config.run_dir, lines[-1])
+    for warning in denoising_warnings(lines[-1], config.model.prediction_type):
+        _log.warning("%s: %s", path, warning)
+    return is_new
 
 
 def _versions() -> dict[str, str]:

@@ -69,6 +69,7 @@ DIAGNOSTICS: dict[str, tuple[Callable[[Point], Sequence[float] | None], str]] = 
     "loss_by_block": (lambda entry: entry["loss_by_block"], "block"),
     "exposure_gap_by_block": (lambda entry: entry["exposure"]["gap"], "block"),
     "condition_explains_by_block": (lambda entry: entry["condition_explains"], "block"),
+    "denoising_error_by_timestep": (lambda entry: entry.get("denoising_error"), "timestep"),
 }
 """The part of a tag after `diagnostics/` -> its values (None: the model has none), and the step's unit."""
 
@@ -192,7 +193,8 @@ def _diagnostic_events(entry: Point | None) -> Iterator[Event]:
         return
     for name, (values_of, unit) in DIAGNOSTICS.items():
         if (values := values_of(entry)) is not None:
-            steps = entry["timesteps"] if unit == "timestep" else range(len(values))
+            timesteps = "denoising_timesteps" if name.startswith("denoising") else "timesteps"
+            steps = entry[timesteps] if unit == "timestep" else range(len(values))
             for step, value in sorted(zip(steps, values, strict=True)):
                 yield _scalar(entry, f"diagnostics/{name}", value, step, f"step: {unit}, of training step {entry['step']}")
 

@@ -1,4 +1,4 @@
-"""Diagnostics in a report: loss by timestep and by block, exposure gap, what the condition explains."""
+"""Diagnostics in a report: loss and denoising error, exposure gap, what the condition explains."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ class Diagnosis:
     """For each block, how much farther from real ones it is after the model's own blocks than after real ones."""
     condition_explains: tuple[Estimate, ...]
     """For each block, the share of its variance that the condition explains; empty: there is no condition."""
+    denoising_timesteps: tuple[int, ...]
+    """Rising; empty, like the next three, if an earlier version diagnosed the runs."""
+    denoising_error: tuple[Estimate, ...]
+    """Of the predicted clean latents, at each of `denoising_timesteps`."""
+    noisy_error: tuple[Estimate, ...]
+    """Of returning the noisy block instead."""
+    mean_error: tuple[Estimate, ...]
+    """Of returning the mean image instead, the same at each."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,13 @@ def _diagnosis(label: str, entries: Sequence[dict[str, Any]]) -> Diagnosis:
     """Means over seeds; one diagnosed at other timesteps than the first is left out, and the notes say that they differ."""
     timesteps = entries[0]["timesteps"]
     alike = [entry for entry in entries if entry["timesteps"] == timesteps]
+    denoised_at: list[int] = next((entry["denoising_timesteps"] for entry in alike if "denoising_timesteps" in entry), [])
+    denoised = [entry for entry in alike if entry.get("denoising_timesteps", []) == denoised_at]
 
-    def means(values_of: Callable[[dict[str, Any]], Sequence[float]]) -> tuple[Estimate, ...]:
-        return tuple(over_training(values) for values in zip(*map(values_of, alike), strict=True))
+    def means(
+        values_of: Callable[[dict[str, Any]], Sequence[float]], among: Sequence[dict[str, Any]] = alike
+    ) -> tuple[Estimate, ...]:
+        return tuple(over_training(values) for values in zip(*map(values_of, among), strict=True))
 
     return Diagnosis(
         label,
@@ -87,6 +99,10 @@ def _diagnosis(label: str, entries: Sequence[dict[str, Any]]) -> Diagnosis:
         means(lambda entry: entry["loss_by_block"]),
         means(lambda entry: entry["exposure"]["gap"]),
         means(lambda entry: entry["condition_explains"] or ()),
+        tuple(denoised_at),
+        means(lambda entry: entry.get("denoising_error", ()), denoised),
+        means(lambda entry: entry.get("noisy_error", ()), denoised),
+        means(lambda entry: [entry.get("mean_error", 0.0)] * len(denoised_at), denoised),
     )
 
 
@@ -102,9 +118,14 @@ def _notes(entries: Sequence[dict[str, Any]]) -> list[str]:
     errors = [error for entry in entries for error in entry["exposure"].get("gap_error", ())]
     nfe, sampler = (distinct(entry[key] for entry in entries) for key in ("nfe", "sampler"))
     error = f"; its standard error is at most {max(errors):.1g} a run" if errors else ""
+    denoising = (
+        "Denoising error: that of the clean latents that the prediction stands for, with the same noise at all timesteps; "
+        "above a grey line of the figure, a model is worse than none."
+    )
     return [
         f"{distinct(entry['images'] for entry in entries)} {seen}; {weights} weights; {trained_for(entries)}.",
         "Loss: the denoiser's, by timestep t and by block, after real blocks.",
+        *([denoising] if any("denoising_error" in entry for entry in entries) else []),
         "Exposure gap: how much farther samples are from real blocks, as a share of the distances between them, after the "
         f"model's own blocks than after real ones; 0 at the first block; sampled at NFE {nfe} with {sampler}{error}.",
         "The condition explains this share of the blocks' variance before any denoising (the mean over blocks); 1 is all, "

@@ -139,9 +139,10 @@ def fit(panel: Axes, estimates: Iterable[Estimate], log: bool) -> None:
 
 
 def log_ticks(axis: Axis, values: Sequence[float]) -> None:
-    """Ticks at 1, 2 and 5 times the powers of ten, even ones where these would be too few; no minor ones."""
-    wide = max(values) > 5 * min(values)
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if wide else MaxNLocator(5))
+    """Ticks at 1, 2 and 5 times the powers of ten; fewer over many decades, even ones within one; no minor ones."""
+    ratio = max(values) / min(values)
+    subs = (1.0, 2.0, 5.0) if ratio < 1000 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs) if ratio > 5 else MaxNLocator(5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_locator(NullLocator())
 
@@ -210,9 +211,10 @@ def draw_diagnostics(diagnostics: Diagnostics, title: str) -> dict[str, bytes]:
     """Where models err, by timestep and by block: kind of file (`png`, `svg`) -> its contents."""
     diagnoses = diagnostics.diagnoses
     chosen = looks({diagnosis.label: (diagnosis.label, "") for diagnosis in diagnoses})
+    denoised = [diagnosis for diagnosis in diagnoses if diagnosis.denoising_error]
 
     def fill(panels: Sequence[Axes]) -> None:
-        by_timestep, gap, condition = panels
+        by_timestep, gap, condition = panels[0], *panels[-2:]
         _series(by_timestep, diagnoses, chosen, lambda entry: entry.loss_by_timestep, lambda entry: entry.timesteps)
         _series(gap, diagnoses, chosen, lambda entry: entry.exposure_gap)
         _series(condition, diagnoses, chosen, lambda entry: entry.condition_explains)
@@ -220,7 +222,10 @@ def draw_diagnostics(diagnostics: Diagnostics, title: str) -> dict[str, bytes]:
         gap.set(xlabel="block, in the order of generation", ylabel="exposure gap")
         condition.set(xlabel="block, in the order of generation", ylabel="variance that the condition explains")
 
-    return pictures(3, list(chosen), f"{title}: diagnostics", fill)
+        if denoised:
+            _denoising(panels[1], denoised, chosen)
+
+    return pictures(4 if denoised else 3, list(chosen), f"{title}: diagnostics", fill)
 
 
 def _against(panel: Axes, report: Report, cost: str, chosen: dict[str, Look]) -> None:
@@ -286,6 +291,25 @@ def _series(
         steps = steps_of(diagnosis) if steps_of else range(len(values))
         line(panel, diagnosis.label, chosen[diagnosis.label], steps, values)
     panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+
+
+def _denoising(panel: Axes, diagnoses: Sequence[Diagnosis], chosen: dict[str, Look]) -> None:
+    """The denoising error of each label, and in grey those of the first label's trivial denoisers."""
+    first = diagnoses[0]
+    trivial = {"the noisy block": (":", first.noisy_error), "the mean image": ("--", first.mean_error)}
+    fit(
+        panel, [*(value for entry in diagnoses for value in entry.denoising_error), *first.noisy_error, *first.mean_error], True
+    )
+    for diagnosis in diagnoses:
+        line(panel, diagnosis.label, chosen[diagnosis.label], diagnosis.denoising_timesteps, diagnosis.denoising_error)
+    grey = [
+        panel.plot(first.denoising_timesteps, [value.mean for value in values], color="0.5", linestyle=dashes, label=text)[0]
+        for text, (dashes, values) in trivial.items()
+    ]
+    panel.legend(handles=grey, loc="lower right", fontsize="small", title="error of returning", title_fontsize="small")
+    panel.set_xscale("symlog", linthresh=1)
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    panel.set(xlabel="timestep (noise level)", ylabel="denoising error")
 
 
 def _budget_ticks(panel: Axes, budgets: Sequence[int]) -> None:

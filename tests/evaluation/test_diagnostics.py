@@ -14,7 +14,18 @@ from madformer.diffusion.losses import compute_losses
 from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.diffusion.samplers import build_sampler
 from madformer.errors import InputError, NonFiniteError
-from madformer.evaluation.diagnostics import diagnose, energy_shares, explained_share, image_losses, probed_timesteps
+from madformer.evaluation.diagnostics import (
+    denoising_errors,
+    denoising_timesteps,
+    denoising_warnings,
+    diagnose,
+    energy_shares,
+    explained_share,
+    image_losses,
+    is_worse,
+    probed_timesteps,
+    worse_than_larger,
+)
 from madformer.evaluation.held_out import read_held_out
 from madformer.model import MADFormer
 from madformer.model.embedding import to_blocks
@@ -22,6 +33,7 @@ from madformer.model.generation import generate
 from madformer.randomness import keyed_generator, sample_seed
 from madformer.runs.checkpoints import EMA
 from tests.conftest import build, latents, tiny
+from tests.points import DENOISING
 
 CPU = torch.device("cpu")
 TEXT = TextConfig(vocab_size=2048, length=4, pad_token_id=0)
@@ -102,6 +114,70 @@ def test_runs_of_other_ar_lengths_see_the_same_noise():
         torch.testing.assert_close(losses[length].mean(dim=2), losses[1][:, :, 0])
 
 
+# ---- denoising error
+
+
+def test_timesteps_of_the_denoising_error_are_dense_at_small_ones():
+    tenths = [100, 200, 300, 400, 500, 600, 700, 800, 900]
+    assert denoising_timesteps(1000) == [0, 1, 2, 5, 10, 20, 50, *tenths, 980, 999]
+    for count in range(1, 11):
+        assert denoising_timesteps(count) == list(range(count))
+    for count in (11, 37, 50, 4000):
+        timesteps = denoising_timesteps(count)
+        assert timesteps == sorted(set(timesteps)) and timesteps[0] == 0 and timesteps[-1] == count - 1
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
+def test_denoising_errors_are_those_of_the_clean_latents_with_the_same_noise(prediction_type):
+    config = experiment(text=TEXT, prediction_type=prediction_type)
+    model, clean, schedule = random_model(config), latents(config.model, 2), NoiseSchedule(config.diffusion)
+    prompts = PromptTokenizer("builtin", TEXT)(["one", "two"])
+    found, trivial = denoising_errors(model, config, clean, [7, 2], prompts)
+    generators = [keyed_generator(0, "denoising error", index) for index in (7, 2)]
+    noise = to_blocks(torch.stack([torch.randn(1, 8, 8, generator=generator) for generator in generators]), 4).double()
+    for place, timestep in enumerate(denoising_timesteps(1000)):
+        a, t = schedule.alphas_cumprod[timestep].double(), torch.full((2, 4), timestep)
+        noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
+        out = model(clean, noisy, t, text=prompts).denoised_BLCYX
+        sample = {
+            "sample": out,
+            "epsilon": (noisy - (1 - a).sqrt() * out) / a.sqrt(),
+            "v_prediction": a.sqrt() * noisy - (1 - a).sqrt() * out,
+        }[prediction_type]
+        torch.testing.assert_close(found[:, place], (sample - clean).square().mean((2, 3, 4)), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(trivial[:, place], (noisy - clean).square().mean((2, 3, 4)), rtol=1e-4, atol=1e-6)
+
+
+def test_worse_is_beyond_the_margin_and_beyond_noise():
+    generator = torch.Generator().manual_seed(0)
+    than, noise = torch.rand(100, 1, generator=generator), torch.randn(100, 1, generator=generator)
+    assert is_worse(1.06 * than, than).item() and not is_worse(1.04 * than, than).item()
+    assert not is_worse(1.06 * than + noise - noise.mean(), than).item(), "no more than noise"
+    rising, steps = torch.tensor([1.0, 1.0, 2.0, 4.0]) * than, torch.tensor([2.0, 1.2, 1.0, 1.0])
+    assert worse_than_larger(rising).tolist() == [False] * 4
+    assert worse_than_larger(rising * steps).tolist() == [True, False, False, False]
+
+
+def test_warnings_name_timesteps_reference_and_remedy():
+    [noisy, larger] = denoising_warnings(DENOISING, "sample")
+    assert noisy == (
+        "at t = 0 the denoiser is worse than returning the noisy block, its squared error is 2.00 times as large at t = 0; "
+        "model.prediction_type=sample is known for this at small t; v_prediction or epsilon avoids it"
+    )
+    assert larger == (
+        "at t = 0 the denoiser is worse than at a larger t, its squared error is 4.00 times as large at t = 0; "
+        "less noise is never harder: look for a fault at these timesteps"
+    )
+    bad = {"noisy": [], "mean": [0, 10, 999], "larger": []}
+    [mean] = denoising_warnings({**DENOISING, "denoising_worse_than": bad, "mean_error": 0.025}, "epsilon")
+    assert mean.startswith("at t = 0..999 the denoiser is worse than returning the mean image, its squared error is 20 times")
+    assert mean.endswith("model.prediction_type=epsilon is known for this at large t; v_prediction or sample avoids it")
+    apart = {"noisy": [0, 999], "mean": [], "larger": []}
+    [noisy] = denoising_warnings({**DENOISING, "denoising_worse_than": apart}, "v_prediction")
+    assert noisy.startswith("at t = 0, 999 the ") and noisy.endswith("train longer, or look for a fault at these timesteps")
+    assert denoising_warnings({**DENOISING, "denoising_worse_than": {name: [] for name in bad}}, "sample") == []
+
+
 # ---- energy distance and explained variance
 
 
@@ -163,6 +239,14 @@ def test_diagnostics_of_a_network_that_gives_zero(checkpoint):
     for by_block in (*found["loss"], found["loss_by_block"]):
         assert by_block == pytest.approx(squares.tolist())
     assert found["loss_by_timestep"] == pytest.approx([float(squares.mean())] * 10)
+    timesteps = denoising_timesteps(1000)
+    assert found["denoising_timesteps"] == timesteps
+    assert found["denoising_error"] == pytest.approx([float(squares.mean())] * len(timesteps))
+    assert found["denoising_error_by_block"][-1] == pytest.approx(squares.tolist())
+    assert found["mean_error"] == pytest.approx(float(real.var(dim=0, correction=0).mean()))
+    assert found["noisy_error"][0] == pytest.approx(1e-4, rel=0.2) and found["noisy_error"] == sorted(found["noisy_error"])
+    worse = found["denoising_worse_than"]
+    assert worse == {"noisy": [t for t in timesteps if t < 250], "mean": timesteps, "larger": []}
     variances = real.var(dim=0, correction=0).mean(dim=(1, 2, 3))
     assert found["condition_explains"] == pytest.approx((1 - squares / variances).tolist())
     assert max(found["condition_explains"]) <= 0
@@ -214,7 +298,15 @@ def test_nothing_depends_on_the_batch_size(batch_size, checkpoint):
     first = diagnose(model, config, checkpoint, STEPS, CPU, IMAGES, done.append)
     second = diagnose(model, other, checkpoint, STEPS, CPU, IMAGES)
     assert done == [5, 10, 12]
-    for name in ("loss", "loss_by_block", "loss_by_timestep", "exposure", "condition_explains"):
+    for name in (
+        "loss",
+        "loss_by_block",
+        "loss_by_timestep",
+        "denoising_error",
+        "noisy_error",
+        "exposure",
+        "condition_explains",
+    ):
         assert numbers(first[name]) == pytest.approx(numbers(second[name]), rel=1e-5, abs=1e-6), name
 
 

@@ -236,6 +236,11 @@ def test_diagnostics_are_of_the_images_asked_for(tmp_path, caplog):
     assert "the run was trained on" in caplog.text
     assert look("evaluation.held_out_split=train[90%:]")[1:] == [("digits, train[90%:]", False, 12)], "a part of training"
     assert look(num_samples=8)[2:] == [("digits, train", False, 8)]
+    caplog.clear()
+    assert len(look()) == 3 and "the denoiser is worse than returning" in caplog.text, "said again of what is recorded"
+    path = record_path(config.run_dir)
+    path.write_text(path.read_text().replace('"denoising_error":', '"of another version":'))
+    assert look()[3:] == [("digits, train", False, 12)], "what an earlier version did not look at"
     lines = len(read_points(config.run_dir))
     with pytest.raises(ConfigError, match=r"held-out images .*data\.split = 'test': must be train or a slice"):
         look("evaluation.held_out_split=test", num_samples=14)

@@ -16,7 +16,7 @@ from madformer.evaluation.tensorboard import drop_orphans, write_curves
 from tests.board import tensorboard, until
 from tests.conftest import ROOT
 from tests.data.test_datamodule import TEXT
-from tests.points import INCEPTION, at, diagnostics, mean, point, recorded
+from tests.points import DENOISING, INCEPTION, at, diagnostics, mean, point, recorded
 from tests.tiny_runs import command, perform, train_command
 
 HPARAMS = {"model.diffusion_depth": 2, "optimizer.lr": 3e-4, "model.rope": "axial", "model.use_condition": True}
@@ -107,8 +107,9 @@ def test_diagnostics_are_drawn_by_timestep_and_by_block(tmp_path):
         "diagnostics/loss_by_block": [(0, 0.375), (1, 0.25)],
         "diagnostics/exposure_gap_by_block": [(0, 0.0), (1, 0.25)],
     }
-    write_curves(recorded(tmp_path, point(16, 72.0), diagnostics(**at(2000))), {})
+    write_curves(recorded(tmp_path, point(16, 72.0), diagnostics(**at(2000), **DENOISING)), {})
     tags = read(tmp_path)
+    assert tags["diagnostics/denoising_error_by_timestep"] == [(0, 0.5), (10, 0.125), (999, 0.25)]
     assert tags["diagnostics/condition_explains_by_block"] == [(0, 0.25), (1, 0.75)] and tags["fd_digits_vs_nfe"]
 
 

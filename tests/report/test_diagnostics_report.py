@@ -4,8 +4,8 @@ from typing import Any
 
 from madformer.report import Curve
 from madformer.report.diagnostics_report import gather_diagnostics
+from tests.points import DENOISING, point, recorded
 from tests.points import diagnostics as made
-from tests.points import point, recorded
 
 
 def diagnosed(root, label: str, scale: float = 1.0, seed: int = 0, **changes: Any) -> Curve:
@@ -66,6 +66,17 @@ def test_a_seed_diagnosed_at_other_timesteps_is_not_averaged(tmp_path):
     gathered = gather_diagnostics([diagnosed(tmp_path, "d2"), odd])
     assert gathered is not None and gathered.diagnoses[0].loss_by_timestep[0].values == (0.125,)
     assert "they differ in timesteps" in gathered.markdown()
+
+
+def test_a_seed_without_the_denoising_error_counts_for_all_else(tmp_path):
+    known = diagnosed(tmp_path, "d2", seed=1, **DENOISING)
+    gathered = gather_diagnostics([diagnosed(tmp_path, "d2"), known])
+    assert gathered is not None
+    [diagnosis] = gathered.diagnoses
+    assert diagnosis.denoising_timesteps == (0, 10, 999) and len(diagnosis.loss_by_block[0].values) == 2
+    assert [estimated.values for estimated in diagnosis.denoising_error] == [(0.5,), (0.125,), (0.25,)]
+    assert [estimated.mean for estimated in (*diagnosis.noisy_error, *diagnosis.mean_error)] == [0.25, 0.5, 2.0, 0.5, 0.5, 0.5]
+    assert "- Denoising error: " in gathered.markdown()
 
 
 def test_the_error_of_the_gap_is_mentioned_where_it_is_known(tmp_path):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from madformer.report import build_report
 from madformer.report.figures import draw, draw_diagnostics, fit, line, looks
 from madformer.report.statistics import Estimate
-from tests.points import diagnostics, point
+from tests.points import DENOISING, diagnostics, point
 from tests.report.curves import curve, seeds, small
 
 
@@ -113,6 +113,16 @@ def test_diagnostics_are_drawn_in_three_panels(tmp_path):
     for text in ("Digits: diagnostics", "denoising loss", "exposure gap", "variance that the condition explains", "d2", "d4"):
         assert text in written
     assert "no condition" not in written
+
+
+def test_the_denoising_error_is_drawn_where_it_is_known(tmp_path):
+    known, earlier = diagnostics(**DENOISING), diagnostics(2)
+    made = build_report([curve(tmp_path, name, point(16, 72.0), line) for name, line in (("d2", known), ("d4", earlier))], "")
+    assert made.diagnostics is not None
+    pictures = draw_diagnostics(made.diagnostics, "")
+    written = texts(pictures["svg"])
+    assert size(pictures["png"]) == (760, 2666)
+    assert {"denoising error", "error of returning", "the noisy block", "the mean image", "0.1", "1,000"} <= set(written)
 
 
 def test_models_without_a_condition_leave_a_panel_empty(tmp_path):
