@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from madformer.evaluation.measurement import Measurement, Point, differing, higher_is_better
+from madformer.evaluation.measurement import HELD_OUT, Measurement, Point, differing, higher_is_better
 from madformer.report.formatting import counted, distinct
 from madformer.report.points import Group, Row
 from madformer.report.statistics import Over
@@ -96,7 +96,9 @@ def _biases(rows: Sequence[Row]) -> Iterator[str]:
         biases = [row.bias[metric] for row in high]
         about = " – ".join(dict.fromkeys(f"{value:.2g}" for value in (min(biases), max(biases))))
         samples = distinct(point["num_samples"] for row in high for point in row.group.points)
+        images = " and of the held-out images" if metric.endswith(HELD_OUT) else ""
         yield (
-            f"Of {metric}, about {about} are the bias of {samples} samples, which perfect ones would have too: more than 5 % "
-            f"of {len(high)} of {len(having)} values, up to {100 * max(shares):.0f} % ({worst.label} at NFE {worst.nfe})."
+            f"Of {metric}, about {about} are the bias of {samples} samples{images}, which perfect ones would have too: "
+            f"more than 5 % of {len(high)} of {len(having)} values, up to {100 * max(shares):.0f} % "
+            f"({worst.label} at NFE {worst.nfe})."
         )

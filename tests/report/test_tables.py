@@ -175,6 +175,14 @@ def test_curves_that_cannot_be_compared_say_so(tmp_path):
     assert "comparable" not in small(tmp_path / "small").markdown()
 
 
+def test_distances_to_held_out_images_are_a_metric_of_their_own(tmp_path):
+    metrics, bias = ({"fd_digits": value, "fd_digits_held_out": value + 4} for value in (70.0, 0.5))
+    text = build_report([curve(tmp_path, "d2", point(16, 70.0, metrics=metrics, bias=bias))], "Held out").markdown()
+    assert "|  | NFE | fd_digits_held_out ↓ |" in text and "| d2 | 16 | 74.0 |" in text
+    assert "Of fd_digits_held_out, about 4.5 are the bias of 1,024 samples and of the held-out images, which" in text
+    assert "Of fd_digits, about" not in text, "less than 5 %"
+
+
 def test_the_best_is_the_greatest_where_higher_is_better(tmp_path):
     worse, better = (point(16, 0, metrics={"fid": 9.0, "precision": value}) for value in (0.25, 0.5))
     report = build_report([curve(tmp_path, "d2", worse), curve(tmp_path, "d4", better)], "Precision", "precision")
