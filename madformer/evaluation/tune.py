@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 import optuna
 
-from madformer.config import ExperimentConfig
+from madformer.config import ExperimentConfig, trained_fields
 from madformer.config.evaluation import ALL_TIMESTEPS, SamplerName
 from madformer.errors import InputError
 from madformer.evaluation.evaluate import evaluate, write_run_curves
@@ -92,11 +92,12 @@ def tune(request: TuningRequest) -> None:
 
     Raises:
         ConfigError: as `evaluate`, or a budget that the runs cannot have.
-        InputError: as `evaluate`, or another process tunes them.
+        InputError: as `evaluate`, runs of different designs, or another process tunes them.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     optuna.logging.disable_propagation()
     deadline = None if request.minutes is None else time.monotonic() + 60 * request.minutes
+    request = replace(request, configs=_of_one_design(request.configs))
     if deadline is not None and cluster_rank() is not None:
         raise InputError("--minutes: processes on several machines would stop at different tries; give --tries")
     with claim_folder(request.configs[0].run_dir, "tune", cluster_rank() or 0):
@@ -105,6 +106,26 @@ def tune(request: TuningRequest) -> None:
         for config in request.configs:
             if not cluster_rank():
                 write_run_curves(config)
+
+
+def _of_one_design(configs: Sequence[ExperimentConfig]) -> tuple[ExperimentConfig, ...]:
+    """The runs' configurations, with the first one's evaluation.
+
+    Raises:
+        InputError: a run is named twice, or they differ in more than their seeds.
+    """
+    first, *others = configs
+    fields = trained_fields(first)
+    for number, config in enumerate(configs):
+        if times := [other.run_dir.resolve() for other in configs[:number]].count(config.run_dir.resolve()):
+            raise InputError(f"{config.run_dir}: named {times + 1} times; give each run once")
+    for config in others:
+        other = trained_fields(config)
+        name = next((name for name in fields if name != "seed" and fields[name] != other.get(name)), None)
+        if name is not None:
+            differ = f"{first.run_dir} and {config.run_dir} differ in {name}"
+            raise InputError(f"{differ}: tune them apart; only runs that differ in their seeds share a choice")
+    return tuple(replace(config, evaluation=first.evaluation) for config in configs)
 
 
 def _tune_at(design: _Design, deadline: float | None) -> None:

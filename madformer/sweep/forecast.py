@@ -8,7 +8,6 @@ from functools import cache
 from statistics import fmean
 
 from madformer.config import ExperimentConfig, ModelConfig, wanted_outputs
-from madformer.config.evaluation import TRIES
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.measurement import Sampling
 from madformer.model import cost
@@ -138,7 +137,7 @@ def tuning_flops(cell: Cell) -> dict[int, float]:
     from madformer.evaluation.record import confirmation_seeds, search_samples
 
     runs, count = 0 if cell.tuned_with is None else 1 + len(cell.tuned_with), cell.config.evaluation.num_samples
-    images = runs * (TRIES * search_samples(count) + 2 * len(confirmation_seeds(runs)) * count)
+    images = runs * (cell.inference.tries * search_samples(count) + 2 * len(confirmation_seeds(runs)) * count)
     return {nfe: images * image_flops(cell, Sampling.of_nfe(cell.config, nfe)) for nfe in cell.budgets}
 
 

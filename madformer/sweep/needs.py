@@ -14,7 +14,6 @@ from statistics import fmean
 from typing import Any
 
 from madformer.config import ExperimentConfig, read_config_hash, require_same_run
-from madformer.config.evaluation import TRIES
 from madformer.config.experiment import has_held_out
 from madformer.errors import InputError
 from madformer.evaluation.measurement import INCEPTION, Measurement, Sampling
@@ -94,7 +93,7 @@ def _is_unfinished(cell: Cell) -> bool:
 def _choice(cell: Cell, nfe: int) -> dict[str, Any] | None:
     from madformer.evaluation.record import known_choice
 
-    return known_choice(cell.config, nfe, TRIES, cell.max_steps)
+    return known_choice(cell.config, nfe, cell.inference.tries, cell.max_steps)
 
 
 def trained_designs(sweep: Sweep) -> list[tuple[ExperimentConfig, ...]]:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from madformer.config import ExperimentConfig, load_experiment
-from madformer.config.evaluation import SamplerName
+from madformer.config.evaluation import TRIES, SamplerName
 from madformer.config.loading import all_keys, nearest
 from madformer.config.validation import is_folder_name, is_integer, require
 from madformer.errors import ConfigError
@@ -74,6 +74,8 @@ class InferenceAxes:
     """`newest`, or `last5`: the last five, and their mean."""
     tune: bool = False
     """Tune the sampling too (`madformer tune`): all seeds of a design share one choice for each budget."""
+    tries: int = TRIES
+    """Samplings that tuning tries at each budget, the default included."""
 
     def __post_init__(self) -> None:
         for name in ("nfe", "steps", *(axis.sweep_key for axis in AXES.values())):
@@ -81,6 +83,7 @@ class InferenceAxes:
         for sampler in self.samplers:
             legal = get_args(SamplerName)
             require(sampler in legal, "evaluate.samplers", sampler, f"must be of {', '.join(legal)}")
+        require(self.tries >= 1, "evaluate.tries", self.tries, "must be at least 1")
         legal_name = re.fullmatch(r"newest|last[1-9]\d*", self.checkpoints) is not None
         require(legal_name, "evaluate.checkpoints", self.checkpoints, "must be newest, or last5 and the like")
 

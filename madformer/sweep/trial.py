@@ -119,7 +119,8 @@ def trial_commands(cell: Cell) -> list[list[str]]:
         commands.append([*madformer, "evaluate", str(cell.run), "--nfe", nfe, *_inference_options(cell), *_overrides(cell)])
     if needs and not commands:
         runs = [str(each.run) for each in (cell, *(cell.tuned_with or ()))]
-        commands.append([*madformer, "tune", *runs, *_overrides(cell), "--nfe", ",".join(map(str, needs.tuning))])
+        commands.append([*madformer, "tune", *runs, *_overrides(cell)])
+        commands[-1] += ["--nfe", ",".join(map(str, needs.tuning)), "--tries", str(cell.inference.tries)]
     return commands
 
 
