@@ -7,7 +7,7 @@ import torch
 
 from madformer.config import load_run, write_config
 from madformer.evaluation.evaluate import evaluate
-from madformer.evaluation.record import record_path
+from madformer.evaluation.record import find_tuning, record_path, tuned_curve
 from madformer.evaluation.request import parse_request
 from madformer.model import MADFormer
 from madformer.report import build_report, curves_of_sweep
@@ -45,11 +45,7 @@ def trained_cell(sweep_file, tmp_path, *more):
     ]
     sweep = load_sweep(sweep_file, [*overrides, "grid.model.diffusion_depth=[2]", "evaluate.nfe=[5]"])
     [cell] = sweep_cells(sweep)
-    write_config(cell.config, cell.run)
-    weights = MADFormer(cell.config.model).state_dict()
-    path = checkpoint_path(cell.run, cell.max_steps)
-    path.parent.mkdir(parents=True)
-    torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in weights.items()}, EMA: weights}, path)
+    write_random_weights(cell)
     return sweep, cell, network
 
 
@@ -106,3 +102,49 @@ def test_a_network_that_is_not_on_this_machine_is_known_by_name_alone(tmp_path):
     )
     changing.write_text(changing.read_text() + "\n    def __init__(self):\n        super().__init__()\n" + WEIGHT)
     assert network_sha256(f"{changing}:Brightness") is None, "it has other weights each time it is built"
+
+
+def test_a_design_is_tuned_once_by_its_first_cell_when_all_its_seeds_are_evaluated(sweep_file, tmp_path):
+    overrides = [
+        *(field for field in TINY if "nfe=" not in field and "diffusion_depth" not in field),
+        "grid.model.diffusion_depth=[2]",
+        "evaluate.nfe=[5,7]",
+        "evaluate.tune=true",
+        "evaluate.tries=3",
+    ]
+
+    def cells(seeds):
+        return sweep_cells(load_sweep(sweep_file, [*overrides, f"seeds={seeds}"]))
+
+    first, second = cells([0, 1])
+    assert [cell.key for cell in first.tuned_with] == [second.key] and second.tuned_with is None
+    assert str(cell_needs(first)) == str(cell_needs(second)) == "to train"
+    for cell in (first, second):
+        write_random_weights(cell)
+        assert str(cell_needs(first)).startswith("to evaluate at 5, 7")
+        assert cell_needs(first).tuning == ()
+    evaluate(parse_request(first.config))
+    waiting = cell_needs(first)
+    assert not waiting and not waiting.is_done and trial_commands(first) == []
+    assert str(waiting) == "to tune at 5, 7, when its other seeds are evaluated"
+    evaluate(parse_request(second.config))
+    assert cell_needs(first) and str(cell_needs(first)) == "to tune at 5, 7" and cell_needs(second).is_done
+    [command] = trial_commands(first)
+    assert command[3:6] == ["tune", str(first.run), str(second.run)]
+    perform(command, cwd=Path.cwd())
+    assert cell_needs(first).is_done and [len(tuned_curve(cell.run).points) for cell in (first, second)] == [2, 2]
+    first, _, third = cells([0, 1, 2])  # a later seed takes over the choice
+    write_random_weights(third)
+    evaluate(parse_request(third.config))
+    [command] = trial_commands(first)
+    perform(command, cwd=Path.cwd())
+    assert cell_needs(first).is_done
+    assert {find_tuning(cell.run, 5)["runs"][-1] for cell in (first, third)} == {second.run.name}
+
+
+def write_random_weights(cell):
+    write_config(cell.config, cell.run)
+    weights = MADFormer(cell.config.model).state_dict()
+    path = checkpoint_path(cell.run, cell.max_steps)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in weights.items()}, EMA: weights}, path)
