@@ -132,7 +132,7 @@ def spaced_timesteps(spacing: str, steps: int, alphas_cumprod: Tensor) -> list[i
     """The timesteps of a sampler, the noisiest first: `steps` falling integers from T - 1 on, where they are not listed.
 
     - `uniform`: T (n - i) // n - 1 for step i of n.
-    - `power:P`: floor(T (1 - i / n)^P) - 1. P = 2 is DDIM's quadratic spacing (Song et al. 2021, appendix D.3).
+    - `power:P`: floor(T (1 - i / n)^P) - 1. P = 2 is DDIM's quadratic spacing (Song et al. 2021, appendix D.2).
     - `logsnr`: equal steps of log(alpha / sigma), as in DPM-Solver (Lu et al. 2022, section 3.3), down to t = 0.
     - `karras:RHO`: equal steps of (sigma / alpha)^(1 / RHO), as in EDM (Karras et al. 2022, Eq. 5), down to t = 0.
     - `list:...`: as listed.
