@@ -8,6 +8,7 @@ command that was killed goes on where it stopped.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import optuna
 
 from madformer.config import ExperimentConfig, trained_fields
 from madformer.config.evaluation import ALL_TIMESTEPS, SamplerName
-from madformer.errors import InputError
+from madformer.errors import InputError, NonFiniteError
 from madformer.evaluation.evaluate import evaluate, write_run_curves
 from madformer.evaluation.measurement import Point, Sampling, half_width
 from madformer.evaluation.record import SEARCH_SEED, append_point, confirmation_seeds, known_choice, search_samples
@@ -58,30 +59,14 @@ class TuningRequest:
     devices: int | None = None
     """Devices that share the work; None: all GPUs, or one process."""
 
-
-@dataclass(frozen=True)
-class _Design:
-    """The runs that are tuned together, at one budget."""
-
-    request: TuningRequest
-    default: Sampling
-    """As `config.evaluation` says."""
-
-    @property
-    def configs(self) -> tuple[ExperimentConfig, ...]:
-        return self.request.configs
-
-    @property
-    def runs(self) -> list[Path]:
-        return [config.run_dir for config in self.configs]
-
     @property
     def num_samples(self) -> int:
+        """Images of a point."""
         return self.configs[0].evaluation.num_samples
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Of the confirmation."""
+        """Evaluation seeds of the confirmation."""
         return confirmation_seeds(len(self.configs))
 
 
@@ -102,7 +87,7 @@ def tune(request: TuningRequest) -> None:
         raise InputError("--minutes: processes on several machines would stop at different tries; give --tries")
     with claim_folder(request.configs[0].run_dir, "tune", cluster_rank() or 0):
         for nfe in request.nfe:
-            _tune_at(_Design(request, Sampling.of_nfe(request.configs[0], nfe)), deadline)
+            _tune_at(request, Sampling.of_nfe(request.configs[0], nfe), deadline)
         for config in request.configs:
             if not cluster_rank():
                 write_run_curves(config)
@@ -128,59 +113,59 @@ def _of_one_design(configs: Sequence[ExperimentConfig]) -> tuple[ExperimentConfi
     return tuple(replace(config, evaluation=first.evaluation) for config in configs)
 
 
-def _tune_at(design: _Design, deadline: float | None) -> None:
-    request, nfe = design.request, design.default.nfe
-    step = checkpoint_step(_checkpoint(design.configs[0]))
-    lines = [known_choice(config, nfe, request.tries, step) for config in design.configs]
-    title = f"{', '.join(run.name for run in design.runs)} at NFE {nfe}"
+def _tune_at(request: TuningRequest, default: Sampling, deadline: float | None) -> None:
+    nfe = default.nfe
+    step = checkpoint_step(_checkpoint(request.configs[0]))
+    lines = [known_choice(config, nfe, request.tries, step) for config in request.configs]
+    title = f"{', '.join(config.name for config in request.configs)} at NFE {nfe}"
     line = next((line for line in lines if line is not None), None)
     if line is not None and all(lines):
         print(f"{title}: tuned already, {_text(line)}", flush=True)
         return
     if line is None:
-        print(f"{title}: {_costs(design)}", flush=True)
-        line = _choose(design, deadline)
+        print(f"{title}: {_costs(request, default)}", flush=True)
+        line = _choose(request, default, deadline)
     else:
         print(f"{title}: as its other seeds, {_text(line)}", flush=True)
-    chosen = Sampling(nfe, design.default.steps, **line["sampling"])
-    for config, known in zip(design.configs, lines, strict=True):
+    chosen = Sampling(nfe, default.steps, **line["sampling"])
+    for config, known in zip(request.configs, lines, strict=True):
         if known is None:
-            points = _measure(design, config, [chosen, design.default], line["seeds"])
+            points = _measure(request, config, [chosen, default], line["seeds"])
             if not cluster_rank():
                 _record(config.run_dir, points, line, chosen)
     print(f"{title}: {_text(line)}", flush=True)
 
 
-def _choose(design: _Design, deadline: float | None) -> dict[str, Any]:
+def _choose(request: TuningRequest, default: Sampling, deadline: float | None) -> dict[str, Any]:
     """Search and confirm; the line to record."""
-    tried = _search(design, deadline)
+    tried = _search(request, default, deadline)
     best = min(tried, key=lambda sampling: tried[sampling])
     differences = list[float]()
-    if best != design.default:
-        found = [_measure(design, config, [best, design.default], design.seeds) for config in design.configs]
+    if best != default:
+        found = [_measure(request, config, [best, default], request.seeds) for config in request.configs]
         pairs = [[_distance(point) for point in points] for points in found]
-        seeds = len(design.seeds)
+        seeds = len(request.seeds)
         for distance_of_best, distance_of_default in ((pair[:seeds], pair[seeds:]) for pair in pairs):
             differences += [one - other for one, other in zip(distance_of_best, distance_of_default, strict=True)]
     spread = half_width(differences) if len(differences) > 1 else None
     # Never worse than the default beyond the interval: else the default is the choice.
-    chosen = design.default if differences and fmean(differences) > (spread or 0) else best
-    first = design.configs[0]
+    chosen = default if differences and fmean(differences) > (spread or 0) else best
+    first = request.configs[0]
     return {
         "kind": "tuning",
-        "nfe": design.default.nfe,
-        "steps": design.default.steps,
+        "nfe": default.nfe,
+        "steps": default.steps,
         "step": checkpoint_step(_checkpoint(first)),
         "sampling": chosen.curve_fields,
-        "default": design.default.curve_fields,
+        "default": default.curve_fields,
         "best_of_search": best.curve_fields,
         "tries": len(tried),
-        "most_tries": design.request.tries,
-        "search_samples": search_samples(design.num_samples),
+        "most_tries": request.tries,
+        "search_samples": search_samples(request.num_samples),
         "search_seed": SEARCH_SEED,
-        "num_samples": design.num_samples,
-        "seeds": list(design.seeds),
-        "runs": [run.name for run in design.runs],
+        "num_samples": request.num_samples,
+        "seeds": list(request.seeds),
+        "runs": [config.name for config in request.configs],
         "feature_networks": list(first.evaluation.feature_networks),
         "differences": differences,
         "difference": fmean(differences) if differences else 0.0,
@@ -189,23 +174,23 @@ def _choose(design: _Design, deadline: float | None) -> dict[str, Any]:
     }
 
 
-def _search(design: _Design, deadline: float | None) -> dict[Sampling, float]:
+def _search(request: TuningRequest, default: Sampling, deadline: float | None) -> dict[Sampling, float]:
     """Samplings -> mean distance over the runs; the default comes first and is always tried."""
-    request, first = design.request, design.configs[0]
+    first = request.configs[0]
     guided = first.model.text is not None and known_classes(first, _checkpoint(first)) is not None
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=10))
     for start in _STARTS:
         study.enqueue_trial(start)
-    tried = {design.default: _mean_distance(design, design.default)}
-    print(f"  try 1 of {request.tries}: the default, {tried[design.default]:.4g}", flush=True)
+    tried = {default: _mean_distance(request, default)}
+    print(f"  try 1 of {request.tries}: the default, {tried[default]:.4g}", flush=True)
     for number in range(2, request.tries + 1):
         if deadline is not None and time.monotonic() > deadline:
             break
         trial = study.ask()
-        sampling = _propose(trial, design.default, first.diffusion.train_timesteps, guided)
+        sampling = _propose(trial, default, first.diffusion.train_timesteps, guided)
         if sampling not in tried:
-            tried[sampling] = _mean_distance(design, sampling)
-            words = f"{sampling.difference(design.default) or 'the default'}, {tried[sampling]:.4g}"
+            tried[sampling] = _mean_distance(request, sampling)
+            words = f"{sampling.difference(default) or 'the default'}, {tried[sampling]:.4g}"
             print(f"  try {number} of {request.tries}: {words}", flush=True)
         study.tell(trial, tried[sampling])
     return tried
@@ -227,14 +212,17 @@ def _propose(trial: optuna.Trial, default: Sampling, end: int, guided: bool) -> 
     return replace(default, **changes)
 
 
-def _mean_distance(design: _Design, sampling: Sampling) -> float:
-    few = search_samples(design.num_samples)
-    found = [_measure(design, config, [sampling], (SEARCH_SEED,), few) for config in design.configs]
+def _mean_distance(request: TuningRequest, sampling: Sampling) -> float:
+    few = search_samples(request.num_samples)
+    try:
+        found = [_measure(request, config, [sampling], (SEARCH_SEED,), few) for config in request.configs]
+    except NonFiniteError:
+        return math.inf
     return fmean(_distance(point) for points in found for point in points)
 
 
 def _measure(
-    design: _Design,
+    request: TuningRequest,
     config: ExperimentConfig,
     samplings: Sequence[Sampling],
     seeds: Sequence[int],
@@ -246,16 +234,16 @@ def _measure(
         networks = evaluation.feature_networks[:1]
         evaluation = replace(evaluation, num_samples=num_samples, feature_networks=networks)
     requested = tuple(replace(sampling, seed=seed) for sampling in samplings for seed in seeds)
-    request = EvaluationRequest(
+    wanted = EvaluationRequest(
         replace(config, evaluation=evaluation),
         (_checkpoint(config),),
         tuple(dict.fromkeys(requested)),
-        devices=design.request.devices,
+        devices=request.devices,
         kind="candidate",
     )
-    while len(points := evaluate(request)) < len(request.samplings):
+    while len(points := evaluate(wanted)) < len(wanted.samplings):
         time.sleep(1)  # other processes are still at work
-    by_sampling = dict(zip(request.samplings, points, strict=True))
+    by_sampling = dict(zip(wanted.samplings, points, strict=True))
     return [by_sampling[sampling] for sampling in requested]
 
 
@@ -267,13 +255,12 @@ def _record(run: Path, points: Sequence[Point], line: dict[str, Any], chosen: Sa
     append_point(run, {**line, "metric": next(iter(points[0]["metrics"]))})
 
 
-def _costs(design: _Design) -> str:
+def _costs(request: TuningRequest, default: Sampling) -> str:
     """What is ahead, before it begins."""
-    config, default, request = design.configs[0], design.default, design.request
-    few, runs, seeds = search_samples(design.num_samples), len(design.configs), len(design.seeds)
-    images = runs * (request.tries * few + 2 * seeds * design.num_samples)
-    flops = images * cost.sampling_flops(config.model, guidance=default.guidance != 1).total(default.steps)
-    work = f"up to {request.tries} tries of {few:,} samples, then 2 x {seeds} x {design.num_samples:,} to confirm"
+    few, runs, seeds = search_samples(request.num_samples), len(request.configs), len(request.seeds)
+    images = runs * (request.tries * few + 2 * seeds * request.num_samples)
+    flops = images * cost.sampling_flops(request.configs[0].model, guidance=default.guidance != 1).total(default.steps)
+    work = f"up to {request.tries} tries of {few:,} samples, then 2 x {seeds} x {request.num_samples:,} to confirm"
     return f"{work}, for each of {runs} runs: {flops / 1e12:.3g} TFLOPs in all"
 
 
