@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from madformer.data import stream
+from madformer.data import datamodule
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.encode import encode
 from madformer.data.prompts import PromptTokenizer
@@ -74,7 +74,7 @@ def configure(folder, kind, *overrides, **data):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_number_of_devices_workers_and_restarts_sees_the_same(kind, folder, monkeypatch):
-    monkeypatch.setattr(stream, "WINDOW", 10)
+    monkeypatch.setattr(datamodule, "WINDOW", 10)
     config = configure(folder, kind, *TEXT, flip=True)
     whole, state = read(config, steps=6)
     assert len(whole) == 6 * 16
@@ -90,7 +90,7 @@ def test_any_number_of_devices_workers_and_restarts_sees_the_same(kind, folder, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_epoch_has_every_image_once_and_samples_it_anew(kind, folder, monkeypatch):
-    monkeypatch.setattr(stream, "WINDOW", 10)
+    monkeypatch.setattr(datamodule, "WINDOW", 10)
     found, _ = read(configure(folder, kind), steps=5)
     means = torch.stack([moments(number)[0] for number in range(ROWS)])
     order = [int((means - found[key]["latents"]).abs().mean(dim=(1, 2, 3)).argmin()) for key in sorted(found)]
