@@ -62,6 +62,23 @@ BAD = {
     "model.parameter_sets=one": "model.parameter_sets: Invalid value 'one', expected one of ['separate', 'shared']",
     "model.prediction_type=x0": "model.prediction_type: Invalid value 'x0', expected one of ['sample', 'epsilon', 'v_prediction']",
     "model.clean_timestep=last": "model.clean_timestep: Invalid value 'last', expected one of ['zero', 'released']",
+    "model.timestep_embedding=fourier": (
+        "model.timestep_embedding: Invalid value 'fourier', expected one of ['raw', 'sinusoidal']"
+    ),
+    "model.unet.time_embed_dim=33": "model.unet.time_embed_dim = 33: must be even with model.timestep_embedding=sinusoidal",
+    "evaluation.spacing=cosine": "evaluation.spacing = 'cosine': must be uniform, power:P with P of at least 1, logsnr, karras",
+    "evaluation.spacing=power:0.5": "evaluation.spacing = 'power:0.5': its number must be in 1..100",
+    "evaluation.spacing=karras:x": "evaluation.spacing = 'karras:x': must be uniform, power:P",
+    "evaluation.spacing=list:5/5": "evaluation.spacing = 'list:5/5': must list falling timesteps, as in list:999/500/0",
+    "evaluation.spacing=list:999/500 evaluation.nfe=[16] evaluation.preview_every=null": (
+        "evaluation.spacing = 'list:999/500': its timesteps are 2, evaluation.nfe = 16 makes 3 steps"
+    ),
+    "evaluation.spacing=list:1000/500/1 evaluation.nfe=[16] evaluation.preview_every=null": (
+        "evaluation.spacing = 'list:1000/500/1': they must be below 1000 (diffusion.train_timesteps)"
+    ),
+    "evaluation.spacing=list:9/5/1 evaluation.nfe=[16]": "evaluation.preview_nfe = 64 makes 15 steps",
+    "evaluation.guidance_interval=900": "evaluation.guidance_interval = '900': must be all, or lowest and highest timestep",
+    "evaluation.guidance_interval=900/100": "evaluation.guidance_interval = '900/100': must be all, or lowest and highest",
     "model.attention_backend=xformers": "model.attention_backend: Invalid value 'xformers', expected one of ['auto', 'flex', 'sdpa']",
     "model.unet.channels=[]": "model.unet.channels = []: must name at least one level",
     "model.unet.channels=[12]": "model.unet.channels = [12]: must be positive multiples of model.unet.groups = 8",

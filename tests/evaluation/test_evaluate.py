@@ -314,6 +314,29 @@ def test_samplers_start_from_the_same_noise_and_end_elsewhere(tmp_path):
     assert {point["nfe_actual"] for point in points} == {9}
 
 
+def test_spacings_are_curves_of_their_own_and_end_where_they_say(tmp_path):
+    config, *_ = make_run(tmp_path, pleased(tmp_path))
+    spacings = "uniform,power:1,power:2,logsnr,karras:7,list:999/600/200/50"
+    points = evaluate(parse_request(config, steps="4", axes={"spacing": spacings}))
+    assert [point["spacing"] for point in points] == ["uniform", "power:2", "logsnr", "karras:7", "list:999/600/200/50"]
+    assert [point["last_timestep"] for point in points] == [249, 61, 0, 0, 50]
+    assert len({point["metrics"]["fd_spread"] for point in points}) == len({point["nfe_actual"] for point in points}) * 5
+    command_of_power = shlex.split(points[1]["command"])
+    assert command_of_power[command_of_power.index("--spacing") + 1] == "power:2"
+    with pytest.raises(ConfigError, match=r"'list:999/600': its timesteps are 2, evaluation.nfe = 9 makes 4 steps"):
+        parse_request(config, steps="4", axes={"spacing": "list:999/600"})
+
+
+def test_a_guidance_interval_reaches_the_samples(tmp_path):
+    text = ["model.text.vocab_size=2048", "model.text.pad_token_id=0", "model.text.length=4", "data.tokenizer=builtin"]
+    config, *_ = make_run(tmp_path, pleased(tmp_path), *text)
+    axes = {"guidance": "1,4", "guidance_interval": "all,0/400,401/998"}
+    points = evaluate(parse_request(config, steps="2", axes=axes))  # at timesteps 999 and 499
+    found = {(point["guidance"], point["guidance_interval"]): point["metrics"]["fd_spread"] for point in points}
+    assert list(found) == [(1, "all"), (4, "all"), (4, "0/400"), (4, "401/998")], "without guidance there is no interval"
+    assert found[4, "0/400"] == pytest.approx(found[1, "all"], rel=1e-5) and len({round(value, 6) for value in found.values()}) == 3
+
+
 def test_few_samples_are_warned_of(tmp_path, caplog):
     config, *_ = make_run(tmp_path)
     [point] = evaluate(parse_request(config, nfe="3"))
