@@ -75,9 +75,12 @@ BAD = {
     "exclude=[{model.diffusion_depth: [2, 4]}]": "exclude = [{'model.diffusion_depth': [2, 4]}]: leaves nothing of the sweep",
     "exclude=[2]": "exclude = 2: must be a mapping of axes to values",
     "evaluate.samplers=[ddim,dim]": "evaluate.samplers = 'dim': must be of ddim, ddpm, dpmsolver++, unipc",
-    "evaluate.spacings=[cosine]": "cell d2-s0: evaluation.spacing = 'cosine': must be uniform, power:P",
-    "evaluate.spacings=[list:9/5]": "cell d2-s0: evaluation.spacing = 'list:9/5': its timesteps are 2",
-    "evaluate.guidance_intervals=[100]": "cell d2-s0: evaluation.guidance_interval = '100': must be all",
+    "evaluate.spacings=[cosine]": "cell d2-s0: evaluation.spacing = 'cosine': must be "
+    "uniform, power:P with P of at least 1, logsnr, karras:RHO, or list:999/500/0",
+    "evaluate.spacings=[list:9/5]": "cell d2-s0: evaluation.spacing = 'list:9/5': its timesteps are 2, "
+    "evaluation.nfe = 16 makes 5 steps",
+    "evaluate.guidance_intervals=[100]": "cell d2-s0: evaluation.guidance_interval = '100': "
+    "must be all, or lowest and highest timestep, as in 100/900",
     "evaluate.tries=0": "evaluate.tries = 0: must be at least 1",
     "evaluate.samplers=ddim": "evaluate.samplers = 'ddim': must be a list of names",
     "evaluate.guidance=[1,2]": "cell d2-s0: evaluation.guidance = 2.0: there is nothing to guide towards: set it to 1, or train a model with text (model.text)",
