@@ -70,7 +70,7 @@ def test_a_feature_network_whose_code_changes_is_measured_again(sweep_file, tmp_
 
 def test_a_cell_is_done_when_its_points_have_the_distances_that_it_asks_for(sweep_file, tmp_path):
     """Held-out images may be named at any time: then its commands measure again, once."""
-    _, cell, _ = trained_cell(sweep_file, tmp_path, "evaluation.held_out_split=null")
+    _, cell, _ = trained_cell(sweep_file, tmp_path, "data.split=train[:80%]")
     asking = replace(cell, config=load_run(cell.run, ["evaluation.held_out_split=train[80%:]"]))
     sharing = replace(cell, config=load_run(cell.run, ["evaluation.held_out_split=train[70%:]"]))
     of_search = replace(asking, is_of_search=True)
