@@ -86,7 +86,8 @@ class Report:
         if len(self.metrics) > 1:
             parts += ["### Other metrics", self._others()]
         if any(row.choices for row in self.rows):
-            parts += ["### Sampling chosen", self._chosen()]
+            interval = "± is the 95 % interval of the difference, paired by run and evaluation seed."
+            parts += ["### Sampling chosen", f"Chosen by `madformer tune`. {interval}", self._chosen()]
         if self.diagnostics is not None:
             parts.append(self.diagnostics.markdown())
         return "\n\n".join(parts) + "\n"

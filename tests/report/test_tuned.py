@@ -31,7 +31,8 @@ def test_both_protocols_have_a_line_and_the_choices_a_table(tmp_path):
     assert "\n| d2 | 72.0 ± 25.4 † | **30.0 ± 0.0 †** |\n| d2 · tuned | **40.5** | **30.0** |\n" in text
     assert "guidance 1, EMA weights unless a label says otherwise (tuned: see *Sampling chosen*); training" in text
     assert text.endswith(
-        "### Sampling chosen\n\n"
+        "### Sampling chosen\n\nChosen by `madformer tune`. "
+        "± is the 95 % interval of the difference, paired by run and evaluation seed.\n\n"
         "|  | NFE | sampling | tries | fd_digits against the default |\n| --- | ---: | ---: | ---: | ---: |\n"
         "| d2 | 16 | unipc, power:2 | 24 | -33.5 |\n| d2 | 32 | ddim, uniform (the default) | 24 | – |\n"
     )
