@@ -71,6 +71,24 @@ def mean(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+UNIFORM = {"sampler": "ddim", "spacing": "uniform", "guidance": 1.0, "guidance_interval": "all", "weights": "ema"}
+"""How `point` is sampled, as a line of kind `tuning` says it."""
+
+
+def tuned(nfe: int, value: float, default: float, spacing: str = "power:2", **changes: Any) -> list[dict[str, Any]]:
+    """What tuning of a single run at a budget records: the tuned point, that of the default (if it is another), the choice.
+
+    Args:
+        value, default: measured with UniPC and this spacing, and with the default; equal values: the default is chosen.
+    """
+    sampling = UNIFORM if value == default else {**UNIFORM, "sampler": "unipc", "spacing": spacing}
+    points = [point(nfe, value, seed=3999, tuned=True, tries=24, **sampling, **changes)]
+    points += [] if value == default else [point(nfe, default, seed=3999, **changes)]
+    found = {"sampling": sampling, "default": UNIFORM, "difference": value - default, "half_width": None}
+    limits = {"nfe": nfe, "step": points[0]["step"], "tries": 24, "most_tries": 24, "seeds": [3999]}
+    return [*points, {"kind": "tuning", "metric": next(iter(points[0]["metrics"])), **limits, **found}]
+
+
 def diagnostics(scale: float = 1.0, **changes: Any) -> dict[str, Any]:
     """Diagnostics of two blocks at three timesteps; all losses and gaps grow with `scale`."""
     return {

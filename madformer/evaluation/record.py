@@ -182,7 +182,8 @@ def run_curves(run: Path, networks: Sequence[tuple[str, str | None]] | None = No
     Points of different samplers, sample counts, weights, networks, ... make no curve together. The main curve is one of the
     moving average, the one of the most samples, the one with the most budgets, the one sampled in the way that was measured
     first (a sampler that is tried later does not take its place), the one measured last, in this order, and so on for the
-    others. A curve that the newest step was not measured for is left out: it would compare stages of training.
+    others. A curve that the newest step was not measured for is left out: it would compare stages of training. So is one that
+    has points of `madformer tune` alone (`tuned_curve` has them), unless it was sampled as the default.
 
     Args:
         networks: names and hashes of feature networks (`Measurement.has_networks`); None: whatever was measured with.
@@ -194,6 +195,7 @@ def run_curves(run: Path, networks: Sequence[tuple[str, str | None]] | None = No
     if networks is not None:
         points = [point for point in points if Measurement.of_point(point).has_networks(networks)]
     newest = max((point["step"] for point in points), default=None)
+    defaults = [line["default"] for line in _read(run, "tuning")]
     groups: dict[str, list[Point]] = {}
     for point in points:
         key = Measurement.of_point(point).curve_key
@@ -201,7 +203,8 @@ def run_curves(run: Path, networks: Sequence[tuple[str, str | None]] | None = No
     lasting = {
         key: group
         for key, group in groups.items()
-        if any(point["step"] == newest for point in group) and not all(point.get("tuned") for point in group)
+        if any(point["step"] == newest for point in group)
+        and (Sampling.of_point(group[0]).curve_fields in defaults or not all(point.get("tuned") for point in group))
     }
     mean_keys = [Measurement.of_point(mean).curve_key for mean in means]
     curves = [
@@ -218,7 +221,7 @@ def run_curves(run: Path, networks: Sequence[tuple[str, str | None]] | None = No
 
 
 def tuned_curve(run: Path, networks: Sequence[tuple[str, str | None]] | None = None) -> RunCurve | None:
-    """A run's points at the `Sampling` that `madformer tune` chose for each budget, at the newest step; None: it has none.
+    """A run's points at the `Sampling` that `madformer tune` chose for each budget, at the newest evaluated step; None: none.
 
     Args:
         networks: as in `run_curves`.
@@ -226,12 +229,13 @@ def tuned_curve(run: Path, networks: Sequence[tuple[str, str | None]] | None = N
     Raises:
         InputError: as `read_points`.
     """
-    points = [point for point in read_points(run) if point.get("tuned")]
+    points = read_points(run)
     if networks is not None:
         points = [point for point in points if Measurement.of_point(point).has_networks(networks)]
     newest = max((point["step"] for point in points), default=None)
+    tuned = [point for point in points if point.get("tuned") and point["step"] == newest]
     budgets: dict[int, list[Point]] = {}
-    for point in sorted((point for point in points if point["step"] == newest), key=lambda point: int(point["nfe"])):
+    for point in sorted(tuned, key=lambda point: int(point["nfe"])):
         budgets.setdefault(point["nfe"], []).append(point)
     chosen = {nfe: Measurement.of_point(measured[-1]).curve_key for nfe, measured in budgets.items()}  # tuned again: the last
     kept = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +23,8 @@ from madformer.data.image_files import to_tiles
 from madformer.errors import InputError
 from madformer.evaluation.request import SamplingRequest
 from madformer.report.diagnostics_report import Diagnosis, Diagnostics
-from madformer.report.formatting import AGAINST, NFE
-from madformer.report.points import Row, common_columns
+from madformer.report.formatting import AGAINST, NFE, in_words
+from madformer.report.points import TUNED, Row, common_columns
 from madformer.report.statistics import Estimate
 from madformer.report.tables import Report
 from madformer.runs.checkpoints import checkpoint_path
@@ -53,6 +53,8 @@ STYLE: dict[Any, Any] = {
 }
 _MARKERS = "os^Dv<>p"
 _LINES = ("-", "--", ":", "-.")
+_THIN = 0.6
+"""Of the lines at the fixed sampler where others are tuned."""
 _ROW = 120
 """Characters in one row of the legend under three panels; its marker and its margin count as 8."""
 _MARGIN, _ROOM = 0.05, 0.25
@@ -68,6 +70,8 @@ class Look:
     line: str
     shade: float
     """Opacity of the band: many of them lie over each other."""
+    size: float = 1.0
+    """Width of the line and size of the markers, as shares of the usual ones."""
 
 
 def looks(labels: Mapping[str, tuple[str, str]]) -> dict[str, Look]:
@@ -77,14 +81,15 @@ def looks(labels: Mapping[str, tuple[str, str]]) -> dict[str, Look]:
         labels: label -> its base, and what sets it apart from other labels of this base.
     """
     bases = list(dict.fromkeys(base for base, _ in labels.values()))
-    differences = list(dict.fromkeys(difference for _, difference in labels.values()))
-    hues = differences if len(bases) == 1 else bases
+    differences = sorted(dict.fromkeys(difference for _, difference in labels.values()), key=lambda each: each != TUNED)
+    hues = [each for each in differences if each != TUNED] if len(bases) == 1 else bases
     colors = _colors(len(hues))
     made = {}
     for label, (base, difference) in labels.items():
-        hue = hues.index(difference if len(bases) == 1 else base)
+        hue = hues.index((difference if difference != TUNED else "") if len(bases) == 1 else base)
         marker, dashes = _MARKERS[hue % len(_MARKERS)], _LINES[differences.index(difference) % len(_LINES)]
-        made[label] = Look(colors[hue], marker, dashes, min(0.18, 0.9 / len(labels)))
+        size = _THIN if TUNED in differences and not difference else 1.0
+        made[label] = Look(colors[hue], marker, dashes, min(0.18, 0.9 / len(labels)), size)
     return made
 
 
@@ -96,9 +101,11 @@ def line(panel: Axes, label: str, look: Look, x: Sequence[float], estimates: Seq
         color=look.color,
         marker=look.marker,
         linestyle=look.line,
+        linewidth=look.size * STYLE["lines.linewidth"],
+        markersize=look.size * STYLE["lines.markersize"],
         label=label,
         markeredgecolor="white",
-        markeredgewidth=0.8,
+        markeredgewidth=0.8 * look.size,
     )
     if any(estimated.spread for estimated in estimates):
         least, most = panel.get_ylim()
@@ -197,13 +204,22 @@ def draw(report: Report, against: Sequence[str] = AGAINST) -> dict[str, bytes]:
         against: a panel for each, `nfe` or a name in `COSTS`.
     """
     chosen = looks({group.label: (group.base, group.difference) for group in report.groups})
+    tuned = [group.base for group in report.groups if group.is_tuned]
+    # A design that was tuned is named once: its dashed line has a name that legends leave out.
+    names = {group.label: group.base if group.is_tuned else group.label for group in report.groups}
+    names |= {base: f"_{base}" for base in tuned}
+    fixed = next(in_words(group.sampling) for group in report.groups if not group.difference)
+    key = {"tuned": Look("0.4", "", "-", 0), f"fixed: {fixed}": Look("0.4", "", "--", 0, _THIN)} if tuned else {}
 
     def fill(panels: Sequence[Axes]) -> None:
         for panel, cost in zip(panels, against, strict=True):
-            _against(panel, report, cost, chosen)
+            _against(panel, report, cost, chosen, names)
+        for name, look in key.items():
+            line(panels[0], name, look, [], [])
         panels[0].set_ylabel(f"{report.metric} ({report.better} is better)")
 
-    labels = [*chosen, *(["Pareto front"] if len(chosen) > 1 else [])]
+    shown = [name for name in names.values() if not name.startswith("_")]
+    labels = [*shown, *(["Pareto front"] if len(chosen) > 1 else []), *key]
     return pictures(len(against), labels, report.title, fill, sharey=True)
 
 
@@ -228,19 +244,16 @@ def draw_diagnostics(diagnostics: Diagnostics, title: str) -> dict[str, bytes]:
     return pictures(4 if denoised else 3, list(chosen), f"{title}: diagnostics", fill)
 
 
-def _against(panel: Axes, report: Report, cost: str, chosen: dict[str, Look]) -> None:
+def _against(panel: Axes, report: Report, cost: str, chosen: dict[str, Look], names: Mapping[str, str]) -> None:
     """One line for each label at the costs of its rows, and the Pareto front of all of them below."""
     costs = _costs(report, cost)
     estimates = [row.quality[report.metric] for row in report.rows]
     fit(panel, estimates, log=True)
     for label, look in chosen.items():
-        points = [
-            (spent, estimated)
-            for row, spent, estimated in zip(report.rows, costs, estimates, strict=True)
-            if row.label == label and spent is not None
-        ]
+        measured = zip(report.rows, costs, estimates, strict=True)
+        points = [(spent, estimated) for row, spent, estimated in measured if row.label == label and spent is not None]
         x, y = zip(*points, strict=True) if points else ((), ())
-        line(panel, label, look, x, y)
+        line(panel, names[label], look, x, y)
     if len(chosen) > 1:
         front = report.front(cost)
         cheapest_first = sorted(
@@ -372,7 +385,7 @@ def _samples(row: Row, count: int) -> np.ndarray:
     """Images [B, Y, X, 3] of a row's first run, sampled as its points were, from the newest of their checkpoints."""
     from madformer.evaluation.write_samples import sample_path, write_samples
 
-    first, sampling = row.group.seeds.index(row.seeds[0]), replace(row.group.sampling, nfe=row.nfe, steps=row.steps, seed=0)
+    first, sampling = row.group.seeds.index(row.seeds[0]), row.samplings[0]
     run, points = row.group.runs[first], row.group.curves[first].points[row.nfe]
     path = checkpoint_path(run, max(point["step"] for point in points))
     if not path.is_file():

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from madformer.errors import InputError
-from madformer.evaluation.measurement import Point, higher_is_better
+from madformer.evaluation.measurement import Point, Sampling, higher_is_better
 from madformer.report.statistics import MARKS, Estimate
 
 NOTHING = "–"
@@ -41,13 +41,25 @@ def show(estimated: Estimate | None) -> str:
     """The mean, and its spread to as many digits, such as `17.8 ± 0.4`."""
     if estimated is None:
         return NOTHING
-    if estimated.over is None or estimated.spread is None:
-        return number(estimated.mean)
-    digits = min(_decimals(estimated.mean), _decimals(estimated.spread or estimated.mean))
-    spread = f"{estimated.spread:,.{digits}f}"
-    if float(spread.replace(",", "")) == 0 and estimated.spread > 0:
-        spread = f"{estimated.spread:.1g}"
-    return f"{number(estimated.mean)} ± {spread}{MARKS[estimated.over]}"
+    mark = "" if estimated.over is None else MARKS[estimated.over]
+    return with_spread(estimated.mean, estimated.spread) + mark
+
+
+def with_spread(mean: float, spread: float | None) -> str:
+    """Both to as many digits, such as `17.8 ± 0.4`; the mean alone without a spread."""
+    if spread is None:
+        return number(mean)
+    digits = min(_decimals(mean), _decimals(spread or mean))
+    text = f"{spread:,.{digits}f}"
+    if float(text.replace(",", "")) == 0 and spread > 0:
+        text = f"{spread:.1g}"
+    return f"{number(mean)} ± {text}"
+
+
+def in_words(sampling: Sampling) -> str:
+    """Sampler, spacing, and what else is not the default, such as `unipc, power:1.5, guidance 2`."""
+    plain = Sampling(sampling.nfe, sampling.steps, sampling.sampler, sampling.spacing)
+    return ", ".join(filter(None, [sampling.sampler, sampling.spacing, sampling.difference(plain)]))
 
 
 def distinct(values: Iterable[Any]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from madformer.evaluation.measurement import HELD_OUT, Measurement, Point, differing, higher_is_better
-from madformer.report.formatting import counted, distinct
-from madformer.report.points import Group, Row
-from madformer.report.statistics import Over
+from madformer.evaluation.measurement import DEFAULTS, HELD_OUT, Measurement, Point, differing, higher_is_better
+from madformer.report.formatting import counted, distinct, number
+from madformer.report.points import TUNED, Group, Row, columns_of
+from madformer.report.statistics import Estimate, Over, differ, over_training
 
 _SPREADS: dict[Over, str] = {
     "training seeds": "± is the 95 % confidence interval of the mean over training seeds (Student's t).",
@@ -26,6 +27,7 @@ def notes(groups: Sequence[Group], rows: Sequence[Row], metric: str) -> list[str
     points = [point for group in groups for point in group.points]
     used = {estimated.over for row in rows for estimated in row.quality.values()}
     return [
+        *_gaps(rows, metric),
         f"Metric {metric}, {'higher' if higher_is_better(metric) else 'lower'} is better; {_repeated(groups)}.",
         *(text for over, text in _SPREADS.items() if over in used),
         _sampled(groups, points),
@@ -60,9 +62,76 @@ def _repeated(groups: Sequence[Group]) -> str:
 def _sampled(groups: Sequence[Group], points: Sequence[Point]) -> str:
     main = next(group.sampling for group in groups if not group.difference)
     otherwise = " unless a label says otherwise" if any(group.difference for group in groups) else ""
+    otherwise += " (tuned: see *Sampling chosen*)" if any(group.is_tuned for group in groups) else ""
     texts = {**main.texts, "sampler": f"{main.sampler} sampler"}
+    for name in ("spacing", "guidance_interval"):
+        if main.curve_fields[name] == DEFAULTS[name]:
+            del texts[name]
     samples = distinct(point["num_samples"] for point in points)
     return f"{samples} samples a point; {', '.join(texts.values())}{otherwise}; {trained_for(points)}."
+
+
+@dataclass(frozen=True)
+class _Design:
+    """A design at a budget, fixed and tuned, over the training seeds that have both."""
+
+    name: str
+    seeds: tuple[int, ...]
+    fixed: Estimate
+    tuned: Estimate
+
+
+def _gaps(rows: Sequence[Row], metric: str) -> Iterator[str]:
+    """What tuning leaves of the gap between designs, at the first and the last budget at which two or more were tuned."""
+    found: dict[str, list[_Design]] = {}
+    for column in columns_of(rows):
+        at = {(row.group.base, row.group.difference): row for row in rows if column.holds(row)}
+        pairs = [(at[base, ""], row) for (base, difference), row in at.items() if difference == TUNED and (base, "") in at]
+        designs = [design for fixed, tuned in pairs if (design := _design(fixed, tuned, metric)).seeds]
+        if len(designs) > 1:
+            found[str(column)] = designs
+    for name in dict.fromkeys([*list(found)[:1], *list(found)[-1:]]):
+        yield f"At {name}, {_gap(found[name], higher_is_better(metric))}"
+
+
+def _design(fixed: Row, tuned: Row, metric: str) -> _Design:
+    of_fixed, of_tuned = (
+        dict(zip(row.seeds, quality.values if quality.over == "training seeds" else (quality.mean,), strict=True))
+        for row, quality in ((row, row.quality[metric]) for row in (fixed, tuned))
+    )
+    seeds = tuple(seed for seed in of_fixed if seed in of_tuned)
+    estimates = (over_training([values[seed] for seed in seeds]) for values in (of_fixed, of_tuned))
+    return _Design(fixed.group.base, seeds, *estimates)
+
+
+def _gap(designs: Sequence[_Design], higher: bool) -> str:
+    """The best and the worst at the fixed sampler, there and tuned."""
+    sign = -1 if higher else 1
+    best, *_, worst = sorted(designs, key=lambda design: sign * design.fixed.mean)
+    best_tuned = min(designs, key=lambda design: sign * design.tuned.mean)
+    before, after = sign * (worst.fixed.mean - best.fixed.mean), sign * (worst.tuned.mean - best.tuned.mean)
+    paired, seeds = best.seeds == worst.seeds, counted([len(best.seeds), len(worst.seeds)], "seed")
+    clear = [differ(best.fixed, worst.fixed, paired), differ(best.tuned, worst.tuned, paired)]
+    doubt_before, doubt_after = (f" (not clear over {seeds})" if is_clear is False else "" for is_clear in clear)
+    names = best.name, worst.name
+    if len(designs) > 2 and before > 0:
+        names = f"{best.name}, the best of {len(designs)},", f"{worst.name}, the worst,"
+    text = f"{_lead(*names, before)} at the fixed sampler{doubt_before}"
+    if before > 0 and after > 0:
+        percent = round(100 * after / before)
+        share = f"{percent} % of the gap is left" if percent <= 100 else f"the gap grows by {percent - 100} %"
+        text += f" and by {number(after)} tuned{doubt_after}" + ("" if doubt_before else f": {share}")
+    else:
+        text += f"; tuned, {_lead(best.name, worst.name, after)}{doubt_after}"
+    if best_tuned.tuned.mean not in (best.tuned.mean, worst.tuned.mean):
+        text += f"; the best tuned is {best_tuned.name}"
+    return text + (" (one seed, not tested)." if None in clear else ".")
+
+
+def _lead(better: str, worse: str, gap: float) -> str:
+    if gap == 0:
+        return f"{better} and {worse} tie"
+    return f"{better} leads {worse} by {number(gap)}" if gap > 0 else f"{worse} leads {better} by {number(-gap)}"
 
 
 def measured(points: Sequence[Point]) -> str:

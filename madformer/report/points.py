@@ -14,7 +14,7 @@ from typing import Any, Literal
 from madformer.config import ExperimentConfig, load_run, trained_fields
 from madformer.errors import InputError
 from madformer.evaluation.measurement import Measurement, Point, Sampling
-from madformer.evaluation.record import RunCurve, mean_known, read_points, run_curves
+from madformer.evaluation.record import RunCurve, find_tuning, mean_known, read_points, run_curves, tuned_curve
 from madformer.report.formatting import COSTS, natural
 from madformer.report.statistics import Estimate, estimate
 from madformer.sweep.cells import Cell, sweep_cells
@@ -22,6 +22,10 @@ from madformer.sweep.needs import cell_measurement
 from madformer.sweep.spec import Sweep
 
 _log = logging.getLogger(__name__)
+
+
+TUNED = "tuned"
+"""What sets groups apart that were sampled as `madformer tune` chose for each budget."""
 
 
 @dataclass(frozen=True)
@@ -136,15 +140,15 @@ def _shortest(paths: Sequence[Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one configuration, sampled in one way (`Sampling.curve_key`)."""
+    """The runs of one configuration, sampled in one way (`Sampling.curve_key`), or as tuned for each budget."""
 
     base: str
     """The label of the runs."""
     difference: str
-    """What sets it apart from how most runs of the report were sampled, such as `unipc`; empty: nothing."""
+    """What sets it apart from how most runs of the report were sampled, such as `unipc` or `tuned`; empty: nothing."""
     axes: Mapping[str, Any]
     sampling: Sampling
-    """How all its points were sampled, but for budget and seed."""
+    """How all its points were sampled, but for budget and seed; of a tuned group, those of the smallest budget."""
     curves: tuple[RunCurve, ...]
     """One for each training seed."""
     runs: tuple[Path, ...]
@@ -156,6 +160,11 @@ class Group:
     def label(self) -> str:
         """Its name in tables and legends."""
         return f"{self.base} · {self.difference}" if self.difference else self.base
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether each budget has a `Sampling` of its own, as `madformer tune` chose it."""
+        return self.curves[0].is_tuned
 
     @property
     def points(self) -> list[Point]:
@@ -180,15 +189,23 @@ class Row:
     """How far from zero a metric is for so many perfect samples."""
     costs: Mapping[str, float | None]
     """By the names in `COSTS`, means over seeds; None: not measured for each of them."""
+    choices: tuple[Mapping[str, Any], ...] = ()
+    """Of a tuned group the lines of `madformer tune`: one, unless its runs were tuned apart."""
 
     @property
     def label(self) -> str:
         """The group's name in tables and legends."""
         return self.group.label
 
+    @property
+    def samplings(self) -> list[Sampling]:
+        """How it was sampled, but for the seed: one, unless its runs were tuned apart; the first run's comes first."""
+        points = (point for curve in self.group.curves for point in curve.points.get(self.nfe, ()))
+        return list(dict.fromkeys(replace(Sampling.of_point(point), seed=0) for point in points))
+
 
 def gather(curves: Sequence[Curve], metric: str | None = None) -> tuple[str, list[Group]]:
-    """The newest evaluations of runs, in every way of sampling that any of them was evaluated with.
+    """The newest evaluations of runs, in every way of sampling that any of them was evaluated with, and as tuned.
 
     Returns:
         The metric, by default the first one that all runs have, and the groups in the order of a table.
@@ -202,7 +219,8 @@ def gather(curves: Sequence[Curve], metric: str | None = None) -> tuple[str, lis
     for curve in sorted(curves, key=lambda curve: (natural(curve.label), curve.seed)):
         if not (measured := run_curves(curve.run, curve.networks)):
             raise InputError(f"{curve.run}: no evaluations; make them: madformer evaluate {curve.run}")
-        recorded.append((curve, measured))
+        tuned = tuned_curve(curve.run, curve.networks)
+        recorded.append((curve, [*measured, tuned] if tuned else measured))
     metric = metric or _shared_metric(recorded)
     for curve, measured in recorded:
         if metric not in (names := _metrics(measured)):
@@ -211,7 +229,7 @@ def gather(curves: Sequence[Curve], metric: str | None = None) -> tuple[str, lis
         (curve, [kept for entry in measured if metric in entry.metrics and (kept := _asked_for(entry, curve)) is not None])
         for curve, measured in recorded
     ]
-    if not any(measured for _, measured in chosen):
+    if all(entry.is_tuned for _, measured in chosen for entry in measured):
         raise InputError(f"{recorded[0][0].run}: not evaluated at the budgets that are asked for, nor are the others")
     return metric, _groups(chosen)
 
@@ -228,8 +246,16 @@ def make_rows(group: Group) -> list[Row]:
         biases = {name: mean_known(point.get("bias", {}).get(name) for point in points) for name in shared}
         bias = {name: value for name, value in biases.items() if value is not None}
         costs = {name: mean_known(mean_known(map(cost.of, run)) for run in runs) for name, cost in COSTS.items()}
-        rows.append(Row(group, nfe, points[0]["steps"], seeds, quality, bias, costs))
+        row = Row(group, nfe, points[0]["steps"], seeds, quality, bias, costs)
+        rows.append(replace(row, choices=_choices(row)) if group.is_tuned else row)
     return rows
+
+
+def _choices(row: Row) -> tuple[Mapping[str, Any], ...]:
+    """The lines of kind `tuning` behind a row, each once: runs that were tuned together have the same."""
+    chosen = [sampling.curve_fields for sampling in row.samplings]
+    lines = (find_tuning(run, row.nfe) for run in row.group.runs)
+    return tuple({repr(line): line for line in lines if line is not None and line["sampling"] in chosen}.values())
 
 
 def _metrics(measured: Sequence[RunCurve]) -> list[str]:
@@ -248,7 +274,7 @@ def _asked_for(measured: RunCurve, curve: Curve) -> RunCurve | None:
     if curve.num_samples not in (None, measured.num_samples):
         return None
     points = {nfe: points for nfe, points in measured.points.items() if curve.budgets is None or nfe in curve.budgets}
-    return RunCurve(points) if points else None
+    return replace(measured, points=points) if points else None
 
 
 def _value(metric: str, point: Point) -> float:
@@ -257,22 +283,24 @@ def _value(metric: str, point: Point) -> float:
 
 def _groups(chosen: Sequence[tuple[Curve, Sequence[RunCurve]]]) -> list[Group]:
     """Runs of one label and one way of sampling together; the one that most runs have needs no name."""
-    samplings = {measured.sampling.curve_key: measured.sampling for _, curves in chosen for measured in curves}
-    by_run = (dict.fromkeys(measured.sampling.curve_key for measured in curves) for _, curves in chosen)
+    fixed = [[measured.sampling for measured in curves if not measured.is_tuned] for _, curves in chosen]
+    samplings = {sampling.curve_key: sampling for run in fixed for sampling in run}
+    by_run = (dict.fromkeys(sampling.curve_key for sampling in run) for run in fixed)
     main = samplings[Counter(itertools.chain.from_iterable(by_run)).most_common(1)[0][0]]
     members: dict[tuple[str, str], list[tuple[Curve, RunCurve]]] = {}
     for curve, curves in chosen:
         for measured in curves:
-            members.setdefault((curve.label, measured.sampling.curve_key), []).append((curve, measured))
+            difference = TUNED if measured.is_tuned else measured.sampling.difference(main)
+            members.setdefault((curve.label, difference), []).append((curve, measured))
     groups = []
-    for (label, curve_key), entries in members.items():
+    for (label, difference), entries in members.items():
         runs = _alike(entries)
         groups.append(
             Group(
                 label,
-                samplings[curve_key].difference(main),
+                difference,
                 runs[0][0].axes,
-                samplings[curve_key],
+                runs[0][1].sampling,
                 tuple(measured for _, measured in runs),
                 tuple(curve.run for curve, _ in runs),
                 tuple(curve.seed for curve, _ in runs),

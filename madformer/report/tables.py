@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from madformer.evaluation.measurement import CURVE_FIELDS, higher_is_better
+from madformer.evaluation.measurement import CURVE_FIELDS, Sampling, higher_is_better
 from madformer.report.diagnostics_report import Diagnostics, gather_diagnostics
-from madformer.report.formatting import COSTS, NFE, NOTHING, Unit, arrow, csv_text, show, table
+from madformer.report.formatting import COSTS, NFE, NOTHING, Unit, arrow, csv_text, distinct, in_words, show, table, with_spread
 from madformer.report.notes import notes
 from madformer.report.paper import Comparison, compare
 from madformer.report.points import Column, Curve, Group, Row, columns_of, gather, make_rows
@@ -73,7 +73,7 @@ class Report:
         return COSTS[cost].unit(row.costs[cost] for row in self.rows)
 
     def markdown(self, pictures: Sequence[str] = ()) -> str:
-        """The report as Markdown: quality by budget, the paper's numbers, costs, other metrics, diagnostics.
+        """The report as Markdown: quality by budget, the paper's numbers, costs, other metrics, tuned samplings, diagnostics.
 
         Args:
             pictures: names of files that are shown below the first table.
@@ -85,6 +85,9 @@ class Report:
         parts.append(self._costs())
         if len(self.metrics) > 1:
             parts += ["### Other metrics", self._others()]
+        if any(row.choices for row in self.rows):
+            interval = "± is the 95 % interval of the difference, paired by run and evaluation seed."
+            parts += ["### Sampling chosen", f"Chosen by `madformer tune`. {interval}", self._chosen()]
         if self.diagnostics is not None:
             parts.append(self.diagnostics.markdown())
         return "\n\n".join(parts) + "\n"
@@ -102,7 +105,7 @@ class Report:
             chosen = row.quality[self.metric]
             values = [
                 *(row.group.axes.get(name) for name in axes),
-                *row.group.sampling.curve_fields.values(),
+                *map(distinct, zip(*(sampling.curve_fields.values() for sampling in row.samplings), strict=True)),
                 row.nfe,
                 row.steps,
                 len(row.seeds),
@@ -144,6 +147,19 @@ class Report:
         others = self.metrics[1:]
         lines = [["", "NFE", *map(arrow, others)]]
         lines += [[row.label, str(row.nfe), *(show(row.quality.get(name)) for name in others)] for row in self.rows]
+        return table(lines)
+
+    def _chosen(self) -> str:
+        """What `madformer tune` chose for each design and budget."""
+        choices = [(row, line) for row in self.rows for line in row.choices]
+        metric = distinct(line["metric"] for _, line in choices)
+        lines = [["", "NFE", "sampling", "tries", f"{metric} against the default"]]
+        for row, line in choices:
+            words = in_words(Sampling(row.nfe, row.steps, **line["sampling"]))
+            change = with_spread(line["difference"], line["half_width"])
+            if line["sampling"] == line["default"]:
+                words, change = f"{words} (the default)", NOTHING
+            lines.append([row.group.base, str(row.nfe), words, str(line["tries"]), change])
         return table(lines)
 
 

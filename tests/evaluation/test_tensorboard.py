@@ -16,7 +16,7 @@ from madformer.evaluation.tensorboard import drop_orphans, write_curves
 from tests.board import tensorboard, until
 from tests.conftest import ROOT
 from tests.data.test_datamodule import TEXT
-from tests.points import DENOISING, INCEPTION, at, diagnostics, mean, point, recorded
+from tests.points import DENOISING, INCEPTION, at, diagnostics, mean, point, recorded, tuned
 from tests.tiny_runs import command, perform, train_command
 
 HPARAMS = {"model.diffusion_depth": 2, "optimizer.lr": 3e-4, "model.rope": "axial", "model.use_condition": True}
@@ -98,6 +98,30 @@ def test_other_samplers_guidances_and_weights_have_tags_that_say_so(tmp_path):
         "fd_digits_vs_nfe/raw weights": [(16, 7.0)],
         "fid_vs_nfe/unipc": [(16, 5.0)],
     }
+
+
+def test_a_tuned_run_has_one_more_curve_of_each_metric(tmp_path):
+    recorded(tmp_path, point(16, 72.0), point(128, 20.0), *tuned(16, 40.0, 74.0), *tuned(16, 40.0, 74.0, "power:1.5"))
+    recorded(tmp_path, point(16, 42.0, sampler="unipc", spacing="power:1.5", seed=3998, tuned=True, seconds_per_image=None))
+    write_curves(recorded(tmp_path, *tuned(128, 20.0, 20.0, seconds_per_image=0.5)), HPARAMS)
+    tags = read(tmp_path)
+    assert {tag: pairs for tag, pairs in tags.items() if "tuned" in tag} == {
+        "fd_digits_vs_nfe_tuned": [(16, 41.0), (128, 20.0)],
+        "fd_digits_vs_log2_nfe_tuned": [(400, 41.0), (700, 20.0)],
+        "fd_digits_vs_tflops_tuned": [(8, 41.0), (64, 20.0)],
+        "fd_digits_vs_seconds_tuned": [(500_000, 20.0)],
+    }
+    assert tags["fd_digits_vs_nfe"] == [(16, 73.0), (128, 20.0)]
+    assert {tag for tag in tags if "/" in tag} == set(), "neither choice is a curve of its own"
+
+
+def test_tuned_points_of_an_older_step_or_of_another_metric_are_not_drawn(tmp_path):
+    write_curves(recorded(tmp_path / "older", *tuned(16, 40.0, 74.0), point(16, 30.0, **at(2000))), {})
+    assert not [tag for tag in read(tmp_path / "older") if "tuned" in tag]
+    both = point(16, 0, metrics={"fd_digits": 72.0, "kid_digits": 9.0})
+    write_curves(recorded(tmp_path / "metric", both, tuned(16, 40.0, 72.0)[0]), {})
+    tags = [tag for tag in read(tmp_path / "metric") if "_vs_nfe" in tag]
+    assert sorted(tags) == ["fd_digits_vs_nfe", "fd_digits_vs_nfe_tuned", "kid_digits_vs_nfe"]
 
 
 def test_diagnostics_are_drawn_by_timestep_and_by_block(tmp_path):
@@ -203,12 +227,12 @@ def test_a_server_shows_the_curves_of_two_runs(tmp_path, options):
     for depth in (2, 4):
         metrics = [{"fd_digits": value + depth, "kid": 0.5} for value in (72.0, 20.0)]
         recorded(tmp_path / f"d{depth}", point(16, 0, metrics=metrics[0]), point(128, 0, metrics=metrics[1]), diagnostics())
-        recorded(tmp_path / f"d{depth}", point(16, 60.0, sampler="unipc"))
+        recorded(tmp_path / f"d{depth}", point(16, 60.0, sampler="unipc"), tuned(16, 50.0, 72.0)[0])
         write_curves(tmp_path / f"d{depth}", HPARAMS | {"model.diffusion_depth": depth})
         train(tmp_path / f"d{depth}", range(1, 3))
 
     with tensorboard(tmp_path, *options) as board:
-        until(lambda: [len(tags) for tags in board.ask("plugin/scalars/tags").values()] == [19, 19])
+        until(lambda: [len(tags) for tags in board.ask("plugin/scalars/tags").values()] == [23, 23])
         shown = board.ask("plugin/scalars/scalars?run=d4&tag=fd_digits_vs_seconds")
         assert [(step, value) for _, step, value in shown] == [(4000, 76.0), (32000, 24.0)]
 
@@ -225,13 +249,16 @@ def test_a_server_shows_the_curves_of_two_runs(tmp_path, options):
         distance, other, errors = board.ask("plugin/custom_scalars/layout")["category"]
         charts = {chart["multiline"]["tag"][0]: chart["title"] for chart in distance["chart"]}
         assert "MFLOPs per image" in charts["^fd_digits_vs_tflops(/.*)?$"] and not distance.get("closed")
-        assert list(charts) == [f"^fd_digits_vs_{axis}(/.*)?$" for axis in ("nfe", "log2_nfe", "tflops", "seconds")]
-        assert other["title"].startswith("kid") and other["closed"]
+        axes = ("nfe", "log2_nfe", "tflops", "seconds")
+        assert list(charts) == [f"^fd_digits_vs_{axis}{end}$" for axis in axes for end in ("(/.*)?", "_tuned")]
+        assert other["title"].startswith("kid") and other["closed"] and len(other["chart"]) == 4, "not tuned"
         assert errors["chart"][0]["title"] == "loss_by_timestep (axis: timestep)"
         for run in ("d2", "d4"):
             found = board.ask(f"plugin/custom_scalars/scalars?run={run}&tag={quote(next(iter(charts)))}")["tag_to_events"]
             assert np.array(found["fd_digits_vs_nfe"])[:, 1].tolist() == [16, 128]
             assert set(found) == {"fd_digits_vs_nfe", "fd_digits_vs_nfe/unipc"}
+            found = board.ask(f"plugin/custom_scalars/scalars?run={run}&tag={quote(list(charts)[1])}")["tag_to_events"]
+            assert np.array(found["fd_digits_vs_nfe_tuned"])[:, 1:].tolist() == [[16, 50.0]] and len(found) == 1
             tag = errors["chart"][2]["multiline"]["tag"][0]
             found = board.ask(f"plugin/custom_scalars/scalars?run={run}&tag={quote(tag)}")["tag_to_events"]
             assert np.array(found["diagnostics/exposure_gap_by_block"])[:, 1:].tolist() == [[0, 0.0], [1, 0.25]]
@@ -254,7 +281,7 @@ def test_a_running_server_takes_new_curves_in_place_of_the_former(tmp_path):
 PLACEHOLDERS = {
     "QUARTER": "[0-3]",
     "BLOCK": "[0-3]",
-    "METRIC": "(fd|kid|precision|recall|density|coverage)_digits",
+    "METRIC": "(fd|kid|precision|recall|density|coverage)_digits(_held_out)?",
     "NFE": r"\d+",
     "HOW": "unipc",
     "SAMPLES": "ema, 2 steps, seed 0",
@@ -267,6 +294,7 @@ def test_the_page_lists_the_tags_of_a_run(tmp_path):
     perform(train_command(tmp_path, *TEXT, *losses))
     run = tmp_path / "digits"
     perform(command("evaluate", run, "--sampler", "ddim,unipc", "--num-samples", 8, "--diagnostics"))
+    perform(command("tune", run, "--nfe", 5, "--tries", 2))
     perform(command("sample", run, "--num", 1, "--steps", 2, "--out", tmp_path / "samples"))
     files = [LegacyEventFileLoader(str(path)) for path in run.glob("events*")]
     tags = {value.tag for file in files for event in file.Load() for value in event.summary.value}

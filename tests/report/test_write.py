@@ -14,10 +14,9 @@ from madformer.sweep.study import Storage
 from tests.conftest import ROOT
 from tests.points import point, recorded
 
-GRID = f"experiment: {ROOT}/experiments/digits.yaml\ngrid: {{model.diffusion_depth: [2, 4]}}\n"
-SEARCH = (
-    f"experiment: {ROOT}/experiments/digits.yaml\nsearch: {{space: {{optimizer.lr: [0.1, 0.2]}}, nfe: [16, 32], trials: 6}}\n"
-)
+BASE = f"experiment: {ROOT}/experiments/digits.yaml\noverrides: {{evaluation.held_out_split: null}}\n"
+GRID = f"{BASE}grid: {{model.diffusion_depth: [2, 4]}}\n"
+SEARCH = f"{BASE}search: {{space: {{optimizer.lr: [0.1, 0.2]}}, nfe: [16, 32], trials: 6}}\n"
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def test_a_sweep_that_is_not_done_is_reported_on_as_far_as_it_is(here, capsys, c
 
 
 def test_seeds_alone_are_one_line_of_the_sweep_s_name_and_its_own_number_of_samples(here, capsys, caplog):
-    (here / "three.yaml").write_text(f"experiment: {ROOT}/experiments/digits.yaml\nseeds: [0, 1, 2]\n")
+    (here / "three.yaml").write_text(f"{BASE}seeds: [0, 1, 2]\n")
     for cell, value in zip(sweep_cells(load_sweep("three.yaml")), (30.0, 31.0, 32.0), strict=True):
         measure(cell, value)
     recorded(cell.run, point(16, 1.0, num_samples=50_000))
