@@ -30,6 +30,8 @@ class EvaluationRequest:
     """Devices that share the work; None: all GPUs, or one process."""
     diagnostics: bool = False
     """Whether diagnostics of the newest checkpoint are computed too."""
+    tuned: bool = False
+    """Whether the samplings are the choices of `madformer tune`: their points then say so."""
     kind: Literal["point", "candidate"] = "point"
     """Of the lines in the record. Curves and reports leave candidates out."""
 
@@ -91,7 +93,7 @@ def parse_request(
     samplings = all_samplings(budgets, values)
     for sampling in samplings:
         sampling.apply(config)  # what the run cannot do shows now
-    return EvaluationRequest(config, _checkpoints(config.run_dir, checkpoints), samplings, **options)
+    return EvaluationRequest(config, _checkpoints(config.run_dir, checkpoints), samplings, tuned=tuned, **options)
 
 
 def parse_sampling(

@@ -21,6 +21,7 @@ from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_
 from madformer.evaluation.held_out import explain_errors
 from madformer.evaluation.measurement import AXES, DEFAULTS, Measurement, Sampling, metric_name
 from madformer.evaluation.metrics import frechet_bias
+from madformer.evaluation.record import find_tuning
 from madformer.evaluation.reference import Reference, find_reference
 from madformer.evaluation.request import EvaluationRequest
 from madformer.evaluation.sampling import choose_prompts, sampling_precision, tokenize
@@ -187,6 +188,8 @@ def _tasks_of(request: EvaluationRequest, path: Path, instruments: Instruments) 
             "steps": sampling.steps,
             "last_timestep": spaced_timesteps(sampling.spacing, sampling.steps, schedule.alphas_cumprod)[-1],
         }
+        if request.tuned and (choice := find_tuning(config.run_dir, sampling.nfe)) is not None:
+            point |= {"tuned": True, "tries": choice["tries"]}
         if point["last_timestep"] == 0 and is_outdated(config.run_dir):
             _log.warning("%s: version 0.1.0 trained it and broke it at timestep 0, where this sampling ends", config.run_dir)
         point["command"] = _command(config, point, request.references)

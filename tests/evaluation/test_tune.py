@@ -171,6 +171,8 @@ def test_tuned_is_the_choice_of_its_budget(tmp_path):
     assert parse_sampling(config, 2, None, 5, tuned=True).sampling == chosen
     with pytest.raises(InputError, match=r"--spacing and --tuned: give one of them"):
         parse_request(config, nfe="5", tuned=True, axes={"spacing": "logsnr"})
+    perform(command("evaluate", config.run_dir, "--nfe", "5", "--tuned", "--seeds", "7"))
+    assert [point["seed"] for point in tuned_curve(config.run_dir).points[5]] == [*confirmation_seeds(1), 7]
     printed = perform(command("sample", config.run_dir, "--nfe", "5", "--tuned", "--num", "2", "--out", tmp_path / "out"))
     assert "2 samples" in printed
     perform(command("sample", config.run_dir, "--nfe", "7", "--tuned", "--out", tmp_path / "out"), status=2)
