@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from madformer.config import ModelConfig
 from madformer.model.embedding import Skips, token_positions
 from madformer.model.layer import DecoderLayer, Tower
-from madformer.model.madformer import MADFormer
+from madformer.model.madformer import AUXILIARY_TIMESTEP, MADFormer
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values [B, H, tokens, K] -> attended [B, H, P, K]."""
@@ -116,8 +116,9 @@ class Baseline:
             x_BPD, _ = layer(x_BPD, types_P, rotation, attend)
 
         denoised_BLCYX = self.model.unembed(x_BPD[:, types_P == NOISE], t_BL, noisy_skips)
-        condition_BLCYX = self.model.unembed(condition_BPD, clean_t_BL, clean_skips)
-        clean_tower_BLCYX = self.model.unembed(x_BPD[:, types_P == CLEAN], clean_t_BL, clean_skips)
+        auxiliary_t_BL = torch.full_like(clean_t_BL, AUXILIARY_TIMESTEP)
+        condition_BLCYX = self.model.unembed(condition_BPD, auxiliary_t_BL, clean_skips)
+        clean_tower_BLCYX = self.model.unembed(x_BPD[:, types_P == CLEAN], auxiliary_t_BL, clean_skips)
         return denoised_BLCYX, condition_BLCYX, clean_tower_BLCYX
 
     @torch.no_grad()
@@ -186,7 +187,7 @@ class Baseline:
 
 
 def _check(config: ModelConfig) -> None:
-    """The baseline knows the released FFHQ model, but with our RoPE and our timestep of clean blocks."""
+    """The baseline knows the released FFHQ model, but with our RoPE and our timesteps of clean blocks and auxiliary outputs."""
     known = {
         "text": None,
         "use_clean_blocks": True,
