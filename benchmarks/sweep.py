@@ -76,7 +76,7 @@ def write_sweep(folder: Path, count: int) -> Path:
     spec = {
         "name": "many",
         "experiment": str(_EXPERIMENT),
-        "overrides": {"trainer.max_steps": 10},
+        "overrides": {"trainer.max_steps": 10, "evaluation.held_out_split": None},
         "grid": {"model.diffusion_depth": [8]},
         "seeds": list(range(count)),
         "workers": 2,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
 from pathlib import Path
 
 from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY, DIGITS, PIXELS, DataConfig
@@ -132,18 +132,31 @@ def names_held_out(evaluation: EvaluationConfig) -> bool:
     return evaluation.held_out_source is not None or evaluation.held_out_split is not None
 
 
-@cache
 def _share_rows(one: str, other: str) -> bool:
     """Whether two splits, or slices of splits, have rows in common; sizes are not known here, so per cent are of a million."""
-    from datasets import ReadInstruction  # here, because it takes a second
-
     try:
-        lengths = {part.split("[")[0]: 10**6 for part in f"{one}+{other}".split("+")}
-        rows = [ReadInstruction.from_spec(spec).to_absolute(lengths) for spec in (one, other)]
+        rows = [list(map(_rows, split.split("+"))) for split in (one, other)]
     except ValueError:  # a name that only its data set understands
         return one == other
-    pairs = [(a, b) for a in rows[0] for b in rows[1] if a.splitname == b.splitname]
-    return any(max(a.from_, b.from_) < min(a.to, b.to) for a, b in pairs)
+    pairs = [(a, b) for a in rows[0] for b in rows[1] if a[0] == b[0]]
+    return any(max(a[1], b[1]) < min(a[2], b[2]) for a, b in pairs)
+
+
+def _rows(split: str) -> tuple[str, int, int]:
+    """Name, first row and end of a slice in datasets' notation. `datasets` itself takes a second to import."""
+    match = re.fullmatch(r"\s*([\w.-]+)(?:\[(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\])?\s*", split)
+    if match is None:
+        raise ValueError(split)
+    first, end = _row(match[2], match[3], 0), _row(match[4], match[5], 10**6)
+    return match[1], first, end
+
+
+def _row(number: str | None, percent: str, default: int) -> int:
+    """A bound of a slice, as a row of a million; negative ones count from the end."""
+    if number is None:
+        return default
+    row = int(number) * (10**4 if percent else 1)
+    return min(row, 10**6) if row >= 0 else max(row + 10**6, 0)
 
 
 def check_data(data: DataConfig, model: ModelConfig) -> None:

@@ -214,9 +214,6 @@ class TrialProcesses:
             commands = self._commands(self._cell)
             if not commands:
                 return DONE
-            if commands == before:
-                reason = f"its commands exited with 0, yet it is still {cell_needs(self._cell)}"
-                return Outcome("failed", "error", reason)
             for command in commands:
                 status, output = self._execute(command)
                 if status != 0:
@@ -224,6 +221,11 @@ class TrialProcesses:
             if status == 0 and self._has_other_ranks:
                 return DONE  # this process is; the others may still run
             if status == 0:
+                needs = cell_needs(self._cell)
+                if needs and commands == before:
+                    return Outcome("failed", "error", f"its commands exited with 0, yet it is still {needs}")
+                if not needs:
+                    return DONE
                 before = commands  # what can start now that they are done, such as tuning, is next
                 continue
             if not (status == 2 and IN_USE in output):

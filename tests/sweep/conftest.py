@@ -7,7 +7,7 @@ from tests.conftest import ROOT
 SWEEP = f"""
 name: small
 experiment: {ROOT}/experiments/digits.yaml
-overrides: {{trainer.max_steps: 10, evaluation.num_samples: 8}}
+overrides: {{trainer.max_steps: 10, evaluation.num_samples: 8, evaluation.held_out_split: null}}
 grid: {{model.diffusion_depth: [2, 4]}}
 evaluate: {{nfe: [16, 24]}}
 workers: 2

@@ -186,7 +186,8 @@ def test_a_cell_is_what_its_command_line_says(sweep_file):
         assert config_hash(cell.config) == cell.config_hash
     assert cell.name == "d4-lr0.5-prediction_typesample-betas0.9x0.95-s0"
     assert cell.overrides == (
-        "trainer.max_steps=10", "evaluation.num_samples=8", "model.diffusion_depth=4", "optimizer.lr=0.5", "model.prediction_type=sample",
+        "trainer.max_steps=10", "evaluation.num_samples=8", "evaluation.held_out_split=null", "model.diffusion_depth=4", "optimizer.lr=0.5",
+        "model.prediction_type=sample",
         "optimizer.betas=[0.9,0.95]", "seed=0", "name=d4-lr0.5-prediction_typesample-betas0.9x0.95-s0", "output_dir=runs/small",
         "trainer.devices=1", "evaluation.nfe=[16,24]",
     )  # fmt: skip
