@@ -18,7 +18,6 @@ from madformer import __version__
 from madformer.config import load_experiment, load_run
 from madformer.config.evaluation import SPACINGS, TRIES, SamplerName
 from madformer.errors import DataError, InputError
-from madformer.evaluation.measurement import parse_integers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -113,7 +112,7 @@ def evaluate(
 def tune(
     sources: Annotated[list[str], typer.Argument(metavar="RUN... [KEY=VALUE]... | SWEEP.yaml [KEY=VALUE]...")],
     nfe: Annotated[str | None, typer.Option(help="Budgets, such as 16,64; default: the experiment's, or the sweep's.")] = None,
-    tries: Annotated[int, typer.Option(min=1, help="Samplings to try at each budget, the default included.")] = TRIES,
+    tries: Annotated[int | None, typer.Option(min=1, help=f"Samplings to try at each budget; default: {TRIES}.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="When to stop trying; what was found is confirmed.")] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="Devices that share the work; default: all GPUs.")] = None,
 ) -> None:
@@ -122,19 +121,22 @@ def tune(
     overrides = sources[len(names) :]
     if not names:
         raise InputError(f"{sources[0]}: name a run or a SWEEP.yaml before overrides")
+    from madformer.evaluation.measurement import parse_integers
+
     budgets = parse_integers("--nfe", nfe) if nfe is not None else ()
     if Path(names[0]).suffix in (".yaml", ".yml"):
         from madformer.sweep.load_sweep import load_sweep
         from madformer.sweep.needs import trained_designs
 
-        designs = trained_designs(load_sweep(Path(names[0]), overrides))
+        sweep = load_sweep(Path(names[0]), overrides)
+        designs, tries = trained_designs(sweep), tries or sweep.evaluate.tries
     else:
         designs = [tuple(load_run(name, overrides) for name in names)]
     from madformer.evaluation.tune import TuningRequest, tune
 
     with _going_on_later():
         for configs in designs:
-            tune(TuningRequest(configs, budgets or configs[0].evaluation.nfe, tries, minutes, devices))
+            tune(TuningRequest(configs, budgets or configs[0].evaluation.nfe, tries or TRIES, minutes, devices))
 
 
 @app.command()

@@ -198,8 +198,9 @@ def check_budgets(evaluation: EvaluationConfig, model: ModelConfig, diffusion: D
             timesteps, steps = listed_timesteps(evaluation.spacing), (budget - model.ar_depth) // model.diffusion_depth
             remedy = f"its timesteps are {len(timesteps)}, {name} = {budget} makes {steps} steps"
             require(len(timesteps) in (0, steps), "evaluation.spacing", evaluation.spacing, remedy)
-            remedy = f"they must be below {diffusion.train_timesteps} (diffusion.train_timesteps)"
-            require(max(timesteps, default=0) < diffusion.train_timesteps, "evaluation.spacing", evaluation.spacing, remedy)
+            noisiest = diffusion.train_timesteps - 1
+            remedy = f"must start at full noise, {noisiest} (diffusion.train_timesteps - 1)"
+            require(timesteps[:1] in ((), (noisiest,)), "evaluation.spacing", evaluation.spacing, remedy)
 
 
 def budget_flaw(budget: int, model: ModelConfig, diffusion: DiffusionConfig) -> str | None:

@@ -104,8 +104,16 @@ def require_same_weights(existing: ExperimentConfig, requested: ExperimentConfig
 
 def is_outdated(run: Path) -> bool:
     """Whether version 0.1.0 trained a run with its auxiliary outputs at timestep 0, where that broke the denoiser."""
+    if not config_path(run).is_file():
+        return False
     config = load_experiment(config_path(run))
     return read_config_hash(run) == _hash(trained_fields(config)) != config_hash(config)
+
+
+def run_hash(config: ExperimentConfig) -> str:
+    """The hash of the configuration that a run was trained with: an outdated run keeps its own."""
+    run = config.run_dir
+    return (is_outdated(run) and read_config_hash(run)) or config_hash(config)
 
 
 def require_same_run(config: ExperimentConfig) -> None:

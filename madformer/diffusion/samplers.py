@@ -150,8 +150,8 @@ def spaced_timesteps(spacing: str, steps: int, alphas_cumprod: Tensor) -> list[i
         raise InputError(f"steps = {steps}: must be in 1..{end}, the noise schedule has no more timesteps")
     if kind == "list":
         listed = list(listed_timesteps(spacing))
-        if len(listed) != steps or listed[0] >= end:
-            raise InputError(f"spacing = {spacing!r}: must list {steps} timesteps below {end}, one for each step")
+        if len(listed) != steps or listed[0] != end - 1:
+            raise InputError(f"spacing = {spacing!r}: must list {steps} timesteps, one for each step, from {end - 1} on")
         return listed
     if kind == "uniform":
         return [end * (steps - index) // steps - 1 for index in range(steps)]

@@ -262,7 +262,8 @@ def _observe(
     text_BT: Tensor | None,
 ) -> dict[str, Tensor]:
     """Losses, samples and the condition's prediction for some images, on the CPU."""
-    sampler = build_sampler(config.diffusion, config.model.prediction_type, config.evaluation.sampler)
+    evaluation = config.evaluation
+    sampler = build_sampler(config.diffusion, config.model.prediction_type, evaluation.sampler, evaluation.spacing)
     seeds = [sample_seed(config.evaluation.seed, index) for index in indices]
     # Latents are float32 also where the weights are not, as in sampling.
     clean_BLCYX = clean_BLCYX.to(torch.promote_types(model.boi_SD.dtype, torch.float32))

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from madformer import __version__
 from madformer.config import ExperimentConfig, trained_fields
+from madformer.config.evaluation import parse_interval
 from madformer.config.experiment import has_held_out, names_held_out
+from madformer.diffusion.noise_schedule import NoiseSchedule
+from madformer.diffusion.samplers import spaced_timesteps
 from madformer.errors import NonFiniteError
 from madformer.evaluation.diagnostics import denoising_warnings, diagnose
 from madformer.evaluation.feature_cache import (
@@ -56,8 +59,6 @@ __all__ = ["evaluate"]
 _log = logging.getLogger(__name__)
 
 Point = dict[str, Any]
-
-_log = logging.getLogger(__name__)
 
 IMAGES_LOOKED_AT = 256
 """Held-out images of the diagnostics, no more than are sampled for a number."""
@@ -198,14 +199,25 @@ def _costs(task: Task, parts: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
     if (chosen_K & warm_K).any():
         chosen_K &= warm_K
     size, memory = int(sizes_K.max()), float(memory_K[chosen_K].max())
-    flops = cost.sampling_flops(task.config.model, guidance=task.sampling.guidance != 1)
     return {
-        "tflops_per_image": flops.total(task.sampling.steps) / 1e12,
+        "tflops_per_image": _flops(task) / 1e12,
         "seconds_per_image": float(sampling_K[chosen_K].median()) / size,
         "seconds_per_block": (blocks_KL[chosen_K].median(dim=0).values / size).tolist(),
         "peak_memory_gib": memory if math.isfinite(memory) else None,
         "batch_size": size,
     }
+
+
+def _flops(task: Task) -> int:
+    """FLOPs of an image: steps outside the guidance interval take the prompted half of the batch alone."""
+    sampling, config = task.sampling, task.config
+    plain, guided = (cost.sampling_flops(config.model, guidance=guidance) for guidance in (False, sampling.guidance != 1))
+    interval, unguided = parse_interval(sampling.guidance_interval), 0
+    if interval is not None:
+        schedule = NoiseSchedule(config.diffusion).alphas_cumprod
+        timesteps = spaced_timesteps(sampling.spacing, sampling.steps, schedule)
+        unguided = sum(not interval[0] <= timestep <= interval[1] for timestep in timesteps)
+    return guided.total(sampling.steps) - unguided * (guided.step - plain.step)
 
 
 def _report_recorded(task: Task) -> bool:
@@ -242,8 +254,11 @@ def _conclude(request: EvaluationRequest, tasks: Sequence[Task], device: torch.d
         if (point := _find(task)) is None:
             print(f"{run}: this process has done its share; the last one records the rest", flush=True)
             return points
-        if point["nfe"] != task.sampling.nfe:  # another budget of as many steps: the same samples
-            point = {**point, "nfe": task.sampling.nfe, "command": task.described["command"]}
+        tags: dict[str, Any] = {key: task.described[key] for key in ("tuned", "tries") if key in task.described}
+        if point["nfe"] != task.sampling.nfe or not tags.items() <= point.items():
+            # Another budget of as many steps has the same samples; what was measured before may be a choice by now.
+            point = {key: value for key, value in point.items() if key not in ("tuned", "tries")}
+            point |= {"nfe": task.sampling.nfe, "command": task.described["command"], **tags}
             append_point(run, point)
         points.append(point)
     if request.kind == "candidate":
@@ -292,6 +307,7 @@ def _record_diagnostics(request: EvaluationRequest, task: Task, device: torch.de
     known = {key: task.described[key] for key in ("checkpoint", "step", "weights", "weights_sha256", "config_hash", "codec")}
     wanted = {**known, "nfe": sampling.nfe, "steps": sampling.steps, "sampler": sampling.sampler}
     wanted |= {"seed": sampling.seed, "most_images": count, **describe_held_out(config)}
+    wanted |= {"spacing": sampling.spacing} if sampling.spacing != DEFAULTS["spacing"] else {}
     # Those of earlier versions have no denoising error.
     lines = [line for line in read_diagnostics(config.run_dir) if wanted.items() <= line.items() and "denoising_error" in line]
     if is_new := not lines:

@@ -104,10 +104,18 @@ def find_tuning(run: Path, nfe: int) -> dict[str, Any] | None:
     return next((line for line in reversed(_read(run, "tuning")) if line["nfe"] == nfe), None)
 
 
-def known_choice(config: ExperimentConfig, nfe: int, tries: int, step: int) -> dict[str, Any] | None:
+def read_choices(run: Path) -> list[dict[str, Any]]:
+    """The choices of `madformer tune`, in the order they were made; as `read_points` otherwise."""
+    return _read(run, "tuning")
+
+
+def known_choice(
+    lines: Sequence[dict[str, Any]], config: ExperimentConfig, nfe: int, tries: int, step: int
+) -> dict[str, Any] | None:
     """The last choice of `madformer tune` for a budget of a run, with these samples and this default; None: there is none.
 
     Args:
+        lines: the run's choices (`read_choices`).
         config: the run's, with `evaluation` as requested.
         tries: tries that it was allowed at least.
         step: training step of the checkpoint.
@@ -115,8 +123,8 @@ def known_choice(config: ExperimentConfig, nfe: int, tries: int, step: int) -> d
     known: dict[str, Any] = {"nfe": nfe, "step": step, "num_samples": config.evaluation.num_samples}
     known["default"] = Sampling.of_nfe(config, nfe).curve_fields
     known["feature_networks"] = list(config.evaluation.feature_networks)
-    lines = [line for line in _read(config.run_dir, "tuning") if known.items() <= line.items()]
-    return next((line for line in reversed(lines) if line["most_tries"] >= tries), None)
+    found = [line for line in lines if known.items() <= line.items() and line["most_tries"] >= tries]
+    return found[-1] if found else None
 
 
 def confirmation_seeds(runs: int) -> tuple[int, ...]:
@@ -237,7 +245,9 @@ def tuned_curve(run: Path, networks: Sequence[tuple[str, str | None]] | None = N
     budgets: dict[int, list[Point]] = {}
     for point in sorted(tuned, key=lambda point: int(point["nfe"])):
         budgets.setdefault(point["nfe"], []).append(point)
-    chosen = {nfe: Measurement.of_point(measured[-1]).curve_key for nfe, measured in budgets.items()}  # tuned again: the last
+    # Of the most samples, and if it was tuned again the last.
+    last = {nfe: max(reversed(measured), key=lambda point: int(point["num_samples"])) for nfe, measured in budgets.items()}
+    chosen = {nfe: Measurement.of_point(point).curve_key for nfe, point in last.items()}
     kept = {
         nfe: list({point["seed"]: point for point in measured if Measurement.of_point(point).curve_key == chosen[nfe]}.values())
         for nfe, measured in budgets.items()

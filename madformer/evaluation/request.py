@@ -88,6 +88,8 @@ def parse_request(
         numbers = config.evaluation.nfe if nfe is None else parse_integers("--nfe", nfe)
         budgets = [Sampling.of_nfe(config, number, chosen) for number in numbers]
     values = {name: AXES[name].parse(AXES[name].option, text) for name, text in (axes or {}).items() if text is not None}
+    if tuned and chosen != "ema":
+        raise InputError("--weights and --tuned: give one of them; choices are for the moving average")
     if tuned:
         budgets = [tuned_sampling(config, budget, values) for budget in budgets]
     samplings = all_samplings(budgets, values)
@@ -128,6 +130,8 @@ def parse_sampling(
             values[name] = AXES[name].parse(AXES[name].option, str(value))
             if len(values[name]) > 1:
                 raise InputError(f"{AXES[name].option} {value}: give one value")
+    if tuned and chosen != "ema":
+        raise InputError("--weights and --tuned: give one of them; choices are for the moving average")
     if tuned:
         budget = tuned_sampling(config, budget, values)
     [sampling] = all_samplings([budget], values)

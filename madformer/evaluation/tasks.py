@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from madformer.config import ExperimentConfig, config_hash
+from madformer.config import ExperimentConfig
 from madformer.config.experiment import has_held_out, held_out_data
-from madformer.config.identity import is_outdated
+from madformer.config.identity import is_outdated, run_hash
 from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.diffusion.samplers import spaced_timesteps
@@ -163,7 +163,7 @@ def _tasks_of(request: EvaluationRequest, path: Path, instruments: Instruments) 
         "step": checkpoint_step(path),
         "weights": weights,
         "weights_sha256": weights_sha256(load_model(path, config, weights)),
-        "config_hash": config_hash(config),
+        "config_hash": run_hash(config),
         "num_samples": config.evaluation.num_samples,
         "codec": {"name": config.data.codec, "sha256": codec.sha256, "dtype": config.data.codec_dtype},
         "feature_networks": [
@@ -190,7 +190,7 @@ def _tasks_of(request: EvaluationRequest, path: Path, instruments: Instruments) 
         }
         if request.tuned and (choice := find_tuning(config.run_dir, sampling.nfe)) is not None:
             point |= {"tuned": True, "tries": choice["tries"]}
-        if point["last_timestep"] == 0 and is_outdated(config.run_dir):
+        if point["last_timestep"] == 0 and request.kind == "point" and is_outdated(config.run_dir):
             _log.warning("%s: version 0.1.0 trained it and broke it at timestep 0, where this sampling ends", config.run_dir)
         point["command"] = _command(config, point, request.references)
         yield Task(config, path, sampling, prompts, point)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,13 +19,22 @@ from statistics import fmean
 from typing import Any, get_args
 
 import optuna
+from filelock import FileLock
 
 from madformer.config import ExperimentConfig, trained_fields
 from madformer.config.evaluation import ALL_TIMESTEPS, SamplerName
-from madformer.errors import InputError, NonFiniteError
+from madformer.errors import ConfigError, InputError, NonFiniteError
 from madformer.evaluation.evaluate import evaluate, write_run_curves
-from madformer.evaluation.measurement import Point, Sampling, half_width
-from madformer.evaluation.record import SEARCH_SEED, append_point, confirmation_seeds, known_choice, search_samples
+from madformer.evaluation.measurement import Measurement, Point, Sampling, half_width
+from madformer.evaluation.record import (
+    SEARCH_SEED,
+    append_point,
+    confirmation_seeds,
+    known_choice,
+    read_choices,
+    read_points,
+    search_samples,
+)
 from madformer.evaluation.request import EvaluationRequest
 from madformer.evaluation.sampling import known_classes
 from madformer.model import cost
@@ -74,6 +84,7 @@ def tune(request: TuningRequest) -> None:
     """Choose a `Sampling` for each budget, confirm it, and record it in every run, as points and as a line of kind `tuning`.
 
     A choice that any of the runs has already is kept (a later seed does not change it), and measured where it is missing.
+    If they have several, as of runs tuned apart, the first run's counts for all.
 
     Raises:
         ConfigError: as `evaluate`, or a budget that the runs cannot have.
@@ -85,22 +96,24 @@ def tune(request: TuningRequest) -> None:
     request = replace(request, configs=_of_one_design(request.configs))
     if deadline is not None and cluster_rank() is not None:
         raise InputError("--minutes: processes on several machines would stop at different tries; give --tries")
-    with claim_folder(request.configs[0].run_dir, "tune", cluster_rank() or 0):
+    with ExitStack() as claims:
+        for run in sorted(config.run_dir.resolve() for config in request.configs):
+            claims.enter_context(claim_folder(run, "tune", cluster_rank() or 0))
         for nfe in request.nfe:
             _tune_at(request, Sampling.of_nfe(request.configs[0], nfe), deadline)
-        for config in request.configs:
-            if not cluster_rank():
-                write_run_curves(config)
 
 
 def _of_one_design(configs: Sequence[ExperimentConfig]) -> tuple[ExperimentConfig, ...]:
     """The runs' configurations, with the first one's evaluation.
 
     Raises:
-        InputError: a run is named twice, or they differ in more than their seeds.
+        ConfigError: no feature network is named.
+        InputError: a run is named twice, or they differ in more than their seeds, or in the step that they have reached.
     """
     first, *others = configs
-    fields = trained_fields(first)
+    fields, step = trained_fields(first), checkpoint_step(_checkpoint(first))
+    if not first.evaluation.feature_networks:
+        raise ConfigError("evaluation.feature_networks = []: nothing to measure with; name some, such as [inception]")
     for number, config in enumerate(configs):
         if times := [other.run_dir.resolve() for other in configs[:number]].count(config.run_dir.resolve()):
             raise InputError(f"{config.run_dir}: named {times + 1} times; give each run once")
@@ -110,35 +123,33 @@ def _of_one_design(configs: Sequence[ExperimentConfig]) -> tuple[ExperimentConfi
         if name is not None:
             differ = f"{first.run_dir} and {config.run_dir} differ in {name}"
             raise InputError(f"{differ}: tune them apart; only runs that differ in their seeds share a choice")
+        if (other_step := checkpoint_step(_checkpoint(config))) != step:
+            steps = f"{first.run_dir} has its newest checkpoint at step {step}, {config.run_dir} at {other_step}"
+            raise InputError(f"{steps}: tune them when all are trained as far")
     return tuple(replace(config, evaluation=first.evaluation) for config in configs)
 
 
 def _tune_at(request: TuningRequest, default: Sampling, deadline: float | None) -> None:
-    nfe = default.nfe
     step = checkpoint_step(_checkpoint(request.configs[0]))
-    lines = [known_choice(config, nfe, request.tries, step) for config in request.configs]
-    title = f"{', '.join(config.name for config in request.configs)} at NFE {nfe}"
-    line = next((line for line in lines if line is not None), None)
-    if line is not None and all(lines):
-        print(f"{title}: tuned already, {_text(line)}", flush=True)
-        return
+    choices = (
+        known_choice(read_choices(config.run_dir), config, default.nfe, request.tries, step) for config in request.configs
+    )
+    line = next((line for line in choices if line is not None), None)
+    title = f"{', '.join(config.name for config in request.configs)} at NFE {default.nfe}"
     if line is None:
         print(f"{title}: {_costs(request, default)}", flush=True)
         line = _choose(request, default, deadline)
-    else:
-        print(f"{title}: as its other seeds, {_text(line)}", flush=True)
-    chosen = Sampling(nfe, default.steps, **line["sampling"])
-    for config, known in zip(request.configs, lines, strict=True):
-        if known is None:
-            points = _measure(request, config, [chosen, default], line["seeds"])
-            if not cluster_rank():
-                _record(config.run_dir, points, line, chosen)
+    chosen = Sampling(default.nfe, default.steps, **line["sampling"])
+    for config in request.configs:
+        points = _measure(request, config, [chosen, default], line["seeds"])
+        if not cluster_rank():
+            _record(config, points, line, chosen)
     print(f"{title}: {_text(line)}", flush=True)
 
 
 def _choose(request: TuningRequest, default: Sampling, deadline: float | None) -> dict[str, Any]:
     """Search and confirm; the line to record."""
-    tried = _search(request, default, deadline)
+    tried, most_tries = _search(request, default, deadline)
     best = min(tried, key=lambda sampling: tried[sampling])
     differences = list[float]()
     if best != default:
@@ -148,8 +159,7 @@ def _choose(request: TuningRequest, default: Sampling, deadline: float | None) -
         for distance_of_best, distance_of_default in ((pair[:seeds], pair[seeds:]) for pair in pairs):
             differences += [one - other for one, other in zip(distance_of_best, distance_of_default, strict=True)]
     spread = half_width(differences) if len(differences) > 1 else None
-    # Never worse than the default beyond the interval: else the default is the choice.
-    chosen = default if differences and fmean(differences) > (spread or 0) else best
+    chosen = best if differences and fmean(differences) < 0 else default
     first = request.configs[0]
     return {
         "kind": "tuning",
@@ -160,7 +170,7 @@ def _choose(request: TuningRequest, default: Sampling, deadline: float | None) -
         "default": default.curve_fields,
         "best_of_search": best.curve_fields,
         "tries": len(tried),
-        "most_tries": request.tries,
+        "most_tries": most_tries,
         "search_samples": search_samples(request.num_samples),
         "search_seed": SEARCH_SEED,
         "num_samples": request.num_samples,
@@ -174,8 +184,8 @@ def _choose(request: TuningRequest, default: Sampling, deadline: float | None) -
     }
 
 
-def _search(request: TuningRequest, default: Sampling, deadline: float | None) -> dict[Sampling, float]:
-    """Samplings -> mean distance over the runs; the default comes first and is always tried."""
+def _search(request: TuningRequest, default: Sampling, deadline: float | None) -> tuple[dict[Sampling, float], int]:
+    """Samplings -> mean distance over the runs, the default first; and how many tries there were, repeated ones too."""
     first = request.configs[0]
     guided = first.model.text is not None and known_classes(first, _checkpoint(first)) is not None
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=10))
@@ -185,7 +195,7 @@ def _search(request: TuningRequest, default: Sampling, deadline: float | None) -
     print(f"  try 1 of {request.tries}: the default, {tried[default]:.4g}", flush=True)
     for number in range(2, request.tries + 1):
         if deadline is not None and time.monotonic() > deadline:
-            break
+            return tried, number - 1
         trial = study.ask()
         sampling = _propose(trial, default, first.diffusion.train_timesteps, guided)
         if sampling not in tried:
@@ -193,7 +203,7 @@ def _search(request: TuningRequest, default: Sampling, deadline: float | None) -
             words = f"{sampling.difference(default) or 'the default'}, {tried[sampling]:.4g}"
             print(f"  try {number} of {request.tries}: {words}", flush=True)
         study.tell(trial, tried[sampling])
-    return tried
+    return tried, request.tries
 
 
 def _propose(trial: optuna.Trial, default: Sampling, end: int, guided: bool) -> Sampling:
@@ -247,12 +257,21 @@ def _measure(
     return [by_sampling[sampling] for sampling in requested]
 
 
-def _record(run: Path, points: Sequence[Point], line: dict[str, Any], chosen: Sampling) -> None:
-    """Add the confirmed points and the choice, last, to a run's record."""
-    for point in {Sampling.of_point(point): point for point in points}.values():
-        tuned = Sampling.of_point(point).curve_key == chosen.curve_key
-        append_point(run, {**point, "kind": "point", **({"tuned": True, "tries": line["tries"]} if tuned else {})})
-    append_point(run, {**line, "metric": next(iter(points[0]["metrics"]))})
+def _record(config: ExperimentConfig, points: Sequence[Point], line: dict[str, Any], chosen: Sampling) -> None:
+    """Add the confirmed points and, last, the choice to a run's record, unless they are there."""
+    run = config.run_dir
+    with FileLock(run / ".record.lock"):
+        recorded = {(Measurement.of_point(point).key, bool(point.get("tuned"))) for point in read_points(run)}
+        for point in points:
+            tuned = Sampling.of_point(point).curve_key == chosen.curve_key
+            key = Measurement.of_point(point).key, tuned
+            if key not in recorded:
+                append_point(run, {**point, "kind": "point", **({"tuned": True, "tries": line["tries"]} if tuned else {})})
+                recorded.add(key)
+        named = {**line, "metric": next(iter(points[0]["metrics"]))}
+        if named not in read_choices(run):
+            append_point(run, named)
+        write_run_curves(config)
 
 
 def _costs(request: TuningRequest, default: Sampling) -> str:

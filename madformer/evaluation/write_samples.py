@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from madformer import __version__
-from madformer.config import config_hash
+from madformer.config.identity import run_hash
 from madformer.data.codec import build_codec, require_fit
 from madformer.data.image_files import read_settings, save_png, to_pixels, to_tiles
 from madformer.errors import InputError, NonFiniteError
@@ -103,7 +103,7 @@ def _settings(request: SamplingRequest) -> dict[str, Any]:
         "checkpoint": request.checkpoint.name,
         "weights": sampling.weights,
         "weights_sha256": weights_sha256(load_model(request.checkpoint, config, request.sampling.weights)),
-        "config_hash": config_hash(config),
+        "config_hash": run_hash(config),
         "sampler": sampling.sampler,
         "steps": sampling.steps,
         "nfe": cost.nfe(config.model, sampling.steps),

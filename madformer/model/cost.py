@@ -79,9 +79,14 @@ class SamplingFlops:
     step_unet: int
     """One denoising step of every block in the U-Net, both ways. NFE leaves it out."""
 
+    @property
+    def step(self) -> int:
+        """One denoising step of every block."""
+        return self.step_layers + self.step_unet
+
     def total(self, steps: int) -> int:
         """All of it for `steps` denoising steps per block."""
-        return self.text + self.ar_pass + self.ar_unet + steps * (self.step_layers + self.step_unet)
+        return self.text + self.ar_pass + self.ar_unet + steps * self.step
 
 
 def sampling_flops(config: ModelConfig, guidance: bool = False) -> SamplingFlops:

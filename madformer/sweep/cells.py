@@ -180,6 +180,10 @@ class CellMaker:
         for name, axis in AXES.items():
             for value in getattr(axes, axis.sweep_key):
                 replace(config, evaluation=replace(config.evaluation, **{name: value}))
+        for name, axis in AXES.items():
+            values, default = getattr(axes, axis.sweep_key), getattr(config.evaluation, name)
+            remedy = f"tuning is compared with evaluation.{name} = {default}: put that first, or set it to {values[:1]}"
+            require(not (axes.tune and values and values[0] != default), f"evaluate.{axis.sweep_key}", list(values), remedy)
         count = min(trainer.keep_checkpoints, -(-trainer.max_steps // trainer.checkpoint_every))
         remedy = f"there will be {count} (trainer.keep_checkpoints, trainer.checkpoint_every)"
         require(axes.last <= count, "evaluate.checkpoints", axes.checkpoints, remedy)

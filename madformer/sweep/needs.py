@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -69,8 +69,8 @@ def cell_needs(cell: Cell) -> Needs:
     needs = _run_needs(cell)
     if needs or cell.tuned_with is None:
         return needs
-    design = (cell, *cell.tuned_with)
-    tuning = tuple(nfe for nfe in cell.budgets if any(_choice(each, nfe) is None for each in design))
+    design = [(each, *_tuning_record(each)) for each in (cell, *cell.tuned_with)]
+    tuning = tuple(nfe for nfe in cell.budgets if not _is_tuned(design, nfe))
     return replace(needs, tuning=tuning, waits=bool(tuning) and any(map(_is_unfinished, cell.tuned_with)))
 
 
@@ -90,10 +90,29 @@ def _is_unfinished(cell: Cell) -> bool:
         return True
 
 
-def _choice(cell: Cell, nfe: int) -> dict[str, Any] | None:
+def _tuning_record(cell: Cell) -> tuple[list[dict[str, Any]], list[Measurement]]:
+    """The choices in the record of a cell's run, and what its tuned points are measurements of."""
+    from madformer.evaluation.record import read_choices, read_points
+
+    points = [point for point in read_points(cell.run) if point.get("tuned")]
+    return read_choices(cell.run), [Measurement.of_point(point) for point in points]
+
+
+def _is_tuned(design: Sequence[tuple[Cell, list[dict[str, Any]], list[Measurement]]], nfe: int) -> bool:
+    """Whether all runs of a design share a choice, and have its points with today's networks and held-out images."""
     from madformer.evaluation.record import known_choice
 
-    return known_choice(cell.config, nfe, cell.inference.tries, cell.max_steps)
+    shared: dict[str, Any] | None = None
+    for cell, lines, measured in design:
+        line = known_choice(lines, cell.config, nfe, cell.inference.tries, cell.max_steps)
+        if line is None or (shared is not None and line["sampling"] != shared["sampling"]):
+            return False
+        shared = shared or line
+        for seed in line["seeds"]:
+            expected = cell_measurement(cell, Sampling(nfe, line["steps"], **line["sampling"], seed=seed))
+            if not any(expected.matches(each) for each in measured):
+                return False
+    return True
 
 
 def trained_designs(sweep: Sweep) -> list[tuple[ExperimentConfig, ...]]:
@@ -175,11 +194,14 @@ def main_metrics(cell: Cell) -> dict[int, Mapping[str, float]]:
 
 
 def cell_progress(cell: Cell) -> list[int]:
-    """How far a cell is: newest checkpoint, recorded points, parts of an evaluation. It rises with all work that is kept."""
+    """How far a cell is: newest checkpoint, points, parts of an evaluation, tries of tuning. It rises with all work kept."""
+    from madformer.evaluation.record import read_points
+
     checkpoints = list_checkpoints(cell.run)
     parts = sum(1 for _ in (cell.run / "features").glob("*/*"))
     points = len(cell_points(cell)) if checkpoints and is_trained(cell) else 0
-    return [checkpoint_step(checkpoints[-1]) if checkpoints else 0, points, parts]
+    tried = sum(len(read_points(each.run, "candidate")) for each in (cell, *(cell.tuned_with or ())))
+    return [checkpoint_step(checkpoints[-1]) if checkpoints else 0, points, parts, tried]
 
 
 def _requested(cell: Cell) -> list[tuple[int, Sampling]]:

@@ -83,6 +83,8 @@ class InferenceAxes:
         for sampler in self.samplers:
             legal = get_args(SamplerName)
             require(sampler in legal, "evaluate.samplers", sampler, f"must be of {', '.join(legal)}")
+        is_newest = not self.tune or self.checkpoints == "newest"
+        require(is_newest, "evaluate.checkpoints", self.checkpoints, "tuning measures the newest one alone: set it to newest")
         require(self.tries >= 1, "evaluate.tries", self.tries, "must be at least 1")
         legal_name = re.fullmatch(r"newest|last[1-9]\d*", self.checkpoints) is not None
         require(legal_name, "evaluate.checkpoints", self.checkpoints, "must be newest, or last5 and the like")

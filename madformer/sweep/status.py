@@ -164,7 +164,8 @@ def status_table(overview: Overview, rows: Sequence[Row]) -> TextTable:
     table = TextTable(overview.sweep.name, headings, frozenset(("cell", "state", "metric", "reason")))
     for row in rows:
         cell, total = row.cell, len(row.cell.budgets) * row.cell.points_per_budget
-        reason = f"{row.kind}: {row.reason.splitlines()[0]}" if row.reason and row.state == "failed" else ""
+        reason = str(row.needs) if row.needs.tuning else ""
+        reason = f"{row.kind}: {row.reason.splitlines()[0]}" if row.reason and row.state == "failed" else reason
         points = f"{total - row.needs.points}/{total}"
         table.rows.append([cell.name, row.state, f"{row.step}/{cell.max_steps}", _rate(row), points, _metric(row), reason])
     return table

@@ -57,6 +57,7 @@ _REASON_CHARACTERS = 2000
 _OUTPUT_BYTES = 65536
 _SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 1.0, 15.0
 _BEGIN = re.compile(rb"^\$ ", re.MULTILINE)
+_TUNE = b" -m madformer tune "
 _END = re.compile(rb"^\[exit status (-?\d+) after ", re.MULTILINE)
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -294,9 +295,12 @@ def read_outcome(cell: Cell, begin: str = "", hint: str = "") -> Outcome:
         hint: where else to look if there is no log.
     """
     needs = cell_needs(cell)
-    if not (needs.training or needs.budgets):  # what is left to tune gets a trial of its own
+    if not needs:
         return DONE
-    contents = (_content_after(path, begin) for path in sorted(cell.run.glob("log*.txt")))
+    contents = [_content_after(path, begin) for path in sorted(cell.run.glob("log*.txt"))]
+    only_tuning_left = not (needs.training or needs.budgets)
+    if only_tuning_left and not any(content is not None and _TUNE in content for content in contents):
+        return DONE  # tuning has become possible meanwhile: it gets a trial of its own
     outcomes = [_outcome(content, f"still {needs}") for content in contents if content is not None]
     # A process that failed by itself made the others fail: its outcome counts.
     outcomes.sort(key=lambda outcome: outcome.kind in RETRYABLE)

@@ -74,9 +74,9 @@ BAD = {
         "evaluation.spacing = 'list:999/500': its timesteps are 2, evaluation.nfe = 16 makes 3 steps"
     ),
     "evaluation.spacing=list:1000/500/1 evaluation.nfe=[16] evaluation.preview_every=null": (
-        "evaluation.spacing = 'list:1000/500/1': they must be below 1000 (diffusion.train_timesteps)"
+        "evaluation.spacing = 'list:1000/500/1': must start at full noise, 999 (diffusion.train_timesteps - 1)"
     ),
-    "evaluation.spacing=list:9/5/1 evaluation.nfe=[16]": "evaluation.preview_nfe = 64 makes 15 steps",
+    "evaluation.spacing=list:999/5/1 evaluation.nfe=[16]": "evaluation.preview_nfe = 64 makes 15 steps",
     "evaluation.guidance_interval=900": "evaluation.guidance_interval = '900': must be all, or lowest and highest timestep",
     "evaluation.guidance_interval=900/100": "evaluation.guidance_interval = '900/100': must be all, or lowest and highest",
     "model.attention_backend=xformers": "model.attention_backend: Invalid value 'xformers', expected one of ['auto', 'flex', 'sdpa']",

@@ -63,18 +63,23 @@ def test_the_best_of_the_search_is_confirmed_on_fresh_seeds_and_recorded(tmp_pat
         assert default.curve_key in tried and len(tried) == choice["tries"] <= choice["most_tries"] == TRIES
         best = Sampling(nfe, default.steps, **choice["best_of_search"])
         assert tried[best.curve_key] == min(tried.values())
-        points = [point for point in read_points(config.run_dir) if point["nfe"] == nfe]
-        by_key = {
-            key: [p for p in points if Sampling.of_point(p).curve_key == key] for key in {best.curve_key, default.curve_key}
+        confirmed = {
+            key: [point for point in candidates(config) if point["nfe"] == nfe and Sampling.of_point(point).curve_key == key]
+            for key in (best.curve_key, default.curve_key)
         }
-        for measured in by_key.values():
-            assert tuple(point["seed"] for point in measured) == confirmation_seeds(1)
-            assert {point["num_samples"] for point in measured} == {config.evaluation.num_samples}
+        for key, measured in confirmed.items():
+            confirmed[key] = [point for point in measured if point["seed"] != SEARCH_SEED]
+            assert tuple(point["seed"] for point in confirmed[key]) == confirmation_seeds(1)
+            assert {point["num_samples"] for point in confirmed[key]} == {config.evaluation.num_samples}
         if best != default:
-            pairs = zip(by_key[best.curve_key], by_key[default.curve_key], strict=True)
+            pairs = zip(confirmed[best.curve_key], confirmed[default.curve_key], strict=True)
             assert choice["differences"] == [distance(one) - distance(other) for one, other in pairs]
-            limit = choice["half_width"]
-            assert choice["sampling"] == (default if choice["difference"] > limit else best).curve_fields
+            assert choice["sampling"] == (best if choice["difference"] < 0 else default).curve_fields
+        points = [point for point in read_points(config.run_dir) if point["nfe"] == nfe]
+        chosen = Sampling(nfe, default.steps, **choice["sampling"])
+        for sampling in (chosen, default):
+            found = [point["seed"] for point in points if Sampling.of_point(point).curve_key == sampling.curve_key]
+            assert tuple(found) == confirmation_seeds(1)
         tuned = [point for point in points if point.get("tuned")]
         assert {Sampling.of_point(point).curve_key for point in tuned} == {Sampling(nfe, 1, **choice["sampling"]).curve_key}
         assert {point["tries"] for point in tuned} == {choice["tries"]}
@@ -152,6 +157,17 @@ def test_guidance_is_tuned_where_there_is_something_to_guide_towards(tmp_path):
     assert any(sampling.guidance_interval != "all" for sampling in tried)
 
 
+def test_runs_tuned_apart_take_the_first_ones_choice_when_tuned_together(tmp_path):
+    design = make_design(tmp_path, seeds=(0, 1))
+    for config, tries in zip(design, (TRIES, 1), strict=True):  # the second one knows only the default
+        tune(TuningRequest((config,), (5,), tries))
+    tune(TuningRequest(design, (5,), 1))
+    first, second = (find_tuning(config.run_dir, 5) for config in design)
+    assert first["sampling"] == second["sampling"]
+    curves = [tuned_curve(config.run_dir).sampling.curve_key for config in design]
+    assert curves[0] == curves[1]
+
+
 def test_minutes_end_the_search_but_not_the_confirmation(tmp_path):
     [config] = make_design(tmp_path)
     tune(TuningRequest((config,), (5, 7), 20, minutes=0.0))
@@ -159,6 +175,8 @@ def test_minutes_end_the_search_but_not_the_confirmation(tmp_path):
         choice = find_tuning(config.run_dir, nfe)
         assert choice["tries"] == 1 and choice["sampling"] == choice["default"]
     assert [len(points) for points in tuned_curve(config.run_dir).points.values()] == [3, 3]
+    tune(TuningRequest((config,), (5,), TRIES))
+    assert find_tuning(config.run_dir, 5)["tries"] > 1, "a search that time has ended is no search of so many tries"
 
 
 def test_tuned_is_the_choice_of_its_budget(tmp_path):
@@ -169,6 +187,8 @@ def test_tuned_is_the_choice_of_its_budget(tmp_path):
     chosen = Sampling(5, 2, **find_tuning(config.run_dir, 5)["sampling"])
     assert parse_request(config, nfe="5", tuned=True, axes={"seed": "7"}).samplings == (replace(chosen, seed=7),)
     assert parse_sampling(config, 2, None, 5, tuned=True).sampling == chosen
+    with pytest.raises(InputError, match=r"--weights and --tuned: give one of them"):
+        parse_request(config, nfe="5", tuned=True, weights="model")
     with pytest.raises(InputError, match=r"--spacing and --tuned: give one of them"):
         parse_request(config, nfe="5", tuned=True, axes={"spacing": "logsnr"})
     perform(command("evaluate", config.run_dir, "--nfe", "5", "--tuned", "--seeds", "7"))
@@ -187,13 +207,16 @@ def test_tuned_is_the_choice_of_its_budget(tmp_path):
         (["nowhere"], "nowhere: not a run"),
         (["{run}", "{run}"], "named 2 times"),
         (["{run}", "{other}"], "differ in model.width"),
+        (["{run}", "{ahead}"], "has its newest checkpoint at step 6"),
+        (["{run}", "evaluation.feature_networks=[]"], "evaluation.feature_networks = []: nothing to measure with"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, arguments, message):
     [config] = make_design(tmp_path)
     other, _, _ = make_run(tmp_path, "name=other", "model.width=32")
+    ahead, _, _ = make_run(tmp_path, pleased(tmp_path), "name=ahead", "seed=1", steps=(6, 12))
     before = record_path(config.run_dir).exists()
-    words = [word.format(run=config.run_dir, other=other.run_dir) for word in arguments]
+    words = [word.format(run=config.run_dir, other=other.run_dir, ahead=ahead.run_dir) for word in arguments]
     printed = perform(command("tune", *words), status=2)
     assert message in printed and len(printed.strip().splitlines()) == 1
     assert record_path(config.run_dir).exists() == before
