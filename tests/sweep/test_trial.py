@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -73,6 +74,17 @@ def test_a_run_that_is_done_has_not_failed_whatever_its_log_says(cell):
     run(cell, python("raise SystemExit(1)"))
     finish(cell)
     assert read_outcome(cell) == DONE
+
+
+def test_tuning_that_failed_has_failed_and_tuning_that_is_next_has_not(cell):
+    finish(cell)
+    first = replace(cell, tuned_with=())
+    log_path(first).write_text("$ python -m madformer evaluate run\n[exit status 0 after 1 s]\n")
+    assert read_outcome(first) == DONE, "tuning has only become possible"
+    log_path(first).write_text("$ python -m madformer tune run\nRuntimeError: out of luck\n[exit status 1 after 1 s]\n")
+    assert read_outcome(first).kind == "error"
+    log_path(first).write_text("$ python -m madformer tune run\n[exit status 0 after 1 s]\n")
+    assert read_outcome(first).reason.endswith("still to tune at 16, 24")
 
 
 def test_a_log_without_an_end_is_that_of_a_lost_machine(cell):
