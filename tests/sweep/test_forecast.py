@@ -41,7 +41,7 @@ def test_what_sweeps_share_counts_once(tmp_path):
     title, heading, _, one, two, more, together, basis = printed.splitlines()
     assert title == "3 sweeps" and "CPU-hours" in heading and "an MFU of 10%" in basis
     counts = [[word.strip() for word in line.split("│")[2:5]] for line in (one, two, more, together)]
-    assert counts == [["2", "2", "286 k"], ["2", "0", ""], ["2", "1", "286 k"], ["6", "3", "286 k"]]
+    assert counts == [["2", "2", "318 k"], ["2", "0", ""], ["2", "1", "318 k"], ["6", "3", "318 k"]]
     assert hours(two) == 0 and hours(together) == pytest.approx(hours(one) + hours(more), rel=0.01)
 
 

@@ -143,7 +143,8 @@ def test_warm_up_stable_decay():
 
 
 def test_what_is_logged(tmp_path):
-    config = tiny_run(tmp_path, "trainer.max_steps=4", "loss.lambda_clean_tower=0.5", "data.batch_size_per_device=8")
+    fields = ["trainer.max_steps=4", "loss.lambda_clean_tower=0.5", "data.batch_size_per_device=8"]
+    config = tiny_run(tmp_path, *fields, "model.prediction_type=sample")
     logger = TensorBoardLogger(save_dir=tmp_path, name="", version="")
     module, _ = fit(config, logger=logger)
     values = scalars(tmp_path)
