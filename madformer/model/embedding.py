@@ -70,7 +70,7 @@ def _replace_group_norms(network: nn.Module) -> None:
 
 
 class TimestepEmbedding(nn.Module):
-    """A timestep through two linear layers: the raw number, as released, or its sinusoids (Vaswani et al. 2017, section 3.5)."""
+    """A timestep through two linear layers: the raw number, as released, or sinusoids (Vaswani et al. 2017, section 3.5)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
