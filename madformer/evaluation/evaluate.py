@@ -239,9 +239,9 @@ def _find(task: Task) -> Point | None:
 def _report(task: Task, point: Point, note: str = "") -> None:
     how = [f"{task.config.run_dir.name} {task.checkpoint.stem}", f"NFE {task.sampling.nfe}", f"steps {point['steps']}"]
     sampling = Sampling.of_point(point)
-    if any(getattr(sampling, name) != DEFAULTS[name] for name in AXES):
-        texts = {**sampling.texts, "seed": f"seed {sampling.seed}"}
-        how.append(", ".join(texts[name] for name in AXES))
+    texts = {**sampling.texts, "seed": f"seed {sampling.seed}"}
+    if unusual := [text for name, text in texts.items() if name in AXES and getattr(sampling, name) != DEFAULTS[name]]:
+        how.append(", ".join(unusual))
     how += [f"{name} {value:.4g}" for name, value in point["metrics"].items()]
     costs = f"{point['tflops_per_image'] * 1e3:.3g} GFLOPs, {point['seconds_per_image'] * 1e3:.3g} ms an image"
     print("  ".join([*how, costs]) + note, flush=True)
