@@ -34,9 +34,11 @@ class _FakeGPU(FakeTensorMode):
         kwargs = kwargs or {}
         if not _touches_device(args, kwargs):
             return func(*args, **kwargs)
-        if _is_copy_to_host(func, args, kwargs):  # nothing was computed: zeros stand for what the host would read
+        if _is_copy_to_host(func, args, kwargs):  # nothing was computed: zeros and ones stand for what the host would read
             source = next(x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor))
             return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return torch.ones((), dtype=args[0].dtype).item()
         if func is torch.ops.aten._to_copy.default and not isinstance(args[0], FakeTensor):  # to the device
             options = {"dtype": kwargs.get("dtype") or args[0].dtype, "device": kwargs["device"]}
             func, args, kwargs = torch.ops.aten.empty.memory_format, (args[0].shape,), options
@@ -127,6 +129,8 @@ def _is_view(func: Any) -> bool:
     returns, arguments = func._schema.returns, func._schema.arguments
     return func.is_view or (
         func.name() in ("aten::_unsafe_view", "aten::_reshape_alias")
-        or any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        and all(a.alias_info is None or not a.alias_info.is_write for a in arguments)
+        or (
+            any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+            and all(a.alias_info is None or not a.alias_info.is_write for a in arguments)
+        )
     )
