@@ -110,7 +110,8 @@ class Tower(nn.Module):
         self.gate_up = torch.cat([self.gate.weight.detach(), self.up.weight.detach()])
         self.gate.weight.data, self.up.weight.data = self.gate_up.chunk(2)  # the same memory
         scales = [self.q_norm.weight.expand(self.query_heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)]
-        self.qk_scale = torch.cat(scales).detach()  # [H + G, K]
+        scale_HK = torch.cat(scales).detach()
+        self.qk_scale = scale_HK.to(torch.promote_types(scale_HK.dtype, torch.float32))
 
     def project(self, x_BPD: Tensor, rope: Rope, with_queries: bool) -> tuple[Tensor | None, Tensor, Tensor]:
         """Queries (None without), keys and values, [B, heads, P, K] each."""
@@ -123,20 +124,17 @@ class Tower(nn.Module):
             projected = F.linear(y_BPD, self.qkv.weight[rows:], self.qkv.bias[rows:])
         heads_BPHK = projected.unflatten(-1, (-1, self.head_width))
         qk_BPHK, v_BPGK = heads_BPHK.split([query_heads + self.kv_heads, self.kv_heads], dim=2)
-        # In float32 at least also under autocast, then back to the values' dtype.
-        rotated_BHPK = rope.rotate(self._normalise(qk_BPHK, query_heads)).to(v_BPGK.dtype).transpose(1, 2)
-        q_BHPK, k_BGPK = rotated_BHPK.split([query_heads, self.kv_heads], dim=1)
-        return q_BHPK if with_queries else None, k_BGPK, v_BPGK.transpose(1, 2)
-
-    def _normalise(self, qk_BPHK: Tensor, query_heads: int) -> Tensor:
-        """Queries (if any) and keys side by side, each through its norm."""
-        x_BPHK = qk_BPHK.to(torch.promote_types(qk_BPHK.dtype, torch.float32))
-        if not query_heads:
-            return self.k_norm(x_BPHK)
-        if self.qk_scale is not None:
-            return F.rms_norm(x_BPHK, (self.head_width,), eps=self.q_norm.eps) * self.qk_scale
-        q_BPHK, k_BPGK = x_BPHK.split([query_heads, self.kv_heads], dim=2)
-        return torch.cat([self.q_norm(q_BPHK), self.k_norm(k_BPGK)], dim=2)
+        # Normed and rotated in float32 at least also under autocast, then back to the values' dtype.
+        if self.qk_scale is not None and with_queries:
+            wide_BPHK = qk_BPHK.to(self.qk_scale.dtype)
+            normed_BPHK = F.rms_norm(wide_BPHK, (self.head_width,), eps=self.q_norm.eps) * self.qk_scale
+            rotated_BHPK = rope.rotate(normed_BPHK).to(v_BPGK.dtype).transpose(1, 2)
+            q_BHPK, k_BGPK = rotated_BHPK.split([query_heads, self.kv_heads], dim=1)
+            return q_BHPK, k_BGPK, v_BPGK.transpose(1, 2)
+        q_BPHK, k_BPGK = qk_BPHK.split([query_heads, self.kv_heads], dim=2)
+        k_BGPK = rope.rotate(self.k_norm(k_BPGK)).to(v_BPGK.dtype).transpose(1, 2)
+        q_BHPK = rope.rotate(self.q_norm(q_BPHK)).to(v_BPGK.dtype).transpose(1, 2) if with_queries else None
+        return q_BHPK, k_BGPK, v_BPGK.transpose(1, 2)
 
     def update(self, x_BPD: Tensor, attended_BHPK: Tensor) -> Tensor:
         """The residual stream after attention and SwiGLU."""
