@@ -107,8 +107,9 @@ class Tower(nn.Module):
 
     def join_weights(self) -> None:
         """For sampling: one product for gate and up, and one for the weights of both norms of queries and keys."""
-        self.gate_up = torch.cat([self.gate.weight.detach(), self.up.weight.detach()])
-        self.gate.weight.data, self.up.weight.data = self.gate_up.chunk(2)  # the same memory
+        self.gate_up = torch.cat([self.gate.weight, self.up.weight]).detach()
+        gate, up = self.gate_up.chunk(2)  # the same memory
+        self.gate.weight, self.up.weight = nn.Parameter(gate, requires_grad=False), nn.Parameter(up, requires_grad=False)
         scales = [self.q_norm.weight.expand(self.query_heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)]
         scale_HK = torch.cat(scales).detach()
         self.qk_scale = scale_HK.to(torch.promote_types(scale_HK.dtype, torch.float32))

@@ -206,12 +206,13 @@ class MADFormer(nn.Module):
         """
         self.prepared = True
         self.requires_grad_(False)
-        exempt = {id(x) for part in (self.downsampler, self.upsampler) for x in part.time_embedding.modules()}
+        exempt = {module for part in (self.downsampler, self.upsampler) for module in part.time_embedding.modules()}
         for module in self.modules():
-            if dtype is not None and isinstance(module, nn.Linear | nn.Conv2d) and id(module) not in exempt:
-                module.to(dtype)
-            if isinstance(module, nn.Conv2d) and module.weight.device.type == "cuda":
-                module.to(memory_format=torch.channels_last)
+            if isinstance(module, nn.Linear | nn.Conv2d) and module not in exempt:
+                for name, parameter in list(module.named_parameters()):
+                    channels_last = parameter.ndim == 4 and parameter.device.type == "cuda"
+                    layout = torch.channels_last if channels_last else torch.preserve_format
+                    setattr(module, name, nn.Parameter(parameter.to(dtype, memory_format=layout), requires_grad=False))
         for module in self.modules():
             if isinstance(module, Tower):
                 module.join_weights()
