@@ -126,9 +126,14 @@ def _run(block: nn.Module, checkpointing: bool, *inputs: Any) -> Any:
 
 
 def _conv_input(x_UcYX: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
-    """What a convolution reads: on CUDA channels-last, and cast in the same copy."""
+    """What a convolution, or the attention, reads: on CUDA cast and laid out in the same copy."""
     dtype = autocast_dtype(x_UcYX.device, layer.weight.dtype)
     return x_UcYX.to(dtype, memory_format=torch.channels_last) if x_UcYX.device.type == "cuda" else x_UcYX.to(dtype)
+
+
+def conv_layout(x: Tensor) -> Tensor:
+    """Features or a kernel as convolutions take them: channels-last on CUDA, as they are elsewhere."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cuda" else x
 
 
 # ---- a U-Net's blocks: diffusers' DownBlock2D, UpBlock2D and those with attention, with their parameters' names

@@ -19,6 +19,7 @@ from madformer.model.embedding import (
     Skips,
     TextInterface,
     Upsampler,
+    conv_layout,
     null_text,
     skip_shapes,
     text_positions,
@@ -193,7 +194,8 @@ class MADFormer(nn.Module):
             return tuple(self.boi_SD.new_zeros(batch, channels, rows, rows) for channels, rows in shapes)
         previous = self.config.ar_length - 1
         by_block = (skip.unflatten(0, (batch, -1)) for skip in skips)
-        return tuple(torch.cat([torch.zeros_like(skip[:, :1]), skip[:, :previous]], dim=1).flatten(0, 1) for skip in by_block)
+        shifted = (torch.cat([torch.zeros_like(skip[:, :1]), skip[:, :previous]], dim=1).flatten(0, 1) for skip in by_block)
+        return tuple(conv_layout(skip) for skip in shifted)
 
     def prepare_for_sampling(self, dtype: torch.dtype | None = None) -> None:
         """Do once what sampling does at every call. No output changes, but the model can no longer be trained.
@@ -210,9 +212,9 @@ class MADFormer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and module not in exempt:
                 for name, parameter in list(module.named_parameters()):
-                    channels_last = parameter.ndim == 4 and parameter.device.type == "cuda"
-                    layout = torch.channels_last if channels_last else torch.preserve_format
-                    setattr(module, name, nn.Parameter(parameter.to(dtype, memory_format=layout), requires_grad=False))
+                    value = parameter.to(dtype)
+                    value = conv_layout(value) if value.ndim == 4 else value
+                    setattr(module, name, nn.Parameter(value, requires_grad=False))
         for module in self.modules():
             if isinstance(module, Tower):
                 module.join_weights()
