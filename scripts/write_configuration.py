@@ -15,6 +15,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from madformer.config import ExperimentConfig
+from madformer.config.validation import choice_name
 from madformer.runs.files import write_text
 from madformer.sweep.spec import Sweep
 
