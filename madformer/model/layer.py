@@ -105,11 +105,12 @@ class Tower(nn.Module):
         self.register_buffer("gate_up", None, persistent=False)
         self.register_buffer("qk_scale", None, persistent=False)
 
-    def join_weights(self) -> None:
-        """For sampling: one product for gate and up, and one for the weights of both norms of queries and keys."""
-        self.gate_up = torch.cat([self.gate.weight, self.up.weight]).detach()
-        gate, up = self.gate_up.chunk(2)  # the same memory
-        self.gate.weight, self.up.weight = nn.Parameter(gate, requires_grad=False), nn.Parameter(up, requires_grad=False)
+    def join_weights(self, gate_and_up: bool) -> None:
+        """For sampling: one product for the weights of both norms of queries and keys, and one for gate and up if asked to."""
+        if gate_and_up:
+            self.gate_up = torch.cat([self.gate.weight, self.up.weight]).detach()
+            gate, up = self.gate_up.chunk(2)  # the same memory
+            self.gate.weight, self.up.weight = nn.Parameter(gate, requires_grad=False), nn.Parameter(up, requires_grad=False)
         scales = [self.q_norm.weight.expand(self.query_heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)]
         scale_HK = torch.cat(scales).detach()
         self.qk_scale = scale_HK.to(torch.promote_types(scale_HK.dtype, torch.float32))

@@ -60,7 +60,7 @@ class MADFormer(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, towers) for _ in range(config.depth))
         self.upsampler = Upsampler(config)
         self.text = TextInterface(config.text, config.width) if config.text is not None else None
-        self.prepared = False
+        self.prepared = False  # for sampling
         self._rope_tables: dict[tuple[torch.device, torch.dtype, int], tuple[Rope, Rope]] = {}
         self.reset_parameters()
         self._compile_parts()
@@ -200,11 +200,11 @@ class MADFormer(nn.Module):
     def prepare_for_sampling(self, dtype: torch.dtype | None = None) -> None:
         """Do once what sampling does at every call. No output changes, but the model can no longer be trained.
 
-        Each layer's gate and up projections become one, and so do the weights of its query and key norms.
+        The weights of each layer's query and key norms are joined, and with `dtype` its gate and up projections too.
 
         Args:
-            dtype: what autocast computes in; linear layers and convolutions are cast to it. The others keep their
-                precision: norms, embeddings of timesteps and text, and BOI. None: nothing is cast.
+            dtype: what autocast computes in; linear layers and convolutions are cast to it, so sample under autocast.
+                The others keep their precision: norms, embeddings of timesteps and text, and BOI. None: nothing is cast.
         """
         self.prepared = True
         self.requires_grad_(False)
@@ -217,7 +217,7 @@ class MADFormer(nn.Module):
                     setattr(module, name, nn.Parameter(value, requires_grad=False))
         for module in self.modules():
             if isinstance(module, Tower):
-                module.join_weights()
+                module.join_weights(gate_and_up=dtype is not None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and pickles come without compiled code."""
