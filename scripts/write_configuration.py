@@ -15,6 +15,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from madformer.config import ExperimentConfig
+from madformer.config.validation import choice_name
 from madformer.runs.files import write_text
 from madformer.sweep.spec import Sweep
 
@@ -134,7 +135,7 @@ def what(hint: Any) -> str:
     if NoneType in get_args(hint):
         return f"{what(options[0])} or `null`"
     if get_origin(hint) is Literal:
-        return ", ".join(f"`{option}`" for option in options)
+        return ", ".join(f"`{choice_name(option)}`" for option in options)
     if get_origin(hint) is tuple:
         return f"list of {PLURALS[options[0]]}" if options[0] in PLURALS else f"list: {what(options[0])}"
     return "mapping" if get_origin(hint) is dict else NAMES.get(hint, "")

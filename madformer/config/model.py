@@ -137,9 +137,9 @@ class ModelConfig:
     attention_backend: Literal["auto", "flex", "sdpa"] = setting("auto", new_run=False)
     """FlexAttention or scaled_dot_product_attention; auto: flex on CUDA."""
     activation_checkpointing: bool = setting(False, new_run=False)
-    """Recompute each layer in the backward pass instead of keeping its activations."""
-    compile: bool = setting(False, new_run=False)
-    """torch.compile each layer."""
+    """Recompute each layer, and each block of the U-Net, in the backward pass instead of keeping its activations."""
+    compile: Literal["auto", True, False] = setting("auto", new_run=False)
+    """torch.compile each layer and the U-Net; auto: on CUDA."""
 
     def __post_init__(self) -> None:
         require_at_least(

@@ -42,13 +42,18 @@ def require_types(section: str, config: Any) -> None:
     for name, hint in type_hints(cast(Hashable, type(config))).items():
         value, arguments = getattr(config, name), get_args(hint)
         if get_origin(hint) is Literal:
-            require(value in arguments, f"{section}.{name}", value, f"must be one of {', '.join(arguments)}")
+            require(value in arguments, f"{section}.{name}", value, f"must be one of {', '.join(map(choice_name, arguments))}")
         elif get_origin(hint) is tuple:
             legal = isinstance(value, Sequence) and all(type(entry) is arguments[0] for entry in value)
             require(legal, f"{section}.{name}", value, f"must be a list of {arguments[0].__name__}")
             object.__setattr__(config, name, tuple(value))
         elif hint is bool or any(is_dataclass(choice) for choice in (hint, *arguments)):
             require(isinstance(value, hint), f"{section}.{name}", value, f"must be of type {getattr(hint, '__name__', hint)}")
+
+
+def choice_name(choice: str | bool) -> str:
+    """A choice as YAML writes it."""
+    return str(choice).lower() if isinstance(choice, bool) else choice
 
 
 @cache

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -47,7 +48,7 @@ class TrainingContext:
         if self.block_mask is not None:
             queries, keys, values = (_join_towers(x, plan) for x in (q, k, v))
             grouped = queries.shape[1] != keys.shape[1]
-            flex = _compiled_flex_attention()
+            flex: Callable[..., Any] = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
             return _split_towers(flex(queries, keys, values, block_mask=self.block_mask, enable_gqa=grouped), plan)
         attended: Towers = {}
         for tower, q_BHPK in q.items():
@@ -83,7 +84,7 @@ def choose_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype
         ValueError: FlexAttention on the CPU in training, or inside compiled layers: torch can do neither.
     """
     if config.attention_backend != "auto":
-        cannot = "train" if torch.is_grad_enabled() else "be part of compiled layers" if config.compile else ""
+        cannot = "train" if torch.is_grad_enabled() else "be part of compiled layers" if config.compile is True else ""
         if config.attention_backend == "flex" and device.type == "cpu" and cannot:
             raise ValueError(f"model.attention_backend = 'flex': cannot {cannot} on the CPU; set it to sdpa or auto")
         return config.attention_backend
@@ -91,13 +92,15 @@ def choose_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype
     return "flex" if device.type == "cuda" and fits else "sdpa"
 
 
-def allow_many_shapes() -> None:
-    """Lift the number of shapes that torch.compile takes per function: past it, it silently runs uncompiled.
+def configure_dynamo() -> None:
+    """Set what torch.compile needs for this model, whose layers are compiled one by one.
 
-    Every combination of layer pattern, batch size and training or sampling is a shape.
+    Every combination of layer pattern, batch size and training or sampling is a shape. Past the limit of shapes per
+    function, torch silently runs it uncompiled. And DDP's own optimiser would split each layer into several graphs.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
+    torch._dynamo.config.optimize_ddp = False
 
 
 def sdpa(q_BHPK: Tensor, k_BGMK: Tensor, v_BGMK: Tensor, causal: bool = False) -> Tensor:
@@ -153,7 +156,7 @@ def _repeat_batch(x_BHPK: Tensor, times: int) -> Tensor:
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    allow_many_shapes()
+    configure_dynamo()
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 

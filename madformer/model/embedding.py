@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import cast
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
-from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, AttnUpBlock2D, DownBlock2D, UpBlock2D
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from madformer.config import ModelConfig, TextConfig, UNetConfig
+from madformer.model.layer import autocast_dtype
 
 
 def to_blocks(latents_BChw: Tensor, ar_length: int) -> Tensor:
@@ -50,25 +52,6 @@ Skips = tuple[Tensor, ...]
 """Features that the downsampler hands to the upsampler of the same block, each [U, channels, rows, columns]."""
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group norm that takes torch's contiguous kernel on the CPU.
-
-    The one for channels-last input loses up to 1e-2 of relative accuracy there, and diffusers' attention hands on such
-    input. Three axes have no channels-last form.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[U, channels, ...] -> the same shape."""
-        return super().forward(x.flatten(2)).view(x.shape) if x.device.type == "cpu" else super().forward(x)
-
-
-def _replace_group_norms(network: nn.Module) -> None:
-    for module in list(network.modules()):
-        for name, norm in module.named_children():
-            if isinstance(norm, nn.GroupNorm):
-                setattr(module, name, GroupNorm(norm.num_groups, norm.num_channels, norm.eps))
-
-
 class TimestepEmbedding(nn.Module):
     """A timestep through two linear layers: the raw number, as released, or sinusoids (Vaswani et al. 2017, section 3.5)."""
 
@@ -88,8 +71,8 @@ class TimestepEmbedding(nn.Module):
             first, second = self.linear_1.weight, self.linear_2.weight
             dtype = torch.promote_types(first.dtype, torch.float32)
             features = get_timestep_embedding(t_U, self.sinusoids).to(dtype) if self.sinusoids else t_U[:, None].to(dtype)
-            hidden = nn.functional.silu(nn.functional.linear(features, first.to(dtype)))
-            return nn.functional.linear(hidden, second.to(dtype)).to(second.dtype)
+            hidden = F.silu(F.linear(features, first.to(dtype)))
+            return F.linear(hidden, second.to(dtype)).to(second.dtype)
 
 
 class Downsampler(nn.Module):
@@ -97,20 +80,19 @@ class Downsampler(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        unet = config.unet
+        unet, self.checkpointing = config.unet, config.activation_checkpointing
         self.conv_in = nn.Conv2d(config.latent_channels, unet.channels[0], kernel_size=3, padding=1)
         self.time_embedding = TimestepEmbedding(config)
-        self.down_blocks = nn.ModuleList(_down_block(unet, level) for level in range(len(unet.channels)))
+        self.down_blocks = nn.ModuleList(DownBlock(unet, level) for level in range(len(unet.channels)))
         self.conv_out = nn.Conv2d(unet.channels[-1], config.width, kernel_size=3, padding=1)
-        _replace_group_norms(self)
 
     def forward(self, latents_UCYX: Tensor, t_U: Tensor) -> tuple[Tensor, Skips]:
         """[U, C, Y, X] and [U] -> features [U, D, rows, columns], skips."""
-        time_embedding = self.time_embedding(t_U)
-        x = self.conv_in(latents_UCYX)
+        time_embedding_Ue = self.time_embedding(t_U)
+        x = self.conv_in(_conv_input(latents_UCYX, self.conv_in))
         skips: Skips = (x,)
         for block in self.down_blocks:
-            x, block_skips = block(x, time_embedding)
+            x, block_skips = _run(block, self.checkpointing, x, time_embedding_Ue)
             skips += block_skips
         return self.conv_out(x), skips
 
@@ -120,22 +102,170 @@ class Upsampler(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        unet = config.unet
+        unet, self.checkpointing = config.unet, config.activation_checkpointing
+        self.used_skips = [layers + 1 for layers in reversed(unet.layers)]
         self.conv_in = nn.Conv2d(config.width, unet.channels[-1], kernel_size=3, padding=1)
         self.time_embedding = TimestepEmbedding(config)
-        self.up_blocks = nn.ModuleList(_up_block(unet, level) for level in reversed(range(len(unet.channels))))
+        self.up_blocks = nn.ModuleList(UpBlock(unet, level) for level in reversed(range(len(unet.channels))))
         self.conv_out = nn.Conv2d(unet.channels[0], config.latent_channels, kernel_size=3, padding=1)
-        _replace_group_norms(self)
 
     def forward(self, features_UDyx: Tensor, t_U: Tensor, skips: Skips) -> Tensor:
         """[U, D, rows, columns] and [U] -> latents [U, C, Y, X]."""
-        time_embedding = self.time_embedding(t_U)
-        x = self.conv_in(features_UDyx)
-        for block in self.up_blocks:
-            used = len(cast(UpBlock2D, block).resnets)
-            x = block(x, skips[-used:], time_embedding)
+        time_embedding_Ue = self.time_embedding(t_U)
+        x = self.conv_in(_conv_input(features_UDyx, self.conv_in))
+        for block, used in zip(self.up_blocks, self.used_skips, strict=True):
+            x = _run(block, self.checkpointing, x, skips[-used:], time_embedding_Ue)
             skips = skips[:-used]
         return self.conv_out(x)
+
+
+def _run(block: nn.Module, checkpointing: bool, *inputs: Any) -> Any:
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
+
+
+def _conv_input(x_UcYX: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """What a convolution, or the attention, reads: on CUDA cast and laid out in the same copy."""
+    dtype = autocast_dtype(x_UcYX.device, layer.weight.dtype)
+    return x_UcYX.to(dtype, memory_format=torch.channels_last) if x_UcYX.device.type == "cuda" else x_UcYX.to(dtype)
+
+
+def conv_layout(x: Tensor) -> Tensor:
+    """Features or a kernel as convolutions take them: channels-last on CUDA, as they are elsewhere."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cuda" else x
+
+
+# ---- a U-Net's blocks: diffusers' DownBlock2D, UpBlock2D and those with attention, with their parameters' names
+
+
+class DownBlock(nn.Module):
+    """One level of the downsampler: ResNet layers, each with self-attention if the level has it, then half the sides."""
+
+    def __init__(self, unet: UNetConfig, level: int) -> None:
+        super().__init__()
+        channels, layers = unet.channels[level], unet.layers[level]
+        inputs = [unet.channels[max(level - 1, 0)]] + [channels] * (layers - 1)
+        self.attentions = nn.ModuleList(SelfAttention(channels, unet) for _ in range(layers * unet.attention[level]))
+        self.resnets = nn.ModuleList(ResNetLayer(width, channels, unet) for width in inputs)
+        is_last = level == len(unet.channels) - 1
+        self.downsamplers = nn.ModuleList([] if is_last else [Downsample(channels)])
+
+    def forward(self, x: Tensor, time_embedding_Ue: Tensor) -> tuple[Tensor, Skips]:
+        """Features [U, channels, rows, columns] -> those of the next level, skips."""
+        skips: Skips = ()
+        for index, resnet in enumerate(self.resnets):
+            x = resnet(x, time_embedding_Ue)
+            if self.attentions:
+                x = self.attentions[index](x)
+            skips += (x,)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips += (x,)
+        return x, skips
+
+
+class UpBlock(nn.Module):
+    """One level of the upsampler: each ResNet layer takes a skip, the last one first, then twice the sides."""
+
+    def __init__(self, unet: UNetConfig, level: int) -> None:
+        super().__init__()
+        channels, layers = unet.channels[level], unet.layers[level] + 1
+        inputs = [unet.channels[min(level + 1, len(unet.channels) - 1)]] + [channels] * (layers - 1)
+        skips = [channels] * (layers - 1) + [unet.channels[max(level - 1, 0)]]
+        self.attentions = nn.ModuleList(SelfAttention(channels, unet) for _ in range(layers * unet.attention[level]))
+        self.resnets = nn.ModuleList(ResNetLayer(x + skip, channels, unet) for x, skip in zip(inputs, skips, strict=True))
+        self.upsamplers = nn.ModuleList([Upsample(channels)] if level else [])
+
+    def forward(self, x: Tensor, skips: Skips, time_embedding_Ue: Tensor) -> Tensor:
+        """Features [U, channels, rows, columns] and the level's skips -> features of the level above."""
+        for index, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips[-1 - index]], dim=1), time_embedding_Ue)
+            if self.attentions:
+                x = self.attentions[index](x)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+class ResNetLayer(nn.Module):
+    """Two convolutions and a residual connection; the timestep embedding is added between them."""
+
+    def __init__(self, in_channels: int, channels: int, unet: UNetConfig) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(unet.groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, padding=1)
+        self.time_emb_proj = nn.Linear(unet.time_embed_dim, channels)
+        self.norm2 = GroupNorm(unet.groups, channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, channels, kernel_size=1) if in_channels != channels else None
+
+    def forward(self, x: Tensor, time_embedding_Ue: Tensor) -> Tensor:
+        """[U, in_channels, rows, columns] -> [U, channels, rows, columns]."""
+        hidden = self.conv1(_conv_input(F.silu(self.norm1(x)), self.conv1))
+        hidden = hidden + self.time_emb_proj(F.silu(time_embedding_Ue))[:, :, None, None]
+        hidden = self.conv2(_conv_input(F.silu(self.norm2(hidden)), self.conv2))
+        if self.conv_shortcut is not None:
+            # Training on the CPU: as diffusers does, whose numbers these are.
+            x = self.conv_shortcut(x.contiguous() if self.training and x.device.type == "cpu" else x)
+        return x + hidden
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over the rows and columns of a block, with a residual connection."""
+
+    def __init__(self, channels: int, unet: UNetConfig) -> None:
+        super().__init__()
+        self.heads = unet.num_heads
+        self.group_norm = GroupNorm(unet.groups, channels, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[U, channels, rows, columns] -> the same shape."""
+        tokens_UPc = _conv_input(self.group_norm(x), self.to_q).flatten(2).transpose(1, 2)
+        q, k, v = (rearrange(to(tokens_UPc), "u p (h k) -> u h p k", h=self.heads) for to in (self.to_q, self.to_k, self.to_v))
+        attended_UPc = rearrange(F.scaled_dot_product_attention(q, k, v), "u h p k -> u p (h k)")
+        return self.to_out[0](attended_UPc).transpose(1, 2).unflatten(2, x.shape[2:]) + x
+
+
+class Downsample(nn.Module):
+    """Half the rows and columns."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[U, channels, rows, columns] -> [U, channels, rows / 2, columns / 2]."""
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Twice the rows and columns."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[U, channels, rows, columns] -> [U, channels, 2 * rows, 2 * columns]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm in float32 at least, and so its result. Input and result may be channels-last, the kernels are not.
+
+    The CPU's kernel for channels-last input loses up to 1e-2 of relative accuracy; three axes have no channels-last form.
+    CUDA has none.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[U, channels, rows, columns] -> the same shape."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        wide = x.to(dtype, memory_format=torch.contiguous_format) if x.device.type == "cuda" else x.to(dtype).flatten(2)
+        return F.group_norm(wide, self.num_groups, weight, bias, self.eps).view(x.shape)
 
 
 def skip_shapes(unet: UNetConfig, block_size: int) -> list[tuple[int, int]]:
@@ -147,39 +277,6 @@ def skip_shapes(unet: UNetConfig, block_size: int) -> list[tuple[int, int]]:
         if level < len(unet.channels) - 1:
             shapes.append((channels, rows // 2))
     return shapes
-
-
-def _down_block(unet: UNetConfig, level: int) -> nn.Module:
-    last = level == len(unet.channels) - 1
-    channels = unet.channels[level]
-    shared = {
-        "in_channels": unet.channels[max(level - 1, 0)],
-        "out_channels": channels,
-        "temb_channels": unet.time_embed_dim,
-        "num_layers": unet.layers[level],
-        "resnet_groups": unet.groups,
-    }
-    if unet.attention[level]:
-        down = None if last else "conv"
-        return AttnDownBlock2D(**shared, attention_head_dim=channels // unet.num_heads, downsample_type=down)
-    return DownBlock2D(**shared, add_downsample=not last)
-
-
-def _up_block(unet: UNetConfig, level: int) -> nn.Module:
-    first = level == 0
-    channels = unet.channels[level]
-    shared = {
-        "in_channels": unet.channels[max(level - 1, 0)],
-        "out_channels": channels,
-        "prev_output_channel": unet.channels[min(level + 1, len(unet.channels) - 1)],
-        "temb_channels": unet.time_embed_dim,
-        "num_layers": unet.layers[level] + 1,
-        "resnet_groups": unet.groups,
-    }
-    if unet.attention[level]:
-        up = None if first else "conv"
-        return AttnUpBlock2D(**shared, attention_head_dim=channels // unet.num_heads, upsample_type=up)
-    return UpBlock2D(**shared, add_upsample=not first)
 
 
 class TextInterface(nn.Module):

@@ -15,22 +15,28 @@ from madformer.model.attention import Towers
 
 
 class Rope(NamedTuple):
-    """Cosines and sines for a tower's tokens, each [P, K], and which dimensions are paired."""
+    """Cosines and signed sines for a tower's tokens, each [P, 1, K], and which dimensions are paired."""
 
-    cos_PK: Tensor
-    sin_PK: Tensor
+    cos_P1K: Tensor
+    sin_P1K: Tensor
+    """The sines that belong to the first entry of a pair are negated: its partner enters with a minus sign."""
     form: Literal["axial", "released"]
 
     def part(self, start: int, end: int) -> Rope:
         """The angles of tokens start .. end - 1."""
-        return Rope(self.cos_PK[start:end], self.sin_PK[start:end], self.form)
+        return Rope(self.cos_P1K[start:end], self.sin_P1K[start:end], self.form)
 
-    def rotate(self, x_BHPK: Tensor) -> Tensor:
+    def rotate(self, x_BPHK: Tensor) -> Tensor:
         """Rotate queries or keys, in their own dtype or float32, whichever is wider."""
-        axes = 2 if self.form == "axial" else 1
-        first, second = x_BHPK.unflatten(-1, (axes, 2, -1)).unbind(-2)
-        turned_BHPK = torch.stack([-second, first], dim=-2).flatten(-3)
-        return x_BHPK * self.cos_PK + turned_BHPK * self.sin_PK
+        first, second = _pairs(x_BPHK, self.form)
+        swapped_BPHK = torch.stack([second, first], dim=-2).flatten(-3)
+        return x_BPHK * self.cos_P1K + swapped_BPHK * self.sin_P1K
+
+
+def _pairs(x_K: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """First and second entries of the pairs that are rotated, [..., axes, K / axes / 2] each."""
+    first, second = x_K.unflatten(-1, (2 if form == "axial" else 1, 2, -1)).unbind(-2)
+    return first, second
 
 
 def rope(positions_P2: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
@@ -51,7 +57,9 @@ def rope(positions_P2: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
         frequencies = base ** (-steps / max(axis_dim // 2 - 1, 1))
     angles_P2f = positions_P2[..., None].to(exact) * frequencies
     angles_PK = torch.cat([angles_P2f, angles_P2f], dim=-1).flatten(-2)
-    return Rope(angles_PK.cos().to(dtype), angles_PK.sin().to(dtype), config.rope)
+    first, second = _pairs(angles_PK.sin(), config.rope)
+    sin_PK = torch.stack([-first, second], dim=-2).flatten(-3)
+    return Rope(angles_PK.cos().to(dtype)[:, None], sin_PK.to(dtype)[:, None], config.rope)
 
 
 class Context(Protocol):
@@ -67,43 +75,82 @@ class Context(Protocol):
         ...
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMS norm in float32 at least, and so its result, also of bfloat16 weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> the same shape."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
+
+
 class Tower(nn.Module):
     """One parameter set of a layer: norms, query/key/value/output projections, SwiGLU."""
+
+    gate_up: Tensor | None
+    qk_scale: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.query_heads, self.kv_heads, self.head_width = config.num_heads, config.kv_heads, config.head_width
-        self.attention_norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.attention_norm = RMSNorm(config.width, eps=1e-5)
         self.qkv = nn.Linear(config.width, (config.num_heads + 2 * config.kv_heads) * config.head_width)
-        self.q_norm = nn.RMSNorm(config.head_width, eps=1e-6)
-        self.k_norm = nn.RMSNorm(config.head_width, eps=1e-6)
+        self.q_norm = RMSNorm(config.head_width, eps=1e-6)
+        self.k_norm = RMSNorm(config.head_width, eps=1e-6)
         self.out = nn.Linear(config.width, config.width)
-        self.ffn_norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.ffn_norm = RMSNorm(config.width, eps=1e-5)
         self.gate = nn.Linear(config.width, config.ffn_width, bias=False)
         self.up = nn.Linear(config.width, config.ffn_width, bias=False)
         self.down = nn.Linear(config.ffn_width, config.width, bias=False)
+        self.register_buffer("gate_up", None, persistent=False)
+        self.register_buffer("qk_scale", None, persistent=False)
+
+    def join_weights(self, gate_and_up: bool) -> None:
+        """For sampling: one product for the weights of both norms of queries and keys, and one for gate and up if asked to."""
+        if gate_and_up:
+            self.gate_up = torch.cat([self.gate.weight, self.up.weight]).detach()
+            gate, up = self.gate_up.chunk(2)  # the same memory
+            self.gate.weight, self.up.weight = nn.Parameter(gate, requires_grad=False), nn.Parameter(up, requires_grad=False)
+        scales = [self.q_norm.weight.expand(self.query_heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)]
+        scale_HK = torch.cat(scales).detach()
+        self.qk_scale = scale_HK.to(torch.promote_types(scale_HK.dtype, torch.float32))
 
     def project(self, x_BPD: Tensor, rope: Rope, with_queries: bool) -> tuple[Tensor | None, Tensor, Tensor]:
         """Queries (None without), keys and values, [B, heads, P, K] each."""
-        x_BPD = self.attention_norm(x_BPD)
-        skipped = 0 if with_queries else self.query_heads
-        rows = skipped * self.head_width
-        heads_BHPK = rearrange(
-            F.linear(x_BPD, self.qkv.weight[rows:], self.qkv.bias[rows:]), "b p (h k) -> b h p k", k=self.head_width
-        )
-        q, k, v = heads_BHPK.split([self.query_heads - skipped, self.kv_heads, self.kv_heads], dim=1)
-        return self._place(q, self.q_norm, rope) if with_queries else None, self._place(k, self.k_norm, rope), v
-
-    @staticmethod
-    def _place(x_BHPK: Tensor, norm: nn.RMSNorm, rope: Rope) -> Tensor:
-        """Normalise and rotate in the weights' precision also under autocast, then go back to the values' dtype."""
-        return rope.rotate(norm(x_BHPK.to(norm.weight.dtype))).to(x_BHPK.dtype)
+        y_BPD = self._to_weights(self.attention_norm(x_BPD))
+        query_heads = self.query_heads if with_queries else 0
+        if with_queries:
+            projected = self.qkv(y_BPD)
+        else:
+            rows = self.query_heads * self.head_width
+            projected = F.linear(y_BPD, self.qkv.weight[rows:], self.qkv.bias[rows:])
+        heads_BPHK = projected.unflatten(-1, (-1, self.head_width))
+        qk_BPHK, v_BPGK = heads_BPHK.split([query_heads + self.kv_heads, self.kv_heads], dim=2)
+        # Normed and rotated in float32 at least also under autocast, then back to the values' dtype.
+        if self.qk_scale is not None and with_queries:
+            wide_BPHK = qk_BPHK.to(self.qk_scale.dtype)
+            normed_BPHK = F.rms_norm(wide_BPHK, (self.head_width,), eps=self.q_norm.eps) * self.qk_scale
+            rotated_BHPK = rope.rotate(normed_BPHK).to(v_BPGK.dtype).transpose(1, 2)
+            q_BHPK, k_BGPK = rotated_BHPK.split([query_heads, self.kv_heads], dim=1)
+            return q_BHPK, k_BGPK, v_BPGK.transpose(1, 2)
+        q_BPHK, k_BPGK = qk_BPHK.split([query_heads, self.kv_heads], dim=2)
+        k_BGPK = rope.rotate(self.k_norm(k_BPGK)).to(v_BPGK.dtype).transpose(1, 2)
+        q_BHPK = rope.rotate(self.q_norm(q_BPHK)).to(v_BPGK.dtype).transpose(1, 2) if with_queries else None
+        return q_BHPK, k_BGPK, v_BPGK.transpose(1, 2)
 
     def update(self, x_BPD: Tensor, attended_BHPK: Tensor) -> Tensor:
         """The residual stream after attention and SwiGLU."""
         x_BPD = x_BPD + self.out(rearrange(attended_BHPK, "b h p k -> b p (h k)"))
-        y_BPD = self.ffn_norm(x_BPD)
-        return x_BPD + self.down(F.silu(self.gate(y_BPD)) * self.up(y_BPD))
+        y_BPD = self._to_weights(self.ffn_norm(x_BPD))
+        if self.gate_up is not None:
+            gate_BPF, up_BPF = F.linear(y_BPD, self.gate_up).chunk(2, dim=-1)
+        else:
+            gate_BPF, up_BPF = self.gate(y_BPD), self.up(y_BPD)
+        return x_BPD + self.down(F.silu(gate_BPF) * up_BPF)
+
+    def _to_weights(self, x_BPD: Tensor) -> Tensor:
+        """A norm's output in the dtype of the projections that read it, cast once for all of them."""
+        return x_BPD.to(autocast_dtype(x_BPD.device, self.out.weight.dtype))
 
 
 class DecoderLayer(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from einops import rearrange, repeat
@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from madformer.config import ModelConfig
-from madformer.model.attention import Towers, TrainingContext, allow_many_shapes, choose_backend, training_context
+from madformer.model.attention import Towers, TrainingContext, choose_backend, configure_dynamo, training_context
 from madformer.model.embedding import (
     Downsampler,
     Skips,
     TextInterface,
     Upsampler,
+    conv_layout,
     null_text,
     skip_shapes,
     text_positions,
     token_positions,
 )
-from madformer.model.layer import DecoderLayer, Rope, rope
+from madformer.model.layer import DecoderLayer, Rope, Tower, rope
 from madformer.model.layer_plan import TOWERS, embedded_block_count, existing_outputs, layer_plans
 
 AUXILIARY_TIMESTEP = -1000
@@ -59,8 +60,10 @@ class MADFormer(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, towers) for _ in range(config.depth))
         self.upsampler = Upsampler(config)
         self.text = TextInterface(config.text, config.width) if config.text is not None else None
+        self.prepared = False  # for sampling
+        self._rope_tables: dict[tuple[torch.device, torch.dtype, int], tuple[Rope, Rope]] = {}
         self.reset_parameters()
-        self._compile_layers()
+        self._compile_parts()
 
     def reset_parameters(self) -> None:
         """Initialise as released, also after building on the meta device: Xavier-uniform linears with zero biases,
@@ -142,25 +145,35 @@ class MADFormer(nn.Module):
 
     def embed(self, latents_BLCYX: Tensor, t_BL: Tensor) -> tuple[Tensor, Skips]:
         """Blocks at their timesteps to tokens [B, L * S, D], and the skips (batch B * L) for `unembed`."""
-        latents_UCYX = latents_BLCYX.flatten(0, 1).to(self.boi_SD.dtype)
+        latents_UCYX = latents_BLCYX.flatten(0, 1).to(self.stream_dtype)
         features_UDyx, skips = self.downsampler(latents_UCYX, t_BL.flatten())
         tokens_BPD = rearrange(features_UDyx, "(b l) d y x -> b (l y x) d", l=latents_BLCYX.shape[1])
-        # The residual stream keeps the weights' precision under autocast.
-        return tokens_BPD.to(self.boi_SD.dtype), skips
+        return tokens_BPD.to(self.stream_dtype), skips
 
     def unembed(self, tokens_BPD: Tensor, t_BL: Tensor, skips: Skips) -> Tensor:
         """Tokens [B, L * S, D] of blocks at their timesteps back to latents [B, L, C, Y, X]."""
         blocks, rows = t_BL.shape[1], self.config.token_rows
         features_UDyx = rearrange(tokens_BPD, "b (l y x) d -> (b l) d y x", l=blocks, y=rows)
         latents_UCYX = self.upsampler(features_UDyx, t_BL.flatten(), skips)
-        return latents_UCYX.unflatten(0, t_BL.shape).to(self.boi_SD.dtype)
+        return latents_UCYX.unflatten(0, t_BL.shape).to(self.stream_dtype)
 
     def ropes(self, device: torch.device, text_tokens: int, clean_blocks: int | None = None) -> dict[str, Rope]:
         """Rotary angles by tower, for all tokens of the image; `clean_blocks`: of the first clean blocks alone."""
-        dtype = torch.promote_types(self.boi_SD.dtype, torch.float32)
-        image = rope(token_positions(self.config, device).flatten(0, 1), self.config, dtype)
+        key = (device, self.stream_dtype, text_tokens)
+        if key not in self._rope_tables:
+            # They must serve training, also if validation under inference mode comes first.
+            with torch.inference_mode(False):
+                positions = (text_positions(text_tokens, device), token_positions(self.config, device).flatten(0, 1))
+                text, image = (rope(positions_P2, self.config, self.stream_dtype) for positions_P2 in positions)
+            self._rope_tables[key] = text, image
+        text, image = self._rope_tables[key]
         clean = image if clean_blocks is None else image.part(0, clean_blocks * self.config.block_tokens)
-        return {"text": rope(text_positions(text_tokens, device), self.config, dtype), "clean": clean, "noise": image}
+        return {"text": text, "clean": clean, "noise": image}
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """The dtype of the residual stream and of latents: float32 at least, also of bfloat16 weights and under autocast."""
+        return torch.promote_types(self.boi_SD.dtype, torch.float32)
 
     def _embed_clean(self, clean_BLCYX: Tensor, run: _Run) -> tuple[Tensor, Skips]:
         """The clean blocks whose embedding is read, [B, J * S, D], and their skips."""
@@ -181,18 +194,50 @@ class MADFormer(nn.Module):
             return tuple(self.boi_SD.new_zeros(batch, channels, rows, rows) for channels, rows in shapes)
         previous = self.config.ar_length - 1
         by_block = (skip.unflatten(0, (batch, -1)) for skip in skips)
-        return tuple(torch.cat([torch.zeros_like(skip[:, :1]), skip[:, :previous]], dim=1).flatten(0, 1) for skip in by_block)
+        shifted = (torch.cat([torch.zeros_like(skip[:, :1]), skip[:, :previous]], dim=1).flatten(0, 1) for skip in by_block)
+        return tuple(conv_layout(skip) for skip in shifted)
+
+    def prepare_for_sampling(self, dtype: torch.dtype | None = None) -> None:
+        """Do once what sampling does at every call. No output changes, but the model can no longer be trained.
+
+        The weights of each layer's query and key norms are joined, and with `dtype` its gate and up projections too.
+
+        Args:
+            dtype: what autocast computes in; linear layers and convolutions are cast to it, so sample under autocast.
+                The others keep their precision: norms, embeddings of timesteps and text, and BOI. None: nothing is cast.
+        """
+        self.prepared = True
+        self.requires_grad_(False)
+        exempt = {module for part in (self.downsampler, self.upsampler) for module in part.time_embedding.modules()}
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d) and module not in exempt:
+                for name, parameter in list(module.named_parameters()):
+                    value = parameter.to(dtype)
+                    value = conv_layout(value) if value.ndim == 4 else value
+                    setattr(module, name, nn.Parameter(value, requires_grad=False))
+        for module in self.modules():
+            if isinstance(module, Tower):
+                module.join_weights(gate_and_up=dtype is not None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and pickles come without compiled code."""
         super().__setstate__(state)
-        self._compile_layers()
+        self._compile_parts()
 
-    def _compile_layers(self) -> None:
-        if self.config.compile:
-            allow_many_shapes()
-            for layer in self.layers:
-                layer.compile()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda` and `to_empty` go through: whether to compile depends on the device."""
+        super()._apply(fn, recurse)
+        self._compile_parts()
+        return self
+
+    def _compile_parts(self) -> None:
+        """Compile each layer and both halves of the U-Net; under activation checkpointing each block of them."""
+        if self.config.compile is True or (self.config.compile == "auto" and self.boi_SD.device.type == "cuda"):
+            configure_dynamo()
+            halves = (self.downsampler, self.upsampler)
+            blocks = (*self.downsampler.down_blocks, *self.upsampler.up_blocks)
+            for part in (*self.layers, *(blocks if self.config.activation_checkpointing else halves)):
+                part.compile()
 
 
 # ---- before Eq. 1: checks, defaults and the plan
@@ -232,6 +277,8 @@ def _prepare(
     text: Tensor | None,
     outputs: Iterable[str] | None,
 ) -> _Run:
+    if model.prepared and torch.is_grad_enabled():
+        raise RuntimeError("the model is prepared for sampling (prepare_for_sampling): to train it, build it anew")
     config, device = model.config, clean_BLCYX.device
     draws = _check_latents(config, clean_BLCYX, noisy_BLCYX, t_BL, clean_t_BL)
     text_BT = _prompts(config, text, len(clean_BLCYX), device)

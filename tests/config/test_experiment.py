@@ -176,6 +176,7 @@ def test_a_bad_configuration_says_what_is_wrong_and_what_would_be_right(override
     ("build", "message"),
     [
         (lambda: ModelConfig(rope="sinusoidal"), "model.rope = 'sinusoidal': must be one of axial, released"),
+        (lambda: ModelConfig(compile="yes"), "model.compile = 'yes': must be one of auto, true, false"),
         (lambda: ModelConfig(depth=2.5), "model.depth = 2.5: must be an integer of at least 1"),
         (lambda: ModelConfig(use_condition="false"), "model.use_condition = 'false': must be of type bool"),
         (lambda: ModelConfig(text={}), "model.text = {}: must be of type"),
@@ -238,7 +239,9 @@ SAME_WEIGHTS = (
     "trainer.log_every=3",
     "trainer.deterministic=true",
     "data.batch_size_per_device=8",
+    "model.compile=auto",
     "model.compile=true",
+    "model.compile=false",
     "model.activation_checkpointing=true",
     "model.attention_backend=sdpa",
 )

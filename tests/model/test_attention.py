@@ -1,15 +1,18 @@
 """Both backends against attention with a dense mask, written down from the definition."""
 
 import shutil
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
+from madformer.model import attention
 from madformer.model.attention import _compiled_flex_attention, choose_backend, dense_mask, training_context
 from madformer.model.layer_plan import LayerPlan
 from tests.conftest import tiny
@@ -147,6 +150,20 @@ def test_flex_masks_are_made_once_per_shape():
 
 def test_flex_is_compiled_and_compiled_once():
     assert _compiled_flex_attention() is _compiled_flex_attention() is not flex_attention
+
+
+@torch.no_grad()
+def test_flex_compiles_once_for_each_pattern():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    flex = torch.compile(flex_attention, dynamic=False, fullgraph=True, backend=counter)
+    for compiled, plan in enumerate((layer_plan(size=7), layer_plan(size=7, local=True), layer_plan(size=7, draws=2)), start=1):
+        q, k, v = (towers(plan, plan.keys, HEADS, seed=seed, dtype=torch.float32) for seed in range(3))
+        for _ in range(3):
+            training_context.cache_clear()  # another context of the same pattern, as of another model
+            with mock.patch.object(attention, "_compiled_flex_attention", lambda: flex):
+                training_context(plan, "flex", CPU).attend(q, k, v)
+        assert counter.frame_count == compiled
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_positions_are_rows_and_columns_of_the_whole_image_and_text_lies_before_
 
 
 def rotate(config, x_K, *position):
-    return rope(torch.tensor([position]), config, torch.float64).rotate(x_K)[0]
+    return rope(torch.tensor([position]), config, torch.float64).rotate(x_K)[0, 0]
 
 
 @given(st.tuples(*[st.integers(-20, 20)] * 6), st.integers(0, 5))

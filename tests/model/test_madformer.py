@@ -3,17 +3,26 @@
 import copy
 import dataclasses
 import functools
+from unittest import mock
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
+from madformer.config import DiffusionConfig, LossConfig, UNetConfig
+from madformer.diffusion.losses import compute_losses
+from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.model import MADFormer
-from madformer.model.embedding import TimestepEmbedding, skip_shapes
+from madformer.model.embedding import GroupNorm, TimestepEmbedding, skip_shapes
+from madformer.model.generation import generate
+from madformer.model.layer import DecoderLayer, RMSNorm, Rope
 from madformer.model.layer_plan import existing_outputs, layer_plans
 from madformer.model.madformer import AUXILIARY_TIMESTEP
 from tests.conftest import SWITCHES, TEXT, build, latents, prompts, switch_name, timesteps, tiny
+from tests.fake_gpu import CUDA, fake_gpu
 
 configs = st.builds(
     tiny,
@@ -140,22 +149,37 @@ def test_activation_checkpointing_changes_no_number(switches):
     model = build(tiny(**switches))
     again = MADFormer(dataclasses.replace(model.config, activation_checkpointing=True)).double()
     again.load_state_dict(model.state_dict())
+    calls = []
+    for part in (*again.layers, *again.downsampler.down_blocks, *again.upsampler.up_blocks):
+        part.register_forward_pre_hook(lambda module, arguments: calls.append(module))
     for gradient, reference in zip(gradients(again), gradients(model), strict=True):
         assert torch.equal(gradient, reference)
+    backward = calls[len(calls) // 2 :]
+    assert {*backward} == {*calls} and len(calls) == 2 * len(backward)
+
+
+def test_compiles_where_the_weights_are(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part: compiled.append(type(part).__name__))
+    MADFormer(tiny()).double()
+    MADFormer(tiny(compile=False))
+    assert not compiled
+    MADFormer(tiny(depth=2, compile=True))
+    assert compiled == ["DecoderLayer", "DecoderLayer", "Downsampler", "Upsampler"]
+    compiled.clear()
+    MADFormer(tiny(depth=1, diffusion_depth=1, compile=True, activation_checkpointing=True))
+    assert compiled == ["DecoderLayer", "DownBlock", "DownBlock", "UpBlock", "UpBlock"]
 
 
 @pytest.mark.slow
 def test_compiled_layers_compute_the_same_in_training_and_sampling(monkeypatch):
-    from diffusers import DDIMScheduler
-
-    from madformer.model.generation import generate
-
     # Graphs are traced, guarded and differentiated; the code for them, which takes g++ a minute, is torch's own affair.
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     model = build(tiny(depth=1, diffusion_depth=1))
     compiled = MADFormer(dataclasses.replace(model.config, compile=True)).double()
     assert compiled.state_dict().keys() == model.state_dict().keys()
-    assert all(x._compiled_call_impl is not None for x in (*compiled.layers, *copy.deepcopy(compiled).layers))
+    for x in (compiled, copy.deepcopy(compiled)):
+        assert all(part._compiled_call_impl is not None for part in (*x.layers, x.downsampler, x.upsampler))
     compiled.load_state_dict(model.state_dict())
     for gradient, reference in zip(gradients(compiled), gradients(model), strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-8)
@@ -183,6 +207,85 @@ def test_bfloat16_autocast_keeps_residual_stream_and_outputs_in_float32():
     assert rounded.denoised_BLCYX.dtype == torch.float32
     difference = (rounded.denoised_BLCYX - exact.denoised_BLCYX).norm()
     assert 0 < difference < 0.1 * exact.denoised_BLCYX.norm()
+
+
+def test_what_stays_in_float32_under_autocast():
+    model = build(tiny(unet=UNetConfig(channels=(8, 16), layers=(1, 1), attention=(False, True), num_heads=2))).float()
+    kinds, dtypes = (RMSNorm, GroupNorm, TimestepEmbedding, DecoderLayer, torch.nn.Linear, torch.nn.Conv2d), {}
+    for module in model.modules():
+        if isinstance(module, kinds):
+            module.register_forward_hook(
+                lambda module, _, output: dtypes.setdefault(type(module), set()).update(x.dtype for x in tree_leaves(output))
+            )
+    clean = latents(model.config).float()
+    schedule = NoiseSchedule(DiffusionConfig())
+    noise, t = schedule.draw(clean, 1, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16), mock.patch.object(Rope, "rotate", autospec=True) as rotate:
+        rotate.side_effect = lambda rope, x: dtypes.setdefault(Rope, set()).update({x.dtype, rope.cos_P1K.dtype}) or x
+        losses = compute_losses(model, schedule, LossConfig(), clean, noise, t)
+    float32, bfloat16 = {torch.float32}, {torch.bfloat16}
+    assert {x.dtype for x in tree_leaves(vars(losses)) if isinstance(x, torch.Tensor)} == float32
+    exact = dict.fromkeys((RMSNorm, GroupNorm, TimestepEmbedding, DecoderLayer, Rope), float32)
+    assert dtypes == {**exact, torch.nn.Linear: bfloat16, torch.nn.Conv2d: bfloat16}
+
+
+def test_bfloat16_weights_leave_the_residual_stream_in_float32():
+    model = build(tiny()).float()
+    exact = forward(model, latents(model.config).float(), latents(model.config, seed=5).float())
+    streams = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda module, _, output: streams.extend(x.dtype for x in output.values()))
+    rounded = forward(model.bfloat16(), latents(model.config), latents(model.config, seed=5))
+    assert {*streams, rounded.denoised_BLCYX.dtype} == {torch.float32}
+    torch.testing.assert_close(rounded.denoised_BLCYX, exact.denoised_BLCYX, rtol=0.1, atol=0.3)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("switches", [{}, {"text": TEXT, "num_kv_heads": 1}], ids=str)
+def test_preparing_for_sampling_changes_no_number(switches, dtype):
+    model = build(tiny(**switches)).float().eval()
+    prepared = copy.deepcopy(model)
+    prepared.prepare_for_sampling(dtype)
+    scheduler = DDIMScheduler(clip_sample=False, prediction_type="sample")
+    options = {"initial_noise_BLCYX": latents(model.config).float(), "text": prompts(model.config)}
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+        samples = [generate(x, scheduler, 2, **options) for x in (model, prepared)]
+    assert torch.equal(*samples)
+    assert prepared.state_dict().keys() == model.state_dict().keys()
+    kept = {"boi_SD", "downsampler.time_embedding.linear_1.weight", "layers.0.towers.noise.ffn_norm.weight"}
+    assert {prepared.get_parameter(name).dtype for name in kept} == {torch.float32}
+    gate = prepared.layers[0].towers["noise"].gate
+    assert gate.weight.dtype == (dtype or torch.float32)
+    with pytest.raises(RuntimeError, match="prepared for sampling"):
+        forward(prepared)
+
+
+def test_rotations_are_made_once_and_serve_training_after_validation():
+    model = build(tiny())
+    with torch.inference_mode():
+        forward(model)
+    made = model.ropes(model.boi_SD.device, 0)["noise"].cos_P1K
+    assert not made.is_inference()
+    forward(model).denoised_BLCYX.sum().backward()
+    assert model.ropes(model.boi_SD.device, 0)["noise"].cos_P1K is made
+
+
+@pytest.mark.skipif(not torch.version.cuda, reason="needs a CUDA build of torch")
+def test_the_unet_stays_channels_last_on_cuda():
+    config = tiny(unet=UNetConfig(channels=(8, 16), layers=(1, 1), attention=(False, True), num_heads=2), compile=False)
+    layouts = []
+    with fake_gpu(CUDA), torch.device(CUDA):
+        model = MADFormer(config)
+        for half in (model.downsampler, model.upsampler):
+            for module in half.modules():
+                if isinstance(module, torch.nn.Conv2d):
+                    module.register_forward_hook(
+                        lambda module, inputs, _: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+                    )
+        blocks_BLCYX = torch.randn(32, 4, 2, 4, 4)  # 128 blocks
+        with torch.no_grad():  # in float32: without a card, torch believes that cuDNN takes no bfloat16
+            model(blocks_BLCYX, blocks_BLCYX, torch.zeros(32, 4, dtype=torch.long))
+    assert len(layouts) > 40 and all(layouts)
 
 
 @pytest.mark.parametrize("form", ["raw", "sinusoidal"])
