@@ -40,6 +40,7 @@ from madformer.evaluation.neighbours import NEIGHBOURS, Within, compare_pairs, p
 from madformer.evaluation.reference import KEPT
 from madformer.model import MADFormer, cost
 from madformer.model.generation import BlockSampler
+from madformer.model.layer import autocast_dtype
 
 GOAL = 0.15
 """Share of an evaluation that everything but sampling may take."""
@@ -216,7 +217,9 @@ def sampling_parts(bench: Bench, model: MADFormer) -> list[Part]:
     """
     c, evaluation, steps = bench.config.model, bench.config.evaluation, bench.sampling.steps
     scheduler = build_sampler(bench.config.diffusion, c.prediction_type, evaluation.sampler)
-    sampler = BlockSampler(model, scheduler, bench.batch, None, 1.0, None)
+    text_tokens = 0 if c.text is None else c.text.length
+    sampler = BlockSampler(model, bench.batch, text_tokens, 1.0, autocast_dtype(bench.device, model.boi_SD.dtype))
+    sampler.start_images(scheduler, None, None)
     sampler.set_timesteps(steps)
     for layer in sampler.cache.layers:
         layer.normal_()  # in place of blocks that were not sampled

@@ -92,6 +92,40 @@ class SpacedUniPC(UniPCMultistepScheduler):  # type: ignore[misc]
         alphas = self.alphas_cumprod[timesteps]
         self.sigmas = torch.cat([((1 - alphas) / alphas).sqrt(), alphas.new_zeros(1)])
 
+    def multistep_uni_p_bh_update(self, model_output: Tensor, *, sample: Tensor, order: int) -> Tensor:
+        """The predictor: from the sample at this step's noise level to the next."""
+        return self._update(sample, self.step_index, order)
+
+    def multistep_uni_c_bh_update(
+        self, this_model_output: Tensor, *, last_sample: Tensor, this_sample: Tensor, order: int
+    ) -> Tensor:
+        """The corrector: the step that led here once more, now that its end has a prediction."""
+        return self._update(last_sample, self.step_index - 1, order, this_model_output)
+
+    def _update(self, sample: Tensor, index: int, order: int, end: Tensor | None = None) -> Tensor:
+        """From step `index` to the next by diffusers' `bh2`, with coefficients on the CPU: a GPU would wait for them.
+
+        Args:
+            end: the prediction at the next step, for the corrector.
+        """
+        alpha_K, sigma_K = self._sigma_to_alpha_sigma_t(self.sigmas[[index + 1, index, index - 1][: order + 1]])
+        logsnr_K = alpha_K.log() - sigma_K.log()
+        h, start = logsnr_K[0] - logsnr_K[1], self.model_outputs[-1]
+        growth, weights, change = torch.expm1(-h), torch.tensor([0.5]), torch.zeros(())
+        if order == 2:
+            ratio = (logsnr_K[2] - logsnr_K[1]) / h
+            if end is not None:
+                first = growth / -h - 1
+                second = first / -h - 0.5
+                one = torch.ones(())
+                matrix = torch.stack([one, one, ratio, one]).view(2, 2)
+                weights = torch.linalg.solve(matrix, torch.stack([first / growth, second * 2 / growth]))
+            change = weights[0] * ((self.model_outputs[-2] - start) / ratio)
+        if end is not None:
+            change = change + weights[-1] * (end - start)
+        moved = sigma_K[0] / sigma_K[1] * sample - alpha_K[0] * growth * start
+        return (moved - alpha_K[0] * growth * change).to(sample.dtype)
+
 
 Sampler = SpacedDDIM | SpacedDDPM | SpacedDPMSolver | SpacedUniPC
 

@@ -4,12 +4,16 @@ A layer's buffer has room for the text and every block, in the order of the sequ
 keys and values lie in its slot and are overwritten at every step. A query sees the slice up to the slot's end, so there
 is no mask and nothing is concatenated. Afterwards the clean tower overwrites the slot; without clean blocks, those of the
 last denoising step stay. In a layer of local denoising one slot after the text serves all blocks.
+
+On CUDA the network call of a denoising step is one launch, of a graph. Its inputs lie in buffers too.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Sequence, Sized
+import logging
+from collections.abc import Callable, Hashable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +26,8 @@ from madformer.model.embedding import Skips, null_text, to_blocks
 from madformer.model.layer import autocast_dtype
 from madformer.model.layer_plan import embedded_block_count, layer_plans
 from madformer.model.madformer import MADFormer
+
+_log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -38,11 +44,12 @@ def generate(
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
     on_block: Callable[[int, Tensor], None] | None = None,
+    make_sampler: Callable[..., BlockSampler] | None = None,
 ) -> Tensor:
     """Sample images, block by block.
 
     Args:
-        model: the model; its device and dtype are used. Works under autocast.
+        model: the model; its device and dtype are used. Works under autocast. In evaluation mode on CUDA, steps are graphs.
         scheduler: any diffusers scheduler with the model's prediction type. Its steps are set anew for every block.
         steps: denoising steps per block, as the scheduler counts them. NFE = (N - D) + D * calls of the network, which is
             one per step but for schedulers of higher order (Heun: 2 * steps - 1).
@@ -58,6 +65,8 @@ def generate(
         guidance_interval: lowest and highest timestep at which guidance acts; None: all.
         on_block: called with (i, latents [B, L, C, Y, X]) after block i; later blocks are still zero. For previews and
             clocks: the latents are those being written, so copy what you keep, and a GPU may still be at work on them.
+        make_sampler: `BlockSampler`, the default. `functools.lru_cache(maxsize=1)(BlockSampler)`, given to several calls,
+            keeps buffers and graphs from one to the next.
 
     Returns:
         Latents [B, L, C, Y, X]; `embedding.to_image` puts them together.
@@ -75,7 +84,9 @@ def generate(
     noise_BLCYX = _initial_noise(model, batch, generators, initial_noise_BLCYX)
     latents_BLCYX = torch.zeros_like(noise_BLCYX)
     past_BLCYX = latents_BLCYX if context_BLCYX is None else context_BLCYX.to(latents_BLCYX)
-    sampler = BlockSampler(model, scheduler, batch, text, guidance, guidance_interval)
+    dtype = autocast_dtype(model.boi_SD.device, model.boi_SD.dtype)
+    sampler = (make_sampler or BlockSampler)(model, batch, _text_tokens(model, text), guidance, dtype)
+    sampler.start_images(scheduler, text, guidance_interval)
     options = {"generator": generators} if generators and "generator" in inspect.signature(scheduler.step).parameters else {}
     for block in range(model.config.ar_length):
         sampler.set_timesteps(steps)
@@ -94,35 +105,41 @@ def generate(
 
 
 class BlockSampler:
-    """The state of one `generate`: the cache, and the block that is being denoised with its condition."""
+    """What `generate` needs at each step: the cache and the inputs of the network, in buffers allocated once.
+
+    It serves any number of batches of `images` images with `text_tokens` tokens of text and the same guidance.
+    """
 
     def __init__(
         self,
         model: MADFormer,
-        scheduler: Any,
-        batch: int,
-        text: Tensor | None,
+        images: int,
+        text_tokens: int,
         guidance: float,
-        interval: tuple[float, float] | None,
+        dtype: torch.dtype,
+        use_graphs: bool = True,
     ) -> None:
         config, device = model.config, model.boi_SD.device
-        self.model, self.config, self.scheduler = model, config, scheduler
-        self.guidance, self.interval = guidance, interval
-        self.images = batch
-        self.rows = batch if guidance == 1 else 2 * batch
+        self.model, self.config, self.guidance, self.images = model, config, guidance, images
+        self.rows = images if guidance == 1 else 2 * images
         self.plans = layer_plans(config, frozenset())
-        text_BT = self._prompts(text)
-        text_tokens = 0 if text_BT is None else text_BT.shape[1]
         self.ropes = model.ropes(device, text_tokens)
-        dtype = autocast_dtype(device, model.boi_SD.dtype)
         self.cache = KeyValueCache(config, self.rows, text_tokens, device, dtype)
-        if model.text is not None and text_BT is not None:
-            self._extend("text", model.text.embedding(text_BT), block=0)
+        self.t_B1 = torch.empty(self.rows, 1, device=device)
+        condition_BSD = model.boi_SD.new_empty(self.rows, config.block_tokens, config.width)
+        self.condition_BSD = condition_BSD if config.use_condition else None
+        # A model in training changes its weights, and other threads work on its GPU: no graphs for a preview.
+        self.graphs = StepGraphs(device) if use_graphs and device.type == "cuda" and not model.training else None
 
-    def _prompts(self, text: Tensor | None) -> Tensor | None:
+    def start_images(self, scheduler: Any, text: Tensor | None, interval: tuple[float, float] | None) -> None:
+        """Begin a batch: fill the cache with its text."""
+        self.scheduler, self.interval = scheduler, interval
+        if self.model.text is not None:
+            self._extend("text", self.model.text.embedding(self._prompts(text)), block=0)
+
+    def _prompts(self, text: Tensor | None) -> Tensor:
         """Token ids for all rows of the batch: the prompts, under guidance followed by as many null texts."""
-        if self.config.text is None:
-            return None
+        assert self.config.text is not None
         device = self.model.boi_SD.device
         prompts = null_text(self.config.text, self.images, device) if text is None else text.to(device)
         null = null_text(self.config.text, self.rows - self.images, device, length=prompts.shape[1])
@@ -138,32 +155,38 @@ class BlockSampler:
             raise ValueError(f"scheduler.timesteps: {outside}, outside 0..{end - 1}; take another number of steps")
 
     def start_block(self, block: int, previous_BCYX: Tensor | None) -> None:
-        """Clean tower over the finished block before this one, then the AR stage: fills the cache, sets `condition_BSD`."""
+        """Clean tower over the finished block before this one, then the AR stage: fills the cache, and `condition_BSD`."""
         self.block = block
-        self.condition_BSD = None
         tokens_BSD = self.model.boi_SD.detach().expand(self.rows, -1, -1)
         if previous_BCYX is not None and embedded_block_count(self.config, frozenset()):
             t = self.scheduler.timesteps[-1] if self.config.clean_timestep == "released" else 0
-            tokens_BSD = self._for_all_rows(self._embed(previous_BCYX, t)[0])
+            self.t_B1.fill_(float(t))
+            tokens_BSD = self._for_all_rows(self._embed(previous_BCYX)[0])
             if "clean" in self.plans[0].keys:
                 self._extend("clean", tokens_BSD, block - 1)
-        if self.config.use_condition:
-            self.condition_BSD = self._extend("noise", tokens_BSD, block, last=self.config.ar_depth)
+        if self.condition_BSD is not None:
+            self.condition_BSD.copy_(self._extend("noise", tokens_BSD, block, last=self.config.ar_depth))
 
     def predict(self, noisy_BCYX: Tensor, index: int) -> Tensor:
         """The network's guided output for the noisy block at step `index`: its S tokens through the last D layers."""
         t = self.scheduler.timesteps[index]
         guided = self._is_guided(t)
         rows = self.rows if guided or self._fills_cache(index) else self.images
-        tokens_BSD, skips = self._embed(noisy_BCYX, t)
+        self.t_B1.fill_(float(t))
+        kind = (self.block, guided, rows)
+        return self.graphs.run(self._denoise, noisy_BCYX, *kind) if self.graphs else self._denoise(noisy_BCYX, *kind)
+
+    def _denoise(self, noisy_BCYX: Tensor, block: int, guided: bool, rows: int) -> Tensor:
+        """The network call of a step, which a graph repeats: all that changes from step to step is in tensors."""
+        tokens_BSD, skips = self._embed(noisy_BCYX)
         x_BSD = self._for_all_rows(tokens_BSD)[:rows]
         if self.condition_BSD is not None:
             x_BSD = x_BSD + self.condition_BSD[:rows]
-        x_BSD = self._extend("noise", x_BSD, self.block, first=self.config.ar_depth)
+        x_BSD = self._extend("noise", x_BSD, block, first=self.config.ar_depth)
         if not guided:
-            return self._unembed(x_BSD[: self.images], t, skips)
+            return self._unembed(x_BSD[: self.images], skips)
         skips = tuple(torch.cat([skip, skip]) for skip in skips)
-        prompted_BCYX, null_BCYX = self._unembed(x_BSD, t, skips).chunk(2)
+        prompted_BCYX, null_BCYX = self._unembed(x_BSD, skips).chunk(2)
         return null_BCYX + self.guidance * (prompted_BCYX - null_BCYX)
 
     def replace_block(self, true_BCYX: Tensor, noise_BCYX: Tensor) -> None:
@@ -195,17 +218,79 @@ class BlockSampler:
             x_BSD = self.model.layers[layer]({tower: x_BSD}, {tower: rope}, slot).get(tower, x_BSD)
         return x_BSD
 
-    def _embed(self, latents_BCYX: Tensor, t: Tensor | float) -> tuple[Tensor, Skips]:
-        return self.model.embed(latents_BCYX[:, None], self._timesteps(len(latents_BCYX), t))
+    def _embed(self, latents_BCYX: Tensor) -> tuple[Tensor, Skips]:
+        return self.model.embed(latents_BCYX[:, None], self.t_B1[: len(latents_BCYX)])
 
-    def _unembed(self, tokens_BSD: Tensor, t: Tensor, skips: Skips) -> Tensor:
-        return self.model.unembed(tokens_BSD, self._timesteps(len(tokens_BSD), t), skips)[:, 0]
-
-    def _timesteps(self, rows: int, t: Tensor | float) -> Tensor:
-        return torch.full((rows, 1), float(t), device=self.model.boi_SD.device)
+    def _unembed(self, tokens_BSD: Tensor, skips: Skips) -> Tensor:
+        return self.model.unembed(tokens_BSD, self.t_B1[: len(tokens_BSD)], skips)[:, 0]
 
     def _for_all_rows(self, x_BSD: Tensor) -> Tensor:
         return x_BSD if self.rows == self.images else torch.cat([x_BSD, x_BSD])
+
+
+# ---- CUDA graphs
+
+
+class StepGraphs:
+    """Runs the network call of a step as a CUDA graph (torch.cuda.graph): the same kernels, launched at once.
+
+    There is one graph for each kind of step. The first call of a kind runs as it is, which sets up libraries and compiles
+    layers; the second is captured. A graph reads and writes tensors where they lay then: inputs must be buffers.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._noisy_BCYX: Tensor | None = None
+        self._graphs: dict[Hashable, tuple[Callable[[], None], Tensor] | None] = {}
+        self._pool: Any = None
+        self._failed = False
+
+    def run(self, step: Callable[..., Tensor], noisy_BCYX: Tensor, *kind: Hashable) -> Tensor:
+        """`step(noisy_BCYX, *kind)`, whose result depends on nothing but these and buffers."""
+        if self._failed:
+            return step(noisy_BCYX, *kind)
+        self._noisy_BCYX = torch.empty_like(noisy_BCYX) if self._noisy_BCYX is None else self._noisy_BCYX
+        call = functools.partial(step, self._noisy_BCYX.copy_(noisy_BCYX), *kind)
+        name = self._device.type
+        # The casts of weights that autocast keeps do not outlive it: a graph must make its own.
+        with torch.autocast(name, enabled=torch.is_autocast_enabled(name), cache_enabled=False):
+            if kind not in self._graphs:
+                self._graphs[kind] = None
+                return self._aside(call)
+            try:
+                replay, output_BCYX = self._graphs[kind] = self._graphs[kind] or self._capture(call)
+            except RuntimeError as error:
+                _log.warning("CUDA graphs are off, sampling is slower without: a step cannot be captured (%s)", error)
+                self._failed = True
+                self._graphs.clear()
+                return step(noisy_BCYX, *kind)
+        replay()
+        return output_BCYX.clone()  # the next replay overwrites it, and samplers keep outputs
+
+    def _capture(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+
+        def capture() -> Tensor:
+            # Other threads may go on using the GPU: data loaders, NCCL's watchdog.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                return call()
+
+        output_BCYX = self._aside(capture)
+        self._pool = graph.pool()  # shared: outputs are copied before another graph runs
+        return graph.replay, output_BCYX
+
+    def _aside(self, call: Callable[[], Tensor]) -> Tensor:
+        """Call on the stream of captures, after what was launched before it and before what comes next."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            output_BCYX = call()
+        current.wait_stream(self._stream)
+        return output_BCYX
+
+    @functools.cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
 
 
 # ---- the cache
@@ -258,6 +343,12 @@ class KeyValueCache:
 
 
 # ---- checks and defaults of `generate`
+
+
+def _text_tokens(model: MADFormer, text: Tensor | None) -> int:
+    if model.config.text is None:
+        return 0
+    return model.config.text.length if text is None else text.shape[1]
 
 
 def _check_scheduler(model: MADFormer, scheduler: Any, steps: int) -> None:
