@@ -45,7 +45,7 @@ from madformer.evaluation.measurement import AXES, DEFAULTS, Measurement, Sampli
 from madformer.evaluation.metrics import measure
 from madformer.evaluation.record import SHARED, append_point, find_point, read_diagnostics, read_means, read_points
 from madformer.evaluation.request import EvaluationRequest
-from madformer.evaluation.sampling import inference_devices
+from madformer.evaluation.sampling import inference_devices, load_for_sampling
 from madformer.evaluation.tasks import Instruments, Task, complete_tasks, make_tasks
 from madformer.evaluation.tensorboard import write_curves
 from madformer.model import cost
@@ -127,7 +127,7 @@ def evaluate_share(
     for task in tasks:
         if task.checkpoint != path or model is None:
             path, model = task.checkpoint, None  # two models need not fit
-            model = load_model(path, request.config, task.sampling.weights).to(share.device)
+            model = load_for_sampling(path, request.config, task.sampling.weights, share.device)
         earlier, indices = done, range(share.rank, task.described["num_samples"], share.world_size)
 
         def show(count: int, earlier: int = earlier) -> None:
@@ -198,7 +198,8 @@ def _costs(task: Task, parts: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
     chosen_K = sizes_K == sizes_K.max()
     if (chosen_K & warm_K).any():
         chosen_K &= warm_K
-    size, memory = int(sizes_K.max()), float(memory_K[chosen_K].max())
+    # A batch's memory is seen at its first call: CUDA graphs allocate nothing.
+    size, memory = int(sizes_K.max()), float(memory_K[sizes_K == sizes_K.max()].max())
     return {
         "tflops_per_image": _flops(task) / 1e12,
         "seconds_per_image": float(sampling_K[chosen_K].median()) / size,

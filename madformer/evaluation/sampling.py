@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +21,10 @@ from madformer.errors import InputError
 from madformer.evaluation.measurement import Sampling
 from madformer.model import MADFormer
 from madformer.model.embedding import to_image
-from madformer.model.generation import generate
+from madformer.model.generation import BlockSampler, generate
 from madformer.parallel import find_devices
 from madformer.randomness import sample_seed
-from madformer.runs.checkpoints import CLASS_PROMPTS, DATA, load_checkpoint
+from madformer.runs.checkpoints import CLASS_PROMPTS, DATA, Weights, load_checkpoint, load_model
 
 _log = logging.getLogger(__name__)
 
@@ -110,6 +111,18 @@ def sampling_precision(config: ExperimentConfig, device: torch.device) -> str:
     return config.trainer.precision if device.type == "cuda" else "32-true"
 
 
+def load_for_sampling(checkpoint: Path, config: ExperimentConfig, weights: Weights, device: str) -> MADFormer:
+    """The model of a checkpoint on a device, for sampling alone: its weights are cast once, not at every step.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    model = load_model(checkpoint, config, weights).to(device)
+    is_rounded = sampling_precision(config, model.boi_SD.device) == "bf16-mixed"
+    model.prepare_for_sampling(torch.bfloat16 if is_rounded else None)
+    return model
+
+
 def default_prompts(class_prompts: Sequence[str] | None, indices: Sequence[int]) -> list[str]:
     """Prompts for samples where none are asked for: the classes in turn, or no text."""
     return [class_prompts[index % len(class_prompts)] if class_prompts else "" for index in indices]
@@ -125,20 +138,29 @@ def sample_batches(
 ) -> Iterator[Tensor]:
     """Latents [B, C, h, w] of the samples `indices`, at most `evaluation.batch_size` at once, in their order.
 
+    Buffers and CUDA graphs serve all batches. On a GPU, the last of several batches is filled up to that end.
+
     Args:
         config: the run's.
         sampling: how they are sampled; whose weights they are is the model's affair.
         text_BT: token ids, a row for each index; None: no text.
-        on_block: called after each block, as by `generate`.
+        on_block: called after each block, as by `generate`; a batch that was filled up has copies of its last sample.
     """
     batch_size, device = config.evaluation.batch_size, model.boi_SD.device
     sampler = build_sampler(config.diffusion, config.model.prediction_type, sampling.sampler, sampling.spacing)
     options: dict[str, Any] = {"guidance": sampling.guidance, "on_block": on_block}
     options["guidance_interval"] = parse_interval(sampling.guidance_interval)
+    options["make_sampler"] = functools.lru_cache(maxsize=1)(BlockSampler)
     for start in range(0, len(indices), batch_size):
-        part = slice(start, start + batch_size)
-        seeds = [sample_seed(sampling.seed, index) for index in indices[part]]
-        text = None if text_BT is None else text_BT[part]
+        rows = list(range(start, min(start + batch_size, len(indices))))
+        filling = rows[-1:] * (batch_size - len(rows)) if start and _fills_batches(device) else []
+        seeds = [sample_seed(sampling.seed, indices[row]) for row in rows + filling]
+        text = None if text_BT is None else text_BT[rows + filling]
         with torch.autocast(device.type, torch.bfloat16, enabled=sampling_precision(config, device) == "bf16-mixed"):
             latents_BLCYX = generate(model, sampler, sampling.steps, seeds=seeds, text=text, **options)
-        yield to_image(latents_BLCYX)
+        yield to_image(latents_BLCYX[: len(rows)])
+
+
+def _fills_batches(device: torch.device) -> bool:
+    """Whether a smaller batch costs more than a full one: GPUs compile and capture its sizes anew."""
+    return device.type != "cpu"

@@ -21,7 +21,7 @@ from madformer.data.image_files import read_settings, save_png, to_pixels, to_ti
 from madformer.errors import InputError, NonFiniteError
 from madformer.evaluation.measurement import AXES, DEFAULTS, Sampling
 from madformer.evaluation.request import SamplingRequest
-from madformer.evaluation.sampling import choose_prompts, inference_devices, sample_batches, tokenize
+from madformer.evaluation.sampling import choose_prompts, inference_devices, load_for_sampling, sample_batches, tokenize
 from madformer.model import cost
 from madformer.parallel import Share, cluster_rank, share_out
 from madformer.progress import ProgressDisplay
@@ -75,7 +75,7 @@ def sample_share(
     """Sample and write those missing among every `world_size`-th image, whatever other processes have written meanwhile."""
     config = request.config
     assigned = [image for image in images[share.rank :: share.world_size] if image["index"] in missing]
-    model = load_model(request.checkpoint, config, request.sampling.weights).to(share.device)
+    model = load_for_sampling(request.checkpoint, config, request.sampling.weights, share.device)
     codec = build_codec(config.data.codec, config.data.codec_dtype, share.device)
     done, indices = 0, [image["index"] for image in assigned]
     text_BT = tokenize(config, [image["prompt"] for image in assigned], request.sampling.guidance)

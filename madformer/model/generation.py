@@ -107,17 +107,12 @@ def generate(
 class BlockSampler:
     """What `generate` needs at each step: the cache and the inputs of the network, in buffers allocated once.
 
-    It serves any number of batches of `images` images with `text_tokens` tokens of text and the same guidance.
+    It serves any number of batches of `images` images with `text_tokens` tokens of text and the same guidance. `dtype` is
+    that of keys and values.
     """
 
     def __init__(
-        self,
-        model: MADFormer,
-        images: int,
-        text_tokens: int,
-        guidance: float,
-        dtype: torch.dtype,
-        use_graphs: bool = True,
+        self, model: MADFormer, images: int, text_tokens: int, guidance: float, dtype: torch.dtype, use_graphs: bool = True
     ) -> None:
         config, device = model.config, model.boi_SD.device
         self.model, self.config, self.guidance, self.images = model, config, guidance, images
@@ -126,8 +121,7 @@ class BlockSampler:
         self.ropes = model.ropes(device, text_tokens)
         self.cache = KeyValueCache(config, self.rows, text_tokens, device, dtype)
         self.t_B1 = torch.empty(self.rows, 1, device=device)
-        condition_BSD = model.boi_SD.new_empty(self.rows, config.block_tokens, config.width)
-        self.condition_BSD = condition_BSD if config.use_condition else None
+        self.condition_BSD = model.boi_SD.new_empty(self.rows, *model.boi_SD.shape) if config.use_condition else None
         # A model in training changes its weights, and other threads work on its GPU: no graphs for a preview.
         self.graphs = StepGraphs(device) if use_graphs and device.type == "cuda" and not model.training else None
 

@@ -5,11 +5,12 @@ from typing import get_args
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 
 from madformer.config import DiffusionConfig
 from madformer.config.evaluation import SamplerName
 from madformer.diffusion.noise_schedule import NoiseSchedule
-from madformer.diffusion.samplers import build_sampler, spaced_timesteps
+from madformer.diffusion.samplers import SpacedUniPC, build_sampler, spaced_timesteps
 from madformer.errors import InputError
 
 NAMES = get_args(SamplerName)
@@ -151,6 +152,28 @@ def test_ddpm_has_the_noise_of_each_timestep_on_its_path_to_a_single_image(confi
             rest = (x - alpha.sqrt() * image) / (1 - alpha).sqrt()
             assert abs(rest.mean()) < 0.12 and abs(rest.std() - 1) < 0.09  # 5 deviations of 1,800 draws
         torch.testing.assert_close(path[-1], image, rtol=0, atol=1e-8 if prediction_type == "sample" else 1e-4)
+
+
+class UniPC(SpacedUniPC):
+    """With diffusers' own update."""
+
+    multistep_uni_p_bh_update = UniPCMultistepScheduler.multistep_uni_p_bh_update
+    multistep_uni_c_bh_update = UniPCMultistepScheduler.multistep_uni_c_bh_update
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [1, 2, 3, 15])
+def test_unipc_is_that_of_diffusers_bit_for_bit(steps, dtype):
+    for prediction_type in PREDICTION_TYPES:
+        ours = build_sampler(DiffusionConfig(), prediction_type, "unipc")
+        theirs = UniPC.from_config(ours.config)
+        predictions = torch.randn(steps, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        x = expected = draw(2, 3, 3).to(dtype)
+        ours.set_timesteps(steps)
+        theirs.set_timesteps(steps)
+        for t, prediction in zip(ours.timesteps, predictions[:, None], strict=True):
+            x, expected = (sampler.step(prediction, t, y).prev_sample for sampler, y in ((ours, x), (theirs, expected)))
+            assert torch.equal(x, expected)
 
 
 class Gaussian:
