@@ -1,5 +1,7 @@
 """Samples in batches: what one batch leaves to the next, and the last one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from madformer.model import MADFormer
 from madformer.model.embedding import to_image
 from madformer.model.generation import BlockSampler, generate
 from madformer.randomness import sample_seed
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TEXT, prompts
 
 
 @pytest.fixture
@@ -20,8 +22,8 @@ def run(monkeypatch):
     """Samples `count` images in batches of 3; the samples, the sizes of batches, and the samplers that were made."""
     config = load_experiment(ROOT / "experiments" / "digits.yaml", ["evaluation.batch_size=3"])
     torch.manual_seed(0)
-    model, made = MADFormer(config.model).eval(), []
-    text_BT = None if config.model.text is None else torch.arange(8 * config.model.text.length).view(8, -1) % 7 + 1
+    config = replace(config, model=replace(config.model, text=TEXT))
+    model, made, text_BT = MADFormer(config.model).eval(), [], prompts(config.model, batch=8)
 
     class Counted(BlockSampler):
         def __init__(self, *arguments):
@@ -35,11 +37,16 @@ def run(monkeypatch):
         sizes, budget = [], Sampling.of_steps(config, 2)
         made.clear()
         batches = sample_batches(
-            model, config, budget, range(count), text_BT, on_block=lambda block, x: sizes.append(len(x)) if not block else None
+            model,
+            config,
+            budget,
+            range(count),
+            text_BT[:count],
+            on_block=lambda block, x: sizes.append(len(x)) if not block else None,
         )
         return torch.cat(list(batches)), sizes, list(made)
 
-    sample.model, sample.config, sample.text_BT = model, config, text_BT and text_BT[[6, 7, 7]]
+    sample.model, sample.config, sample.text_BT = model, config, text_BT
     return sample
 
 
@@ -51,7 +58,7 @@ def test_batches_share_a_sampler_and_the_last_is_filled_up_where_sizes_are_costl
     sampler = build_sampler(run.config.diffusion, run.config.model.prediction_type)
     seeds = [sample_seed(run.config.evaluation.seed, index) for index in (6, 7, 7)]
     assert torch.equal(filled[:6], plain[:6])
-    assert torch.equal(filled[6:], to_image(generate(run.model, sampler, 2, seeds=seeds, text=run.text_BT))[:2])
+    assert torch.equal(filled[6:], to_image(generate(run.model, sampler, 2, seeds=seeds, text=run.text_BT[[6, 7, 7]]))[:2])
     torch.testing.assert_close(filled, plain, rtol=1e-4, atol=1e-4)
     alone, sizes, made = run(2, fills=True)
     assert sizes == [2] and made == [2]

@@ -40,7 +40,7 @@ class Tape(TorchDispatchMode):
         """Results go where they went when recorded."""
         made = {}
         for func, args, kwargs, recorded in self.calls:
-            args, kwargs = tree_map(lambda x: made.get(id(x), x), (args, kwargs))
+            args, kwargs = tree_map(lambda x, made=made: made.get(id(x), x), (args, kwargs))
             result = func(*args, **kwargs)
             pairs = zip(recorded, result, strict=True) if isinstance(recorded, (tuple, list)) else [(recorded, result)]
             made |= {id(before): after for before, after in pairs if isinstance(before, Tensor)}
