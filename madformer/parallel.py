@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -12,18 +13,35 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from madformer.config import TrainerConfig
 from madformer.errors import ConfigError, ProcessKilledError, StoppedError
 from madformer.progress import ProgressDisplay
 
 if TYPE_CHECKING:
+    import torch
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 _POLL_SECONDS = 0.2
+
+PEAK_TFLOPS = {
+    "A100": (312, 19.5),
+    "H100 PCIe": (756, 51),
+    "H100 NVL": (835, 60),
+    "H100": (989, 67),
+    "H200 NVL": (835, 60),
+    "H200": (989, 67),
+    "GH200": (989, 67),
+    "B200": (2250, 80),
+    "L40S": (362, 91.6),
+    "L40": (181, 90.5),
+    "L4": (121, 30.3),
+    "A10": (125, 31.2),
+    "A40": (149.7, 37.4),
+    "RTX 4090": (165, 82.6),
+}
+"""Dense TFLOP/s by NVIDIA's data sheets, in bfloat16 and in float32 without TF32. By words of a name, the first that fit."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,8 @@ def find_devices(settings: TrainerConfig) -> list[str]:
     Raises:
         ConfigError: there are fewer devices than the experiment sets.
     """
+    import torch
+
     count = torch.cuda.device_count()
     if settings.accelerator == "cuda" and not count:
         raise ConfigError("trainer.accelerator = 'cuda': there is no CUDA device; set it to auto or cpu")
@@ -59,7 +79,16 @@ def find_devices(settings: TrainerConfig) -> list[str]:
 
 def device_name(device: torch.device) -> str:
     """The model of a GPU, or `cpu`."""
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_flops(name: str, precision: Literal["32-true", "bf16-mixed"]) -> float | None:
+    """FLOP/s that a whole GPU of this name can do at most; None: it is not in `PEAK_TFLOPS`."""
+    found = (peaks for words, peaks in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name) and "MIG" not in name)
+    peaks = next(found, None)
+    return None if peaks is None else peaks[precision == "32-true"] * 1e12
 
 
 def share_out(work: Work, arguments: tuple[Any, ...], devices: list[str], display: ProgressDisplay, before: int = 0) -> None:
@@ -101,6 +130,8 @@ def own_device(devices: list[str]) -> str:
 
 def _cluster() -> ClusterEnvironment | None:
     """The cluster that this process is one of several of; None: it runs alone, and may use all devices."""
+    import torch
+
     by_torchrun = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
     by_srun = os.environ.get("SLURM_STEP_ID", "").isdigit()  # a batch script has variables of tasks that it did not start
     if not by_torchrun and not by_srun:
@@ -117,6 +148,8 @@ def _cluster() -> ClusterEnvironment | None:
 
 
 def _start_processes(work: Work, arguments: tuple[Any, ...], devices: list[str], display: ProgressDisplay, before: int) -> None:
+    import torch
+
     context = multiprocessing.get_context("spawn")
     shared = _SharedState(context.RawArray("q", len(devices)), context.RawValue("b", 0))
     threads = max(1, torch.get_num_threads() // len(devices))
@@ -168,6 +201,8 @@ def _work(
     arguments: tuple[Any, ...],
 ) -> None:
     """Do one share in a process of its own; send the error if there is one."""
+    import torch
+
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -72,6 +72,8 @@ class TrainerConfig:
     """How many checkpoints are kept: the newest ones."""
     log_every: int = setting(50, new_run=False)
     """Steps between logged values."""
+    profile: bool = setting(False, new_run=False)
+    """Write a trace of steps 11 to 15 of each start to `RUN/profile/`, to see in Perfetto where their time goes."""
 
     def __post_init__(self) -> None:
         require_types("trainer", self)

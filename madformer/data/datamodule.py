@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from madformer.data.loader import (
     DigitSamples,
     ImageReader,
     ImageSamples,
+    Item,
     MicroBatches,
     Samples,
     ShardSamples,
@@ -51,8 +52,9 @@ from madformer.runs.files import append_line
 class LatentDataModule(pl.LightningDataModule):
     """Endless batches of latents, resumed by the step alone: of shards, of images encoded on the training device, or of digits.
 
-    Each batch has `"keys"`, [B, 2] int64 (step, index in the global batch), from which a sample's noise is drawn, and
-    `"text"`, [B, T] int64, for a model with text. `"latents"`, [B, C, h, w] float32, are there when the batch is on the device.
+    Each batch has `"keys"`, [B, 2] int64 (step, index in the global batch), and `"text"`, [B, T] int64, for a model with text.
+    The threads that read it call `draw(batch)` of the trainer's module, which puts noise in the place of keys
+    (`LitMADFormer.draw`). `"latents"`, [B, C, h, w] float32, are there when the batch is on the device.
     Gradient accumulation is set on the Trainer so that every optimiser step sees `data.batch_size` images, on any number of
     devices.
 
@@ -121,11 +123,16 @@ class LatentDataModule(pl.LightningDataModule):
             reader = ImageReader(data, self._image_size, self._captions)
             if data.streaming:
                 stream = ImageStream(self._source, reader, self._collator, self._shard, step, self._epoch_size)
-                return MicroBatches(stream, stream.read, data.workers, pin_memory)
+                return MicroBatches(stream, self._and_draw(stream.read), data.workers, pin_memory)
             samples = ImageSamples(self._source, reader)
         sampler = BatchSampler(SampleOrder(len(samples), data.batch_size, self.config.seed), self._shard, step)
         workers = 0 if data.source == DIGITS else data.workers
-        return MicroBatches(sampler, partial(self._collator.read, samples), workers, pin_memory)
+        return MicroBatches(sampler, self._and_draw(partial(self._collator.read, samples)), workers, pin_memory)
+
+    def _and_draw(self, read: Callable[[Item], Batch]) -> Callable[[Item], Batch]:
+        assert self.trainer is not None
+        draw = getattr(self.trainer.lightning_module, "draw", None)
+        return read if draw is None else lambda item: draw(read(item))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn images or moments into latents, on the training device; note what was skipped.

@@ -66,21 +66,29 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(paths, key=checkpoint_step)
 
 
-def newest_intact(run: Path) -> Path | None:
-    """The newest intact checkpoint; None: there is none. Newer ones that are torn are skipped with a warning."""
+def newest_intact(run: Path, checksums: bool = True) -> Path | None:
+    """The newest intact checkpoint; None: there is none. Newer ones that are torn are skipped with a warning.
+
+    Args:
+        checksums: whether to look at them, which reads the whole file.
+    """
     for path in reversed(list_checkpoints(run)):
-        if flaw := find_flaw(path):
+        if flaw := find_flaw(path, checksums):
             _log.warning("%s is torn (%s): skipped", path, flaw)
         else:
             return path
     return None
 
 
-def find_flaw(path: Path) -> str | None:
-    """The reason why a checkpoint file is torn; None: its checksums hold. Reads the file without keeping it in memory."""
+def find_flaw(path: Path, checksums: bool = True) -> str | None:
+    """The reason why a checkpoint file is torn; None: its checksums hold. Reads the file without keeping it in memory.
+
+    Args:
+        checksums: whether to look at them; without them only a file that was cut short is found.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
+            broken = archive.testzip() if checksums else None
         return f"{broken} does not match its checksum" if broken else None
     except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:
         return str(error) or type(error).__name__

@@ -23,19 +23,30 @@ from madformer.evaluation.reference import find_reference
 from madformer.evaluation.sampling import default_prompts, sample_batches
 from madformer.parallel import device_name
 from madformer.progress import ProgressDisplay, ProgressFile
-from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints, save_checkpoint
+from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints, load_checkpoint, save_checkpoint
 from madformer.runs.folder import append_preview, progress_path
 from madformer.training.module import LitMADFormer
 
 _log = logging.getLogger(__name__)
 
 
+STOP_INTERVAL = 10
+"""Steps between two looks of several processes on accelerators at whether one was asked to stop: each waits for the devices."""
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, written by `save_checkpoint`."""
+    """Lightning's checkpoints, written by `save_checkpoint`, read from the file's memory: processes of one machine share it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint."""
         save_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
+        """The checkpoint that the first process has chosen; it alone has looked at checksums."""
+        choice = [path]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(choice)
+        return load_checkpoint(Path(choice[0]))
 
 
 class RunCheckpoints(Checkpoint):
@@ -50,27 +61,32 @@ class RunCheckpoints(Checkpoint):
         """Set it at any time: the run saves its state after the current step, and stops."""
         self.stopped = False
         """Whether the run has stopped on request."""
-        self._saved_step: int | None = None
+        self._last_step: int | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """There is nothing to save before the first step."""
-        self._saved_step = trainer.global_step
+        self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save the state if a checkpoint is due after this step."""
         step, settings = trainer.global_step, self.config.trainer
-        if step == self._saved_step:
-            return  # in the middle of accumulation, or saved already
-        stop = trainer.strategy.reduce_boolean_decision(self.stop_requested, all=False)
-        if step % settings.checkpoint_every == 0 or step >= settings.max_steps or stop:
+        if step == self._last_step:
+            return  # in the middle of accumulation
+        assert isinstance(pl_module, LitMADFormer)
+        self._last_step = step
+        due = step % settings.checkpoint_every == 0 or step >= settings.max_steps
+        stop = self.stop_requested
+        if trainer.world_size > 1:
+            agree = due or step % STOP_INTERVAL == 0 or not pl_module.runs_ahead
+            stop = agree and trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if due or stop:
             self._save(trainer, pl_module, step)
         if stop:
             self.stopped = trainer.should_stop = True
 
-    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        assert isinstance(pl_module, LitMADFormer)
+    def _save(self, trainer: pl.Trainer, pl_module: LitMADFormer, step: int) -> None:
         path = checkpoint_path(self.config.run_dir, step)
         with pl_module.throughput.pause():
             for logger in trainer.loggers:  # a checkpoint's log must be on the disk before the checkpoint is
@@ -79,7 +95,7 @@ class RunCheckpoints(Checkpoint):
             trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             self._remove_old()
-        self._saved_step, pl_module.last_checkpoint = step, str(path)
+        pl_module.last_checkpoint = str(path)
 
     def _remove_old(self) -> None:
         settings, checkpoints = self.config.trainer, list_checkpoints(self.config.run_dir)
@@ -188,10 +204,43 @@ class RunProgress(Callback):
     ) -> None:
         """Show the step."""
         assert self._display is not None
-        self._display.show(trainer.global_step, lambda: f"loss {float(trainer.callback_metrics['loss']):.4f}")
+        loss: Any = pl_module.last_loss
+        self._display.show(trainer.global_step, lambda: f"loss {float(loss):.4f}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the terminal, also after an error."""
         if self._display:
             self._display.close()
             self._display = None
+
+
+class Profile(Callback):
+    """With `trainer.profile` a trace of steps 11 to 15 of this process, once caches and compiled kernels are warm."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config = config
+        self._profiler: torch.profiler.profile | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose the steps."""
+        self._first = trainer.global_step + 10
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start before the first of the steps."""
+        wanted = self.config.trainer.profile and trainer.is_global_zero
+        if wanted and trainer.global_step == self._first and self._profiler is None:
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the trace after the last of the steps, or of the run."""
+        settings = self.config.trainer
+        if self._profiler and trainer.global_step >= min(self._first + 5, settings.max_steps):
+            path = self.config.run_dir / "profile" / f"step-{trainer.global_step:08d}.json"
+            path.parent.mkdir(exist_ok=True)
+            self._profiler.stop()
+            self._profiler.export_chrome_trace(str(path))
+            self._profiler, self._first = None, -1
+            print(f"{path}: a trace of steps up to {trainer.global_step}; open it in https://ui.perfetto.dev", flush=True)

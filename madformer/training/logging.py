@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
 from madformer.config import ExperimentConfig, wanted_outputs
 from madformer.diffusion.losses import Losses
 from madformer.model import cost
+from madformer.parallel import device_name, peak_flops
 
 Window = Sequence[tuple[Losses, Tensor]]
 """The micro-batches of a step: losses, and the timesteps of the noisy blocks [B * k, L]."""
@@ -44,8 +44,8 @@ def block_losses(window: Window, config: ExperimentConfig, reduce: Reduce) -> di
         sums = torch.zeros(2, count, dtype=torch.float64, device=t_BL.device)
         sums[0].index_add_(0, group_BL.flatten(), image_BL.flatten())
         sums[1].index_add_(0, group_BL.flatten(), torch.ones_like(image_BL).flatten())
-        totals, counts = reduce(sums, reduce_op="sum")
-        values |= {f"{prefix}/{i}": float(totals[i] / counts[i]) for i in range(count) if counts[i]}
+        totals, counts = reduce(sums, reduce_op="sum").tolist()
+        values |= {f"{prefix}/{i}": totals[i] / counts[i] for i in range(count) if counts[i]}
     return values
 
 
@@ -55,8 +55,8 @@ class Throughput:
     def __init__(self, config: ExperimentConfig) -> None:
         self.batch_size = config.data.batch_size
         outputs = wanted_outputs(config.loss)
-        self._flops_per_image = cost.training_flops(config.model, outputs, config.diffusion.draws_per_image).total
-        self._dtype = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else torch.float32
+        self._flops_per_image = cost.training_flops(config.model, outputs, config.diffusion.draws_per_image)
+        self._precision = config.trainer.precision
         self.start()
 
     def start(self) -> None:
@@ -75,10 +75,17 @@ class Throughput:
         self._start_time += time.perf_counter() - pause_time
 
     def measure(self, device: torch.device, world_size: int) -> dict[str, float]:
-        """Images per second, TFLOP/s of one device, and its share of the device's peak where that is known (`mfu`)."""
+        """Images per second, TFLOP/s of one device, and its share of the device's peak where that is known.
+
+        Model FLOPs utilisation (`mfu`, PaLM's) leaves out what activation checkpointing computes again; with it there is
+        `hfu` too, which is of all FLOPs.
+        """
         rate = self._steps * self.batch_size / max(time.perf_counter() - self._start_time, 1e-9)
         self.start()
-        flops = rate * self._flops_per_image / world_size
-        values = {"speed/images_per_second": rate, "speed/tflops_per_device": flops / 1e12}
-        peak = get_available_flops(device, self._dtype) if device.type == "cuda" else None
-        return {**values, "speed/mfu": flops / peak} if peak else values
+        flops, own = self._flops_per_image, rate / world_size
+        values = {"speed/images_per_second": rate, "speed/tflops_per_device": own * flops.total / 1e12}
+        if peak := peak_flops(device_name(device), self._precision):
+            values["speed/mfu"] = own * flops.model_flops / peak
+            if flops.recomputation:
+                values["speed/hfu"] = own * flops.total / peak
+        return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -9,7 +10,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -27,15 +28,31 @@ from madformer.training.ema import MovingAverage
 from madformer.training.logging import Throughput, block_losses, mean_terms
 
 
-def build_optimizer(model: MADFormer, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that are trained; norms, biases and embeddings (BOI block included) do not decay."""
+def build_optimizer(model: MADFormer, config: OptimizerConfig, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW over the parameters that are trained; norms, biases and embeddings (BOI block included) do not decay.
+
+    On an accelerator it is fused: one kernel for many tensors, which leaves all of them alone where `found_inf` is 1.
+    """
     groups = parameter_groups(model)
     settings: list[dict[str, Any]] = [
         {"params": groups["decay"], "weight_decay": config.weight_decay},
         {"params": groups["no_decay"], "weight_decay": 0.0},
     ]
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(settings, lr=config.lr, betas=(beta1, beta2))
+    return torch.optim.AdamW(settings, lr=config.lr, betas=(beta1, beta2), fused=fused or None)
+
+
+def adopt_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make a state from a checkpoint this device's own: the checkpoint of another device has another kind of AdamW."""
+    fused = optimizer.defaults.get("fused")
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if parameter.device.type == "cpu":
+                state[name] = value.clone()  # a checkpoint's tensors lie in its file
+            elif name == "step" and fused:
+                state[name] = value.to(parameter.device)
 
 
 def parameter_groups(model: MADFormer) -> dict[str, list[nn.Parameter]]:
@@ -86,12 +103,18 @@ def wsd_factor(step: int, config: OptimizerConfig, max_steps: int) -> float:
     return 1.0
 
 
-def shard(model: MADFormer, mesh: Any) -> None:
-    """Shard weights, gradients and optimiser state over the devices of the mesh, layer by layer; None: do nothing."""
+def shard(model: MADFormer, mesh: Any, dtype: torch.dtype | None = None) -> None:
+    """Shard weights, gradients and optimiser state over the devices of the mesh, layer by layer; None: do nothing.
+
+    Args:
+        dtype: of the layers' weights where they are gathered; the U-Net, the BOI block and the text keep theirs, and with
+            them the residual stream. Gradients are summed in float32. None: float32.
+    """
     if mesh is None:
         return
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh["data_parallel"])
+        fully_shard(layer, mesh=mesh["data_parallel"], mp_policy=policy)
     fully_shard(model, mesh=mesh["data_parallel"])
 
 
@@ -129,16 +152,25 @@ class LitMADFormer(pl.LightningModule):
         self.last_checkpoint: str | None = None
         """The newest checkpoint, for the message of a run that diverges."""
         self._restored_ema: dict[str, Tensor] | None = None
+        self.last_loss: Tensor | None = None
+        """The total loss of the newest micro-batch. To read it is to wait for the device."""
         self._window: list[tuple[Losses, Tensor]] = []
-        self._gradient_norm = float("nan")
+        self._unchecked: list[tuple[int, Tensor, list[dict[str, Tensor]]]] = []
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the host runs ahead of the device, as on an accelerator. Then a step waits for none of its numbers."""
+        return next(self.model.parameters()).device.type != "cpu"
 
     def configure_model(self) -> None:
         """Shard the model where the strategy asks for it."""
-        shard(self.model, self.device_mesh)
+        mesh = self.device_mesh
+        halved = mesh is not None and mesh.device_type != "cpu" and self.config.trainer.precision == "bf16-mixed"
+        shard(self.model, mesh, torch.bfloat16 if halved else None)
 
     def configure_optimizers(self) -> Any:
         """AdamW and the schedule of its learning rate."""
-        optimizer = build_optimizer(self.model, self.config.optimizer)
+        optimizer = build_optimizer(self.model, self.config.optimizer, fused=self.runs_ahead)
         schedule = build_schedule(optimizer, self.config.optimizer, self.config.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -146,12 +178,18 @@ class LitMADFormer(pl.LightningModule):
         """Start the moving average, from the checkpoint if there is one; Lightning has restored the weights by now."""
         self.ema = MovingAverage(self.model, self.config.optimizer.ema_decay, self._restored_ema)
         self._restored_ema = None
+        for optimizer in self.trainer.optimizers:
+            adopt_state(optimizer)
         self.throughput.start()
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Draw for a batch of another loader than `LatentDataModule`'s, whose threads have drawn already."""
+        return self.draw(batch) if "keys" in batch else batch
+
+    def draw(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Draw each image's noise, timesteps, place in its posterior, and whether its prompt is dropped.
 
-        All of it is drawn on the CPU, so it is the same for any device.
+        All of it is drawn on the CPU, so it is the same for any device. Threads may call it.
         """
         model = self.config.model
         template_BLCYX = torch.empty(1, model.ar_length, model.latent_channels, model.block_size, model.block_size)
@@ -174,7 +212,7 @@ class LitMADFormer(pl.LightningModule):
         """The total loss of a micro-batch."""
         losses = self.losses(batch)
         self._window.append((losses.for_log(), batch["t"]))
-        self.log("loss", losses.total, prog_bar=True, logger=False)
+        self.last_loss = losses.total.detach()
         return losses.total
 
     def losses(self, batch: dict[str, Tensor]) -> Losses:
@@ -192,14 +230,32 @@ class LitMADFormer(pl.LightningModule):
     ) -> None:
         """Clip the gradient's norm, over all devices and shards, to `optimizer.grad_clip`.
 
+        A norm that is not finite leaves the weights as they are. If the host runs ahead, `require_finite` finds it later.
+
         Raises:
-            NonFiniteError: the norm or a loss is not finite; with the step, the term and the newest checkpoint.
+            NonFiniteError: the norm is not finite.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip)
-        self._gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         # Gradients are summed over the devices by now: all of them see the same norm, and stop together.
-        if not torch.tensor(self._gradient_norm).isfinite():
-            raise NonFiniteError(self._describe_divergence())
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._unchecked.append((self.trainer.global_step + 1, norm, [losses.terms for losses, _ in self._window]))
+        self._gradient_norm = norm
+        if not self.runs_ahead:
+            self.require_finite()
+        elif optimizer.defaults.get("fused"):
+            optimizer.found_inf = (~norm.isfinite()).float()
+
+    def require_finite(self) -> None:
+        """Look at the norms of the gradients since the last look, in one copy to the host.
+
+        Raises:
+            NonFiniteError: one of them is not finite; with its step, the term and the newest checkpoint.
+        """
+        unchecked, self._unchecked = self._unchecked, []
+        norms = torch.stack([norm for _, norm, _ in unchecked]).tolist() if unchecked else []
+        for (step, _, terms), norm in zip(unchecked, norms, strict=True):
+            if not math.isfinite(norm):
+                raise NonFiniteError(self._describe_divergence(step, terms))
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -211,6 +267,7 @@ class LitMADFormer(pl.LightningModule):
         step = updates + 1
         self.throughput.count_step()
         if step % self.config.trainer.log_every == 0 or step == self.config.trainer.max_steps:
+            self.require_finite()
             self._log_step(step)
         self._window.clear()
 
@@ -219,8 +276,13 @@ class LitMADFormer(pl.LightningModule):
         if self.trainer.global_step >= self.config.trainer.max_steps:
             self.trainer.should_stop = True
 
+    def on_train_end(self) -> None:
+        """Look at the last steps."""
+        self.require_finite()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the moving average, the experiment's hash and the class that trains it."""
+        """Add the moving average, the experiment's hash and the class that trains it. None is written after a bad step."""
+        self.require_finite()
         checkpoint[EMA] = self.ema.state_dict()
         self._number_by_model(checkpoint["optimizer_states"][0])
         checkpoint["config_hash"] = config_hash(self.config)
@@ -240,7 +302,7 @@ class LitMADFormer(pl.LightningModule):
         values = mean_terms(self._window, self.trainer.strategy.reduce)
         values |= block_losses(self._window, self.config, self.trainer.strategy.reduce)
         values |= self.throughput.measure(self.device, self.trainer.world_size)
-        values["gradient_norm"] = self._gradient_norm
+        values["gradient_norm"] = float(self._gradient_norm)
         # The schedule has not moved yet: this is the rate that the step was made with.
         values["lr"] = float(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         for logger in self.trainer.loggers:
@@ -256,8 +318,8 @@ class LitMADFormer(pl.LightningModule):
             entry["params"] = group_numbers
         state["state"] = {numbers_by_position[position]: moments for position, moments in state.get("state", {}).items()}
 
-    def _describe_divergence(self) -> str:
-        names = [name for losses, _ in self._window for name, term in losses.terms.items() if not term.isfinite()]
+    def _describe_divergence(self, step: int, terms: list[dict[str, Tensor]]) -> str:
+        names = [name for losses in terms for name, term in losses.items() if not term.isfinite()]
         cause = f"the {names[0]} loss" if names else "the gradient (every loss on this device is finite)"
         remedy = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint yet"
-        return f"step {self.trainer.global_step + 1}: {cause} is not finite; {remedy}"
+        return f"step {step}: {cause} is not finite; {remedy}"

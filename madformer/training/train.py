@@ -6,7 +6,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -15,7 +15,6 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from madformer.config import ExperimentConfig, TrainerConfig, config_hash, write_config
 from madformer.data.datamodule import LatentDataModule
@@ -25,7 +24,7 @@ from madformer.evaluation.tensorboard import drop_orphans
 from madformer.parallel import find_devices
 from madformer.runs.checkpoints import TRAINED_BY, checkpoint_step, list_checkpoints, load_checkpoint, newest_intact
 from madformer.runs.folder import claim_folder, drop_previews, is_run
-from madformer.training.callbacks import AtomicCheckpointIO, Preview, RunCheckpoints, RunProgress
+from madformer.training.callbacks import AtomicCheckpointIO, Preview, Profile, RunCheckpoints, RunProgress
 from madformer.training.module import LitMADFormer
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -69,12 +68,15 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
 
 
 def _newest_checkpoint(config: ExperimentConfig, module_class: type[LitMADFormer]) -> Path | None:
-    """The checkpoint to resume from.
+    """The checkpoint to resume from. The first process's choice goes for all (`AtomicCheckpointIO`); it looks at checksums.
 
     Raises:
         InputError: all checkpoints are torn, or the newest one holds imported weights, or another class has trained it.
     """
-    run, path = config.run_dir, newest_intact(config.run_dir)
+    run, first = config.run_dir, _rank() == 0
+    path = newest_intact(run, checksums=first)
+    if path and not first and checkpoint_step(path) >= config.trainer.max_steps:
+        path = newest_intact(run)  # to end here without the first process would leave it waiting
     if path is None and (checkpoints := list_checkpoints(run)):
         raise InputError(f"{run}: none of its {len(checkpoints)} checkpoints is intact; delete them to start anew")
     if path is not None:
@@ -95,8 +97,7 @@ def _fit(
         Interrupted: a signal has stopped the run.
     """
     module.last_checkpoint = str(checkpoint) if checkpoint else None
-    # Lightning raises its own exception after SIGTERM, when the state has been saved.
-    with _stop_on_signals(checkpoints) as signals, suppress(SIGTERMException):
+    with _stop_on_signals(checkpoints) as signals:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if checkpoints.stopped:
         raise Interrupted(data.config.run_dir, trainer.global_step, signals[0] if signals else signal.SIGTERM)
@@ -143,7 +144,8 @@ def build_trainer(config: ExperimentConfig) -> tuple[pl.Trainer, RunCheckpoints]
         precision=settings.precision,
         max_steps=settings.max_steps,
         deterministic=settings.deterministic,
-        callbacks=[Preview(config), RunProgress(config), checkpoints],
+        benchmark=devices[0] != "cpu" and not settings.deterministic,
+        callbacks=[Preview(config), Profile(config), RunProgress(config), checkpoints],
         plugins=[AtomicCheckpointIO(), *_slurm()],
         logger=RunLogger(save_dir=config.run_dir, name="", version=""),
         default_root_dir=config.run_dir,
@@ -151,6 +153,9 @@ def build_trainer(config: ExperimentConfig) -> tuple[pl.Trainer, RunCheckpoints]
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+    # Signals are `_stop_on_signals`'s. Lightning would have processes wait for the first one's before every micro-batch.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer, checkpoints
 
 

@@ -9,6 +9,7 @@ import torch
 from madformer.data import datamodule
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.encode import encode
+from madformer.data.order import BatchShard
 from madformer.data.prompts import PromptTokenizer
 from madformer.errors import ConfigError, InputError
 from madformer.randomness import keyed_generator
@@ -38,14 +39,21 @@ def read(config, steps, first_step=0, ranks=1, state=None):
     for rank in range(ranks):
         data, module = LatentDataModule(config), LitMADFormer(config)
         device = SimpleNamespace(root_device=torch.device("cpu"))
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks, global_step=first_step, strategy=device)
+        data.trainer = SimpleNamespace(
+            global_rank=rank, world_size=ranks, global_step=first_step, strategy=device, lightning_module=module
+        )
         if state:
             data.load_state_dict(state)
         data.setup("fit")
-        for batch in itertools.islice(data.train_dataloader(), steps * data.trainer.accumulate_grad_batches):
-            keys = batch["keys"].tolist()
+        parts = data.trainer.accumulate_grad_batches
+        for number, batch in enumerate(itertools.islice(data.train_dataloader(), steps * parts)):
+            step = first_step + number // parts
+            indices = BatchShard.of(config.data.batch_size, config.data.batch_size_per_device, rank, ranks).indices(
+                number % parts
+            )
+            assert "keys" not in batch, "drawn by the threads that read"
             seen = data.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0)
-            for place, (step, index) in enumerate(keys):
+            for place, index in enumerate(indices):
                 assert (step, index) not in found
                 found[step, index] = {
                     name: tensor[place] for name, tensor in seen.items() if name in ("latents", "text", "noise")
