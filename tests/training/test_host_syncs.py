@@ -15,6 +15,7 @@ from madformer.data.datamodule import LatentDataModule
 from madformer.data.loader import MicroBatches
 from madformer.errors import NonFiniteError
 from madformer.runs.checkpoints import list_checkpoints
+from madformer.training.callbacks import STOP_INTERVAL
 from madformer.training.module import LitMADFormer
 from madformer.training.train import build_trainer
 from tests.tiny_runs import tiny_run
@@ -104,6 +105,32 @@ def test_running_ahead_trains_the_same_weights(tmp_path):
         assert trainer.optimizers[0].defaults["fused"] == (True if isinstance(module, RunsAhead) else None)
     apart = torch.cat([(found[1][name] - tensor).abs().flatten() for name, tensor in found[0].items()])
     assert apart.mean() < 2e-6, "4 steps of 1e-4 move most weights by some 2e-4"
+
+
+@pytest.mark.parametrize(("module_class", "last"), [(LitMADFormer, 3), (RunsAhead, STOP_INTERVAL)])
+def test_processes_on_accelerators_agree_to_stop_every_ten_steps_and_none_within_accumulation(
+    module_class, last, tmp_path, monkeypatch
+):
+    """The first micro-batch of step 3 brings the signal. One process stands for two: the strategy asks nobody else."""
+    monkeypatch.setattr(pl.Trainer, "world_size", 2)
+    config = tiny_run(tmp_path, "data.batch_size_per_device=4", "trainer.checkpoint_every=100", "evaluation.preview_every=null")
+    trainer, checkpoints = build_trainer(config)
+    decisions = []
+
+    class Ask(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            checkpoints.stop_requested |= batch_idx == 4
+
+    def reduce(decision, all):
+        decisions.append(trainer.global_step)
+        return decision
+
+    trainer.callbacks.insert(0, Ask())
+    monkeypatch.setattr(trainer.strategy, "reduce_boolean_decision", reduce)
+    trainer.fit(module_class(config), LatentDataModule(config))
+    assert trainer.accumulate_grad_batches == 2 and checkpoints.stopped
+    assert [path.name for path in list_checkpoints(config.run_dir)] == [f"step-{last:08d}.ckpt"]
+    assert decisions == ([1, 2, 3] if module_class is LitMADFormer else [STOP_INTERVAL])
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -1,5 +1,7 @@
 """The LightningModule under a plain Trainer: what it optimises, averages, logs, and when it stops."""
 
+import json
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -9,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from madformer.config import OptimizerConfig
+from madformer.config import OptimizerConfig, config_hash
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.digits import load_digits
 from madformer.diffusion.losses import compute_losses
@@ -17,8 +19,10 @@ from madformer.errors import ConfigError, NonFiniteError
 from madformer.model import cost
 from madformer.model.embedding import to_blocks
 from madformer.model.layer_plan import AUXILIARY_OUTPUTS
+from madformer.parallel import peak_flops
 from madformer.randomness import keyed_generator
 from madformer.training.module import LitMADFormer, parameter_groups, unused_parameters, wsd_factor
+from madformer.training.train import train
 from tests.conftest import SWITCHES, build, latents, prompts, timesteps, tiny
 from tests.tiny_runs import scalars, tiny_run
 
@@ -168,6 +172,50 @@ def test_throughput_counts_the_formulas_flops(tmp_path):
     per_image = cost.training_flops(config.model, frozenset({"condition"})).total
     ratio = values["speed/tflops_per_device"] / values["speed/images_per_second"]
     assert ratio == pytest.approx(per_image / 2 / 1e12)
+
+
+def test_mfu_leaves_recomputation_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("madformer.training.logging.device_name", lambda _: "NVIDIA H200")
+    for checkpointing in (False, True):
+        config = tiny_run(tmp_path, f"model.activation_checkpointing={checkpointing}", "trainer.precision=bf16-mixed")
+        module = LitMADFormer(config)
+        module.throughput.count_step()
+        values = module.throughput.measure(torch.device("cpu"), world_size=1)
+        flops = cost.training_flops(config.model, frozenset({"condition"}))
+        rate = values["speed/images_per_second"]
+        assert values["speed/mfu"] == pytest.approx(rate * (flops.forward + flops.backward) / 989e12)
+        assert values.get("speed/hfu") == (pytest.approx(rate * flops.total / 989e12) if checkpointing else None)
+        assert (flops.total > flops.model_flops) == checkpointing
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tflops"),
+    [
+        ("NVIDIA H200", "bf16-mixed", 989),
+        ("NVIDIA H200", "32-true", 67),
+        ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989),
+        ("NVIDIA H100 PCIe", "bf16-mixed", 756),
+        ("NVIDIA A100-SXM4-80GB", "32-true", 19.5),
+        ("NVIDIA L40S", "bf16-mixed", 362),
+        ("NVIDIA L4", "bf16-mixed", 121),
+        ("NVIDIA GeForce RTX 4090", "bf16-mixed", 165),
+        ("NVIDIA RTX A1000", "bf16-mixed", None),
+        ("NVIDIA H200 MIG 1g.18gb", "bf16-mixed", None),
+        ("cpu", "32-true", None),
+    ],
+)
+def test_peaks_of_gpus_by_their_names(name, precision, tflops):
+    assert peak_flops(name, precision) == (tflops and tflops * 1e12)
+
+
+def test_a_profile_is_a_trace_of_five_steps(tmp_path, capsys):
+    config = tiny_run(tmp_path, "trainer.profile=true", "data.batch_size_per_device=8", "evaluation.preview_every=null")
+    assert config_hash(config) == config_hash(tiny_run(tmp_path))
+    train(config)
+    (path,) = (config.run_dir / "profile").iterdir()
+    assert path.name == "step-00000015.json" and f"{path}: a trace of steps up to 15" in capsys.readouterr().out
+    names = [event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]]
+    assert sum(name.startswith("Optimizer.step#AdamW") for name in names) == 5
 
 
 def test_a_diverged_run_stops_and_says_where(tmp_path):
