@@ -7,7 +7,7 @@ activations and rotations are left out. All FLOPs are for one image.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from madformer.config import ModelConfig, UNetConfig
 from madformer.errors import ConfigError
@@ -131,7 +131,8 @@ class TrainingFlops:
     text: int
     """Forward: text tower and head."""
     backward: int
-    """Backward, and the layers' second forward under activation checkpointing."""
+    recomputation: int
+    """What activation checkpointing computes again in the backward pass: layers, and blocks of the U-Net."""
 
     @property
     def forward(self) -> int:
@@ -139,9 +140,14 @@ class TrainingFlops:
         return self.ar_stage + self.diffusion_stage + self.unet + self.text
 
     @property
-    def total(self) -> int:
-        """Forward and backward pass."""
+    def model_flops(self) -> int:
+        """Forward and backward pass without recomputation: what an MFU counts."""
         return self.forward + self.backward
+
+    @property
+    def total(self) -> int:
+        """All that the device computes."""
+        return self.model_flops + self.recomputation
 
 
 def training_flops(config: ModelConfig, outputs: Iterable[str] | None = None, draws: int = 1) -> TrainingFlops:
@@ -167,8 +173,12 @@ def training_flops(config: ModelConfig, outputs: Iterable[str] | None = None, dr
     unet = down * downsampler(config).flops + up * upsampler(config).flops
     # The gradient of a product is two products, but nobody needs the one of the latents.
     backward = 2 * (sum(image) + prompt + head + unet) - down * downsampler(config).first_flops
-    again = sum(image) + prompt - not_recomputed if config.activation_checkpointing else 0
-    return TrainingFlops(image[0], image[1], unet, prompt + head, backward + again)
+    again = 0
+    if config.activation_checkpointing:
+        blocks = ((down, downsampler(config).blocks), (up, upsampler(config).blocks))
+        unet_again = sum(passes * (block.flops - block.last_flops) for passes, half in blocks for block in half)
+        again = sum(image) + prompt - not_recomputed + unet_again
+    return TrainingFlops(image[0], image[1], unet, prompt + head, backward, again)
 
 
 def unet_passes(config: ModelConfig, outputs: frozenset[str], draws: int) -> tuple[int, int]:
@@ -199,32 +209,48 @@ def _image_layer_flops(config: ModelConfig, plan: LayerPlan, tower: str) -> int:
 
 @dataclass
 class CostCounter:
-    """Adds up what the modules of one U-Net half cost, for one block."""
+    """Adds up what modules of the U-Net cost, for one block of the image."""
 
     flops: int = 0
     parameters: int = 0
     kept: int = 0
-    """Activations kept for the backward pass."""
+    """Elements kept for the backward pass in the dtype that products run in."""
+    kept_float32: int = 0
+    """Elements kept in float32 also under autocast, which runs group norms in it, and what follows until the next product."""
+    kept_cast: int = 0
+    """Elements kept in autocast's dtype besides their float32 form; without autocast that is one tensor."""
     first_flops: int = 0
-    """Of the layer that the input goes into."""
+    """Of the first product, which the input goes into."""
+    last_flops: int = 0
+    """Of the last product. Recomputation stops before it: all that the backward pass reads is there."""
+
+    def add(self, other: CostCounter) -> None:
+        """Count what another counter has."""
+        self.flops += other.flops
+        self.parameters += other.parameters
+        self.kept += other.kept
+        self.kept_float32 += other.kept_float32
+        self.kept_cast += other.kept_cast
+
+    def kept_bytes(self, size: int) -> int:
+        """Bytes kept for the backward pass; `size`: of an element of the dtype that products run in."""
+        float32 = DTYPE_BYTES["float32"]
+        return (self.kept + (self.kept_cast if size != float32 else 0)) * size + self.kept_float32 * float32
 
     def linear(self, inputs: int, outputs: int, rows: int = 1, bias: bool = True) -> None:
         """A linear layer over `rows` vectors."""
-        self.flops += 2 * rows * inputs * outputs
-        self.parameters += (inputs + bias) * outputs
         self.kept += rows * inputs
+        self._product(2 * rows * inputs * outputs, (inputs + bias) * outputs)
 
     def conv(self, inputs: int, outputs: int, rows: int, kernel: int = 3, stride: int = 1) -> None:
         """A convolution that gives `rows` x `rows` positions."""
-        self.flops += 2 * rows**2 * kernel**2 * inputs * outputs
-        self.parameters += (kernel**2 * inputs + 1) * outputs
         self.kept += (rows * stride) ** 2 * inputs
-        self.first_flops = self.first_flops or self.flops
+        self._product(2 * rows**2 * kernel**2 * inputs * outputs, (kernel**2 * inputs + 1) * outputs)
 
     def norm(self, channels: int, rows: int) -> None:
         """A group norm over `rows` x `rows` positions."""
         self.parameters += 2 * channels
-        self.kept += rows**2 * channels
+        self.kept_float32 += rows**2 * channels
 
     def time_embedding(self, config: ModelConfig) -> None:
         """The two layers that embed the timestep."""
@@ -234,60 +260,84 @@ class CostCounter:
 
     def resnet(self, inputs: int, outputs: int, rows: int, time_dim: int) -> None:
         """A ResNet layer over `rows` x `rows` positions."""
-        self.norm(inputs, rows)
-        self.kept += rows**2 * (inputs + outputs)  # the activation functions' inputs
-        self.conv(inputs, outputs, rows)
+        for channels in (inputs, outputs):
+            self.norm(channels, rows)
+            self.kept_float32 += rows**2 * channels  # SiLU's input
+            self.conv(channels, outputs, rows)
         self.linear(time_dim, outputs)
-        self.norm(outputs, rows)
-        self.conv(outputs, outputs, rows)
         if inputs != outputs:
             self.conv(inputs, outputs, rows, kernel=1)
-            self.kept -= rows**2 * inputs  # the same tensor as the first norm's
+            self.kept, self.kept_cast = self.kept - rows**2 * inputs, self.kept_cast + rows**2 * inputs  # the first norm's input
 
     def attention(self, channels: int, rows: int) -> None:
         """A self-attention layer over `rows` x `rows` positions."""
         self.norm(channels, rows)
-        for _ in range(4):
+        for _ in range(3):
             self.linear(channels, channels, rows=rows**2)
-        self.kept -= 2 * rows**2 * channels  # queries, keys and values share their input
-        self.kept += 5 * rows**2 * channels  # queries, keys, values, attended twice
+        self.kept += 3 * rows**2 * channels  # queries, keys, values; what is attended is the last layer's input
         self.flops += 4 * rows**4 * channels
+        self.linear(channels, channels, rows=rows**2)
+
+    def _product(self, flops: int, parameters: int) -> None:
+        self.flops += flops
+        self.parameters += parameters
+        self.first_flops, self.last_flops = self.first_flops or flops, flops
 
 
-def downsampler(config: ModelConfig) -> CostCounter:
+@dataclass
+class HalfCost(CostCounter):
+    """What one half of the U-Net costs, for one block of the image."""
+
+    blocks: list[CostCounter] = field(default_factory=list)
+    """Its down or up blocks, which activation checkpointing recomputes one by one."""
+    inputs: list[int] = field(default_factory=list)
+    """Elements that go into each of them, skips included."""
+
+    def add_block(self, block: CostCounter, inputs: int) -> None:
+        """Count a down or an up block."""
+        self.add(block)
+        self.blocks.append(block)
+        self.inputs.append(inputs)
+
+
+def downsampler(config: ModelConfig) -> HalfCost:
     """What the downsampler costs for one block."""
-    unet, rows, counter = config.unet, config.block_size, CostCounter()
-    counter.conv(config.latent_channels, unet.channels[0], rows)
-    counter.time_embedding(config)
+    unet, rows, half = config.unet, config.block_size, HalfCost()
+    half.conv(config.latent_channels, unet.channels[0], rows)
+    half.time_embedding(config)
     for level, channels in enumerate(unet.channels):
+        block, first = CostCounter(), unet.channels[max(level - 1, 0)]
+        entering = rows**2 * first
         for layer in range(unet.layers[level]):
-            inputs = channels if layer else unet.channels[max(level - 1, 0)]
-            counter.resnet(inputs, channels, rows, unet.time_embed_dim)
+            block.resnet(channels if layer else first, channels, rows, unet.time_embed_dim)
             if unet.attention[level]:
-                counter.attention(channels, rows)
+                block.attention(channels, rows)
         if level < len(unet.channels) - 1:
             rows //= 2
-            counter.conv(channels, channels, rows, stride=2)
-    counter.conv(unet.channels[-1], config.width, rows)
-    return counter
+            block.conv(channels, channels, rows, stride=2)
+        half.add_block(block, entering)
+    half.conv(unet.channels[-1], config.width, rows)
+    return half
 
 
-def upsampler(config: ModelConfig) -> CostCounter:
+def upsampler(config: ModelConfig) -> HalfCost:
     """What the upsampler costs for one block."""
-    unet, rows, counter = config.unet, config.token_rows, CostCounter()
-    counter.conv(config.width, unet.channels[-1], rows)
-    counter.time_embedding(config)
+    unet, rows, half = config.unet, config.token_rows, HalfCost()
+    half.conv(config.width, unet.channels[-1], rows)
+    half.time_embedding(config)
     for level in reversed(range(len(unet.channels))):
-        channels = unet.channels[level]
-        for inputs in _upsampler_inputs(unet, level):
-            counter.resnet(inputs, channels, rows, unet.time_embed_dim)
+        block, channels, inputs = CostCounter(), unet.channels[level], _upsampler_inputs(unet, level)
+        entering = rows**2 * (sum(inputs) - (len(inputs) - 1) * channels)
+        for layer_inputs in inputs:
+            block.resnet(layer_inputs, channels, rows, unet.time_embed_dim)
             if unet.attention[level]:
-                counter.attention(channels, rows)
+                block.attention(channels, rows)
         if level:
             rows *= 2
-            counter.conv(channels, channels, rows)
-    counter.conv(unet.channels[0], config.latent_channels, rows)
-    return counter
+            block.conv(channels, channels, rows)
+        half.add_block(block, entering)
+    half.conv(unet.channels[0], config.latent_channels, rows)
+    return half
 
 
 def _upsampler_inputs(unet: UNetConfig, level: int) -> list[int]:
