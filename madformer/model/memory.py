@@ -1,59 +1,159 @@
-"""Memory of weights, training state, activations and cache, from the configuration alone. Bytes throughout; needs no torch.
+"""Memory of training and of the cache, from the configuration alone. Bytes throughout; needs no torch.
 
-Weights, gradients, optimiser and EMA are float32, whatever dtype autocast computes in. Activations are what autograd
-keeps for the backward pass with torch's own kernels for scaled_dot_product_attention and RMSNorm; fused CUDA kernels and
-FlexAttention keep less.
+Weights, gradients, optimiser and EMA are float32, whatever dtype autocast computes in. Activations are what autograd keeps
+for the backward pass on CUDA, whose kernels for attention keep no scores. Compiled layers keep less: for them it is an
+upper bound. A codec that encodes images while training is not counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from madformer.config import ModelConfig
+from madformer.config import MIN_FLEX_HEAD_WIDTH, ExperimentConfig, ModelConfig, wanted_outputs
+from madformer.errors import ConfigError
 from madformer.model.cost import DTYPE_BYTES, downsampler, parameters, unet_passes, upsampler
 from madformer.model.layer_plan import LayerPlan, existing_outputs, layer_plans, text_tokens
+
+GIB = 2**30
 
 _FULL = 4
 """Bytes of an element in the weights' precision."""
 
+_RESERVE = (GIB, 0.05)
+"""A guess, not measured: 1 GiB for CUDA's context, NCCL and the libraries' workspaces; of all else 5 % for gradients of
+activations and what the allocator cannot use."""
+
+_TIGHT = 0.9
+"""Part of a card's memory above which an estimate may be too low."""
+
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on one device that holds the whole model."""
+    """Bytes on one device. AdamW (fused on CUDA), clipping, EMA and DDP's buckets (the gradients themselves) need no more."""
 
     weights: int
     gradients: int
     optimizer: int
     """AdamW's two moments."""
     ema: int
+    casts: int
+    """Autocast's copies of the weights, kept until the backward pass is done; FSDP does not shard them."""
+    gathered: int
+    """FSDP: weights and gradients that are whole for a while: those outside the layers, and two layers."""
     activations: int
-    """Kept from the forward for the backward pass, the whole batch; with activation checkpointing, and while the
-    largest layer is recomputed."""
+    """Kept from the forward for the backward pass, the whole batch."""
+    recomputed: int
+    """With activation checkpointing: what the largest part of the model keeps while it is recomputed."""
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+        """All of it, with a reserve."""
+        state = self.weights + self.gradients + self.optimizer + self.ema
+        counted = state + self.casts + self.gathered + self.activations + self.recomputed
+        return int(_RESERVE[0] + (1 + _RESERVE[1]) * counted)
 
 
 def training_memory(
-    config: ModelConfig, batch: int, dtype: str = "bfloat16", outputs: Iterable[str] | None = None, draws: int = 1
+    config: ModelConfig,
+    batch: int,
+    dtype: str = "bfloat16",
+    outputs: Iterable[str] | None = None,
+    draws: int = 1,
+    shards: int = 1,
 ) -> TrainingMemory:
     """Memory of a training step.
 
     Args:
-        config: activation checkpointing is taken into account.
+        config: activation checkpointing and the attention's backend are taken into account.
         batch: images on the device.
         dtype: what autocast computes in, a key of `cost.DTYPE_BYTES`.
         outputs: auxiliary outputs in the loss (`config.wanted_outputs`); None: all that exist.
         draws: noise draws per image.
+        shards: devices that FSDP shards weights, gradients and optimiser state over; 1: none.
     """
-    weights = weight_memory(config)
-    # Autocast keeps a copy of the weights in its dtype until the backward pass is done.
-    copies = weights * DTYPE_BYTES[dtype] // _FULL if DTYPE_BYTES[dtype] != _FULL else 0
-    activations = batch * _activations(config, DTYPE_BYTES[dtype], existing_outputs(config, outputs), draws) + copies
-    return TrainingMemory(weights, weights, 2 * weights, weights, activations)
+    parts, size = parameters(config), DTYPE_BYTES[dtype]
+    kept, recomputed = _kept(config, size, existing_outputs(config, outputs), draws)
+    shard = -(-weight_memory(config) // shards)
+    products = sum(count for part, count in parts.items() if part not in ("boi_block", "text_embedding"))
+    layer = sum(count for part, count in parts.items() if part.endswith("_tower")) // config.depth
+    outside = sum(parts.values()) - config.depth * layer
+    return TrainingMemory(
+        weights=shard,
+        gradients=shard,
+        optimizer=2 * shard,
+        ema=shard,
+        casts=products * size if size != _FULL else 0,
+        # Each of the two layers is there in weights, in gradients, and in the buffer that is sent.
+        gathered=(2 * outside + 2 * 3 * layer) * _FULL if shards > 1 else 0,
+        activations=batch * kept,
+        recomputed=batch * recomputed,
+    )
+
+
+def device_memory(config: ExperimentConfig, devices: int) -> TrainingMemory:
+    """Memory of a training step on each of so many devices."""
+    dtype = "bfloat16" if config.trainer.precision == "bf16-mixed" else "float32"
+    shards = devices if config.trainer.strategy == "fsdp" else 1
+    batch, draws = micro_batches(config, devices)[0], config.diffusion.draws_per_image
+    return training_memory(config.model, batch, dtype, wanted_outputs(config.loss), draws, shards)
+
+
+def micro_batches(config: ExperimentConfig, devices: int) -> list[int]:
+    """Images that a device can take at once, most first: what `data.batch_size_per_device` allows, and divides its share."""
+    share = max(1, config.data.batch_size // devices)
+    limit = config.data.batch_size_per_device or share
+    return [images for images in range(min(share, limit), 0, -1) if share % images == 0]
+
+
+def fitting_settings(config: ExperimentConfig, devices: int, capacity: int) -> tuple[str, int] | None:
+    """Settings that fit into devices of so many bytes, as overrides, and what they need; None: there are none.
+
+    The largest micro-batch that fits as it is, else with activation checkpointing, else with FSDP as well.
+    """
+    checkpointing = replace(config, model=replace(config.model, activation_checkpointing=True))
+    sharded = replace(checkpointing, trainer=replace(checkpointing.trainer, strategy="fsdp"))
+    for candidate in (config, checkpointing, sharded):
+        for images in micro_batches(config, devices):
+            tried = replace(candidate, data=replace(config.data, batch_size_per_device=images))
+            if (needed := device_memory(tried, devices).total) <= _TIGHT * capacity:
+                changes = {
+                    f"data.batch_size_per_device={images}": images != micro_batches(config, devices)[0],
+                    "model.activation_checkpointing=true": tried.model != config.model,
+                    "trainer.strategy=fsdp": tried.trainer != config.trainer,
+                }
+                return " ".join(change for change, is_made in changes.items() if is_made), needed
+    return None
+
+
+def check_memory(config: ExperimentConfig, devices: int, capacity: int, card: str) -> str | None:
+    """A warning if training may not fit into its devices; None: it does.
+
+    Args:
+        capacity: bytes of a device.
+        card: its name.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    needed = device_memory(config, devices).total
+    if needed <= _TIGHT * capacity:
+        return None
+    message = (
+        f"data.batch_size_per_device = {config.data.batch_size_per_device}: {micro_batches(config, devices)[0]} images at once "
+        f"need about {needed / GIB:.1f} GiB on each device, by an estimate; {card} has {capacity / GIB:.1f}; "
+        f"{describe_remedy(fitting_settings(config, devices, capacity))}"
+    )
+    if needed > capacity:
+        raise ConfigError(message)
+    return message
+
+
+def describe_remedy(settings: tuple[str, int] | None) -> str:
+    """What to do, of `fitting_settings`."""
+    if settings is None:
+        return "no setting fits: take more or larger devices, or a smaller model"
+    return f"set {settings[0]} ({settings[1] / GIB:.1f} GiB)"
 
 
 def weight_memory(config: ModelConfig, dtype: str = "float32") -> int:
@@ -70,43 +170,52 @@ def cache_memory(config: ModelConfig, batch: int, dtype: str = "bfloat16", guida
     return 2 * rows * tokens * config.kv_heads * config.head_width * DTYPE_BYTES[dtype]
 
 
-def _activations(config: ModelConfig, size: int, outputs: frozenset[str], draws: int) -> int:
-    """Bytes for one image; `size`: of an element that autocast computes with."""
+def _kept(config: ModelConfig, size: int, outputs: frozenset[str], draws: int) -> tuple[int, int]:
+    """Bytes for one image: kept from the forward, and by the largest part that is recomputed.
+
+    `size`: bytes of an element that autocast computes with.
+    """
     plans = layer_plans(config, outputs, draws=draws)
     layers = [_layer(config, size, plan) for plan in plans]
+    halves = list(zip((downsampler(config), upsampler(config)), unet_passes(config, outputs, draws), strict=True))
+    kept, recomputed = sum(layers) + sum(passes * half.kept_bytes(size) for half, passes in halves), 0
     if config.activation_checkpointing:
+        blocks = [passes * block.kept_bytes(size) for half, passes in halves for block in half.blocks]
         inputs = sum(plan.tokens(tower) for plan in plans for tower in plan.keys) * config.width * _FULL
-        kept = inputs + max(layers)
-    else:
-        kept = sum(layers)
-    down, up = unet_passes(config, outputs, draws)
-    kept += (down * downsampler(config).kept + up * upsampler(config).kept) * size
+        kept -= sum(layers) + sum(blocks) - inputs - sum(passes * sum(half.inputs) * size for half, passes in halves)
+        recomputed = max(*layers, *blocks)
     if config.text and "text_logits" in outputs:
-        kept += text_tokens(config) * config.text.vocab_size * 2 * _FULL  # logits and their log-softmax
-    return kept
+        kept += text_tokens(config) * config.text.vocab_size * (size + _FULL)  # logits and their log-softmax
+    return kept, recomputed
 
 
 def _layer(config: ModelConfig, size: int, plan: LayerPlan) -> int:
-    keys_values = 2 * config.kv_heads * config.head_width
-    with_queries = _token_with_queries(config, size)
-    without_queries = 2 * config.width * _FULL + config.width * size + keys_values * (size + _normalised(size) // 2)
-    kept = sum(plan.tokens(tower) * (with_queries if tower in plan.queries else without_queries) for tower in plan.keys)
-    if "noise" in plan.queries and "clean" in plan.keys and not plan.local:
-        # Every noisy block but the first has a copy of the keys and values that it sees, in addition to its own.
-        text = plan.text_tokens if "text" in plan.keys else 0
-        copied = sum(text + (block + 1) * plan.block_tokens for block in range(1, plan.noisy_blocks))
-        kept += plan.draws * copied * keys_values * size
-    return kept
+    """Bytes that a layer keeps of one image."""
+    flex = config.attention_backend != "sdpa" and config.head_width >= MIN_FLEX_HEAD_WIDTH
+    query, key = config.num_heads * config.head_width, config.kv_heads * config.head_width
+    cast, kept = size != _FULL, 0
+    for tower in plan.keys:
+        with_queries = tower in plan.queries
+        projected, rotated = 2 * key + with_queries * query, key + with_queries * query
+        token = config.width * (_FULL + size) + rotated * _FULL * cast  # the norm's input and result; that of the heads' norms
+        # Attention's arguments. Joined for FlexAttention they are copies; else keys and values are, if there is text.
+        token += projected * size * (1 if cast else 2) if flex else rotated * size
+        if not flex and (not cast or tower == "text" or not plan.text_tokens):
+            token += projected * size
+        if with_queries:
+            token += config.width * (_FULL + size) + 4 * config.ffn_width * size
+            token += (1 if tower == "text" and not flex else 2) * query * size + config.num_heads * _FULL
+        kept += plan.tokens(tower) * token
+    return kept + (0 if flex else 2 * key * size * _copied_tokens(plan))
 
 
-def _token_with_queries(config: ModelConfig, size: int) -> int:
-    """Bytes that a token of a tower with queries keeps in one layer."""
-    rotated = (config.num_heads + config.kv_heads) * config.head_width
-    projected = rotated + config.kv_heads * config.head_width
-    norms = 4 * config.width * _FULL + rotated * _normalised(size)
-    return norms + (4 * config.width + 4 * config.ffn_width + projected + rotated) * size
-
-
-def _normalised(size: int) -> int:
-    """Bytes that a norm over heads keeps of an element: its result, and its input if that was cast up for it."""
-    return _FULL if size == _FULL else 2 * _FULL
+def _copied_tokens(plan: LayerPlan) -> int:
+    """Tokens whose keys and values scaled_dot_product_attention sees in a copy, because it sees several towers at once."""
+    text = plan.text_tokens if "text" in plan.keys else 0
+    if plan.local:
+        return plan.draws * plan.noisy_blocks * (text + plan.block_tokens) if text else 0
+    copied = text + plan.tokens(plan.context_tower) if text else 0
+    if "noise" in plan.queries and plan.context_tower == "clean":
+        seen = [text + block * plan.block_tokens for block in range(plan.noisy_blocks)]
+        copied += plan.draws * sum(past + plan.block_tokens for past in seen if past)
+    return copied
