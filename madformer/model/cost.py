@@ -217,8 +217,6 @@ class CostCounter:
     """Elements kept for the backward pass in the dtype that products run in."""
     kept_float32: int = 0
     """Elements kept in float32 also under autocast, which runs group norms in it, and what follows until the next product."""
-    kept_cast: int = 0
-    """Elements kept in autocast's dtype besides their float32 form; without autocast that is one tensor."""
     first_flops: int = 0
     """Of the first product, which the input goes into."""
     last_flops: int = 0
@@ -230,12 +228,10 @@ class CostCounter:
         self.parameters += other.parameters
         self.kept += other.kept
         self.kept_float32 += other.kept_float32
-        self.kept_cast += other.kept_cast
 
     def kept_bytes(self, size: int) -> int:
         """Bytes kept for the backward pass; `size`: of an element of the dtype that products run in."""
-        float32 = DTYPE_BYTES["float32"]
-        return (self.kept + (self.kept_cast if size != float32 else 0)) * size + self.kept_float32 * float32
+        return self.kept * size + self.kept_float32 * DTYPE_BYTES["float32"]
 
     def linear(self, inputs: int, outputs: int, rows: int = 1, bias: bool = True) -> None:
         """A linear layer over `rows` vectors."""
@@ -267,14 +263,13 @@ class CostCounter:
         self.linear(time_dim, outputs)
         if inputs != outputs:
             self.conv(inputs, outputs, rows, kernel=1)
-            self.kept, self.kept_cast = self.kept - rows**2 * inputs, self.kept_cast + rows**2 * inputs  # the first norm's input
 
     def attention(self, channels: int, rows: int) -> None:
         """A self-attention layer over `rows` x `rows` positions."""
         self.norm(channels, rows)
         for _ in range(3):
             self.linear(channels, channels, rows=rows**2)
-        self.kept += 3 * rows**2 * channels  # queries, keys, values; what is attended is the last layer's input
+        self.kept += (3 - 2) * rows**2 * channels  # queries, keys, values; of the three inputs, which are one tensor, two less
         self.flops += 4 * rows**4 * channels
         self.linear(channels, channels, rows=rows**2)
 
