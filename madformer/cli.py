@@ -254,6 +254,7 @@ def sweep_plan(
     sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP.yaml... [KEY=VALUE]...", help="Of several, what all cost.")],
     tflops: Annotated[float | None, typer.Option(min=1e-3, help="Peak of a device in TFLOP/s; default: an A100's.")] = None,
     mfu: Annotated[float | None, typer.Option(min=1e-3, max=1, help="Part of the peak that is reached.")] = None,
+    memory: Annotated[float | None, typer.Option(min=1e-3, help="Of a device, in GiB: say which cells do not fit.")] = None,
 ) -> None:
     """Show what would run, and what it costs: by measured rates if there are any, else by FLOPs."""
     files = list(itertools.takewhile(lambda word: "=" not in word, sweeps))
@@ -264,11 +265,11 @@ def sweep_plan(
 
     loaded = [load_sweep(Path(file), sweeps[len(files) :]) for file in files]
     if len(loaded) == 1:
-        print_plan(loaded[0], tflops, mfu)
+        print_plan(loaded[0], tflops, mfu, memory)
     else:
         from madformer.sweep.forecast import print_suite
 
-        print_suite(loaded, tflops, mfu)
+        print_suite(loaded, tflops, mfu, memory)
 
 
 @sweep_app.command("status")

@@ -1,7 +1,7 @@
 """Memory of training and of the cache, from the configuration alone. Bytes throughout; needs no torch.
 
 Weights, gradients, optimiser and EMA are float32, whatever dtype autocast computes in. Activations are what autograd keeps
-for the backward pass on CUDA, whose kernels for attention keep no scores. Compiled layers keep less: for them it is an
+for the backward pass on CUDA, whose kernels for attention keep no scores. Compiled parts keep less: for them it is an
 upper bound. A codec that encodes images while training is not counted.
 """
 
@@ -23,6 +23,10 @@ _FULL = 4
 _RESERVE = (GIB, 0.05)
 """A guess, not measured: 1 GiB for CUDA's context, NCCL and the libraries' workspaces; of all else 5 % for gradients of
 activations and what the allocator cannot use."""
+
+_COMPILED = 0.5
+"""A guess as well: the part of the activations that compiled layers and a compiled U-Net keep, the rest being recomputed
+within the kernels of the backward pass. By hand for FFHQ-1024: half in a layer, a fifth to a half in the U-Net."""
 
 _TIGHT = 0.9
 """Part of a card's memory above which an estimate may be too low."""
@@ -48,10 +52,17 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """All of it, with a reserve."""
+        """All of it, with a reserve; more than compiled parts need."""
+        return self._with_reserve(self.activations + self.recomputed)
+
+    @property
+    def compiled(self) -> int:
+        """All of it if parts are compiled: hardly less."""
+        return self._with_reserve(int(_COMPILED * (self.activations + self.recomputed)))
+
+    def _with_reserve(self, activations: int) -> int:
         state = self.weights + self.gradients + self.optimizer + self.ema
-        counted = state + self.casts + self.gathered + self.activations + self.recomputed
-        return int(_RESERVE[0] + (1 + _RESERVE[1]) * counted)
+        return int(_RESERVE[0] + (1 + _RESERVE[1]) * (state + self.casts + self.gathered + activations))
 
 
 def training_memory(
@@ -134,17 +145,18 @@ def check_memory(config: ExperimentConfig, devices: int, capacity: int, card: st
         card: its name.
 
     Raises:
-        ConfigError: it does not fit.
+        ConfigError: it does not fit, also if compiled parts keep as little as they may.
     """
-    needed = device_memory(config, devices).total
-    if needed <= _TIGHT * capacity:
+    memory = device_memory(config, devices)
+    if memory.total <= _TIGHT * capacity:
         return None
+    compiled = config.model.compile is not False
     message = (
         f"data.batch_size_per_device = {config.data.batch_size_per_device}: {micro_batches(config, devices)[0]} images at once "
-        f"need about {needed / GIB:.1f} GiB on each device, by an estimate; {card} has {capacity / GIB:.1f}; "
-        f"{describe_remedy(fitting_settings(config, devices, capacity))}"
+        f"need {'up to' if compiled else 'about'} {memory.total / GIB:.0f} GiB on each device, by an estimate; "
+        f"{card} has {capacity / GIB:.0f}: {describe_remedy(fitting_settings(config, devices, capacity))}"
     )
-    if needed > capacity:
+    if (memory.compiled if compiled else memory.total) > capacity:
         raise ConfigError(message)
     return message
 
@@ -152,8 +164,8 @@ def check_memory(config: ExperimentConfig, devices: int, capacity: int, card: st
 def describe_remedy(settings: tuple[str, int] | None) -> str:
     """What to do, of `fitting_settings`."""
     if settings is None:
-        return "no setting fits: take more or larger devices, or a smaller model"
-    return f"set {settings[0]} ({settings[1] / GIB:.1f} GiB)"
+        return "no setting fits; take more or larger devices, or a smaller model"
+    return f"set {settings[0]} ({settings[1] / GIB:.0f} GiB)"
 
 
 def weight_memory(config: ModelConfig, dtype: str = "float32") -> int:

@@ -10,7 +10,7 @@ from statistics import fmean
 from madformer.config import ExperimentConfig, ModelConfig, wanted_outputs
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.measurement import Sampling
-from madformer.model import cost
+from madformer.model import cost, memory
 from madformer.progress import TextTable, format_duration, print_table, read_progress, with_unit
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.runs.folder import progress_path
@@ -151,12 +151,15 @@ def _sampling_flops(model: ModelConfig, guided: bool) -> cost.SamplingFlops:
     return cost.sampling_flops(model, guided)
 
 
-def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = None) -> None:
+def print_plan(
+    sweep: Sweep, tflops: float | None = None, mfu: float | None = None, memory_gib: float | None = None
+) -> None:
     """Print every cell with its cost and its state, and what all of them cost.
 
     Args:
         tflops: peak of a device, in TFLOP/s; None: an A100's, or a CPU core's.
         mfu: part of the peak that is reached; None: the usual one.
+        memory_gib: of a device in GiB; says which cells do not fit, and what would.
 
     Raises:
         InputError: a cell's folder holds a run of another experiment.
@@ -166,7 +169,8 @@ def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = No
         cells = sweep_cells(sweep)
         needs, estimates = [cell_needs(cell) for cell in cells], Estimates(cells, device)
         lines = _total_lines(sweep, cells, needs, estimates, device)
-        print_table(plan_table(sweep, cells, needs, estimates), [*lines, *skipped_budgets(cells)])
+        lines += [*skipped_budgets(cells), *lines_of_misfits(cells, memory_gib)]
+        print_table(plan_table(sweep, cells, needs, estimates), lines)
     else:
         print("\n".join(search_lines(sweep, sweep.search, device)))
 
@@ -180,14 +184,17 @@ def assumed_device(sweep: Sweep, tflops: float | None, mfu: float | None) -> Dev
 
 
 def plan_table(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates) -> TextTable:
-    """A row for each cell: its size, its FLOPs in training and per sampled image, its time, its state."""
+    """A row for each cell: its size, a GPU's memory in training, FLOPs in training and per image, its time, its state."""
     budgets = sorted({nfe for cell in cells for nfe in cell.budgets})
-    headings = ["cell", "parameters", "training FLOPs", *(f"NFE {nfe}" for nfe in budgets), hours_unit(sweep), "state"]
+    on_gpus = sweep.accelerator != "cpu"
+    headings = ["cell", "parameters", *(["memory"] if on_gpus else []), "training FLOPs"]
+    headings += [*(f"NFE {nfe}" for nfe in budgets), hours_unit(sweep), "state"]
     table = TextTable(f"{sweep.name}: {sweep.experiment}", headings, frozenset(("cell", "state")))
     for cell, need in zip(cells, needs, strict=True):
         main = cell.samplings[: len(cell.budgets)]
         costs = {sampling.nfe: f"{with_unit(image_flops(cell, sampling))} ({sampling.steps} steps)" for sampling in main}
-        row = [cell.name, with_unit(parameter_count(cell.config.model)), with_unit(training_flops(cell.config))]
+        row = [cell.name, with_unit(parameter_count(cell.config.model))]
+        row += [*([f"{_needed_gib(cell):.0f} GiB"] if on_gpus else []), with_unit(training_flops(cell.config))]
         row += [costs.get(nfe, "skipped" if nfe in cell.skipped else "") for nfe in budgets]
         row += [f"{estimates.cell_time(cell).total / 3600:.3g}"]
         table.rows.append([*row, _state(need)])
@@ -201,6 +208,22 @@ def skipped_budgets(cells: Sequence[Cell]) -> list[str]:
         for budget, reason in cell.skipped.items():
             names.setdefault(f"NFE {budget}: {reason}", []).append(cell.name)
     return [f"skipped, {reason}: {_first_names(cells_of_reason)}" for reason, cells_of_reason in names.items()]
+
+
+def lines_of_misfits(cells: Sequence[Cell], memory_gib: float | None) -> list[str]:
+    """A line for each need of memory that devices of this size do not have, and what would fit; None: no line."""
+    names: dict[str, list[str]] = {}
+    for cell in cells if memory_gib is not None else ():
+        if (needed := _needed_gib(cell)) > memory_gib:
+            fitting = memory.fitting_settings(cell.config, cell.device_count, int(memory_gib * memory.GIB))
+            need = f"does not fit into {memory_gib:g} GiB: {needed:.0f} GiB; {memory.describe_remedy(fitting)}"
+            names.setdefault(need, []).append(cell.name)
+    return [f"{need}: {_first_names(cells_of_need)}" for need, cells_of_need in names.items()]
+
+
+def _needed_gib(cell: Cell) -> float:
+    """Memory of each device in training, an estimate."""
+    return memory.device_memory(cell.config, cell.device_count).total / memory.GIB
 
 
 def search_lines(sweep: Sweep, search: Search, device: Device) -> list[str]:
@@ -275,13 +298,16 @@ def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def print_suite(sweeps: Sequence[Sweep], tflops: float | None = None, mfu: float | None = None) -> None:
+def print_suite(
+    sweeps: Sequence[Sweep], tflops: float | None = None, mfu: float | None = None, memory_gib: float | None = None
+) -> None:
     """Print what each sweep adds to those above it, and the sum.
 
     Args:
         sweeps: grids. Two models are the same if their configurations have the same hash.
         tflops: as in `print_plan`.
         mfu: as in `print_plan`.
+        memory_gib: as in `print_plan`.
 
     Raises:
         InputError: one is a search, whose trials are not known in advance, or they are for different kinds of devices.
@@ -298,7 +324,8 @@ def print_suite(sweeps: Sequence[Sweep], tflops: float | None = None, mfu: float
     for sweep in sweeps:
         table.rows.append([sweep.name, *suite.add(sweep_cells(sweep))])
     table.rows.append(["together", *suite.total()])
-    print_table(table, [f"What a sweep shares with one above it is counted there. {basis(suite.is_measured, device)}"])
+    misfits = lines_of_misfits([cell for sweep in sweeps for cell in sweep_cells(sweep)], memory_gib)
+    print_table(table, [f"What a sweep shares with one above it is counted there. {basis(suite.is_measured, device)}", *misfits])
 
 
 class _Suite:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -21,6 +22,7 @@ from madformer.data.datamodule import LatentDataModule
 from madformer.data.order import BatchShard
 from madformer.errors import InputError, Interrupted
 from madformer.evaluation.tensorboard import drop_orphans
+from madformer.model.memory import check_memory
 from madformer.parallel import find_devices
 from madformer.runs.checkpoints import TRAINED_BY, checkpoint_step, list_checkpoints, load_checkpoint, newest_intact
 from madformer.runs.folder import claim_folder, drop_previews, is_run
@@ -40,7 +42,7 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
         The run's folder.
 
     Raises:
-        ConfigError: there is nothing to train on, or the devices are missing or cannot share the batch.
+        ConfigError: there is nothing to train on, or the devices are missing, too small, or cannot share the batch.
         InputError: another process trains this run, none of its checkpoints is intact, or they are of another class.
         NonFiniteError: the run has diverged.
         Interrupted: a signal has stopped the run.
@@ -130,11 +132,15 @@ def build_trainer(config: ExperimentConfig) -> tuple[pl.Trainer, RunCheckpoints]
     """Lightning's Trainer for an experiment, and its callback that saves and stops.
 
     Raises:
-        ConfigError: the devices are missing, or cannot share the batch equally.
+        ConfigError: the devices are missing, have too little memory, or cannot share the batch equally.
     """
     settings = config.trainer
     devices = find_devices(settings)
     BatchShard.of(config.data.batch_size, config.data.batch_size_per_device, 0, len(devices) * settings.num_nodes)
+    if devices[0] != "cpu":
+        card = min(map(torch.cuda.get_device_properties, devices), key=lambda properties: properties.total_memory)
+        if warning := check_memory(config, len(devices) * settings.num_nodes, card.total_memory, card.name):
+            _print(f"warning: {warning}")
     checkpoints = RunCheckpoints(config)
     trainer = pl.Trainer(
         accelerator=devices[0].split(":")[0],
