@@ -5,7 +5,7 @@ import re
 import pytest
 
 from madformer.errors import InputError
-from madformer.sweep.forecast import CPU_CORE, print_suite
+from madformer.sweep.forecast import CPU_CORE, print_plan, print_suite
 from madformer.sweep.load_sweep import load_sweep
 from tests.conftest import ROOT
 from tests.tiny_runs import command, perform
@@ -73,3 +73,15 @@ def test_searches_and_other_devices_are_planned_alone(tmp_path):
     with pytest.raises(InputError, match=re.escape("some of the sweeps are for CPUs and some for GPUs")):
         print_suite(sweeps(tmp_path, one=DEPTHS, large=LARGE))
     assert "a=1: name a SWEEP.yaml before overrides" in perform(command("sweep", "plan", "a=1"), status=2)
+
+
+def test_what_does_not_fit_is_told_with_what_does(tmp_path, capsys):
+    both = LARGE.replace("[7]", "[7, 14]") + "devices_per_trial: 8\noverrides: {data.batch_size_per_device: null}\n"
+    [sweep] = sweeps(tmp_path, large=both)
+    print_plan(sweep)
+    assert "memory" in (printed := capsys.readouterr().out) and "does not fit" not in printed
+    needed = [line.split("│")[3].strip() for line in printed.splitlines() if line.startswith("│ d")]
+    for plan in (print_plan, lambda sweep, memory_gib: print_suite([sweep, sweep], memory_gib=memory_gib)):
+        plan(sweep, memory_gib=80)
+        [line] = [line for line in capsys.readouterr().out.splitlines() if "does not fit" in line]
+        assert line.startswith(f"does not fit into 80 GiB: {needed[0]}; set data.batch_size_per_device=2 (") and "d7-s0" in line
