@@ -192,10 +192,12 @@ def _kept(config: ModelConfig, size: int, outputs: frozenset[str], draws: int) -
     halves = list(zip((downsampler(config), upsampler(config)), unet_passes(config, outputs, draws), strict=True))
     kept, recomputed = sum(layers) + sum(passes * half.kept_bytes(size) for half, passes in halves), 0
     if config.activation_checkpointing:
-        blocks = [passes * block.kept_bytes(size) for half, passes in halves for block in half.blocks]
+        blocks = [(passes, block.kept_bytes(size)) for half, passes in halves for block in half.blocks]
         inputs = sum(plan.tokens(tower) for plan in plans for tower in plan.keys) * config.width * _FULL
-        kept -= sum(layers) + sum(blocks) - inputs - sum(passes * sum(half.inputs) * size for half, passes in halves)
-        recomputed = max(*layers, *blocks)
+        inputs += sum(passes * sum(half.inputs) * size for half, passes in halves)
+        kept += inputs - sum(layers) - sum(passes * block for passes, block in blocks)
+        # A call of the U-Net takes the noisy blocks, or fewer: clean ones, an auxiliary output's.
+        recomputed = max(*layers, *(config.ar_length * draws * block for _, block in blocks))
     if config.text and "text_logits" in outputs:
         kept += text_tokens(config) * config.text.vocab_size * (size + _FULL)  # logits and their log-softmax
     return kept, recomputed

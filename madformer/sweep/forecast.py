@@ -151,9 +151,7 @@ def _sampling_flops(model: ModelConfig, guided: bool) -> cost.SamplingFlops:
     return cost.sampling_flops(model, guided)
 
 
-def print_plan(
-    sweep: Sweep, tflops: float | None = None, mfu: float | None = None, memory_gib: float | None = None
-) -> None:
+def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = None, memory_gib: float | None = None) -> None:
     """Print every cell with its cost and its state, and what all of them cost.
 
     Args:
@@ -213,7 +211,9 @@ def skipped_budgets(cells: Sequence[Cell]) -> list[str]:
 def lines_of_misfits(cells: Sequence[Cell], memory_gib: float | None) -> list[str]:
     """A line for each need of memory that devices of this size do not have, and what would fit; None: no line."""
     names: dict[str, list[str]] = {}
-    for cell in cells if memory_gib is not None else ():
+    if memory_gib is None:
+        return []
+    for cell in cells:
         if (needed := _needed_gib(cell)) > memory_gib:
             fitting = memory.fitting_settings(cell.config, cell.device_count, int(memory_gib * memory.GIB))
             need = f"does not fit into {memory_gib:g} GiB: {needed:.0f} GiB; {memory.describe_remedy(fitting)}"
@@ -325,7 +325,8 @@ def print_suite(
         table.rows.append([sweep.name, *suite.add(sweep_cells(sweep))])
     table.rows.append(["together", *suite.total()])
     misfits = lines_of_misfits([cell for sweep in sweeps for cell in sweep_cells(sweep)], memory_gib)
-    print_table(table, [f"What a sweep shares with one above it is counted there. {basis(suite.is_measured, device)}", *misfits])
+    shared = f"What a sweep shares with one above it is counted there. {basis(suite.is_measured, device)}"
+    print_table(table, [shared, *misfits])
 
 
 class _Suite:

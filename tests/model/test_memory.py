@@ -153,8 +153,7 @@ def test_state_is_a_parameter_s_share():
     assert memory.training_memory(config, 1, "float32").casts == 0 < plain.casts < plain.weights / 2
     checkpointed = memory.training_memory(replace(config, activation_checkpointing=True), 1)
     assert checkpointed.activations + checkpointed.recomputed < plain.activations / 3
-    unet_block = cost.upsampler(config).blocks[-1].kept_bytes(2) * 2 * config.ar_length  # with the condition's output
-    assert checkpointed.recomputed == unet_block
+    assert checkpointed.recomputed == config.ar_length * cost.upsampler(config).blocks[-1].kept_bytes(2)
 
 
 @pytest.mark.parametrize("limit", [None, 1, 2, 3, 5, 6, 12, 100])
@@ -174,7 +173,7 @@ LARGE = replace(FFHQ, data=replace(FFHQ.data, batch_size_per_device=8), model=re
         (141, "data.batch_size_per_device=4"),
         (80, "data.batch_size_per_device=2"),
         (50, "data.batch_size_per_device=4 model.activation_checkpointing=true"),
-        (24, "data.batch_size_per_device=2 model.activation_checkpointing=true trainer.strategy=fsdp"),
+        (20, "data.batch_size_per_device=2 model.activation_checkpointing=true trainer.strategy=fsdp"),
         (8, None),
     ],
 )

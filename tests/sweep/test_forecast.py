@@ -79,7 +79,8 @@ def test_what_does_not_fit_is_told_with_what_does(tmp_path, capsys):
     both = LARGE.replace("[7]", "[7, 14]") + "devices_per_trial: 8\noverrides: {data.batch_size_per_device: null}\n"
     [sweep] = sweeps(tmp_path, large=both)
     print_plan(sweep)
-    assert "memory" in (printed := capsys.readouterr().out) and "does not fit" not in printed
+    printed = capsys.readouterr().out
+    assert "memory" in printed and "does not fit" not in printed
     needed = [line.split("│")[3].strip() for line in printed.splitlines() if line.startswith("│ d")]
     for plan in (print_plan, lambda sweep, memory_gib: print_suite([sweep, sweep], memory_gib=memory_gib)):
         plan(sweep, memory_gib=80)
