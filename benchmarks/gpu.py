@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import platform
@@ -25,14 +26,15 @@ from typing import Any, Literal
 import torch
 from diffusers import DDIMScheduler
 
+from benchmarks.baseline import Baseline
 from benchmarks.harness import SIZES, cpu_name, sized, table
 from benchmarks.measure import Run, Setup, matmul_rate, seconds_of
-from benchmarks.sampling import generations
 from benchmarks.training_step import Losses
 from madformer.config import LossConfig, OptimizerConfig, load_experiment, wanted_outputs
 from madformer.model import cost, memory
-from madformer.model.generation import BlockSampler
+from madformer.model.generation import BlockSampler, generate
 from madformer.model.madformer import MADFormer
+from madformer.parallel import device_name, peak_flops
 from madformer.runs.files import write_text
 from madformer.training.ema import MovingAverage
 from madformer.training.module import build_optimizer, unused_parameters
@@ -62,6 +64,8 @@ class Case:
     side: str = "ours"
     """ours, or a formulation of `benchmarks.baseline`: dense or sparse in training, recomputed in sampling."""
     compiled: bool = False
+    graphs: bool = False
+    """Denoising steps are CUDA graphs."""
     foreach: bool = False
     """AdamW without its fused kernel."""
 
@@ -71,6 +75,7 @@ class Case:
         if not self.size:
             return self.work
         details = [self.work, "compiled" if self.compiled else "eager"]
+        details += ["graphs"] * self.graphs
         details += [] if self.side == "ours" else [f"released ({self.side})"]
         return ", ".join(details + ["AdamW foreach"] * self.foreach + ["largest batch"] * (self.batch is None))
 
@@ -95,6 +100,11 @@ class Card:
         """As the estimates of memory name it."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def peak(self) -> float | None:
+        """FLOP/s by the data sheet; None: not known."""
+        return peak_flops(device_name(self.device), "bf16-mixed" if self.device.type == "cuda" else "32-true")
+
     def describe(self) -> dict[str, str | None]:
         """Its name, and the versions that its numbers belong to."""
         name, driver = cpu_name(), None
@@ -114,14 +124,18 @@ def cases(sizes: Sequence[str], cuda: bool) -> list[Case]:
         training, sampling = Case("training", size, shipped[size]), Case("sampling", size, 8)
         found += [training, replace(training, compiled=True), replace(training, side="sparse", compiled=cuda)]
         found += [replace(training, batch=None, compiled=cuda)]
-        found += [sampling, replace(sampling, compiled=True), replace(sampling, side="recomputed", compiled=cuda)]
+        found += _sampling_cases(sampling, cuda)
     for size in sizes:
         for batch in (1, 64):
-            sampling = Case("sampling", size, batch)
-            found += [sampling, replace(sampling, compiled=True), replace(sampling, side="recomputed", compiled=cuda)]
+            found += _sampling_cases(Case("sampling", size, batch), cuda)
         training = Case("training", size, shipped[size])
         found += [replace(training, foreach=True), replace(training, side="dense", compiled=cuda)]
     return [case for case in found if cuda or not case.compiled]
+
+
+def _sampling_cases(case: Case, cuda: bool) -> list[Case]:
+    compiled = replace(case, compiled=True)
+    return [case, compiled, replace(compiled, graphs=True), replace(case, side="recomputed", compiled=cuda)]
 
 
 def _shipped_batch(size: str) -> int:
@@ -145,9 +159,7 @@ def training_step(case: Case, card: Card, batch: int) -> Run:
     if case.side == "ours":
         for parameter in unused_parameters(model, wanted_outputs(_LOSSES)):
             parameter.requires_grad_(False)
-    optimizer = build_optimizer(model, OptimizerConfig())
-    for group in optimizer.param_groups:
-        group |= {"fused": not case.foreach, "foreach": case.foreach}
+    optimizer = build_optimizer(model, OptimizerConfig(), fused=not case.foreach)
     average, setup = MovingAverage(model, OptimizerConfig().ema_decay), Setup(model.config, card.device, card.dtype)
 
     def step() -> None:
@@ -163,26 +175,43 @@ def training_step(case: Case, card: Card, batch: int) -> Run:
 
 
 def generation(case: Case, card: Card, batch: int) -> Run:
-    """All blocks of a batch of images."""
-    model = build(case, card)
-    scheduler = DDIMScheduler(prediction_type=model.config.prediction_type, clip_sample=False)
-    run, setup = generations(model, batch, STEPS)[case.side], Setup(model.config, card.device, card.dtype)
+    """All blocks of a batch of images, by a model prepared for sampling, as evaluations have it."""
+    model = prepared(case, card)
+    c, setup = model.config, Setup(model.config, card.device, card.dtype)
+    scheduler = DDIMScheduler(prediction_type=c.prediction_type, clip_sample=False)
+    noise_BLCYX = torch.randn(batch, c.ar_length, c.latent_channels, c.block_size, c.block_size, device=card.device)
+    baseline, make_sampler = Baseline(model), functools.lru_cache(maxsize=1)(_block_sampler(case))
 
-    def generate() -> None:
+    def run() -> None:
         with setup.autocast():
-            run(scheduler)
+            if case.side == "ours":
+                generate(model, scheduler, STEPS, initial_noise_BLCYX=noise_BLCYX, make_sampler=make_sampler)
+            else:
+                baseline.generate(scheduler, STEPS, noise_BLCYX)
 
-    return generate
+    return run
+
+
+def prepared(case: Case, card: Card) -> MADFormer:
+    """The model of a row that samples."""
+    model = build(case, card).eval()
+    model.prepare_for_sampling(card.dtype if card.dtype != torch.float32 else None)
+    return model
+
+
+def _block_sampler(case: Case) -> Callable[..., BlockSampler]:
+    return functools.partial(BlockSampler, use_graphs=case.graphs)
 
 
 def denoising_step(case: Case, card: Card, batch: int) -> Run:
     """One step of the last block, the one that sees most."""
-    model = build(case, card)
+    model = prepared(case, card)
     c, setup = model.config, Setup(model.config, card.device, card.dtype)
     scheduler = DDIMScheduler(prediction_type=c.prediction_type, clip_sample=False)
     latents_BCYX = torch.randn(batch, c.latent_channels, c.block_size, c.block_size, device=card.device)
     with torch.no_grad(), setup.autocast():
-        sampler = BlockSampler(model, scheduler, batch, None, 1.0, None)
+        sampler = _block_sampler(case)(model, batch, 0, 1.0, card.dtype)
+        sampler.start_images(scheduler, None, None)
         sampler.set_timesteps(STEPS)
         sampler.start_block(c.ar_length - 1, latents_BCYX if c.ar_length > 1 else None)
 
@@ -198,7 +227,7 @@ def flops(case: Case, batch: int) -> int:
     """Of our formulation; the released one does more for the same result."""
     config = sized(case.size)
     if case.work == "training":
-        return batch * cost.training_flops(replace(config, activation_checkpointing=False), wanted_outputs(_LOSSES)).total
+        return batch * cost.training_flops(config, wanted_outputs(_LOSSES)).model_flops
     return batch * cost.sampling_flops(config).total(STEPS)
 
 
@@ -234,7 +263,7 @@ def measure(case: Case, card: Card) -> dict[str, Any]:
     """
     if case.work == "matmul":
         card.matmul = matmul_rate(card.device, card.dtype)
-        return {"tflops": card.matmul / 1e12, "of_matmul": 1.0}
+        return {"tflops": card.matmul / 1e12, "mfu": card.matmul / card.peak if card.peak else None, "of_matmul": 1.0}
     if case.work == "copy":
         source = torch.empty(2**32 if card.device.type == "cuda" else 2**26, dtype=torch.uint8, device=card.device)
         target = torch.empty_like(source)
@@ -255,6 +284,7 @@ def measure(case: Case, card: Card) -> dict[str, Any]:
             "batch": batch,
             "seconds": seconds,
             "tflops": rate / 1e12 if ours else None,
+            "mfu": rate / card.peak if ours and card.peak else None,
             "of_matmul": rate / card.matmul if ours and card.matmul else None,
             "peak_gib": torch.cuda.max_memory_allocated(card.device) / 2**30 if cuda else None,
             "estimated_gib": estimated_bytes(case, card, batch) / 2**30 if ours else None,

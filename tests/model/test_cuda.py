@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from madformer.config import DiffusionConfig, LossConfig, OptimizerConfig
 from madformer.diffusion.losses import compute_losses
 from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.model import MADFormer
-from madformer.model.generation import generate
+from madformer.model.generation import BlockSampler, generate
 from madformer.training.module import build_optimizer
 from tests.conftest import TEXT, build, latents, prompts, tiny
 
@@ -67,10 +68,11 @@ def train(model, autocast=False):
 
 def sample(model, steps=3, autocast=False, **options):
     scheduler = DDIMScheduler(clip_sample=False, prediction_type="sample")
+    options = {"seeds": [1, 2], **options}
     if model.config.text is not None:
         options = {"text": prompts(model.config), "guidance": 2.0, **options}
     with torch.autocast(model.boi_SD.device.type, torch.bfloat16, enabled=autocast):
-        return generate(model, scheduler, steps, seeds=[1, 2], **options)
+        return generate(model, scheduler, steps, **options)
 
 
 def distance(found, expected):
@@ -129,6 +131,29 @@ def test_compiled_parts_train_as_eager_ones(backend, autocast):
     require_close(train(compiled, autocast), train(eager, autocast), BFLOAT16 if autocast else FLOAT32)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("switches", [{}, {"text": TEXT}, {"use_clean_blocks": False, "local_denoising": True}], ids=str)
+def test_graphs_sample_as_single_launches(switches, autocast, caplog):
+    """The same kernels; a library may choose another for another stream. A second batch goes through the same graphs."""
+    model = on_device(build(tiny(**WIDE, **switches, compile=False)).float()).eval()
+    with_graphs, without = (
+        functools.lru_cache(maxsize=1)(functools.partial(BlockSampler, use_graphs=graphs)) for graphs in (True, False)
+    )
+    for seeds in ([1, 2], [3, 4]):
+        found = sample(model, 4, autocast, seeds=seeds, make_sampler=with_graphs)
+        expected = sample(model, 4, autocast, seeds=seeds, make_sampler=without)
+        assert distance(found, expected) < (1e-2 if autocast else 1e-5)
+    assert with_graphs.cache_info().misses == 1 and "CUDA graphs are off" not in caplog.text
+
+
+def test_weights_cast_once_sample_as_those_that_autocast_casts():
+    """Gate and up are one product then, which may be summed in another order."""
+    model = on_device(build(tiny(**WIDE, text=TEXT, compile=False)).float()).eval()
+    expected = sample(model, autocast=True)
+    model.prepare_for_sampling(torch.bfloat16)
+    assert distance(sample(model, autocast=True), expected) < BFLOAT16
+
+
 def test_compiled_parts_sample_as_eager_ones():
     model = build(tiny(**SHALLOW)).float()
     compiled, eager = (on_device(model, compile=mode) for mode in (True, False))
@@ -137,7 +162,7 @@ def test_compiled_parts_sample_as_eager_ones():
 
 def test_a_training_step_does_not_wait_for_the_gpu():
     model = on_device(build(tiny(**WIDE, attention_backend="sdpa", compile=False)).float())
-    optimizer, schedule = build_optimizer(model, OptimizerConfig()), NoiseSchedule(DiffusionConfig())
+    optimizer, schedule = build_optimizer(model, OptimizerConfig(), fused=True), NoiseSchedule(DiffusionConfig())
     clean = latents(model.config).float()
     clean, noise, t = (tensor.to(DEVICE) for tensor in (clean, *schedule.draw(clean)))
 
