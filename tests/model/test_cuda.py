@@ -27,11 +27,11 @@ SHALLOW = {**WIDE, "depth": 2, "diffusion_depth": 1}
 """Compiled in fewer seconds."""
 
 EXACT = 1e-9
-"""float64: only the order of sums differs."""
+"""float64: only the order of sums differs, by 1e-16 each."""
 FLOAT32 = 1e-4
-"""float32 without TF32: sums of some thousand products, each off by 6e-8, through a dozen layers and back."""
+"""float32 without TF32: rounding leaves some 3e-6 of a sample (float32 against float64, on the CPU)."""
 BFLOAT16 = 5e-2
-"""bfloat16 has 8 bits: each value is off by up to 4e-3; a dozen layers in turn."""
+"""bfloat16 has 8 bits: rounding leaves up to 3e-2 of a sample, 2e-2 of gradients (against float32, on the CPU)."""
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_training_is_that_of_the_cpu(dtype, tolerance):
 @pytest.mark.parametrize("switches", [{}, {"text": TEXT, "num_kv_heads": 2}, {"use_clean_blocks": False}], ids=str)
 def test_samples_are_those_of_the_cpu(switches, dtype, tolerance):
     model = build(tiny(**WIDE, **switches, compile=False)).to(dtype)
-    assert distance(sample(on_device(model)), sample(model)) < 10 * tolerance, "three steps of four blocks, one after another"
+    assert distance(sample(on_device(model)), sample(model)) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_weights_cast_once_sample_as_those_that_autocast_casts():
 def test_compiled_parts_sample_as_eager_ones():
     model = build(tiny(**SHALLOW)).float()
     compiled, eager = (on_device(model, compile=mode) for mode in (True, False))
-    assert distance(sample(compiled), sample(eager)) < 10 * FLOAT32
+    assert distance(sample(compiled), sample(eager)) < FLOAT32
 
 
 def test_a_training_step_does_not_wait_for_the_gpu():
