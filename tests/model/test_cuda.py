@@ -123,12 +123,11 @@ def test_bfloat16_trains_and_samples_almost_as_float32():
     assert distance(sample(model, autocast=True), sample(model)) < 2 * BFLOAT16
 
 
-@pytest.mark.parametrize(("backend", "autocast"), [("sdpa", False), ("flex", True)])
-def test_compiled_parts_train_as_eager_ones(backend, autocast):
-    """Inductor fuses, and so rounds less often."""
-    model = build(tiny(**SHALLOW, attention_backend=backend)).float()
+def test_compiled_parts_train_as_eager_ones():
+    """With FlexAttention in both, whose kernel may use TF32, and so in another order."""
+    model = build(tiny(**SHALLOW, attention_backend="flex")).float()
     compiled, eager = (on_device(model, compile=mode) for mode in (True, False))
-    require_close(train(compiled, autocast), train(eager, autocast), BFLOAT16 if autocast else FLOAT32)
+    require_close(train(compiled), train(eager), 2e-3)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
