@@ -26,7 +26,7 @@ SWEEP := sweeps/quickstart.yaml
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart notebooks test test-browser test-cluster lint docs env lock clean
+.PHONY: help quickstart notebooks test test-gpu test-browser test-cluster lint docs env lock clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ notebooks: $(DEV) ## execute the notebooks, and write them with their outputs
 
 test: $(DEV) ## run the tests
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal $(ARGS)
+
+test-gpu: ## run the tests that need a CUDA device, by $(PYTHON) as it is: nothing is installed
+	$(PYTHON) -m pytest -m cuda -p no:cacheprovider $(ARGS) tests/model/test_cuda.py tests/training/test_cuda_training.py
 
 test-browser: $(DEV) ## see that TensorBoard draws the curves, and keep pictures; installs Debian's Chromium, as root
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \

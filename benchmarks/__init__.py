@@ -4,4 +4,5 @@ python -m benchmarks.sampling         ours beside the released formulation on th
 python -m benchmarks.training_step    the same of training
 python -m benchmarks.data             latents beside raw reading, encoding beside the codec
 python -m benchmarks.evaluation       sampling beside all else that an evaluation does
+python -m benchmarks.gpu              training and sampling of the full models on a GPU, for docs/performance.md
 """

@@ -85,7 +85,7 @@ class Baseline:
         _check(config)
         self.model, self.device = model, model.boi_SD.device
         self.layers = [BaselineLayer(cast(DecoderLayer, layer)) for layer in model.layers]
-        if config.compile:
+        if config.compile is True:
             for layer in self.layers:
                 layer.compile()
         self.rotation = _rotation(config, self.device)

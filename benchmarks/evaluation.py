@@ -236,7 +236,7 @@ def sampling_parts(bench: Bench, model: MADFormer) -> list[Part]:
 def time_sampling(bench: Bench) -> dict[str, float]:
     """Seconds an image by stage, from the parts."""
     seconds: dict[str, float] = {}
-    for part in sampling_parts(bench, MADFormer(bench.config.model).to(bench.device)):
+    for part in sampling_parts(bench, MADFormer(bench.config.model).eval().to(bench.device)):
         seconds[part.stage] = seconds.get(part.stage, 0.0) + part.times * bench.seconds(part.run) / bench.batch
     return seconds
 

@@ -98,7 +98,7 @@ def header(setup: Setup, what: str) -> str:
         parts.append(torch.cuda.get_device_name(device))
     elif device.type == "cpu":
         parts += [cpu_name(), f"{torch.get_num_threads()} threads of {os.cpu_count()} CPUs"]
-    parts += [device.type, _name(setup.dtype), "compiled" if c.compile else "eager"]
+    parts += [device.type, _name(setup.dtype), "compiled" if c.compile is True else "eager"]
     depth = f"{c.depth} layers, {c.diffusion_depth} of them in the diffusion stage"
     return f"{' | '.join(parts)}\n{depth}, width {c.width}, {c.ar_length} blocks of {c.block_tokens} tokens, {what}"
 

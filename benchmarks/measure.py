@@ -103,7 +103,7 @@ def _peak_bytes(setup: Setup, run: Run) -> int | None:
         torch.cuda.reset_peak_memory_stats(setup.device)
         run()
         return torch.cuda.max_memory_allocated(setup.device) - before
-    if setup.config.compile:
+    if setup.config.compile is True:
         return None  # what compiled code allocates does not pass the dispatcher
     with PeakBytes() as watch:
         run()

@@ -59,7 +59,8 @@ def sampling_runs(setup: Setup, batch: int, steps: int) -> dict[str, Run]:
         with setup.autocast():
             generation(scheduler)
 
-    model = MADFormer(setup.config).to(setup.device)
+    model = MADFormer(setup.config).to(setup.device).eval()
+    model.prepare_for_sampling(setup.dtype if setup.dtype != torch.float32 else None)
     return {name: functools.partial(run, generation) for name, generation in generations(model, batch, steps).items()}
 
 

@@ -81,8 +81,11 @@ def prompts(config: ModelConfig, batch: int = 2, seed: int = 3) -> torch.Tensor 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what is slow, unless it is asked for."""
+    """Leave out what is slow, unless it is asked for, and what needs a GPU, where there is none."""
+    cuda = torch.cuda.is_available()
     for item in items:
+        if item.get_closest_marker("cuda") and not cuda:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; `make test-gpu` where there is one"))
         if item.get_closest_marker("slow") and not os.environ.get("SLOW"):
             item.add_marker(pytest.mark.skip(reason="slow: SLOW=1 runs it"))
 
