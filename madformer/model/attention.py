@@ -14,11 +14,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -48,7 +49,8 @@ class TrainingContext:
         if self.block_mask is not None:
             queries, keys, values = (_join_towers(x, plan) for x in (q, k, v))
             grouped = queries.shape[1] != keys.shape[1]
-            flex: Callable[..., Any] = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+            # Inside a compiled layer it is part of it.
+            flex = cast("Callable[..., Tensor]", flex_attention) if is_compiling() else _compiled_flex_attention()
             return _split_towers(flex(queries, keys, values, block_mask=self.block_mask, enable_gqa=grouped), plan)
         attended: Towers = {}
         for tower, q_BHPK in q.items():
