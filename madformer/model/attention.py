@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange, repeat
@@ -48,7 +48,7 @@ class TrainingContext:
         if self.block_mask is not None:
             queries, keys, values = (_join_towers(x, plan) for x in (q, k, v))
             grouped = queries.shape[1] != keys.shape[1]
-            flex: Callable[..., Any] = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+            flex = cast(Any, flex_attention) if torch.compiler.is_compiling() else _compiled_flex_attention()
             return _split_towers(flex(queries, keys, values, block_mask=self.block_mask, enable_gqa=grouped), plan)
         attended: Towers = {}
         for tower, q_BHPK in q.items():
