@@ -150,9 +150,9 @@ def check_memory(config: ExperimentConfig, devices: int, capacity: int, card: st
     memory = device_memory(config, devices)
     if memory.total <= _TIGHT * capacity:
         return None
-    compiled = config.model.compile is not False
+    compiled, limit = config.model.compile is not False, config.data.batch_size_per_device
     message = (
-        f"data.batch_size_per_device = {config.data.batch_size_per_device or 'null'}: {micro_batches(config, devices)[0]} images at once "
+        f"data.batch_size_per_device = {limit or 'null'}: {micro_batches(config, devices)[0]} images at once "
         f"need {'up to' if compiled else 'about'} {memory.total / GIB:.0f} GiB on each device, by an estimate; "
         f"{card} has {capacity / GIB:.0f}: {describe_remedy(fitting_settings(config, devices, capacity))}"
     )
