@@ -11,6 +11,7 @@ from madformer.config import ExperimentConfig, ModelConfig, wanted_outputs
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.measurement import Sampling
 from madformer.model import cost, memory
+from madformer.parallel import PEAK_TFLOPS
 from madformer.progress import TextTable, format_duration, print_table, read_progress, with_unit
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.runs.folder import progress_path
@@ -38,7 +39,7 @@ class Device:
         return self.peak_tflops * 1e12 * self.mfu
 
 
-A100 = Device(312.0, 0.35, "an A100 in bfloat16")
+A100 = Device(PEAK_TFLOPS["A100"][0], 0.35, "an A100 in bfloat16")
 CPU_CORE = Device(0.1, 0.05, "a CPU core")
 
 
