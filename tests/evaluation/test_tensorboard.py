@@ -306,4 +306,4 @@ def test_the_page_lists_the_tags_of_a_run(tmp_path):
     patterns = {tag: words.sub(lambda word: PLACEHOLDERS[word[0]], tag) for tag in conditions}
     assert {tag for tag in tags if not any(re.fullmatch(pattern, tag) for pattern in patterns.values())} == set()
     missing = {row for row, pattern in patterns.items() if not any(re.fullmatch(pattern, tag) for tag in tags)}
-    assert missing == {row for row, condition in conditions.items() if condition.startswith("CUDA")}
+    assert missing == {row for row, condition in conditions.items() if condition.startswith("GPUs")}
