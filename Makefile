@@ -43,7 +43,8 @@ test: $(DEV) ## run the tests
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal $(ARGS)
 
 test-gpu: ## run the tests that need a CUDA device, by $(PYTHON) as it is: nothing is installed
-	$(PYTHON) -m pytest -m cuda -p no:cacheprovider $(ARGS) tests/model/test_cuda.py tests/training/test_cuda_training.py
+	$(PYTHON) -m pytest -m cuda -p no:cacheprovider $(ARGS) tests/model/test_cuda.py; status=$$?; \
+	$(PYTHON) -m pytest -m cuda -p no:cacheprovider $(ARGS) tests/training/test_cuda_training.py && exit $$status
 
 test-browser: $(DEV) ## see that TensorBoard draws the curves, and keep pictures; installs Debian's Chromium, as root
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \

@@ -90,6 +90,8 @@ class Card:
     """Bytes that a batch may need."""
     matmul: float = 0.0
     """FLOP/s measured."""
+    compiled_for: tuple[str, str, int | None] | None = None
+    """The work, size and batch that compiled code is there for."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,7 +167,7 @@ def training_step(case: Case, card: Card, batch: int) -> Run:
 
     def step() -> None:
         optimizer.zero_grad()
-        with setup.autocast():
+        with setup.autocast(cache_enabled=False):  # as Lightning has it
             total = losses()
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), OptimizerConfig().grad_clip)
@@ -272,7 +274,7 @@ def measure(case: Case, card: Card) -> dict[str, Any]:
         return {"seconds": seconds, "tb_per_second": 2 * source.nbytes / seconds / 1e12}
     make = training_step if case.work == "training" else generation
     for batch in batches_to_try(case, card):
-        _free_memory(card)
+        _free_memory(card, (case.work, case.size, batch))
         try:
             seconds = _median_seconds(make(case, card, batch), card)
         except torch.OutOfMemoryError:
@@ -299,10 +301,12 @@ def _median_seconds(run: Run, card: Card) -> float:
     return statistics.median(seconds_of(run, card.device) for _ in range(REPEATS))
 
 
-def _free_memory(card: Card) -> None:
+def _free_memory(card: Card, next_work: tuple[str, str, int | None]) -> None:
     gc.collect()
     if card.device.type == "cuda":
-        torch.compiler.reset()  # a batch seen before would make the next one's shapes dynamic
+        if card.compiled_for != next_work:
+            torch.compiler.reset()  # a batch seen before would make the next one's shapes dynamic
+            card.compiled_for = next_work
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(card.device)
 
@@ -335,7 +339,7 @@ def write_traces(size: str, card: Card, folder: Path) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if card.device.type == "cuda" else []
     for work, make in (("training", training_step), ("denoising", denoising_step)):
-        _free_memory(card)
+        _free_memory(card, (work, size, None))
         case = Case("training" if work == "training" else "sampling", size, None, compiled=card.device.type == "cuda")
         step = make(case, card, _shipped_batch(size) if work == "training" else 8)
         _median_seconds(step, card)

@@ -34,9 +34,9 @@ class Setup:
         """Whether there is anything to time: on meta FLOPs are counted and nothing is computed."""
         return self.device.type != "meta"
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self, cache_enabled: bool = True) -> contextlib.AbstractContextManager[Any]:
         """The precision to run under."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled)
 
 
 @dataclass

@@ -318,6 +318,9 @@ def _fail_if_expected(error: RuntimeError) -> None:
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         remedy = "lower data.batch_size_per_device, data.codec_batch_size or evaluation.batch_size"
         _fail(f"out of memory: {str(error).splitlines()[0]}; {remedy}, or set model.activation_checkpointing=true", 1)
+    if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):  # torch's
+        remedy = "install gcc and Python's headers, or set model.compile=false and model.attention_backend=sdpa"
+        _fail(f"the model cannot be compiled here: {str(error).splitlines()[0]}; {remedy}", 1)
     if isinstance(error, (NonFiniteError, ProcessKilledError)):
         _fail(str(error), 1)
     if "torchvision::" in str(error):  # every import of Lightning or torchmetrics ends so, whatever was asked for

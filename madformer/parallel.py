@@ -111,6 +111,7 @@ def share_out(work: Work, arguments: tuple[Any, ...], devices: list[str], displa
     if cluster is not None or len(devices) == 1:
         rank, world_size = (cluster.global_rank(), cluster.world_size()) if cluster else (0, 1)
         # The progress of the other processes is not known here; assume that it is the same.
+        _make_current(own_device(devices))
         work(Share(rank, world_size, own_device(devices), lambda done: display.show(before + done * world_size)), *arguments)
     else:
         _start_processes(work, arguments, devices, display, before)
@@ -214,12 +215,21 @@ def _work(
     # Ctrl-C reaches every process of a terminal. Only the parent prints a message.
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        _make_current(devices[rank])
         work(Share(rank, len(devices), devices[rank], count), *arguments)
     except KeyboardInterrupt:
         os._exit(130)
     except Exception as error:
         sender.send(error)
         sys.exit(1)
+
+
+def _make_current(device: str) -> None:
+    """Make a GPU the one that libraries take where none is named."""
+    import torch
+
+    if device != "cpu":
+        torch.cuda.set_device(device)
 
 
 def _end_with_parent() -> None:

@@ -123,7 +123,7 @@ def test_sweep_is_planned(path, capsys):
     sweep = LOADED[path]
     print_plan(sweep, memory_gib=80)
     printed = capsys.readouterr().out
-    assert sweep.name in printed and "-hours" in printed and "does not fit" not in printed
+    assert sweep.name in printed and "-hours" in printed and "refused" not in printed and "may not fit" not in printed
     for cell in sweep_cells(sweep):
         assert cell.name in printed and cell.run == sweep.folder / cell.name
 

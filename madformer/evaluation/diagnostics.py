@@ -16,10 +16,10 @@ from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.diffusion.samplers import build_sampler
 from madformer.errors import NonFiniteError
 from madformer.evaluation.held_out import read_held_out
-from madformer.evaluation.sampling import tokenize
+from madformer.evaluation.sampling import keeping_sampler, tokenize
 from madformer.model import MADFormer
 from madformer.model.embedding import to_blocks
-from madformer.model.generation import generate
+from madformer.model.generation import BlockSampler, generate
 from madformer.randomness import keyed_generator, sample_seed
 
 __all__ = [
@@ -86,11 +86,11 @@ def diagnose(
     held_out = read_held_out(config, checkpoint, images, device)
     clean_NLCYX = to_blocks(held_out.latents_NChw, config.model.ar_length)
     text_NT = tokenize(config, held_out.captions)
-    seen: list[dict[str, Tensor]] = []
+    seen, make_sampler = list[dict[str, Tensor]](), keeping_sampler()
     for start in range(0, len(clean_NLCYX), config.evaluation.batch_size):
         indices = range(len(clean_NLCYX))[start : start + config.evaluation.batch_size]
         text_BT = None if text_NT is None else text_NT[indices]
-        seen.append(_observe(model, config, steps, clean_NLCYX[indices].to(device), indices, text_BT))
+        seen.append(_observe(model, config, steps, clean_NLCYX[indices].to(device), indices, text_BT, make_sampler))
         _require_finite(checkpoint, seen[-1])
         if show:
             show(indices.stop)
@@ -260,11 +260,13 @@ def _observe(
     clean_BLCYX: Tensor,
     indices: Sequence[int],
     text_BT: Tensor | None,
+    make_sampler: Callable[..., BlockSampler],
 ) -> dict[str, Tensor]:
     """Losses, samples and the condition's prediction for some images, on the CPU."""
     evaluation = config.evaluation
     sampler = build_sampler(config.diffusion, config.model.prediction_type, evaluation.sampler, evaluation.spacing)
     seeds = [sample_seed(config.evaluation.seed, index) for index in indices]
+    inputs: dict[str, Any] = {"seeds": seeds, "text": text_BT, "make_sampler": make_sampler}
     # Latents are float32 also where the weights are not, as in sampling.
     clean_BLCYX = clean_BLCYX.to(torch.promote_types(model.boi_SD.dtype, torch.float32))
     denoising_error_BTL, noisy_error_BTL = denoising_errors(model, config, clean_BLCYX, indices, text_BT)
@@ -272,8 +274,8 @@ def _observe(
         "loss": image_losses(model, config, clean_BLCYX, indices, text_BT),
         "denoising_error": denoising_error_BTL,
         "noisy_error": noisy_error_BTL,
-        "teacher_forced": generate(model, sampler, steps, seeds=seeds, text=text_BT, context_BLCYX=clean_BLCYX),
-        "self_generated": generate(model, sampler, steps, seeds=seeds, text=text_BT),
+        "teacher_forced": generate(model, sampler, steps, **inputs, context_BLCYX=clean_BLCYX),
+        "self_generated": generate(model, sampler, steps, **inputs),
     }
     if config.loss.lambda_hidden:
         t_BL = torch.zeros(clean_BLCYX.shape[:2], dtype=torch.long, device=clean_BLCYX.device)

@@ -45,7 +45,7 @@ from madformer.evaluation.measurement import AXES, DEFAULTS, Measurement, Sampli
 from madformer.evaluation.metrics import measure
 from madformer.evaluation.record import SHARED, append_point, find_point, read_diagnostics, read_means, read_points
 from madformer.evaluation.request import EvaluationRequest
-from madformer.evaluation.sampling import inference_devices, load_for_sampling
+from madformer.evaluation.sampling import inference_devices, keeping_sampler, load_for_sampling
 from madformer.evaluation.tasks import Instruments, Task, complete_tasks, make_tasks
 from madformer.evaluation.tensorboard import write_curves
 from madformer.model import cost
@@ -123,10 +123,10 @@ def evaluate_share(
         instruments: those of this process, if they are open already.
     """
     opened = instruments or Instruments.open(request, share.device).with_references(request)
-    done, path, model = 0, None, None
+    done, path, model, make_sampler = 0, None, None, keeping_sampler()
     for task in tasks:
         if task.checkpoint != path or model is None:
-            path, model = task.checkpoint, None  # two models need not fit
+            path, model, make_sampler = task.checkpoint, None, keeping_sampler()  # two models need not fit
             model = load_for_sampling(path, request.config, task.sampling.weights, share.device)
         earlier, indices = done, range(share.rank, task.described["num_samples"], share.world_size)
 
@@ -136,7 +136,7 @@ def evaluate_share(
             share.count(done)
 
         samples = SampleRequest(task.config, task.sampling, task.prompts, task.title)
-        sample_features(task.folder, samples, model, opened.codec, opened.networks, indices, show)
+        sample_features(task.folder, samples, model, opened.codec, opened.networks, indices, show, make_sampler)
         with FileLock(task.config.run_dir / ".record.lock"):
             _measure_if_complete(task, opened, share)
 

@@ -24,6 +24,7 @@ from madformer.evaluation.feature_networks import FeatureNetwork
 from madformer.evaluation.measurement import Sampling
 from madformer.evaluation.sampling import sample_batches, tokenize
 from madformer.model import MADFormer
+from madformer.model.generation import BlockSampler
 from madformer.runs.files import atomic_write
 
 Content = TypeVar("Content")
@@ -118,12 +119,14 @@ def sample_features(
     networks: Sequence[FeatureNetwork],
     indices: Sequence[int],
     show: Callable[[int], None],
+    make_sampler: Callable[..., BlockSampler] | None = None,
 ) -> None:
     """Sample those of `indices` that have no features in the folder yet, and keep their features there.
 
     Args:
         model: in evaluation mode, on the device where all of it happens.
         show: called with the number of samples that this call has done.
+        make_sampler: as in `sample_batches`.
 
     Raises:
         NonFiniteError: the model has diverged.
@@ -132,7 +135,7 @@ def sample_features(
     missing = [index for index in indices if index not in existing]
     text_BT = tokenize(request.config, [request.prompts[index] for index in missing], sampling.guidance)
     part = _Part(folder, model.boi_SD.device)
-    batches = sample_batches(model, request.config, sampling, missing, text_BT, part.on_block)
+    batches = sample_batches(model, request.config, sampling, missing, text_BT, part.on_block, make_sampler)
     done = 0
     part.start()
     for latents_BChw in batches:

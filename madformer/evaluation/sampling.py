@@ -135,6 +135,7 @@ def sample_batches(
     indices: Sequence[int],
     text_BT: Tensor | None = None,
     on_block: Callable[[int, Tensor], None] | None = None,
+    make_sampler: Callable[..., BlockSampler] | None = None,
 ) -> Iterator[Tensor]:
     """Latents [B, C, h, w] of the samples `indices`, at most `evaluation.batch_size` at once, in their order.
 
@@ -145,12 +146,13 @@ def sample_batches(
         sampling: how they are sampled; whose weights they are is the model's affair.
         text_BT: token ids, a row for each index; None: no text.
         on_block: called after each block, as by `generate`; a batch that was filled up has copies of its last sample.
+        make_sampler: of an earlier call with the same model (`keeping_sampler`), whose buffers and graphs serve here too.
     """
     batch_size, device = config.evaluation.batch_size, model.boi_SD.device
     sampler = build_sampler(config.diffusion, config.model.prediction_type, sampling.sampler, sampling.spacing)
     options: dict[str, Any] = {"guidance": sampling.guidance, "on_block": on_block}
     options["guidance_interval"] = parse_interval(sampling.guidance_interval)
-    options["make_sampler"] = functools.lru_cache(maxsize=1)(BlockSampler)
+    options["make_sampler"] = make_sampler or keeping_sampler()
     for start in range(0, len(indices), batch_size):
         rows = list(range(start, min(start + batch_size, len(indices))))
         filling = rows[-1:] * (batch_size - len(rows)) if start and _fills_batches(device) else []
@@ -159,6 +161,11 @@ def sample_batches(
         with torch.autocast(device.type, torch.bfloat16, enabled=sampling_precision(config, device) == "bf16-mixed"):
             latents_BLCYX = generate(model, sampler, sampling.steps, seeds=seeds, text=text, **options)
         yield to_image(latents_BLCYX[: len(rows)])
+
+
+def keeping_sampler() -> Callable[..., BlockSampler]:
+    """For `generate`: makes a `BlockSampler`, and gives the same one as long as model and sizes stay."""
+    return functools.lru_cache(maxsize=1)(BlockSampler)
 
 
 def _fills_batches(device: torch.device) -> bool:

@@ -107,7 +107,12 @@ def configure_dynamo() -> None:
 
 def sdpa(q_BHPK: Tensor, k_BGMK: Tensor, v_BGMK: Tensor, causal: bool = False) -> Tensor:
     """Attention without a mask tensor; key/value heads are shared by groups of query heads."""
-    grouped = q_BHPK.shape[1] != k_BGMK.shape[1]
+    groups = q_BHPK.shape[1] // k_BGMK.shape[1]
+    grouped = groups > 1
+    if grouped and q_BHPK.device.type == "cuda" and q_BHPK.dtype == torch.float32:
+        # CUDA's only kernel for float32 that keeps no scores takes as many heads of keys as of queries.
+        k_BGMK, v_BGMK = (x.repeat_interleave(groups, dim=1) for x in (k_BGMK, v_BGMK))
+        grouped = False
     return scaled_dot_product_attention(q_BHPK, k_BGMK, v_BGMK, is_causal=causal, enable_gqa=grouped)
 
 

@@ -257,7 +257,8 @@ class StepGraphs:
                 _log.warning("CUDA graphs are off, sampling is slower without: a step cannot be captured (%s)", error)
                 self._failed = True
                 self._graphs.clear()
-                return step(noisy_BCYX, *kind)
+        if self._failed:  # outside of the handler, whose error keeps what the capture had allocated
+            return step(noisy_BCYX, *kind)
         replay()
         return output_BCYX.clone()  # the next replay overwrites it, and samplers keep outputs
 

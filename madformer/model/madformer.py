@@ -236,8 +236,11 @@ class MADFormer(nn.Module):
             configure_dynamo()
             halves = (self.downsampler, self.upsampler)
             blocks = (*self.downsampler.down_blocks, *self.upsampler.up_blocks)
-            for part in (*self.layers, *(blocks if self.config.activation_checkpointing else halves)):
-                part.compile()
+            for layer in self.layers:
+                layer.compile()
+            # Each size is compiled for itself: code for variable sizes is slower.
+            for part in blocks if self.config.activation_checkpointing else halves:
+                part.compile(dynamic=False)
 
 
 # ---- before Eq. 1: checks, defaults and the plan

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from madformer.config import MIN_FLEX_HEAD_WIDTH, ExperimentConfig, ModelConfig, wanted_outputs
 from madformer.errors import ConfigError
 from madformer.model.cost import DTYPE_BYTES, downsampler, parameters, unet_passes, upsampler
-from madformer.model.layer_plan import LayerPlan, existing_outputs, layer_plans, text_tokens
+from madformer.model.layer_plan import LayerPlan, embedded_block_count, existing_outputs, layer_plans, text_tokens
 
 GIB = 2**30
 
@@ -42,7 +42,8 @@ class TrainingMemory:
     """AdamW's two moments."""
     ema: int
     casts: int
-    """Autocast's copies of the weights, kept until the backward pass is done; FSDP does not shard them."""
+    """Autocast's copies of the weights, one for each call (Lightning keeps none for the next), until the backward pass is
+    done; FSDP does not shard them."""
     gathered: int
     """FSDP: weights and gradients that are whole for a while: those outside the layers, and two layers."""
     activations: int
@@ -83,22 +84,28 @@ def training_memory(
         draws: noise draws per image.
         shards: devices that FSDP shards weights, gradients and optimiser state over; 1: none.
     """
-    parts, size = parameters(config), DTYPE_BYTES[dtype]
-    kept, recomputed = _kept(config, size, existing_outputs(config, outputs), draws)
+    parts, size, outputs = parameters(config), DTYPE_BYTES[dtype], existing_outputs(config, outputs)
+    kept, recomputed = _kept(config, size, outputs, draws)
     shard = -(-weight_memory(config) // shards)
-    products = sum(count for part, count in parts.items() if part not in ("boi_block", "text_embedding"))
+    calls = {"boi_block": 0, "text_embedding": 0, "shared_tower": len(layer_plans(config, outputs)[0].keys)}
+    calls |= {"downsampler": 1 + bool(embedded_block_count(config, outputs))}
+    calls |= {"upsampler": 1 + len(outputs & {"condition", "clean_tower"})}
+    copied = sum(count * calls.get(part, 1) for part, count in parts.items())
     layer = sum(count for part, count in parts.items() if part.endswith("_tower")) // config.depth
-    outside = sum(parts.values()) - config.depth * layer
+    outside, copied_again = sum(parts.values()) - config.depth * layer, 0
+    if config.activation_checkpointing:  # of what is recomputed no copies are kept
+        copied = parts.get("text_head", 0)
+        copied_again = layer * (calls["shared_tower"] if "shared_tower" in parts else 1)
     return TrainingMemory(
         weights=shard,
         gradients=shard,
         optimizer=2 * shard,
         ema=shard,
-        casts=products * size if size != _FULL else 0,
+        casts=copied * size if size != _FULL else 0,
         # Each of the two layers is there in weights, in gradients, and in the buffer that is sent.
         gathered=(2 * outside + 2 * 3 * layer) * _FULL if shards > 1 else 0,
         activations=batch * kept,
-        recomputed=batch * recomputed,
+        recomputed=batch * recomputed + (copied_again * size if size != _FULL else 0),
     )
 
 
@@ -153,16 +160,15 @@ def check_memory(config: ExperimentConfig, devices: int, capacity: int, card: st
     compiled, limit = config.model.compile is not False, config.data.batch_size_per_device
     message = (
         f"data.batch_size_per_device = {limit or 'null'}: {micro_batches(config, devices)[0]} images at once "
-        f"need {'up to' if compiled else 'about'} {memory.total / GIB:.0f} GiB on each device, by an estimate; "
-        f"{card} has {capacity / GIB:.0f}: {describe_remedy(fitting_settings(config, devices, capacity))}"
+        f"need {'up to' if compiled else 'about'} {memory.total / GIB:.0f} GiB on each device (an estimate), "
+        f"{card} has {capacity / GIB:.0f} GiB: {_describe_remedy(fitting_settings(config, devices, capacity))}"
     )
     if (memory.compiled if compiled else memory.total) > capacity:
         raise ConfigError(message)
     return message
 
 
-def describe_remedy(settings: tuple[str, int] | None) -> str:
-    """What to do, of `fitting_settings`."""
+def _describe_remedy(settings: tuple[str, int] | None) -> str:
     if settings is None:
         return "no setting fits; take more or larger devices, or a smaller model"
     return f"set {settings[0]} ({settings[1] / GIB:.0f} GiB)"

@@ -168,7 +168,7 @@ def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = No
         cells = sweep_cells(sweep)
         needs, estimates = [cell_needs(cell) for cell in cells], Estimates(cells, device)
         lines = _total_lines(sweep, cells, needs, estimates, device)
-        lines += [*skipped_budgets(cells), *lines_of_misfits(cells, memory_gib)]
+        lines += [*skipped_budgets(cells), *memory_lines({cell.name: cell for cell in cells}, sweep.accelerator, memory_gib)]
         print_table(plan_table(sweep, cells, needs, estimates), lines)
     else:
         print("\n".join(search_lines(sweep, sweep.search, device)))
@@ -209,17 +209,24 @@ def skipped_budgets(cells: Sequence[Cell]) -> list[str]:
     return [f"skipped, {reason}: {_first_names(cells_of_reason)}" for reason, cells_of_reason in names.items()]
 
 
-def lines_of_misfits(cells: Sequence[Cell], memory_gib: float | None) -> list[str]:
-    """A line for each need of memory that devices of this size do not have, and what would fit; None: no line."""
-    names: dict[str, list[str]] = {}
+def memory_lines(cells: dict[str, Cell], accelerator: str, memory_gib: float | None) -> list[str]:
+    """Which cells, by name, devices of this size cannot train, or perhaps cannot, as `train` sees it; None: no line."""
     if memory_gib is None:
         return []
-    for cell in cells:
-        if (needed := _needed_gib(cell)) > memory_gib:
-            fitting = memory.fitting_settings(cell.config, cell.device_count, int(memory_gib * memory.GIB))
-            need = f"does not fit into {memory_gib:g} GiB: {needed:.0f} GiB; {memory.describe_remedy(fitting)}"
-            names.setdefault(need, []).append(cell.name)
-    return [f"{need}: {_first_names(cells_of_need)}" for need, cells_of_need in names.items()]
+    if accelerator == "cpu":
+        return ["The cells run on the CPU: --memory is for GPUs."]
+    names: dict[str, list[str]] = {}
+    for name, cell in cells.items():
+        capacity = int(memory_gib * memory.GIB)
+        try:
+            problem = memory.check_memory(cell.config, cell.device_count, capacity, "a device")
+            verdict = "may not fit"
+        except ConfigError as error:
+            problem, verdict = str(error), "refused"
+        if problem:
+            names.setdefault(f"{verdict}: {problem}", []).append(name)
+    lines = [f"{_first_names(cells_of_problem)}: {problem}" for problem, cells_of_problem in names.items()]
+    return lines or [f"All cells fit into {memory_gib:g} GiB, by an estimate."]
 
 
 def _needed_gib(cell: Cell) -> float:
@@ -325,9 +332,9 @@ def print_suite(
     for sweep in sweeps:
         table.rows.append([sweep.name, *suite.add(sweep_cells(sweep))])
     table.rows.append(["together", *suite.total()])
-    misfits = lines_of_misfits([cell for sweep in sweeps for cell in sweep_cells(sweep)], memory_gib)
+    cells = {f"{sweep.name}/{cell.name}": cell for sweep in sweeps for cell in sweep_cells(sweep)}
     shared = f"What a sweep shares with one above it is counted there. {basis(suite.is_measured, device)}"
-    print_table(table, [shared, *misfits])
+    print_table(table, [shared, *memory_lines(cells, sweeps[0].accelerator, memory_gib)])
 
 
 class _Suite:

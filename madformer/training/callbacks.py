@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,9 @@ class Preview(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         prompts = default_prompts(data.class_prompts, indices) if self.config.model.text else None
         text_BT = data.tokenizer(prompts) if prompts else None
-        with module.sampling_weights() as model:
+        # Compiling for these few samples takes minutes.
+        eager = torch.compiler.set_stance("force_eager") if module.runs_ahead else nullcontext()
+        with module.sampling_weights() as model, eager:
             batches = sample_batches(model, self.config, sampling, indices, text_BT)
             return torch.cat([data.codec.to(batch.device).decode(batch).cpu() for batch in batches])
 
@@ -238,9 +241,10 @@ class Profile(Callback):
         """Write the trace after the last of the steps, or of the run."""
         settings = self.config.trainer
         if self._profiler and trainer.global_step >= min(self._first + 5, settings.max_steps):
-            path = self.config.run_dir / "profile" / f"step-{trainer.global_step:08d}.json"
+            path = self.config.run_dir / "profile" / f"step-{trainer.global_step:08d}.json.gz"
             path.parent.mkdir(exist_ok=True)
             self._profiler.stop()
             self._profiler.export_chrome_trace(str(path))
+            steps = f"{self._first + 1} to {trainer.global_step}"
             self._profiler, self._first = None, -1
-            print(f"{path}: a trace of steps up to {trainer.global_step}; open it in https://ui.perfetto.dev", flush=True)
+            print(f"{path}: a trace of steps {steps}; open it in https://ui.perfetto.dev", flush=True)

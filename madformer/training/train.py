@@ -199,6 +199,7 @@ def _silence_lightning() -> None:
         ".*`srun` command is available.*",
         ".*overridden `on_before_batch_transfer`.*",
         ".*FSDP2-wrapped module.*returned a view.*",
+        ".*Grad strides do not match bucket view strides.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 

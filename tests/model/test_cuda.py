@@ -37,13 +37,13 @@ BFLOAT16 = 5e-2
 @pytest.fixture(autouse=True)
 def no_tf32():
     """TF32 keeps 10 bits of a factor; torch has it on for convolutions."""
-    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [switch.fp32_precision for switch in switches]
+    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
     for switch in switches:
-        switch.fp32_precision = "ieee"
+        switch.allow_tf32 = False
     yield
-    for switch, precision in zip(switches, before, strict=True):
-        switch.fp32_precision = precision
+    for switch, is_allowed in zip(switches, before, strict=True):
+        switch.allow_tf32 = is_allowed
 
 
 def on_device(model, **changes):

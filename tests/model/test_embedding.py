@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, AttnUpBlock2D, DownBlock2D, UpBlock2D
 from hypothesis import given
 from hypothesis import strategies as st
 
-from madformer.model.embedding import text_positions, to_blocks, to_image, token_positions
+from madformer.config import UNetConfig
+from madformer.model.embedding import DownBlock, GroupNorm, UpBlock, text_positions, to_blocks, to_image, token_positions
 from madformer.model.layer import rope
 from tests.conftest import tiny
 
@@ -61,3 +63,45 @@ def test_frequencies_are_powers_of_10000(pair, frequency):
     turned = rotate(config, unit, 3, 0)
     expected = torch.tensor([math.cos(3 * frequency), math.sin(3 * frequency)], dtype=torch.float64)
     torch.testing.assert_close(turned[[pair, pair + 4]], expected)
+
+
+def diffusers_block(kind, attention, channels, layers, **sizes):
+    """A block of diffusers, with group norms that take the accurate kernel."""
+    shared = {"out_channels": channels, "temb_channels": 8, "num_layers": layers, "resnet_groups": 4, **sizes}
+    if attention:
+        how = {"downsample_type": "conv"} if kind == "down" else {"upsample_type": "conv"}
+        block = (AttnDownBlock2D if kind == "down" else AttnUpBlock2D)(**shared, **how, attention_head_dim=channels // 2)
+    else:
+        block = (DownBlock2D if kind == "down" else UpBlock2D)(**shared)
+    for module in list(block.modules()):
+        for name, norm in module.named_children():
+            if isinstance(norm, torch.nn.GroupNorm):
+                setattr(module, name, GroupNorm(norm.num_groups, norm.num_channels, norm.eps))
+    return block
+
+
+@pytest.mark.parametrize("blocks", [2, 64])
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_u_net_s_blocks_are_diffusers_bit_for_bit(attention, blocks):
+    torch.manual_seed(0)
+    unet = UNetConfig(
+        channels=(8, 16, 16), layers=(1, 2, 1), attention=(attention,) * 3, groups=4, num_heads=2, time_embed_dim=8
+    )
+    time, x, skips = torch.randn(blocks, 8), torch.randn(blocks, 8, 8, 8), torch.randn(3, blocks, 16, 4, 4)
+    below = torch.randn(blocks, 16, 4, 4).to(memory_format=torch.channels_last)  # as the layers above hand them on
+    pairs = [
+        (DownBlock(unet, 1), diffusers_block("down", attention, 16, 2, in_channels=8), (x, time)),
+        (
+            UpBlock(unet, 1),
+            diffusers_block("up", attention, 16, 3, in_channels=8, prev_output_channel=16),
+            (below, (skips[0][:, :8], skips[1], skips[2]), time),
+        ),
+    ]
+    for ours, theirs, inputs in pairs:
+        ours.load_state_dict(theirs.state_dict())
+        outputs = [block(*inputs) for block in (ours, theirs)]
+        results = [output if isinstance(output, torch.Tensor) else output[0] for output in outputs]
+        gradients = [
+            torch.autograd.grad(y.square().sum(), list(b.parameters())) for y, b in zip(results, (ours, theirs), strict=True)
+        ]
+        assert all(torch.equal(a, b) for a, b in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True))

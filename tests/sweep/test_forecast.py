@@ -80,9 +80,16 @@ def test_what_does_not_fit_is_told_with_what_does(tmp_path, capsys):
     [sweep] = sweeps(tmp_path, large=both)
     print_plan(sweep)
     printed = capsys.readouterr().out
-    assert "memory" in printed and "does not fit" not in printed
+    assert "memory" in printed and "refused" not in printed
     needed = [line.split("│")[3].strip() for line in printed.splitlines() if line.startswith("│ d")]
-    for plan in (print_plan, lambda sweep, memory_gib: print_suite([sweep, sweep], memory_gib=memory_gib)):
-        plan(sweep, memory_gib=80)
-        [line] = [line for line in capsys.readouterr().out.splitlines() if "does not fit" in line]
-        assert line.startswith(f"does not fit into 80 GiB: {needed[0]}; set data.batch_size_per_device=2 (") and "d7-s0" in line
+    for plan, name in (
+        (print_plan, ""),
+        (lambda sweep, memory_gib: print_suite([sweep, sweep], memory_gib=memory_gib), "large/"),
+    ):
+        for gib, verdict in ((80, "refused"), (170, "may not fit")):
+            plan(sweep, memory_gib=gib)
+            [line] = [line for line in capsys.readouterr().out.splitlines() if verdict in line]
+            assert line.startswith(f"{name}d7-s0, {name}d14-s0: {verdict}: data.batch_size_per_device = null: 8 images")
+            assert f"up to {needed[0]} on each device (an estimate), a device has {gib} GiB: set data.batch" in line
+        plan(sweep, memory_gib=1000)
+        assert "All cells fit into 1000 GiB, by an estimate." in capsys.readouterr().out

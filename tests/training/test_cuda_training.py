@@ -71,7 +71,7 @@ def started(folder):
     commands = {name: train_command(folder / name, *settings) for name, settings in RUNS.items()}
     commands["sweep"] = command("sweep", "run", folder / "sweep.yaml", f"output_dir={folder}")
     with ThreadPoolExecutor(max_workers=5) as pool:
-        yield {name: pool.submit(execute, argv) for name, argv in commands.items()}
+        yield {name: pool.submit(execute, argv, timeout=600) for name, argv in commands.items()}
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def loaded(run, step=LAST):
     ("name", "like", "tolerance"),
     [
         ("plain", "cpu", 5e-3),  # TF32 in convolutions
-        ("ddp", "plain", 1e-5),  # one device: a mean over one
+        ("ddp", "plain", 1e-3),  # one device: a mean over one; but each process chooses its convolutions by their speed
         ("fsdp", "plain", 1e-3),  # weights in shards: other kernels, other orders of sums
         ("bf16", "plain", 5e-2),  # 8 bits
         ("bf16-ddp", "bf16", 1e-3),

@@ -1,5 +1,6 @@
 """The LightningModule under a plain Trainer: what it optimises, averages, logs, and when it stops."""
 
+import gzip
 import json
 
 import lightning.pytorch as pl
@@ -213,8 +214,8 @@ def test_a_profile_is_a_trace_of_five_steps(tmp_path, capsys):
     assert config_hash(config) == config_hash(tiny_run(tmp_path))
     train(config)
     (path,) = (config.run_dir / "profile").iterdir()
-    assert path.name == "step-00000015.json" and f"{path}: a trace of steps up to 15" in capsys.readouterr().out
-    names = [event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]]
+    assert path.name == "step-00000015.json.gz" and f"{path}: a trace of steps 11 to 15" in capsys.readouterr().out
+    names = [event.get("name", "") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]]
     assert sum(name.startswith("Optimizer.step#AdamW") for name in names) == 5
 
 
