@@ -125,15 +125,15 @@ class Tower(nn.Module):
             rows = self.query_heads * self.head_width
             projected = F.linear(y_BPD, self.qkv.weight[rows:], self.qkv.bias[rows:])
         heads_BPHK = projected.unflatten(-1, (-1, self.head_width))
-        qk_BPHK, v_BPGK = heads_BPHK.split([query_heads + self.kv_heads, self.kv_heads], dim=2)
         # Normed and rotated in float32 at least also under autocast, then back to the values' dtype.
         if self.qk_scale is not None and with_queries:
+            qk_BPHK, v_BPGK = heads_BPHK.split([query_heads + self.kv_heads, self.kv_heads], dim=2)
             wide_BPHK = qk_BPHK.to(self.qk_scale.dtype)
             normed_BPHK = F.rms_norm(wide_BPHK, (self.head_width,), eps=self.q_norm.eps) * self.qk_scale
             rotated_BHPK = rope.rotate(normed_BPHK).to(v_BPGK.dtype).transpose(1, 2)
             q_BHPK, k_BGPK = rotated_BHPK.split([query_heads, self.kv_heads], dim=1)
             return q_BHPK, k_BGPK, v_BPGK.transpose(1, 2)
-        q_BPHK, k_BPGK = qk_BPHK.split([query_heads, self.kv_heads], dim=2)
+        q_BPHK, k_BPGK, v_BPGK = heads_BPHK.split([query_heads, self.kv_heads, self.kv_heads], dim=2)
         k_BGPK = rope.rotate(self.k_norm(k_BPGK)).to(v_BPGK.dtype).transpose(1, 2)
         q_BHPK = rope.rotate(self.q_norm(q_BPHK)).to(v_BPGK.dtype).transpose(1, 2) if with_queries else None
         return q_BHPK, k_BGPK, v_BPGK.transpose(1, 2)
