@@ -153,6 +153,7 @@ def _in_one_line(where: str = "") -> Iterator[None]:
     except OmegaConfBaseException as error:
         field = getattr(error, "full_key", None) or "a list's entry"  # the only place that OmegaConf does not name
         reason = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "the value")
+        reason = reason.replace("True, False]", "true, false]")  # choices, as YAML writes them
         raise ConfigError(f"{where}{field}: {reason}") from error
 
 

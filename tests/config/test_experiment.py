@@ -80,6 +80,7 @@ BAD = {
     "evaluation.guidance_interval=900": "evaluation.guidance_interval = '900': must be all, or lowest and highest timestep",
     "evaluation.guidance_interval=900/100": "evaluation.guidance_interval = '900/100': must be all, or lowest and highest",
     "model.attention_backend=xformers": "model.attention_backend: Invalid value 'xformers', expected one of ['auto', 'flex', 'sdpa']",
+    "model.compile=maybe": "model.compile: Invalid value 'maybe', expected one of ['auto', true, false]",
     "model.unet.channels=[]": "model.unet.channels = []: must name at least one level",
     "model.unet.channels=[12]": "model.unet.channels = [12]: must be positive multiples of model.unet.groups = 8",
     "model.unet.channels=[32,64]": "model.unet.layers = [1]: must have one entry for each of the 2 levels of model.unet.channels",
