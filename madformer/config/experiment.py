@@ -86,6 +86,7 @@ class ExperimentConfig:
         require(is_integer(self.seed) and self.seed >= 0, "seed", self.seed, "must be an integer of at least 0")
         require(is_folder_name(self.name), "name", self.name, "must be the name of a folder")
         check_losses(self.model, self.loss)
+        check_elastic(self.model, self.loss)
         legal = self.diffusion.draws_per_image == 1 or self.model.clean_timestep == "zero"
         remedy = "several draws share the clean blocks: set diffusion.draws_per_image=1 or model.clean_timestep=zero"
         require(legal, "diffusion.draws_per_image", self.diffusion.draws_per_image, remedy)
@@ -229,6 +230,23 @@ def check_losses(model: ModelConfig, loss: LossConfig) -> None:
     legal = loss.lambda_clean_tower == 0 or model.ar_length > 1
     remedy = "a single block has no next one: set loss.lambda_clean_tower=0 or model.ar_length to 4, 16, ..."
     require(legal, "loss.lambda_clean_tower", loss.lambda_clean_tower, remedy)
+
+
+def check_elastic(model: ModelConfig, loss: LossConfig) -> None:
+    """Refuse an elastic run in which some depths would train other parameters than others: processes would wait for them.
+
+    Raises:
+        ConfigError: such a combination of `model.elastic_depths` with other fields.
+    """
+    if not model.elastic_depths:
+        return
+    name, depths = "model.elastic_depths", list(model.elastic_depths)
+    remedy = "without the condition the AR stage does not train the noise tower: set model.use_condition=true, or leave it empty"
+    require(model.use_condition, name, depths, remedy)
+    is_cut_off = model.local_denoising and model.use_clean_blocks and model.parameter_sets == "separate"
+    is_cut_off = is_cut_off and loss.lambda_clean_tower == 0
+    remedy = "local denoising does not train the clean tower: set model.local_denoising=false, or leave it empty"
+    require(not is_cut_off, name, depths, remedy)
 
 
 def wanted_outputs(weights: LossConfig) -> frozenset[str]:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from madformer import __version__
 from madformer.config.experiment import ExperimentConfig
 from madformer.config.loading import HEADER, load_experiment
+from madformer.config.model import ModelConfig
 from madformer.errors import InputError
 from madformer.runs.files import write_text
 
@@ -37,6 +38,8 @@ def _collect(section: object, leave_out_neutral: bool, prefix: str = "") -> dict
     values: dict[str, Any] = {}
     for field in _fields(section):
         name, value = f"{prefix}{field.name}", getattr(section, field.name)
+        if isinstance(section, ModelConfig) and section.elastic_depths and field.name == "diffusion_depth":
+            continue  # of an elastic run it is a default of sampling
         new_run, neutral = field.metadata.get("new_run", True), field.metadata.get("neutral", MISSING)
         if not new_run or (leave_out_neutral and value == neutral):
             continue

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 from madformer.config.validation import is_integer, require, require_at_least, require_types, setting
+from madformer.errors import ConfigError
 
 MIN_FLEX_HEAD_WIDTH = 16
 """FlexAttention's kernels take no narrower heads."""
@@ -102,7 +104,10 @@ class ModelConfig:
     depth: int = 28
     """Transformer layers in all (N)."""
     diffusion_depth: int = 14
-    """Layers that iterate in the denoising loop (D), the last ones; the first N - D run once per block (Table 1)."""
+    """Layers that iterate in the denoising loop (D), the last ones; the first N - D run once per block (Table 1). Of an elastic
+    run the depth that is sampled unless another is asked for."""
+    elastic_depths: tuple[int, ...] = setting((), neutral=())
+    """Diffusion depths of an elastic run: every training step draws one of them, so one run serves all; empty: a fixed depth."""
     width: int = 1152
     """Model width."""
     num_heads: int = 18
@@ -148,11 +153,21 @@ class ModelConfig:
         require_types("model", self)
         legal = is_integer(self.diffusion_depth) and 1 <= self.diffusion_depth <= self.depth
         require(legal, "model.diffusion_depth", self.diffusion_depth, f"must be in 1..{self.depth} (model.depth)")
+        self._check_elastic()
         legal = self.timestep_embedding == "raw" or self.unet.time_embed_dim % 2 == 0
         remedy = "must be even with model.timestep_embedding=sinusoidal"
         require(legal, "model.unet.time_embed_dim", self.unet.time_embed_dim, remedy)
         self._check_blocks()
         self._check_heads()
+
+    def _check_elastic(self) -> None:
+        depths = self.elastic_depths
+        object.__setattr__(self, "elastic_depths", tuple(sorted(depths)))
+        legal = not depths or (len(set(depths)) == len(depths) > 1 and all(1 <= depth <= self.depth for depth in depths))
+        remedy = f"must be empty, or several different depths in 1..{self.depth} (model.depth)"
+        require(legal, "model.elastic_depths", list(depths), remedy)
+        legal = not depths or self.diffusion_depth in depths
+        require(legal, "model.diffusion_depth", self.diffusion_depth, f"must be one of model.elastic_depths = {list(depths)}")
 
     def _check_blocks(self) -> None:
         rows = math.isqrt(self.ar_length)
@@ -176,6 +191,21 @@ class ModelConfig:
         require(legal, "model.attention_backend", self.attention_backend, remedy)
         legal = is_integer(self.kv_heads) and self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0
         require(legal, "model.num_kv_heads", self.num_kv_heads, f"must divide model.num_heads = {self.num_heads}")
+
+    def sampled_depth(self, depth: int | None = None) -> int | None:
+        """The depth that an elastic run is sampled at, by default `diffusion_depth`; None: the run is not elastic.
+
+        Raises:
+            ConfigError: it was not trained with this depth.
+        """
+        trained = self.elastic_depths or (self.diffusion_depth,)
+        if depth not in (None, *trained):
+            raise ConfigError(f"diffusion depth {depth}: not trained; the run has {', '.join(map(str, trained))}")
+        return (depth or self.diffusion_depth) if self.elastic_depths else None
+
+    def at_depth(self, depth: int | None) -> ModelConfig:
+        """The model as one of this fixed diffusion depth; None: as it is."""
+        return self if depth is None else _at_depth(self, depth)
 
     @property
     def head_width(self) -> int:
@@ -211,3 +241,8 @@ class ModelConfig:
     def block_tokens(self) -> int:
         """Tokens of a block (S)."""
         return self.token_rows**2
+
+
+@lru_cache(maxsize=256)
+def _at_depth(config: ModelConfig, depth: int) -> ModelConfig:
+    return replace(config, diffusion_depth=depth, elastic_depths=())

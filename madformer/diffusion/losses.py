@@ -42,6 +42,7 @@ def compute_losses(
     noise_BLCYX: Tensor,
     t_BL: Tensor,
     text: Tensor | None = None,
+    diffusion_depth: int | None = None,
 ) -> Losses:
     """One training forward and its losses.
 
@@ -53,6 +54,7 @@ def compute_losses(
         noise_BLCYX: noise draws, [B * k, L, C, Y, X]; image b's at b * k .. b * k + k - 1 (`NoiseSchedule.draw`).
         t_BL: their timesteps, [B * k, L].
         text: token ids [B, T], prompts already dropped (`embedding.drop_text`); None: the null text.
+        diffusion_depth: of an elastic run, the depth of this step; None: the configuration's.
 
     Raises:
         ConfigError: a loss on what the model does not have.
@@ -67,7 +69,8 @@ def compute_losses(
         text = null_text(model.config.text, len(clean_BLCYX), clean_BLCYX.device)
     target_BLCYX = repeat(clean_BLCYX, "b ... -> (b k) ...", k=draws)
     noisy_BLCYX = schedule.add_noise(target_BLCYX, noise_BLCYX, t_BL)
-    out = model(clean_BLCYX, noisy_BLCYX, t_BL, text=text, outputs=wanted_outputs(weights))
+    outputs = wanted_outputs(weights)
+    out = model(clean_BLCYX, noisy_BLCYX, t_BL, text=text, outputs=outputs, diffusion_depth=diffusion_depth)
 
     target_BLCYX = schedule.target(model.config.prediction_type, target_BLCYX, noise_BLCYX, t_BL)
     image_BL = reduce(F.mse_loss(out.denoised_BLCYX, target_BLCYX, reduction="none"), "b l c y x -> b l", "mean")

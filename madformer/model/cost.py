@@ -7,7 +7,8 @@ activations and rotations are left out. All FLOPs are for one image.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from statistics import fmean
 
 from madformer.config import ModelConfig, UNetConfig
 from madformer.errors import ConfigError
@@ -151,12 +152,15 @@ class TrainingFlops:
 
 
 def training_flops(config: ModelConfig, outputs: Iterable[str] | None = None, draws: int = 1) -> TrainingFlops:
-    """FLOPs of one training forward and backward for one image.
+    """FLOPs of one training forward and backward for one image; of an elastic run, the mean over its depths.
 
     Args:
         outputs: auxiliary outputs in the loss (`config.wanted_outputs`); None: all that exist.
         draws: noise draws per image.
     """
+    if config.elastic_depths:
+        by_depth = [training_flops(config.at_depth(depth), outputs, draws) for depth in config.elastic_depths]
+        return TrainingFlops(*(round(fmean(parts)) for parts in zip(*map(astuple, by_depth), strict=True)))
     outputs, text = existing_outputs(config, outputs), text_tokens(config)
     image, prompt, not_recomputed = [0, 0], 0, 0
     for layer, plan in enumerate(layer_plans(config, outputs, draws=draws)):

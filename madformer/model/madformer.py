@@ -88,6 +88,7 @@ class MADFormer(nn.Module):
         clean_t_BL: Tensor | None = None,
         text: Tensor | None = None,
         outputs: Iterable[str] | None = None,
+        diffusion_depth: int | None = None,
     ) -> Outputs:
         """Denoise every block of an image at once, each with the clean blocks before it as context.
 
@@ -99,11 +100,12 @@ class MADFormer(nn.Module):
                 `released`, auxiliary outputs leave the upsampler at these timesteps; else at `AUXILIARY_TIMESTEP`.
             text: token ids [B, T]; None: the null text.
             outputs: names of the auxiliary outputs to compute (`layer_plan.AUXILIARY_OUTPUTS`); None: all that exist.
+            diffusion_depth: layers of the diffusion stage (D); None: `config.diffusion_depth`. The parameters are the same.
 
         Raises:
             ValueError: shapes that do not fit the configuration or each other, an unknown output, text for a model without.
         """
-        run = _prepare(self, clean_BLCYX, noisy_BLCYX, t_BL, clean_t_BL, text, outputs)
+        run = _prepare(self, clean_BLCYX, noisy_BLCYX, t_BL, clean_t_BL, text, outputs, diffusion_depth)
         x: Towers = {}  # residual streams by tower, [B, P, D]
 
         # Eq. 1: h_0 = Embed(z_prev) + PosEnc. The noise tower's input at block i is clean block i - 1, the BOI block at 0;
@@ -279,10 +281,11 @@ def _prepare(
     clean_t_BL: Tensor | None,
     text: Tensor | None,
     outputs: Iterable[str] | None,
+    diffusion_depth: int | None,
 ) -> _Run:
     if model.prepared and torch.is_grad_enabled():
         raise RuntimeError("the model is prepared for sampling (prepare_for_sampling): to train it, build it anew")
-    config, device = model.config, clean_BLCYX.device
+    config, device = model.config.at_depth(diffusion_depth), clean_BLCYX.device
     draws = _check_latents(config, clean_BLCYX, noisy_BLCYX, t_BL, clean_t_BL)
     text_BT = _prompts(config, text, len(clean_BLCYX), device)
     text_tokens = 0 if text_BT is None else text_BT.shape[1]

@@ -77,7 +77,8 @@ def training_memory(
     """Memory of a training step.
 
     Args:
-        config: activation checkpointing and the attention's backend are taken into account.
+        config: activation checkpointing and the attention's backend are taken into account; of an elastic run the depth that
+            needs most counts.
         batch: images on the device.
         dtype: what autocast computes in, a key of `cost.DTYPE_BYTES`.
         outputs: auxiliary outputs in the loss (`config.wanted_outputs`); None: all that exist.
@@ -85,7 +86,8 @@ def training_memory(
         shards: devices that FSDP shards weights, gradients and optimiser state over; 1: none.
     """
     parts, size, outputs = parameters(config), DTYPE_BYTES[dtype], existing_outputs(config, outputs)
-    kept, recomputed = _kept(config, size, outputs, draws)
+    depths = [config.at_depth(depth) for depth in config.elastic_depths] or [config]
+    kept, recomputed = (max(parts) for parts in zip(*(_kept(each, size, outputs, draws) for each in depths), strict=True))
     shard = -(-weight_memory(config) // shards)
     calls = {"boi_block": 0, "text_embedding": 0, "shared_tower": len(layer_plans(config, outputs)[0].keys)}
     calls |= {"downsampler": 1 + bool(embedded_block_count(config, outputs))}

@@ -85,6 +85,12 @@ def unused_parameters(model: MADFormer, outputs: Iterable[str] | None = None) ->
     return [parameter for parameter in model.parameters() if parameter not in used]
 
 
+def draw_depth(config: ExperimentConfig, step: int) -> int:
+    """The diffusion depth of an elastic run's training step (0-based), the same for all its micro-batches and devices."""
+    depths = config.model.elastic_depths
+    return depths[int(torch.randint(len(depths), (), generator=keyed_generator(config.seed, "depth", step)))]
+
+
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, max_steps: int) -> LambdaLR:
     """The learning rate schedule (`wsd_factor`), updated at every step."""
     return LambdaLR(optimizer, lambda step: wsd_factor(step, config, max_steps))
@@ -223,7 +229,8 @@ class LitMADFormer(pl.LightningModule):
         """
         clean_BLCYX = to_blocks(batch["latents"], self.config.model.ar_length)
         inputs = (clean_BLCYX, batch["noise"], batch["t"], batch.get("text"))
-        return compute_losses(self.model, self.schedule, self.config.loss, *inputs)
+        depth = draw_depth(self.config, self.trainer.global_step) if self.config.model.elastic_depths else None
+        return compute_losses(self.model, self.schedule, self.config.loss, *inputs, depth)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
