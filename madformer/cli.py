@@ -30,6 +30,7 @@ app.add_typer(sweep_app, name="sweep")
 
 _SAMPLERS = ", ".join(get_args(SamplerName))
 _TUNED = "Sample each budget as madformer tune chose."
+_DEPTH = "Diffusion depths of an elastic run, of model.elastic_depths; default: model.diffusion_depth"
 _INTERVAL = "Timesteps at which guidance acts, such as 100/900, or all"
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields that replace the file's.")]
@@ -82,6 +83,7 @@ def evaluate(
     num_samples: Annotated[int | None, typer.Option(help="Images sampled for each number; default: the experiment's.")] = None,
     checkpoints: Annotated[str, typer.Option(help="newest, last5 (each, and their mean), or a step.")] = "newest",
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
+    diffusion_depth: Annotated[str | None, typer.Option(help=f"{_DEPTH}; several with commas.")] = None,
     sampler: Annotated[str | None, typer.Option(help=f"{_SAMPLERS}; several with commas.")] = None,
     spacing: Annotated[str | None, typer.Option(help=f"{SPACINGS}; several with commas.")] = None,
     guidance: Annotated[str | None, typer.Option(help="Scales of classifier-free guidance, such as 1,1.5.")] = None,
@@ -98,8 +100,8 @@ def evaluate(
     from madformer.evaluation.request import parse_request
 
     options = {"references": tuple(reference or ()), "devices": devices, "diagnostics": diagnostics}
-    axes = {"sampler": sampler, "spacing": spacing, "guidance": guidance, "seed": seeds}
-    axes |= {"guidance_interval": guidance_interval}
+    axes = {"diffusion_depth": diffusion_depth, "sampler": sampler, "spacing": spacing, "guidance": guidance}
+    axes |= {"guidance_interval": guidance_interval, "seed": seeds}
     config = load_run(run, overrides or [])
     request = parse_request(config, nfe, steps, num_samples, checkpoints, weights, axes, tuned, **options)
     from madformer.evaluation.evaluate import evaluate
@@ -113,6 +115,7 @@ def tune(
     sources: Annotated[list[str], typer.Argument(metavar="RUN... [KEY=VALUE]... | SWEEP.yaml [KEY=VALUE]...")],
     nfe: Annotated[str | None, typer.Option(help="Budgets, such as 16,64; default: the experiment's, or the sweep's.")] = None,
     tries: Annotated[int | None, typer.Option(min=1, help=f"Samplings to try at each budget; default: {TRIES}.")] = None,
+    diffusion_depth: Annotated[str | None, typer.Option(help=f"{_DEPTH}, each with choices of its own.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="When to stop trying; what was found is confirmed.")] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="Devices that share the work; default: all GPUs.")] = None,
 ) -> None:
@@ -124,6 +127,7 @@ def tune(
     from madformer.evaluation.measurement import parse_integers
 
     budgets = parse_integers("--nfe", nfe) if nfe is not None else ()
+    depths = parse_integers("--diffusion-depth", diffusion_depth) if diffusion_depth is not None else (None,)
     if Path(names[0]).suffix in (".yaml", ".yml"):
         from madformer.sweep.load_sweep import load_sweep
         from madformer.sweep.needs import trained_designs
@@ -136,7 +140,7 @@ def tune(
 
     with _going_on_later():
         for configs in designs:
-            tune(TuningRequest(configs, budgets or configs[0].evaluation.nfe, tries or TRIES, minutes, devices))
+            tune(TuningRequest(configs, budgets or configs[0].evaluation.nfe, tries or TRIES, minutes, devices, depths))
 
 
 @app.command()
@@ -149,6 +153,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Image i depends on (seed, i) alone.")] = 0,
     classes: Annotated[str | None, typer.Option(metavar="207,360", help="Classes, in turn; default: all of them.")] = None,
     prompt: Annotated[str | None, typer.Option(help="A text for all images, instead of classes.")] = None,
+    diffusion_depth: Annotated[int | None, typer.Option(help=f"{_DEPTH}.")] = None,
     sampler: Annotated[str | None, typer.Option(help=f"One of {_SAMPLERS}.")] = None,
     spacing: Annotated[str | None, typer.Option(help=f"One of {SPACINGS}.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; 1: none.")] = None,
@@ -160,8 +165,8 @@ def sample(
     """Write images, and a grid of them; those that are there already are left alone."""
     from madformer.evaluation.request import parse_sampling
 
-    axes = {"sampler": sampler, "spacing": spacing, "guidance": guidance, "seed": seed}
-    axes |= {"guidance_interval": guidance_interval}
+    axes = {"diffusion_depth": diffusion_depth, "sampler": sampler, "spacing": spacing, "guidance": guidance}
+    axes |= {"guidance_interval": guidance_interval, "seed": seed}
     options = {"classes": classes, "prompt": prompt, "devices": devices}
     request = parse_sampling(load_run(run), num, steps, nfe, weights, axes, tuned, **options)
     from madformer.evaluation.write_samples import write_samples

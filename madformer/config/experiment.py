@@ -184,7 +184,7 @@ def check_data(data: DataConfig, model: ModelConfig) -> None:
 
 
 def check_budgets(evaluation: EvaluationConfig, model: ModelConfig, diffusion: DiffusionConfig) -> None:
-    """Refuse budgets that leave the model no denoising step, or more steps than the noise schedule has.
+    """Refuse budgets that leave the model no denoising step, or more steps than the noise schedule has, whatever its depth.
 
     Raises:
         ConfigError: such a budget; the message says which ones are legal.
@@ -192,10 +192,12 @@ def check_budgets(evaluation: EvaluationConfig, model: ModelConfig, diffusion: D
     budgets = {"evaluation.nfe": evaluation.nfe}
     if evaluation.preview_every is not None:
         budgets["evaluation.preview_nfe"] = (evaluation.preview_nfe,)
+    depths = [model, *(model.at_depth(depth) for depth in model.elastic_depths)]
     for name, values in budgets.items():
         for budget in values:
-            if reason := budget_flaw(budget, model, diffusion):
-                raise ConfigError(f"{name} = {budget}: {reason}")
+            flaws = [budget_flaw(budget, each, diffusion) for each in (depths if name == "evaluation.nfe" else [model])]
+            if all(flaws):
+                raise ConfigError(f"{name} = {budget}: {flaws[0]}")
             timesteps, steps = listed_timesteps(evaluation.spacing), (budget - model.ar_depth) // model.diffusion_depth
             remedy = f"its timesteps are {len(timesteps)}, {name} = {budget} makes {steps} steps"
             require(len(timesteps) in (0, steps), "evaluation.spacing", evaluation.spacing, remedy)
@@ -241,7 +243,9 @@ def check_elastic(model: ModelConfig, loss: LossConfig) -> None:
     if not model.elastic_depths:
         return
     name, depths = "model.elastic_depths", list(model.elastic_depths)
-    remedy = "without the condition the AR stage does not train the noise tower: set model.use_condition=true, or leave it empty"
+    remedy = (
+        "without the condition the AR stage does not train the noise tower: set model.use_condition=true, or leave it empty"
+    )
     require(model.use_condition, name, depths, remedy)
     is_cut_off = model.local_denoising and model.use_clean_blocks and model.parameter_sets == "separate"
     is_cut_off = is_cut_off and loss.lambda_clean_tower == 0

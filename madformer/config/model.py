@@ -107,7 +107,7 @@ class ModelConfig:
     """Layers that iterate in the denoising loop (D), the last ones; the first N - D run once per block (Table 1). Of an elastic
     run the depth that is sampled unless another is asked for."""
     elastic_depths: tuple[int, ...] = setting((), neutral=())
-    """Diffusion depths of an elastic run: every training step draws one of them, so one run serves all; empty: a fixed depth."""
+    """Diffusion depths of an elastic run: each training step draws one of them, so one run serves all; empty: a fixed depth."""
     width: int = 1152
     """Model width."""
     num_heads: int = 18

@@ -41,7 +41,7 @@ from madformer.evaluation.feature_cache import (
     sample_features,
 )
 from madformer.evaluation.held_out import describe_held_out, require_held_out
-from madformer.evaluation.measurement import AXES, DEFAULTS, Measurement, Sampling
+from madformer.evaluation.measurement import AXES, DEFAULTS, DEPTH, Measurement, Sampling
 from madformer.evaluation.metrics import measure
 from madformer.evaluation.record import SHARED, append_point, find_point, read_diagnostics, read_means, read_points
 from madformer.evaluation.request import EvaluationRequest
@@ -308,7 +308,8 @@ def _record_diagnostics(request: EvaluationRequest, task: Task, device: torch.de
     known = {key: task.described[key] for key in ("checkpoint", "step", "weights", "weights_sha256", "config_hash", "codec")}
     wanted = {**known, "nfe": sampling.nfe, "steps": sampling.steps, "sampler": sampling.sampler}
     wanted |= {"seed": sampling.seed, "most_images": count, **describe_held_out(config)}
-    wanted |= {"spacing": sampling.spacing} if sampling.spacing != DEFAULTS["spacing"] else {}
+    later = ("spacing", DEPTH)  # fields that lines of earlier versions lack
+    wanted |= {name: getattr(sampling, name) for name in later if getattr(sampling, name) != DEFAULTS[name]}
     # Those of earlier versions have no denoising error.
     lines = [line for line in read_diagnostics(config.run_dir) if wanted.items() <= line.items() and "denoising_error" in line]
     if is_new := not lines:

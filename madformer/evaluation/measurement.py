@@ -107,6 +107,8 @@ class Sampling:
     """Timesteps at which guidance acts; all without guidance."""
     weights: Weights = "ema"
     seed: int = 0
+    diffusion_depth: int | None = None
+    """Of an elastic run, the depth that it is sampled at; None: the run's depth is fixed."""
 
     def __post_init__(self) -> None:
         # Equal samples, equal keys.
@@ -116,34 +118,40 @@ class Sampling:
             object.__setattr__(self, "guidance_interval", ALL_TIMESTEPS)
 
     @classmethod
-    def of_nfe(cls, config: ExperimentConfig, nfe: int, weights: Weights = "ema") -> Sampling:
+    def of_nfe(cls, config: ExperimentConfig, nfe: int, weights: Weights = "ema", depth: int | None = None) -> Sampling:
         """As `config.evaluation` says, with as many steps as a budget allows.
 
-        Raises:
-            ConfigError: none, or more than the noise schedule has.
-        """
-        return cls._of(config, nfe, cost.steps_for_nfe(config.model, nfe), weights)
-
-    @classmethod
-    def of_steps(cls, config: ExperimentConfig, steps: int, weights: Weights = "ema") -> Sampling:
-        """As `config.evaluation` says, in a number of steps; the budget is what they cost.
+        Args:
+            depth: of an elastic run, the diffusion depth; None: its default.
 
         Raises:
-            ConfigError: none, or more than the noise schedule has.
+            ConfigError: no steps, more than the noise schedule has, or a depth that the run was not trained with.
         """
-        return cls._of(config, cost.nfe(config.model, steps), steps, weights)
+        model = config.model.at_depth(config.model.sampled_depth(depth))
+        return cls._of(config, nfe, cost.steps_for_nfe(model, nfe), weights, depth)
 
     @classmethod
-    def _of(cls, config: ExperimentConfig, nfe: int, steps: int, weights: Weights) -> Sampling:
-        most, evaluation = config.diffusion.train_timesteps, config.evaluation
+    def of_steps(cls, config: ExperimentConfig, steps: int, weights: Weights = "ema", depth: int | None = None) -> Sampling:
+        """As `config.evaluation` says, in a number of steps; the budget is what they cost. Otherwise as `of_nfe`."""
+        model = config.model.at_depth(config.model.sampled_depth(depth))
+        return cls._of(config, cost.nfe(model, steps), steps, weights, depth)
+
+    @classmethod
+    def _of(cls, config: ExperimentConfig, nfe: int, steps: int, weights: Weights, depth: int | None) -> Sampling:
+        most = config.diffusion.train_timesteps
         if not 1 <= steps <= most:
             raise ConfigError(f"steps = {steps}: must be in 1..{most}, the noise schedule's timesteps")
-        return cls(nfe, steps, weights=weights, **{name: getattr(evaluation, name) for name in AXES})
+        return cls(nfe, steps, weights=weights, **{**default_axes(config), DEPTH: config.model.sampled_depth(depth)})
 
     @classmethod
     def of_point(cls, point: Point) -> Sampling:
         """That of a line of the record; a field that the line lacks has its default."""
         return cls(**{field.name: point[field.name] for field in fields(cls) if field.name in point})
+
+    @classmethod
+    def of_choice(cls, line: Point, which: str = "sampling") -> Sampling:
+        """That of a line of `madformer tune`: its choice, or what the choice was compared with (`default`)."""
+        return cls(line["nfe"], line["steps"], **line[which])
 
     @property
     def key(self) -> str:
@@ -162,13 +170,14 @@ class Sampling:
 
     def difference(self, main: Sampling) -> str:
         """What sets its curve apart from another one, such as `unipc, guidance 1.5`; empty: nothing."""
-        return ", ".join(text for name, text in self.texts.items() if text != main.texts[name])
+        return ", ".join(text for name, text in self.texts.items() if text not in ("", main.texts[name]))
 
     @property
     def texts(self) -> dict[str, str]:
         """The curve's fields in words, by name."""
         weights = "EMA weights" if self.weights == "ema" else "raw weights"
         return {
+            DEPTH: "" if self.diffusion_depth is None else f"D = {self.diffusion_depth}",
             "sampler": self.sampler,
             "spacing": self.spacing,
             "guidance": f"guidance {self.guidance:g}",
@@ -177,14 +186,18 @@ class Sampling:
         }
 
     def apply(self, config: ExperimentConfig) -> ExperimentConfig:
-        """The configuration with these fields and this budget alone, without previews.
+        """The configuration with these fields, this budget and this diffusion depth alone, without previews.
 
         Raises:
             ConfigError: the run cannot be sampled like this.
         """
-        chosen = {name: getattr(self, name) for name in AXES}
-        return replace(config, evaluation=replace(config.evaluation, nfe=(self.nfe,), preview_every=None, **chosen))
+        chosen = {name: getattr(self, name) for name in AXES if name != DEPTH}
+        evaluation = replace(config.evaluation, nfe=(self.nfe,), preview_every=None, **chosen)
+        return replace(config, model=config.model.at_depth(self.diffusion_depth), evaluation=evaluation)
 
+
+DEPTH = "diffusion_depth"
+"""The one field of `Sampling` whose default is the model's affair, not the evaluation's."""
 
 CURVE_FIELDS = tuple(field.name for field in fields(Sampling) if field.name not in ("nfe", "steps", "seed"))
 """What the points of one curve were sampled with, in the order of tables."""
@@ -239,6 +252,7 @@ class Axis:
 
 
 AXES = {
+    DEPTH: Axis("--diffusion-depth", "diffusion_depths", parse_integers),
     "sampler": Axis("--sampler", "samplers", _parse_samplers),
     "spacing": Axis("--spacing", "spacings", _parse_words),
     "guidance": Axis("--guidance", "guidance", _parse_numbers),
@@ -248,13 +262,22 @@ AXES = {
 """Field of `Sampling` -> how it is varied; the last one varies fastest, but for the budget."""
 
 
+def default_axes(config: ExperimentConfig) -> dict[str, Any]:
+    """The value that each of `AXES` has if nothing is asked for."""
+    named = {name: getattr(config.evaluation, name) for name in AXES if name != DEPTH}
+    return {DEPTH: config.model.sampled_depth(), **named}
+
+
 def all_samplings(budgets: Sequence[Sampling], values: Mapping[str, Sequence[Any]]) -> tuple[Sampling, ...]:
     """All combinations of values of `AXES`, budgets fastest; an axis without values is as the budgets have it.
+
+    Args:
+        budgets: for each diffusion depth its own, since a budget's steps depend on the depth.
 
     Raises:
         ConfigError: no spacing.
     """
-    varied = [name for name in AXES if values.get(name)]
+    varied = [name for name in AXES if values.get(name) and name != DEPTH]
     combinations = itertools.product(*(values[name] for name in varied))
     changes = [dict(zip(varied, combination, strict=True)) for combination in combinations]
     return tuple(dict.fromkeys(replace(budget, **change) for change in changes for budget in budgets))

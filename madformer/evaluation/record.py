@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -99,9 +99,10 @@ def read_means(run: Path) -> list[dict[str, Any]]:
     return _read(run, "mean")
 
 
-def find_tuning(run: Path, nfe: int) -> dict[str, Any] | None:
-    """The last choice of `madformer tune` at a budget; None: there is none."""
-    return next((line for line in reversed(_read(run, "tuning")) if line["nfe"] == nfe), None)
+def find_tuning(run: Path, nfe: int, depth: int | None = None) -> dict[str, Any] | None:
+    """The last choice of `madformer tune` at a budget, of an elastic run at a diffusion depth; None: there is none."""
+    lines = (line for line in reversed(_read(run, "tuning")) if line["nfe"] == nfe)
+    return next((line for line in lines if Sampling.of_choice(line).diffusion_depth == depth), None)
 
 
 def read_choices(run: Path) -> list[dict[str, Any]]:
@@ -110,21 +111,21 @@ def read_choices(run: Path) -> list[dict[str, Any]]:
 
 
 def known_choice(
-    lines: Sequence[dict[str, Any]], config: ExperimentConfig, nfe: int, tries: int, step: int
+    lines: Sequence[dict[str, Any]], config: ExperimentConfig, default: Sampling, tries: int, step: int
 ) -> dict[str, Any] | None:
     """The last choice of `madformer tune` for a budget of a run, with these samples and this default; None: there is none.
 
     Args:
         lines: the run's choices (`read_choices`).
         config: the run's, with `evaluation` as requested.
+        default: what the choice was compared with, at the budget.
         tries: tries that it was allowed at least.
         step: training step of the checkpoint.
     """
-    known: dict[str, Any] = {"nfe": nfe, "step": step, "num_samples": config.evaluation.num_samples}
-    known["default"] = Sampling.of_nfe(config, nfe).curve_fields
+    known: dict[str, Any] = {"step": step, "num_samples": config.evaluation.num_samples}
     known["feature_networks"] = list(config.evaluation.feature_networks)
     found = [line for line in lines if known.items() <= line.items() and line["most_tries"] >= tries]
-    return found[-1] if found else None
+    return next((line for line in reversed(found) if Sampling.of_choice(line, "default") == replace(default, seed=0)), None)
 
 
 def confirmation_seeds(runs: int) -> tuple[int, ...]:
@@ -191,7 +192,7 @@ def run_curves(run: Path, networks: Sequence[tuple[str, str | None]] | None = No
     moving average, the one of the most samples, the one with the most budgets, the one sampled in the way that was measured
     first (a sampler that is tried later does not take its place), the one measured last, in this order, and so on for the
     others. A curve that the newest step was not measured for is left out: it would compare stages of training. So is one that
-    has points of `madformer tune` alone (`tuned_curve` has them), unless it was sampled as the default.
+    has points of `madformer tune` alone (`tuned_curves` has them), unless it was sampled as the default.
 
     Args:
         networks: names and hashes of feature networks (`Measurement.has_networks`); None: whatever was measured with.
@@ -203,7 +204,7 @@ def run_curves(run: Path, networks: Sequence[tuple[str, str | None]] | None = No
     if networks is not None:
         points = [point for point in points if Measurement.of_point(point).has_networks(networks)]
     newest = max((point["step"] for point in points), default=None)
-    defaults = [line["default"] for line in _read(run, "tuning")]
+    defaults = {Sampling.of_choice(line, "default").curve_key for line in _read(run, "tuning")}
     groups: dict[str, list[Point]] = {}
     for point in points:
         key = Measurement.of_point(point).curve_key
@@ -212,7 +213,7 @@ def run_curves(run: Path, networks: Sequence[tuple[str, str | None]] | None = No
         key: group
         for key, group in groups.items()
         if any(point["step"] == newest for point in group)
-        and (Sampling.of_point(group[0]).curve_fields in defaults or not all(point.get("tuned") for point in group))
+        and (Sampling.of_point(group[0]).curve_key in defaults or not all(point.get("tuned") for point in group))
     }
     mean_keys = [Measurement.of_point(mean).curve_key for mean in means]
     curves = [
@@ -228,8 +229,10 @@ def run_curves(run: Path, networks: Sequence[tuple[str, str | None]] | None = No
     return sorted(curves, key=rank)
 
 
-def tuned_curve(run: Path, networks: Sequence[tuple[str, str | None]] | None = None) -> RunCurve | None:
-    """A run's points at the `Sampling` that `madformer tune` chose for each budget, at the newest evaluated step; None: none.
+def tuned_curves(run: Path, networks: Sequence[tuple[str, str | None]] | None = None) -> list[RunCurve]:
+    """A run's points at the `Sampling` that `madformer tune` chose for each budget, at the newest evaluated step.
+
+    One curve; of an elastic run one for each diffusion depth; none if it is not tuned.
 
     Args:
         networks: as in `run_curves`.
@@ -242,6 +245,12 @@ def tuned_curve(run: Path, networks: Sequence[tuple[str, str | None]] | None = N
         points = [point for point in points if Measurement.of_point(point).has_networks(networks)]
     newest = max((point["step"] for point in points), default=None)
     tuned = [point for point in points if point.get("tuned") and point["step"] == newest]
+    depths = sorted({Sampling.of_point(point).diffusion_depth or 0 for point in tuned})
+    by_depth = ([point for point in tuned if (Sampling.of_point(point).diffusion_depth or 0) == depth] for depth in depths)
+    return [_tuned_curve(points) for points in by_depth]
+
+
+def _tuned_curve(tuned: Sequence[Point]) -> RunCurve:
     budgets: dict[int, list[Point]] = {}
     for point in sorted(tuned, key=lambda point: int(point["nfe"])):
         budgets.setdefault(point["nfe"], []).append(point)
@@ -252,7 +261,7 @@ def tuned_curve(run: Path, networks: Sequence[tuple[str, str | None]] | None = N
         nfe: list({point["seed"]: point for point in measured if Measurement.of_point(point).curve_key == chosen[nfe]}.values())
         for nfe, measured in budgets.items()
     }
-    return RunCurve(kept, is_tuned=True) if kept else None
+    return RunCurve(kept, is_tuned=True)
 
 
 def curves_by_sampling(curves: Sequence[RunCurve], metric: str) -> list[RunCurve]:

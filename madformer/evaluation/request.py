@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from madformer.config import ExperimentConfig
 from madformer.config.evaluation import MAX_SAMPLES
 from madformer.errors import ConfigError, InputError
-from madformer.evaluation.measurement import AXES, CURVE_FIELDS, Sampling, all_samplings, parse_integers
+from madformer.evaluation.measurement import AXES, CURVE_FIELDS, DEPTH, Sampling, all_samplings, parse_integers
 from madformer.evaluation.record import find_tuning
 from madformer.runs.checkpoints import checkpoint_path, find_flaw, list_checkpoints, newest_intact, parse_weights
 
@@ -82,12 +82,14 @@ def parse_request(
     if num_samples is not None:
         config = replace(config, evaluation=replace(config.evaluation, num_samples=num_samples))
     chosen = parse_weights(weights)
+    values = {name: AXES[name].parse(AXES[name].option, text) for name, text in (axes or {}).items() if text is not None}
+    depths = values.get(DEPTH, (None,))
     if steps is not None:
-        budgets = [Sampling.of_steps(config, number, chosen) for number in parse_integers("--steps", steps)]
+        counts = parse_integers("--steps", steps)
+        budgets = [Sampling.of_steps(config, count, chosen, depth) for depth in depths for count in counts]
     else:
         numbers = config.evaluation.nfe if nfe is None else parse_integers("--nfe", nfe)
-        budgets = [Sampling.of_nfe(config, number, chosen) for number in numbers]
-    values = {name: AXES[name].parse(AXES[name].option, text) for name, text in (axes or {}).items() if text is not None}
+        budgets = [Sampling.of_nfe(config, number, chosen, depth) for depth in depths for number in numbers]
     if tuned and chosen != "ema":
         raise InputError("--weights and --tuned: give one of them; choices are for the moving average")
     if tuned:
@@ -123,13 +125,17 @@ def parse_sampling(
     if num > MAX_SAMPLES:
         raise InputError(f"--num {num}: must be at most {MAX_SAMPLES:,}, each image has a seed of its own")
     chosen = parse_weights(weights)
-    budget = Sampling.of_nfe(config, nfe, chosen) if nfe is not None else Sampling.of_steps(config, cast(int, steps), chosen)
     values: dict[str, Sequence[Any]] = {"seed": (0,)}
     for name, value in (axes or {}).items():
         if value is not None:
             values[name] = AXES[name].parse(AXES[name].option, str(value))
             if len(values[name]) > 1:
                 raise InputError(f"{AXES[name].option} {value}: give one value")
+    [depth] = values.get(DEPTH, (None,))
+    if nfe is not None:
+        budget = Sampling.of_nfe(config, nfe, chosen, depth)
+    else:
+        budget = Sampling.of_steps(config, cast(int, steps), chosen, depth)
     if tuned and chosen != "ema":
         raise InputError("--weights and --tuned: give one of them; choices are for the moving average")
     if tuned:
@@ -149,11 +155,12 @@ def tuned_sampling(config: ExperimentConfig, budget: Sampling, values: Mapping[s
         InputError: there is no choice for this budget, or a field is given that the choice sets.
     """
     for name in values:
-        if name in CURVE_FIELDS:
+        if name in CURVE_FIELDS and name != DEPTH:
             raise InputError(f"{AXES[name].option} and --tuned: give one of them")
-    line = find_tuning(config.run_dir, budget.nfe)
+    line = find_tuning(config.run_dir, budget.nfe, budget.diffusion_depth)
     if line is None:
-        remedy = f"madformer tune {config.run_dir} --nfe {budget.nfe}"
+        depth = "" if budget.diffusion_depth is None else f" --diffusion-depth {budget.diffusion_depth}"
+        remedy = f"madformer tune {config.run_dir} --nfe {budget.nfe}{depth}"
         raise InputError(f"--tuned: {config.run_dir} is not tuned at NFE {budget.nfe}; {remedy}")
     return replace(budget, **line["sampling"])
 

@@ -152,6 +152,7 @@ def sample_batches(
     sampler = build_sampler(config.diffusion, config.model.prediction_type, sampling.sampler, sampling.spacing)
     options: dict[str, Any] = {"guidance": sampling.guidance, "on_block": on_block}
     options["guidance_interval"] = parse_interval(sampling.guidance_interval)
+    options["diffusion_depth"] = sampling.diffusion_depth
     options["make_sampler"] = make_sampler or keeping_sampler()
     for start in range(0, len(indices), batch_size):
         rows = list(range(start, min(start + batch_size, len(indices))))

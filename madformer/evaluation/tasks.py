@@ -79,7 +79,7 @@ class Task:
     """One point of a record: samples to be taken and measured."""
 
     config: ExperimentConfig
-    """The run's."""
+    """The run's, at the sampling's diffusion depth."""
     checkpoint: Path
     sampling: Sampling
     prompts: tuple[str, ...]
@@ -188,12 +188,12 @@ def _tasks_of(request: EvaluationRequest, path: Path, instruments: Instruments) 
             "steps": sampling.steps,
             "last_timestep": spaced_timesteps(sampling.spacing, sampling.steps, schedule.alphas_cumprod)[-1],
         }
-        if request.tuned and (choice := find_tuning(config.run_dir, sampling.nfe)) is not None:
+        if request.tuned and (choice := find_tuning(config.run_dir, sampling.nfe, sampling.diffusion_depth)) is not None:
             point |= {"tuned": True, "tries": choice["tries"]}
         if point["last_timestep"] == 0 and request.kind == "point" and is_outdated(config.run_dir):
             _log.warning("%s: version 0.1.0 trained it and broke it at timestep 0, where this sampling ends", config.run_dir)
         point["command"] = _command(config, point, request.references)
-        yield Task(config, path, sampling, prompts, point)
+        yield Task(replace(config, model=config.model.at_depth(sampling.diffusion_depth)), path, sampling, prompts, point)
 
 
 def _command(config: ExperimentConfig, point: dict[str, Any], references: Sequence[Path]) -> str:
@@ -205,7 +205,7 @@ def _command(config: ExperimentConfig, point: dict[str, Any], references: Sequen
         "--weights": point["weights"],
         **{axis.option: point[name] for name, axis in AXES.items()},
     }
-    words = [word for option, value in options.items() for word in (option, str(value))]
+    words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
     words += [word for path in references for word in ("--reference", str(path))]
     networks = json.dumps(config.evaluation.feature_networks, ensure_ascii=False)
     overrides = [f"evaluation.feature_networks={networks}", f"evaluation.batch_size={config.evaluation.batch_size}"]

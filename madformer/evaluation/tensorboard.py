@@ -2,7 +2,8 @@
 
 TensorBoard draws a scalar against an integer step. Here the step is what a point cost, not when it was trained, so the runs of
 a sweep overlay as curves of quality against compute. A run's main curve has the bare tag, `fid_vs_nfe`; other samplers,
-guidances and weights add their differences, `fid_vs_nfe/unipc`. The curve of what `madformer tune` chose is `fid_vs_nfe_tuned`.
+guidances, weights and depths add their differences, `fid_vs_nfe/unipc`. The curve of what `madformer tune` chose is
+`fid_vs_nfe_tuned`. Of an elastic run each diffusion depth has its own, `fid_vs_nfe/D = 4`.
 
 `torch.utils.tensorboard` cannot write these files. Its writers create a file under its final name, so a running TensorBoard
 reads half of it. Its `scalar` takes no description, its `hparams` turns booleans into numbers and takes no times, and its
@@ -33,8 +34,8 @@ from tensorboard.plugins.hparams.metadata import NULL_TENSOR
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from madformer.evaluation.measurement import Point, metric_key
-from madformer.evaluation.record import RunCurve, curves_by_sampling, mean_known, newest_diagnostics, run_curves, tuned_curve
+from madformer.evaluation.measurement import DEPTH, Point, metric_key
+from madformer.evaluation.record import RunCurve, curves_by_sampling, mean_known, newest_diagnostics, run_curves, tuned_curves
 from madformer.runs.files import atomic_write
 
 Scalar = bool | int | float | str
@@ -86,8 +87,7 @@ def write_curves(run: Path, hparams: Mapping[str, Scalar]) -> None:
     Raises:
         InputError: the record is broken.
     """
-    tuned, diagnostics = tuned_curve(run), newest_diagnostics(run)
-    curves = [*run_curves(run), *([] if tuned is None else [tuned])]
+    curves, diagnostics = [*run_curves(run), *tuned_curves(run)], newest_diagnostics(run)
     former = list(run.glob(f"{_PREFIX}*{_SUFFIX}"))
     events = [*_curve_events(curves), *_hparam_events(curves, hparams), *_diagnostic_events(diagnostics)]
     events += _layout_events(curves, diagnostics)
@@ -162,8 +162,9 @@ def _curve_events(curves: Sequence[RunCurve]) -> Iterator[Event]:
     """One scalar for each metric, way of sampling, axis and budget. Steps rise, else TensorBoard forgets points."""
     for metric in _metrics(curves):
         for curve in [*curves_by_sampling([each for each in curves if not each.is_tuned], metric), *_tuned(curves, metric)]:
-            name = curve.sampling.difference(curves[0].sampling)
-            ending = "_tuned" if curve.is_tuned else f"/{name}" if name else ""
+            sampling = curve.sampling
+            name = sampling.texts[DEPTH] if curve.is_tuned else sampling.difference(curves[0].sampling)
+            ending = ("_tuned" if curve.is_tuned else "") + (f"/{name}" if name else "")
             points = _means(curve)
             for axis, (step_of, unit) in AXES.items():
                 tag = f"{metric}_vs_{axis}{ending}"
@@ -173,7 +174,7 @@ def _curve_events(curves: Sequence[RunCurve]) -> Iterator[Event]:
 
 
 def _tuned(curves: Sequence[RunCurve], metric: str) -> list[RunCurve]:
-    """The tuned curve, if there is one that has the metric."""
+    """The tuned curves that have the metric."""
     return [curve for curve in curves if curve.is_tuned and metric in curve.metrics]
 
 
@@ -241,7 +242,7 @@ def _layout_events(curves: Sequence[RunCurve], diagnostics: Point | None) -> Ite
             "chart": [
                 _chart(f"{metric}_vs_{axis}{ending}", unit, f"^{re.escape(metric)}_vs_{axis}{tags}$")
                 for axis, (_, unit) in AXES.items()
-                for ending, tags in (("", "(/.*)?"), ("_tuned", "_tuned"))
+                for ending, tags in (("", "(/.*)?"), ("_tuned", "_tuned(/.*)?"))
                 if not ending or _tuned(curves, metric)
             ],
             "closed": not (index == 0 or metric_key(metric) == "fd"),

@@ -25,7 +25,7 @@ from madformer.config import ExperimentConfig, trained_fields
 from madformer.config.evaluation import ALL_TIMESTEPS, SamplerName
 from madformer.errors import ConfigError, InputError, NonFiniteError
 from madformer.evaluation.evaluate import evaluate, write_run_curves
-from madformer.evaluation.measurement import Measurement, Point, Sampling, half_width
+from madformer.evaluation.measurement import DEPTH, Measurement, Point, Sampling, half_width
 from madformer.evaluation.record import (
     SEARCH_SEED,
     append_point,
@@ -68,6 +68,8 @@ class TuningRequest:
     """When to stop trying; what was found until then is confirmed. None: when all tries are made."""
     devices: int | None = None
     """Devices that share the work; None: all GPUs, or one process."""
+    depths: tuple[int | None, ...] = (None,)
+    """Diffusion depths of elastic runs, each with its own choices; None: the default."""
 
     @property
     def num_samples(self) -> int:
@@ -99,8 +101,9 @@ def tune(request: TuningRequest) -> None:
     with ExitStack() as claims:
         for run in sorted(config.run_dir.resolve() for config in request.configs):
             claims.enter_context(claim_folder(run, "tune", cluster_rank() or 0))
-        for nfe in request.nfe:
-            _tune_at(request, Sampling.of_nfe(request.configs[0], nfe), deadline)
+        defaults = [Sampling.of_nfe(request.configs[0], nfe, depth=depth) for depth in request.depths for nfe in request.nfe]
+        for default in defaults:
+            _tune_at(request, default, deadline)
 
 
 def _of_one_design(configs: Sequence[ExperimentConfig]) -> tuple[ExperimentConfig, ...]:
@@ -131,15 +134,14 @@ def _of_one_design(configs: Sequence[ExperimentConfig]) -> tuple[ExperimentConfi
 
 def _tune_at(request: TuningRequest, default: Sampling, deadline: float | None) -> None:
     step = checkpoint_step(_checkpoint(request.configs[0]))
-    choices = (
-        known_choice(read_choices(config.run_dir), config, default.nfe, request.tries, step) for config in request.configs
-    )
+    choices = (known_choice(read_choices(config.run_dir), config, default, request.tries, step) for config in request.configs)
     line = next((line for line in choices if line is not None), None)
-    title = f"{', '.join(config.name for config in request.configs)} at NFE {default.nfe}"
+    title = ", ".join([*(config.name for config in request.configs), *filter(None, [default.texts[DEPTH]])])
+    title += f" at NFE {default.nfe}"
     if line is None:
         print(f"{title}: {_costs(request, default)}", flush=True)
         line = _choose(request, default, deadline)
-    chosen = Sampling(default.nfe, default.steps, **line["sampling"])
+    chosen = Sampling.of_choice(line)
     for config in request.configs:
         points = _measure(request, config, [chosen, default], line["seeds"])
         if not cluster_rank():
@@ -278,14 +280,15 @@ def _costs(request: TuningRequest, default: Sampling) -> str:
     """What is ahead, before it begins."""
     few, runs, seeds = search_samples(request.num_samples), len(request.configs), len(request.seeds)
     images = runs * (request.tries * few + 2 * seeds * request.num_samples)
-    flops = images * cost.sampling_flops(request.configs[0].model, guidance=default.guidance != 1).total(default.steps)
+    model = request.configs[0].model.at_depth(default.diffusion_depth)
+    flops = images * cost.sampling_flops(model, guidance=default.guidance != 1).total(default.steps)
     work = f"up to {request.tries} tries of {few:,} samples, then 2 x {seeds} x {request.num_samples:,} to confirm"
     return f"{work}, for each of {runs} runs: {flops / 1e12:.3g} TFLOPs in all"
 
 
 def _text(line: dict[str, Any]) -> str:
     """A choice in words."""
-    sampling, default = (Sampling(line["nfe"], line["steps"], **line[name]) for name in ("sampling", "default"))
+    sampling, default = Sampling.of_choice(line), Sampling.of_choice(line, "default")
     if sampling == default:
         return f"the default is the best of {line['tries']} samplings"
     spread = "" if line["half_width"] is None else f" ± {line['half_width']:.2g}"

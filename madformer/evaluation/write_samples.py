@@ -106,7 +106,7 @@ def _settings(request: SamplingRequest) -> dict[str, Any]:
         "config_hash": run_hash(config),
         "sampler": sampling.sampler,
         "steps": sampling.steps,
-        "nfe": cost.nfe(config.model, sampling.steps),
+        "nfe": cost.nfe(config.model.at_depth(sampling.diffusion_depth), sampling.steps),
         **{name: getattr(sampling, name) for name in AXES if name != "sampler"},
         "codec": codec.name,
         "codec_sha256": codec.sha256,

@@ -43,6 +43,7 @@ def generate(
     text: Tensor | None = None,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
+    diffusion_depth: int | None = None,
     on_block: Callable[[int, Tensor], None] | None = None,
     make_sampler: Callable[..., BlockSampler] | None = None,
 ) -> Tensor:
@@ -63,6 +64,7 @@ def generate(
         text: token ids [B, T]; None: the null text.
         guidance: scale of classifier-free guidance; 1 is none. Needs text.
         guidance_interval: lowest and highest timestep at which guidance acts; None: all.
+        diffusion_depth: layers that iterate (D), of an elastic run one that it was trained with; None: the configuration's.
         on_block: called with (i, latents [B, L, C, Y, X]) after block i; later blocks are still zero. For previews and
             clocks: the latents are those being written, so copy what you keep, and a GPU may still be at work on them.
         make_sampler: `BlockSampler`, the default. `functools.lru_cache(maxsize=1)(BlockSampler)`, given to several calls,
@@ -85,7 +87,7 @@ def generate(
     latents_BLCYX = torch.zeros_like(noise_BLCYX)
     past_BLCYX = latents_BLCYX if context_BLCYX is None else context_BLCYX.to(latents_BLCYX)
     dtype = autocast_dtype(model.boi_SD.device, model.boi_SD.dtype)
-    sampler = (make_sampler or BlockSampler)(model, batch, _text_tokens(model, text), guidance, dtype)
+    sampler = (make_sampler or BlockSampler)(model, batch, _text_tokens(model, text), guidance, dtype, diffusion_depth)
     sampler.start_images(scheduler, text, guidance_interval)
     options = {"generator": generators} if generators and "generator" in inspect.signature(scheduler.step).parameters else {}
     for block in range(model.config.ar_length):
@@ -112,9 +114,16 @@ class BlockSampler:
     """
 
     def __init__(
-        self, model: MADFormer, images: int, text_tokens: int, guidance: float, dtype: torch.dtype, use_graphs: bool = True
+        self,
+        model: MADFormer,
+        images: int,
+        text_tokens: int,
+        guidance: float,
+        dtype: torch.dtype,
+        diffusion_depth: int | None = None,
+        use_graphs: bool = True,
     ) -> None:
-        config, device = model.config, model.boi_SD.device
+        config, device = model.config.at_depth(diffusion_depth), model.boi_SD.device
         self.model, self.config, self.guidance, self.images = model, config, guidance, images
         self.rows = images if guidance == 1 else 2 * images
         self.plans = layer_plans(config, frozenset())

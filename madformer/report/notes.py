@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from madformer.evaluation.measurement import DEFAULTS, HELD_OUT, Measurement, Point, differing, higher_is_better
+from madformer.evaluation.measurement import DEFAULTS, DEPTH, HELD_OUT, Measurement, Point, differing, higher_is_better
 from madformer.report.formatting import counted, distinct, number
 from madformer.report.points import TUNED, Group, Row, columns_of
 from madformer.report.statistics import Estimate, Over, differ, over_training
@@ -64,8 +64,8 @@ def _sampled(groups: Sequence[Group], points: Sequence[Point]) -> str:
     otherwise = " unless a label says otherwise" if any(group.difference for group in groups) else ""
     otherwise += " (tuned: see *Sampling chosen*)" if any(group.is_tuned for group in groups) else ""
     texts = {**main.texts, "sampler": f"{main.sampler} sampler"}
-    for name in ("spacing", "guidance_interval"):
-        if main.curve_fields[name] == DEFAULTS[name]:
+    for name in ("spacing", "guidance_interval", DEPTH):
+        if name == DEPTH or main.curve_fields[name] == DEFAULTS[name]:
             del texts[name]
     samples = distinct(point["num_samples"] for point in points)
     return f"{samples} samples a point; {', '.join(texts.values())}{otherwise}; {trained_for(points)}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from importlib.resources import files
@@ -239,8 +239,15 @@ def _compare_table(
 
 
 def _configs(groups: Sequence[Group]) -> dict[str, ExperimentConfig]:
-    """Label -> its configuration; without labels of the same design, and runs whose configuration is not there."""
-    configs = {group.label: load_run(group.runs[0]) for group in groups if config_path(group.runs[0]).is_file()}
+    """Label -> its configuration; without labels of the same design, and runs whose configuration is not there.
+
+    An elastic run at one of its depths counts as a model of this depth.
+    """
+    configs = {}
+    for group in groups:
+        if config_path(group.runs[0]).is_file():
+            config = load_run(group.runs[0])
+            configs[group.label] = replace(config, model=config.model.at_depth(group.sampling.diffusion_depth))
     keys = {label: tuple(design_of(config).values()) for label, config in configs.items()}
     times = Counter(keys.values())
     return {label: config for label, config in configs.items() if times[keys[label]] == 1}

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from madformer.config import ExperimentConfig, load_run, trained_fields
 from madformer.errors import InputError
-from madformer.evaluation.measurement import Measurement, Point, Sampling
-from madformer.evaluation.record import RunCurve, find_tuning, mean_known, read_points, run_curves, tuned_curve
+from madformer.evaluation.measurement import DEPTH, Measurement, Point, Sampling
+from madformer.evaluation.record import RunCurve, find_tuning, mean_known, read_points, run_curves, tuned_curves
 from madformer.report.formatting import COSTS, natural
 from madformer.report.statistics import Estimate, estimate
 from madformer.sweep.cells import Cell, sweep_cells
@@ -219,8 +219,7 @@ def gather(curves: Sequence[Curve], metric: str | None = None) -> tuple[str, lis
     for curve in sorted(curves, key=lambda curve: (natural(curve.label), curve.seed)):
         if not (measured := run_curves(curve.run, curve.networks)):
             raise InputError(f"{curve.run}: no evaluations; make them: madformer evaluate {curve.run}")
-        tuned = tuned_curve(curve.run, curve.networks)
-        recorded.append((curve, [*measured, tuned] if tuned else measured))
+        recorded.append((curve, [*measured, *tuned_curves(curve.run, curve.networks)]))
     metric = metric or _shared_metric(recorded)
     for curve, measured in recorded:
         if metric not in (names := _metrics(measured)):
@@ -253,9 +252,9 @@ def make_rows(group: Group) -> list[Row]:
 
 def _choices(row: Row) -> tuple[Mapping[str, Any], ...]:
     """The lines of kind `tuning` behind a row, each once: runs that were tuned together have the same."""
-    chosen = [sampling.curve_fields for sampling in row.samplings]
-    lines = (find_tuning(run, row.nfe) for run in row.group.runs)
-    return tuple({repr(line): line for line in lines if line is not None and line["sampling"] in chosen}.values())
+    lines = (find_tuning(run, row.nfe, row.group.sampling.diffusion_depth) for run in row.group.runs)
+    known = (line for line in lines if line is not None and Sampling.of_choice(line) in row.samplings)
+    return tuple({repr(line): line for line in known}.values())
 
 
 def _metrics(measured: Sequence[RunCurve]) -> list[str]:
@@ -290,16 +289,20 @@ def _groups(chosen: Sequence[tuple[Curve, Sequence[RunCurve]]]) -> list[Group]:
     members: dict[tuple[str, str], list[tuple[Curve, RunCurve]]] = {}
     for curve, curves in chosen:
         for measured in curves:
-            difference = TUNED if measured.is_tuned else measured.sampling.difference(main)
-            members.setdefault((curve.label, difference), []).append((curve, measured))
+            sampling = measured.sampling
+            main_at_depth = replace(main, diffusion_depth=sampling.diffusion_depth)  # the depth is part of the design
+            difference = TUNED if measured.is_tuned else sampling.difference(main_at_depth)
+            label = " · ".join(filter(None, [curve.label, sampling.texts[DEPTH]]))
+            members.setdefault((label, difference), []).append((curve, measured))
     groups = []
     for (label, difference), entries in members.items():
         runs = _alike(entries)
+        depth = runs[0][1].sampling.diffusion_depth
         groups.append(
             Group(
                 label,
                 difference,
-                runs[0][0].axes,
+                {**runs[0][0].axes, **({} if depth is None else {f"model.{DEPTH}": depth})},
                 runs[0][1].sampling,
                 tuple(measured for _, measured in runs),
                 tuple(curve.run for curve, _ in runs),

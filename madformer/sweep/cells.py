@@ -13,11 +13,19 @@ from weakref import WeakKeyDictionary
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from madformer.config import ExperimentConfig, ModelConfig, budget_flaw, config_hash, load_experiment, read_config_hash
+from madformer.config import (
+    DiffusionConfig,
+    ExperimentConfig,
+    ModelConfig,
+    budget_flaw,
+    config_hash,
+    load_experiment,
+    read_config_hash,
+)
 from madformer.config.identity import config_path
 from madformer.config.validation import require
 from madformer.errors import ConfigError
-from madformer.evaluation.measurement import AXES, Sampling, all_samplings
+from madformer.evaluation.measurement import AXES, DEPTH, Sampling, all_samplings, default_axes
 from madformer.model import cost
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.sweep.spec import VARIANT, InferenceAxes, Search, Sweep, as_text, label
@@ -65,13 +73,26 @@ class Cell:
     @cached_property
     def samplings(self) -> tuple[Sampling, ...]:
         """All ways that each of its checkpoints is sampled in, the main sampler and guidance first."""
-        budgets = [Sampling.of_nfe(self.config, nfe) for nfe in self.budgets]
+        budgets = [Sampling.of_nfe(self.config, nfe, depth=depth) for depth in self.depths for nfe in self.budgets_at(depth)]
         return all_samplings(budgets, {name: getattr(self.inference, axis.sweep_key) for name, axis in AXES.items()})
 
     @property
-    def points_per_budget(self) -> int:
-        """Points of the record at each budget."""
-        return len(self.samplings) // len(self.budgets) * self.inference.last
+    def depths(self) -> tuple[int | None, ...]:
+        """Diffusion depths that it is sampled at; None: its fixed one."""
+        return _depths(self.config.model, self.inference)
+
+    def defaults(self, nfe: int) -> list[Sampling]:
+        """What tuning at a budget is compared with, at each of its depths that has this budget."""
+        return [Sampling.of_nfe(self.config, nfe, depth=depth) for depth in self.depths if nfe in self.budgets_at(depth)]
+
+    def budgets_at(self, depth: int | None) -> tuple[int, ...]:
+        """NFE budgets at one of its depths: those of `evaluate.steps` depend on it."""
+        return tuple(nfe for nfe in self.budgets if _has_budget(self.config.model.at_depth(depth), self.inference, nfe))
+
+    @property
+    def point_count(self) -> int:
+        """Points of the record, once all is evaluated."""
+        return len(self.samplings) * self.inference.last
 
     @property
     def device_count(self) -> int:
@@ -150,7 +171,7 @@ class CellMaker:
             model = self._section("model", changes.pop("model", {}))
             diffusion = self._section("diffusion", changes.pop("diffusion", {}))
             requested = self._budgets(budgets, model)
-            flaws = {budget: budget_flaw(budget, model, diffusion) for budget in requested}
+            flaws = {budget: self._flaw(budget, model, diffusion) for budget in requested}
             possible = [budget for budget, flaw in flaws.items() if flaw is None]
             evaluation = self._section("evaluation", {**changes.pop("evaluation", {}), "nfe": possible or requested})
             sections = {"model": model, "diffusion": diffusion, "evaluation": evaluation}
@@ -164,8 +185,16 @@ class CellMaker:
 
     def _budgets(self, nfe: Sequence[int], model: ModelConfig | None = None) -> list[int]:
         """The requested budgets and, given the model, those of `evaluate.steps`; if there are none, the experiment's."""
-        step_budgets = [cost.nfe(model, count) for count in self._sweep.evaluate.steps] if model is not None else []
+        axes = self._sweep.evaluate
+        models = [] if model is None else [model.at_depth(depth) for depth in _depths(model, axes)]
+        step_budgets = [cost.nfe(each, count) for each in models for count in axes.steps]
         return list(dict.fromkeys([*nfe, *step_budgets])) or list(self._base.evaluation.nfe)
+
+    def _flaw(self, budget: int, model: ModelConfig, diffusion: DiffusionConfig) -> str | None:
+        """Why a cell's model cannot have a budget at one of the depths that it is asked for."""
+        models = (model.at_depth(depth) for depth in _depths(model, self._sweep.evaluate))
+        asked = [each for each in models if _has_budget(each, self._sweep.evaluate, budget)]
+        return next(filter(None, (budget_flaw(budget, each, diffusion) for each in asked)), None)
 
     def _section(self, name: str, changes: Any) -> Any:
         """A section of the experiment with changes; cells with the same changes share it."""
@@ -177,16 +206,30 @@ class CellMaker:
     def _check_inference(self, config: ExperimentConfig) -> None:
         """Refuse inference axes that the run cannot serve."""
         axes, trainer = self._sweep.evaluate, config.trainer
+        for depth in axes.diffusion_depths if config.model.elastic_depths else ():
+            config.model.sampled_depth(depth)
         for name, axis in AXES.items():
-            for value in getattr(axes, axis.sweep_key):
+            for value in getattr(axes, axis.sweep_key) if name != DEPTH else ():
                 replace(config, evaluation=replace(config.evaluation, **{name: value}))
-        for name, axis in AXES.items():
-            values, default = getattr(axes, axis.sweep_key), getattr(config.evaluation, name)
+        for name, default in default_axes(config).items():
+            axis, values = AXES[name], getattr(axes, AXES[name].sweep_key)
+            if name == DEPTH:
+                continue  # each depth is tuned for itself
             remedy = f"tuning is compared with evaluation.{name} = {default}: put that first, or set it to {values[:1]}"
             require(not (axes.tune and values and values[0] != default), f"evaluate.{axis.sweep_key}", list(values), remedy)
         count = min(trainer.keep_checkpoints, -(-trainer.max_steps // trainer.checkpoint_every))
         remedy = f"there will be {count} (trainer.keep_checkpoints, trainer.checkpoint_every)"
         require(axes.last <= count, "evaluate.checkpoints", axes.checkpoints, remedy)
+
+
+def _depths(model: ModelConfig, inference: InferenceAxes) -> tuple[int | None, ...]:
+    return (inference.diffusion_depths if model.elastic_depths else ()) or (model.sampled_depth(),)
+
+
+def _has_budget(model: ModelConfig, inference: InferenceAxes, nfe: int) -> bool:
+    """Whether a budget is asked for at the model's depth: those of `evaluate.steps` are of one depth each."""
+    steps = inference.steps
+    return not steps or nfe in (*inference.nfe, *(cost.nfe(model, count) for count in steps))
 
 
 class KnownRuns:

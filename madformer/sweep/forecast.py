@@ -78,7 +78,7 @@ class Estimates:
         """The time that a cell still needs after so many training steps."""
         fraction = (1 - step / cell.max_steps) if needs.training else 0.0
         costs = evaluation_flops(cell)
-        point = sum(costs[budget] for budget in needs.budgets) / max(1, len(needs.budgets)) / cell.points_per_budget
+        point = sum(costs[budget] for budget in needs.budgets) / max(1, len(needs.budgets)) * len(costs) / cell.point_count
         tuning = tuning_flops(cell)
         budgets = cell.budgets if needs.training or needs.budgets else needs.tuning
         return self._time(cell, fraction, point * needs.points + sum(tuning[budget] for budget in budgets))
@@ -122,7 +122,7 @@ def training_flops(config: ExperimentConfig) -> float:
 
 def image_flops(cell: Cell, sampling: Sampling) -> float:
     """FLOPs of one sampled image."""
-    return _sampling_flops(cell.config.model, sampling.guidance != 1).total(sampling.steps)
+    return _sampling_flops(cell.config.model.at_depth(sampling.diffusion_depth), sampling.guidance != 1).total(sampling.steps)
 
 
 def evaluation_flops(cell: Cell) -> dict[int, float]:
@@ -139,7 +139,7 @@ def tuning_flops(cell: Cell) -> dict[int, float]:
 
     runs, count = 0 if cell.tuned_with is None else 1 + len(cell.tuned_with), cell.config.evaluation.num_samples
     images = runs * (cell.inference.tries * search_samples(count) + 2 * len(confirmation_seeds(runs)) * count)
-    return {nfe: images * image_flops(cell, Sampling.of_nfe(cell.config, nfe)) for nfe in cell.budgets}
+    return {nfe: images * sum(image_flops(cell, default) for default in cell.defaults(nfe)) for nfe in cell.budgets}
 
 
 @cache
@@ -190,7 +190,7 @@ def plan_table(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], esti
     headings += [*(f"NFE {nfe}" for nfe in budgets), hours_unit(sweep), "state"]
     table = TextTable(f"{sweep.name}: {sweep.experiment}", headings, frozenset(("cell", "state")))
     for cell, need in zip(cells, needs, strict=True):
-        main = cell.samplings[: len(cell.budgets)]
+        main = [sampling for sampling in cell.samplings if sampling.curve_key == cell.samplings[0].curve_key]
         costs = {sampling.nfe: f"{with_unit(image_flops(cell, sampling))} ({sampling.steps} steps)" for sampling in main}
         row = [cell.name, with_unit(parameter_count(cell.config.model))]
         row += [*([f"{_needed_gib(cell):.0f} GiB"] if on_gpus else []), with_unit(training_flops(cell.config))]

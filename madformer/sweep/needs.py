@@ -70,14 +70,14 @@ def cell_needs(cell: Cell) -> Needs:
     if needs or cell.tuned_with is None:
         return needs
     design = [(each, *_tuning_record(each)) for each in (cell, *cell.tuned_with)]
-    tuning = tuple(nfe for nfe in cell.budgets if not _is_tuned(design, nfe))
+    tuning = tuple(nfe for nfe in cell.budgets if not all(_is_tuned(design, default) for default in cell.defaults(nfe)))
     return replace(needs, tuning=tuning, waits=bool(tuning) and any(map(_is_unfinished, cell.tuned_with)))
 
 
 def _run_needs(cell: Cell) -> Needs:
     """Training and evaluation that are left."""
     if not is_trained(cell):
-        return Needs(True, cell.budgets, len(cell.samplings) * cell.inference.last)
+        return Needs(True, cell.budgets, cell.point_count)
     points = cell_points(cell)
     missing = Counter(sampling.nfe for step, sampling in _requested(cell) if (step, sampling) not in points)
     return Needs(False, tuple(budget for budget in cell.budgets if missing[budget]), missing.total())
@@ -98,18 +98,18 @@ def _tuning_record(cell: Cell) -> tuple[list[dict[str, Any]], list[Measurement]]
     return read_choices(cell.run), [Measurement.of_point(point) for point in points]
 
 
-def _is_tuned(design: Sequence[tuple[Cell, list[dict[str, Any]], list[Measurement]]], nfe: int) -> bool:
+def _is_tuned(design: Sequence[tuple[Cell, list[dict[str, Any]], list[Measurement]]], default: Sampling) -> bool:
     """Whether all runs of a design share a choice, and have its points with today's networks and held-out images."""
     from madformer.evaluation.record import known_choice
 
     shared: dict[str, Any] | None = None
     for cell, lines, measured in design:
-        line = known_choice(lines, cell.config, nfe, cell.inference.tries, cell.max_steps)
+        line = known_choice(lines, cell.config, default, cell.inference.tries, cell.max_steps)
         if line is None or (shared is not None and line["sampling"] != shared["sampling"]):
             return False
         shared = shared or line
         for seed in line["seeds"]:
-            expected = cell_measurement(cell, Sampling(nfe, line["steps"], **line["sampling"], seed=seed))
+            expected = cell_measurement(cell, replace(Sampling.of_choice(line), seed=seed))
             if not any(expected.matches(each) for each in measured):
                 return False
     return True

@@ -60,6 +60,8 @@ class InferenceAxes:
     """NFE budgets: layer evaluations per block. One that a cell's model cannot have is skipped for that cell."""
     steps: tuple[int, ...] = ()
     """Denoising steps per block, the same for all cells; the budget then depends on the cell's depth."""
+    diffusion_depths: tuple[int, ...] = ()
+    """Diffusion depths that elastic cells are sampled at; other cells have their own."""
     samplers: tuple[str, ...] = ()
     """Samplers by name."""
     spacings: tuple[str, ...] = ()

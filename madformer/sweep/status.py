@@ -163,7 +163,7 @@ def status_table(overview: Overview, rows: Sequence[Row]) -> TextTable:
     headings = ("cell", "state", "step", "rate", "points", "metric", "reason")
     table = TextTable(overview.sweep.name, headings, frozenset(("cell", "state", "metric", "reason")))
     for row in rows:
-        cell, total = row.cell, len(row.cell.budgets) * row.cell.points_per_budget
+        cell, total = row.cell, row.cell.point_count
         reason = str(row.needs) if row.needs.tuning else ""
         reason = f"{row.kind}: {row.reason.splitlines()[0]}" if row.reason and row.state == "failed" else reason
         points = f"{total - row.needs.points}/{total}"

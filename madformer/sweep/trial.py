@@ -19,7 +19,7 @@ from typing import Literal
 
 from madformer.config import load_run
 from madformer.errors import InputError
-from madformer.evaluation.measurement import AXES
+from madformer.evaluation.measurement import AXES, DEPTH
 from madformer.runs.folder import is_run
 from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_needs
@@ -115,20 +115,28 @@ def trial_commands(cell: Cell) -> list[list[str]]:
     commands = []
     if needs.training:
         commands.append([*madformer, "train", cell.experiment, *cell.overrides])
-    if needs.budgets:
-        nfe = ",".join(map(str, needs.budgets))
-        commands.append([*madformer, "evaluate", str(cell.run), "--nfe", nfe, *_inference_options(cell), *_overrides(cell)])
+    for options in _budget_options(cell, needs.budgets):
+        commands.append([*madformer, "evaluate", str(cell.run), *options, *_inference_options(cell), *_overrides(cell)])
     if needs and not commands:
         runs = [str(each.run) for each in (cell, *(cell.tuned_with or ()))]
-        commands.append([*madformer, "tune", *runs, *_overrides(cell)])
-        commands[-1] += ["--nfe", ",".join(map(str, needs.tuning)), "--tries", str(cell.inference.tries)]
+        for options in _budget_options(cell, needs.tuning):
+            commands.append([*madformer, "tune", *runs, *_overrides(cell), *options, "--tries", str(cell.inference.tries)])
     return commands
 
 
+def _budget_options(cell: Cell, budgets: Sequence[int]) -> list[list[str]]:
+    """Budgets and diffusion depths for each command: depths of the same budgets share one."""
+    depths_of: dict[str, list[str]] = {}
+    for depth in cell.depths:
+        if nfe := ",".join(str(nfe) for nfe in cell.budgets_at(depth) if nfe in budgets):
+            depths_of.setdefault(nfe, []).extend([] if depth is None else [str(depth)])
+    return [["--nfe", nfe, *(["--diffusion-depth", ",".join(depths)] if depths else [])] for nfe, depths in depths_of.items()]
+
+
 def _inference_options(cell: Cell) -> list[str]:
-    """The sweep's inference axes."""
+    """The sweep's inference axes, but for the depth."""
     axes = cell.inference
-    options = {axis.option: getattr(axes, axis.sweep_key) for axis in AXES.values()}
+    options = {axis.option: getattr(axes, axis.sweep_key) for name, axis in AXES.items() if name != DEPTH}
     words = [word for option, values in options.items() if values for word in (option, ",".join(map(str, values)))]
     if axes.checkpoints != "newest":
         words += ["--checkpoints", axes.checkpoints]
