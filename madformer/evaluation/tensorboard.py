@@ -20,6 +20,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
@@ -160,10 +161,11 @@ def _records(file: BinaryIO) -> Iterator[tuple[bytes, Event]]:
 
 def _curve_events(curves: Sequence[RunCurve]) -> Iterator[Event]:
     """One scalar for each metric, way of sampling, axis and budget. Steps rise, else TensorBoard forgets points."""
+    main = replace(curves[0].sampling, diffusion_depth=None) if curves else None  # a tag names the depth of an elastic run
     for metric in _metrics(curves):
         for curve in [*curves_by_sampling([each for each in curves if not each.is_tuned], metric), *_tuned(curves, metric)]:
             sampling = curve.sampling
-            name = sampling.texts[DEPTH] if curve.is_tuned else sampling.difference(curves[0].sampling)
+            name = sampling.texts[DEPTH] if curve.is_tuned or main is None else sampling.difference(main)
             ending = ("_tuned" if curve.is_tuned else "") + (f"/{name}" if name else "")
             points = _means(curve)
             for axis, (step_of, unit) in AXES.items():

@@ -206,8 +206,6 @@ class CellMaker:
     def _check_inference(self, config: ExperimentConfig) -> None:
         """Refuse inference axes that the run cannot serve."""
         axes, trainer = self._sweep.evaluate, config.trainer
-        for depth in axes.diffusion_depths if config.model.elastic_depths else ():
-            config.model.sampled_depth(depth)
         for name, axis in AXES.items():
             for value in getattr(axes, axis.sweep_key) if name != DEPTH else ():
                 replace(config, evaluation=replace(config.evaluation, **{name: value}))
@@ -223,7 +221,8 @@ class CellMaker:
 
 
 def _depths(model: ModelConfig, inference: InferenceAxes) -> tuple[int | None, ...]:
-    return (inference.diffusion_depths if model.elastic_depths else ()) or (model.sampled_depth(),)
+    asked = (inference.diffusion_depths if model.elastic_depths else ()) or (None,)
+    return tuple(model.sampled_depth(depth) for depth in asked)
 
 
 def _has_budget(model: ModelConfig, inference: InferenceAxes, nfe: int) -> bool:

@@ -54,7 +54,7 @@ def test_a_key_names_the_samples_and_a_curve_key_the_curve():
     assert replace(MAIN, nfe=35).key == MAIN.key, "budgets of as many steps have the same samples"
     main = replace(MAIN, guidance=2.0)  # without guidance its interval means nothing
     changes = {"steps": 5, "sampler": "unipc", "spacing": "power:2", "guidance": 1.5, "guidance_interval": "100/900"}
-    changes |= {"weights": "model", "seed": 1}
+    changes |= {"weights": "model", "seed": 1, "diffusion_depth": 4}
     assert set(changes) == {field.name for field in fields(Sampling)} - {"nfe"}
     for name, value in changes.items():
         other = replace(main, **{name: value})

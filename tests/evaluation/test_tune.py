@@ -16,7 +16,7 @@ from madformer.evaluation.record import (
     record_path,
     run_curves,
     search_samples,
-    tuned_curve,
+    tuned_curves,
 )
 from madformer.evaluation.request import parse_request, parse_sampling
 from madformer.evaluation.tune import TuningRequest, tune
@@ -83,7 +83,7 @@ def test_the_best_of_the_search_is_confirmed_on_fresh_seeds_and_recorded(tmp_pat
         tuned = [point for point in points if point.get("tuned")]
         assert {Sampling.of_point(point).curve_key for point in tuned} == {Sampling(nfe, 1, **choice["sampling"]).curve_key}
         assert {point["tries"] for point in tuned} == {choice["tries"]}
-    curve = tuned_curve(config.run_dir)
+    curve = tuned_curves(config.run_dir)[0]
     assert curve.is_tuned and list(curve.points) == [5, 7]
     [fixed] = run_curves(config.run_dir)
     assert fixed.sampling.curve_key == default.curve_key, "samplings of one budget alone are no curves of their own"
@@ -120,7 +120,7 @@ def test_seeds_share_one_choice_and_a_later_one_takes_it_over(tmp_path):
     assert (late["sampling"], late["tries"]) == (choices[0]["sampling"], choices[0]["tries"])
     assert [lines(config) for config in design[:2]] == before
     assert {point["seed"] for point in candidates(design[2])} == set(confirmation_seeds(2)), "it searches nothing"
-    assert [point["seed"] for point in tuned_curve(design[2].run_dir).points[5]] == list(confirmation_seeds(2))
+    assert [point["seed"] for point in tuned_curves(design[2].run_dir)[0].points[5]] == list(confirmation_seeds(2))
     tune(TuningRequest(design, (5,), TRIES + 1))  # more tries are another search, over all of them
     assert find_tuning(design[0].run_dir, 5)["runs"] == ["s0", "s1", "s2"]
 
@@ -145,7 +145,7 @@ def test_a_winner_that_does_not_hold_makes_way_for_the_default(tmp_path):
     choice = find_tuning(config.run_dir, 5)
     assert choice["best_of_search"] != default.curve_fields == choice["sampling"]
     assert choice["difference"] > choice["half_width"]
-    assert all(Sampling.of_point(point).curve_key == default.curve_key for point in tuned_curve(config.run_dir).points[5])
+    assert all(Sampling.of_point(point).curve_key == default.curve_key for point in tuned_curves(config.run_dir)[0].points[5])
 
 
 def test_guidance_is_tuned_where_there_is_something_to_guide_towards(tmp_path):
@@ -164,7 +164,7 @@ def test_runs_tuned_apart_take_the_first_ones_choice_when_tuned_together(tmp_pat
     tune(TuningRequest(design, (5,), 1))
     first, second = (find_tuning(config.run_dir, 5) for config in design)
     assert first["sampling"] == second["sampling"]
-    curves = [tuned_curve(config.run_dir).sampling.curve_key for config in design]
+    curves = [tuned_curves(config.run_dir)[0].sampling.curve_key for config in design]
     assert curves[0] == curves[1]
 
 
@@ -174,7 +174,7 @@ def test_minutes_end_the_search_but_not_the_confirmation(tmp_path):
     for nfe in (5, 7):
         choice = find_tuning(config.run_dir, nfe)
         assert choice["tries"] == 1 and choice["sampling"] == choice["default"]
-    assert [len(points) for points in tuned_curve(config.run_dir).points.values()] == [3, 3]
+    assert [len(points) for points in tuned_curves(config.run_dir)[0].points.values()] == [3, 3]
     tune(TuningRequest((config,), (5,), TRIES))
     assert find_tuning(config.run_dir, 5)["tries"] > 1, "a search that time has ended is no search of so many tries"
 
@@ -192,7 +192,7 @@ def test_tuned_is_the_choice_of_its_budget(tmp_path):
     with pytest.raises(InputError, match=r"--spacing and --tuned: give one of them"):
         parse_request(config, nfe="5", tuned=True, axes={"spacing": "logsnr"})
     perform(command("evaluate", config.run_dir, "--nfe", "5", "--tuned", "--seeds", "7"))
-    assert [point["seed"] for point in tuned_curve(config.run_dir).points[5]] == [*confirmation_seeds(1), 7]
+    assert [point["seed"] for point in tuned_curves(config.run_dir)[0].points[5]] == [*confirmation_seeds(1), 7]
     printed = perform(command("sample", config.run_dir, "--nfe", "5", "--tuned", "--num", "2", "--out", tmp_path / "out"))
     assert "2 samples" in printed
     perform(command("sample", config.run_dir, "--nfe", "7", "--tuned", "--out", tmp_path / "out"), status=2)
@@ -228,4 +228,4 @@ def test_a_new_checkpoint_is_tuned_anew(tmp_path):
     save_random_checkpoint(config, 12)
     tune(TuningRequest((config,), (5,), TRIES))
     assert find_tuning(config.run_dir, 5)["step"] == 12
-    assert {point["step"] for points in tuned_curve(config.run_dir).points.values() for point in points} == {12}
+    assert {point["step"] for points in tuned_curves(config.run_dir)[0].points.values() for point in points} == {12}

@@ -7,7 +7,7 @@ import torch
 
 from madformer.config import load_run, write_config
 from madformer.evaluation.evaluate import evaluate
-from madformer.evaluation.record import find_tuning, record_path, tuned_curve
+from madformer.evaluation.record import find_tuning, record_path, tuned_curves
 from madformer.evaluation.request import parse_request
 from madformer.model import MADFormer
 from madformer.report import build_report, curves_of_sweep
@@ -132,7 +132,7 @@ def test_a_design_is_tuned_once_by_its_first_cell_when_all_its_seeds_are_evaluat
     [command] = trial_commands(first)
     assert command[3:6] == ["tune", str(first.run), str(second.run)]
     perform(command, cwd=Path.cwd())
-    assert cell_needs(first).is_done and [len(tuned_curve(cell.run).points) for cell in (first, second)] == [2, 2]
+    assert cell_needs(first).is_done and [len(tuned_curves(cell.run)[0].points) for cell in (first, second)] == [2, 2]
     first, _, third = cells([0, 1, 2])  # a later seed takes over the choice
     write_random_weights(third)
     evaluate(parse_request(third.config))
