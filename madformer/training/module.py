@@ -308,6 +308,8 @@ class LitMADFormer(pl.LightningModule):
     def _log_step(self, step: int) -> None:
         values = mean_terms(self._window, self.trainer.strategy.reduce)
         values |= block_losses(self._window, self.config, self.trainer.strategy.reduce)
+        if self.config.model.elastic_depths:
+            values[f"loss_depth/{draw_depth(self.config, step - 1)}"] = values["loss/image"]
         values |= self.throughput.measure(self.device, self.trainer.world_size)
         values["gradient_norm"] = float(self._gradient_norm)
         # The schedule has not moved yet: this is the rate that the step was made with.

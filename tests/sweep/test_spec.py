@@ -312,7 +312,8 @@ def test_texts_are_read_back_as_they_were(text):
     assert back == text or "${" in text
 
 
-def test_what_the_file_leaves_out_is_the_experiment_s(tmp_path):
+def test_what_the_file_leaves_out_is_the_experiment_s(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "bare.yaml"
     path.write_text(f"experiment: {DIGITS}\n")
     sweep, digits = load_sweep(path), load_experiment(DIGITS)

@@ -96,6 +96,7 @@ def test_killed_and_resumed_is_uninterrupted(trained, tmp_path):
     status, printed = run_until(train_command(tmp_path, ELASTIC), checkpoint_path(run, 12).exists, tmp_path / "log")
     assert status == -signal.SIGKILL, printed
     assert "resuming after step" in perform(command("train", "--resume", run))
+    assert {tag for tag in scalars(run) if tag.startswith("loss_depth/")} == {f"loss_depth/{depth}" for depth in DEPTHS}
     assert differences(*(torch.load(checkpoint_path(each, LAST), weights_only=True) for each in (trained, run))) == []
     assert scalars(run) == scalars(trained)
 
