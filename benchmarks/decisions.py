@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -28,7 +29,7 @@ MARGIN = 1.5
 RULE = Rule(alpha=0.05, margin=None, first=3, most=12)
 LOOKS = range(RULE.first, RULE.most + 1)
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 
 NOISES: dict[str, Callable[[Generator, tuple[int, ...]], Array]] = {
     "normal": lambda draw, shape: draw.standard_normal(shape),
@@ -90,16 +91,16 @@ def simulate(noise: str, shared: bool, effect: float, margin: float | None, swee
     wrong = (states == "different") & (signs != np.sign(truth))
     wrong |= (states == "equal") & (truth >= (margin or math.inf))
     real, zero, fixed = truth > 0, truth == 0, fixed_tests(values)
-    found = np.mean(states[:, real] == "different") if effect else math.nan
+    found = float(np.mean(states[:, real] == "different")) if effect else math.nan
     return Outcome(
         sweeps,
         wrong=int(wrong.any(axis=1).sum()),
         wrong_once=int(fixed[-1][:, zero].any(axis=1).sum()),
-        found=float(found),
+        found=found,
         equal=float(np.mean(states[:, zero] == "equal")),
         seeds_found=float(np.mean(seeds[:, real])) if effect else math.nan,
         seeds_zero=float(np.mean(seeds[:, zero])),
-        fixed=float(np.interp(found, fixed[..., real].mean(axis=(1, 2)), LOOKS)) if effect else math.nan,
+        fixed=seeds_of_share(found, fixed[..., real].mean(axis=(1, 2))) if effect else math.nan,
     )
 
 
@@ -110,6 +111,12 @@ def fixed_tests(values: Array) -> NDArray[np.bool_]:
         seen, bound = values[..., :seeds], -stdtrit(seeds - 1, RULE.alpha / CONTRASTS / 2)
         shown.append(abs(seen.mean(-1)) > bound * seen.std(-1, ddof=1) / math.sqrt(seeds))
     return np.array(shown)
+
+
+def seeds_of_share(found: float, shares: Array) -> float:
+    """After how many seeds tests of one look find a share, between two looks in proportion."""
+    growing, looks = np.unique(np.maximum.accumulate(shares), return_index=True)  # each share where it is first reached
+    return float(np.interp(found, growing, RULE.first + looks))
 
 
 HEADS = [

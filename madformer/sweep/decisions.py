@@ -203,4 +203,4 @@ def _beyond_KJ(seeds: int, u_K: NDArray[float64], t_J: NDArray[float64]) -> NDAr
     # (u + r) / sqrt(1 + r^2) = sqrt(1 + u^2) sin(arctan r + arctan u)
     least_KJ = np.arcsin(np.minimum(_u_of(seeds, t_J) / np.sqrt(1 + u_K**2)[:, None], 1))
     turns = [np.arctan(sign * u_K)[:, None] for sign in (1, -1)]
-    return sum(above(least_KJ - turn_K1) - above(np.pi - least_KJ - turn_K1) for turn_K1 in turns)
+    return np.sum([above(least_KJ - turn_K1) - above(np.pi - least_KJ - turn_K1) for turn_K1 in turns], axis=0)
