@@ -19,7 +19,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from madformer.config.validation import is_integer, require
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 State = Literal["different", "equal", "undecided"]
+Contrast = TypeVar("Contrast", bound=Hashable)
 
 SPENDING_POWER = 2
 """At n seeds the share (n / most)^2 of a contrast's level is spent: t-tests of few seeds decide little, later ones more."""
@@ -73,7 +74,7 @@ class Decision:
     """How many the decision took; of an undecided contrast, those so far."""
 
 
-def decide(differences: Mapping[Hashable, Sequence[float]], rule: Rule) -> dict[Hashable, Decision]:
+def decide(differences: Mapping[Contrast, Sequence[float]], rule: Rule) -> dict[Contrast, Decision]:
     """The state of every contrast, from its own differences and the number of contrasts alone.
 
     Looks are replayed from the first one on, and the first that decides a contrast counts: later seeds never change a decision.
@@ -86,7 +87,7 @@ def decide(differences: Mapping[Hashable, Sequence[float]], rule: Rule) -> dict[
     return {contrast: _decide(values, _bounds(len(differences), rule), rule) for contrast, values in differences.items()}
 
 
-def expected_seeds(differences: Mapping[Hashable, Sequence[float]], rule: Rule) -> dict[Hashable, int]:
+def expected_seeds(differences: Mapping[Contrast, Sequence[float]], rule: Rule) -> dict[Contrast, int]:
     """How many more seeds each contrast will take, if mean and scatter stay what they are; 0 for those that are decided.
 
     With less than two differences there is no scatter yet, and what is missing to the first look counts.
