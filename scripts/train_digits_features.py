@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from madformer.data.digits import load_digits
+from madformer.data.sources import load_digits
 from madformer.evaluation import feature_networks as features
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 40, 64, 1e-3, 0.05

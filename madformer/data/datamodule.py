@@ -23,7 +23,6 @@ import torch
 from madformer.config import ExperimentConfig
 from madformer.config.data import DIGITS
 from madformer.data.codec import Codec, build_codec, require_fit
-from madformer.data.digits import digits_sha256
 from madformer.data.image_files import to_unit
 from madformer.data.latents import Manifest, ShardReader, read_manifest
 from madformer.data.loader import (
@@ -42,7 +41,7 @@ from madformer.data.loader import (
 )
 from madformer.data.order import BatchIndex, BatchSampler, BatchShard, SampleOrder
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts
-from madformer.data.sources import ImageSource, Row, open_source
+from madformer.data.sources import ImageSource, Row, digits_sha256, open_source
 from madformer.errors import ConfigError, InputError
 from madformer.randomness import keyed_generator
 from madformer.runs.checkpoints import CLASS_PROMPTS

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from madformer.config import DataConfig, ExperimentConfig
-from madformer.data.digits import load_digits
 from madformer.data.image_files import load_square
 from madformer.data.latents import ShardReader
 from madformer.data.order import BatchIndex
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer
-from madformer.data.sources import ImageSource, Row
+from madformer.data.sources import ImageSource, Row, load_digits
 from madformer.errors import BadImage, ConfigError, DataError, InputError
 from madformer.randomness import keyed_generator
 

@@ -1,6 +1,9 @@
-"""Rows of images from any source that the `datasets` library reads, copied to the disk or streamed in order.
+"""Rows of images from any source that the `datasets` library reads, copied to the disk or streamed in order; the digits.
 
-Nothing is decoded here: a row holds the bytes of its image file.
+No row is decoded here: it holds the bytes of its image file. The embedded data set, the 1,797 handwritten digits that ship with
+scikit-learn, 8 x 8 grey pixels each, is a tensor. It has one split, `train`, and slices of it, as datasets writes them:
+`train[:90%]` to learn, `train[90%:]` to hold out. As in the paper, the full training set is also the reference of the metric;
+1,797 images are too few to estimate feature statistics from a part of them.
 """
 
 from __future__ import annotations
@@ -9,9 +12,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from madformer.config import DataConfig
 from madformer.data.open_dataset import Columns, DatasetSplit, explain_errors, find_columns, open_split, silence_datasets
@@ -20,7 +27,7 @@ from madformer.errors import BadImage, ConfigError, InputError
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-__all__ = ["ROWS_PER_SHARD", "ImageSource", "Row", "open_source"]
+__all__ = ["ROWS_PER_SHARD", "ImageSource", "Row", "digits_sha256", "load_digits", "open_source"]
 
 ROWS_PER_SHARD = 256
 """Rows of one unit of a source that is not streamed."""
@@ -261,3 +268,50 @@ def _fingerprint(data: DataConfig, split: DatasetSplit) -> str:
         sizes = filesystem.sizes([filesystem._strip_protocol(file) for file in split.files])
         parts = sorted(zip(_relative(split.files), sizes, strict=True))
     return hashlib.sha256(json.dumps([parts, data.split, data.subset]).encode()).hexdigest()
+
+
+@cache
+def load_digits(split: str = "train") -> tuple[Tensor, Tensor]:
+    """Digits, in scikit-learn's order.
+
+    Args:
+        split: `train`, all of them, or a slice of it in datasets' notation, in rows or per cent.
+
+    Returns:
+        images: [1797, 1, 8, 8] float32 in [-1, 1]; -1 is paper, 1 is ink, in steps of 1/8 (the scans have 17 grey levels).
+        labels: [1797] int64, the digits 0 .. 9. Fewer of both for a slice.
+
+    Every call returns the same two tensors: do not write into them.
+
+    Raises:
+        ConfigError: another split, or an empty slice.
+    """
+    if split != "train":
+        images_NCYX, labels_N = load_digits()
+        rows_M = _digit_rows(split, len(labels_N))
+        return images_NCYX[rows_M], labels_N[rows_M]
+    from sklearn import datasets  # type: ignore[import-untyped]  # here, because it takes a second that few commands need
+
+    pixels_NP, labels_N = datasets.load_digits(return_X_y=True)
+    images_NCYX = torch.from_numpy(pixels_NP).float().reshape(-1, 1, 8, 8) / 8 - 1
+    return images_NCYX, torch.from_numpy(labels_N).long()
+
+
+def digits_sha256(split: str = "train") -> str:
+    """Fingerprint of the images, as other sources have one."""
+    return hashlib.sha256(load_digits(split)[0].contiguous().numpy().tobytes()).hexdigest()
+
+
+def _digit_rows(split: str, total: int) -> Tensor:
+    """Numbers of a slice's rows."""
+    from datasets import ReadInstruction
+
+    legal = "must be train or a slice of it, such as train[:90%], for data.source = 'digits'"
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({"train": total})
+    except ValueError as error:
+        raise ConfigError(f"data.split = {split!r}: {legal}") from error
+    rows_M = torch.cat([torch.arange(total)[part.from_ : part.to] for part in parts])
+    if not len(rows_M):
+        raise ConfigError(f"data.split = {split!r}: empty, there are {total:,} digits; {legal}")
+    return rows_M

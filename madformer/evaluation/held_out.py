@@ -17,11 +17,10 @@ from madformer.config import DataConfig, ExperimentConfig
 from madformer.config.data import DIGITS
 from madformer.config.experiment import check_data, has_held_out, held_out_data
 from madformer.data.codec import build_codec, require_fit
-from madformer.data.digits import load_digits
 from madformer.data.image_files import to_unit
 from madformer.data.loader import Captions, batched, decode_rows, skip_broken
 from madformer.data.prompts import DIGIT_NAMES
-from madformer.data.sources import ImageSource, Row, open_source
+from madformer.data.sources import ImageSource, Row, load_digits, open_source
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.sampling import known_classes
 from madformer.randomness import keyed_generator

@@ -24,10 +24,9 @@ from torch import Tensor
 from madformer import __version__
 from madformer.config import ExperimentConfig
 from madformer.config.data import DIGITS
-from madformer.data.digits import digits_sha256, load_digits
 from madformer.data.image_files import to_unit
 from madformer.data.loader import batched, decode_rows, skip_broken
-from madformer.data.sources import open_source
+from madformer.data.sources import digits_sha256, load_digits, open_source
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.feature_cache import FEATURES, INDICES, read_indices, read_parts, remove_parts, write_part
 from madformer.evaluation.feature_networks import FeatureNetwork

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from madformer.data.digits import load_digits
+from madformer.data.sources import load_digits
 from madformer.errors import ConfigError
 
 

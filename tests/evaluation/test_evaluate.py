@@ -11,7 +11,7 @@ import torch
 
 from madformer.cli import app
 from madformer.config import load_run, write_config
-from madformer.data.digits import load_digits
+from madformer.data.sources import load_digits
 from madformer.errors import ConfigError, InputError, NonFiniteError
 from madformer.evaluation import evaluate as module
 from madformer.evaluation.evaluate import evaluate, evaluate_share, prepare

@@ -15,9 +15,9 @@ from madformer.cli import app
 from madformer.config import DataConfig, EvaluationConfig, ExperimentConfig, TextConfig, load_run
 from madformer.data.codec import build_codec
 from madformer.data.datamodule import LatentDataModule
-from madformer.data.digits import load_digits
 from madformer.data.image_files import load_square, to_unit
 from madformer.data.prompts import DIGIT_NAMES
+from madformer.data.sources import load_digits
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.evaluate import evaluate
 from madformer.evaluation.feature_networks import build_feature_network

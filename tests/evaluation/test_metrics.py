@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
-from madformer.data.digits import load_digits
+from madformer.data.sources import load_digits
 from madformer.errors import InputError
 from madformer.evaluation.feature_networks import DigitsFeatures
 from madformer.evaluation.metrics import FrechetDistance, Moments, frechet_bias, frechet_distance, inception_score, measure

@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from madformer.data.digits import digits_sha256, load_digits
 from madformer.data.image_files import to_unit
-from madformer.data.sources import open_source
+from madformer.data.sources import digits_sha256, load_digits, open_source
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation import reference as module
 from madformer.evaluation.feature_cache import read_indices

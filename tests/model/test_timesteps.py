@@ -21,8 +21,8 @@ from madformer.config import (
     TextConfig,
     UNetConfig,
 )
-from madformer.data.digits import load_digits
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer
+from madformer.data.sources import load_digits
 from madformer.diffusion.losses import compute_losses
 from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.errors import ConfigError

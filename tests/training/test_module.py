@@ -14,7 +14,7 @@ from torch import nn
 
 from madformer.config import OptimizerConfig, config_hash
 from madformer.data.datamodule import LatentDataModule
-from madformer.data.digits import load_digits
+from madformer.data.sources import load_digits
 from madformer.diffusion.losses import compute_losses
 from madformer.errors import ConfigError, NonFiniteError
 from madformer.model import cost

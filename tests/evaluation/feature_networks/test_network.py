@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from madformer.data.digits import load_digits
+from madformer.data.sources import load_digits
 from madformer.errors import ConfigError
 from madformer.evaluation.feature_networks import DigitsFeatures, FeatureNetwork, build_feature_network
 from madformer.evaluation.feature_networks.network import as_files, make_label

@@ -1,0 +1,207 @@
+"""When the difference between two designs is decided: tests that are repeated as seeds are added, and keep their error rate.
+
+A *contrast* is a pair of designs at a budget. Runs of one seed share data order and noise, so its data are differences seed by
+seed. A *look* tests all seeds so far; looks are at `first`, `first + 1`, .. `most` seeds. Each look gives a repeated confidence
+interval (Jennison & Turnbull 1989), wide enough for all looks and all contrasts together: with probability 1 - alpha at least,
+every interval of every contrast at every look holds its true difference. A difference is decided at the first look whose
+interval leaves no doubt, so with that probability no decision is wrong, neither in kind nor in sign.
+
+The level of a contrast is alpha over the number of contrasts (Bonferroni), whatever they have in common. It is spent over the
+looks by a power function (Lan & DeMets 1983; Kim & DeMets 1987). The bounds are exact for Student's t (Jennison & Turnbull
+1991), so they assume normal differences. Decided contrasts do not pass their level on, as in Holm's method (1979): its proof
+covers neither "equal" nor signs, and a decision would depend on when the seeds of other contrasts come in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import fmean
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from madformer.config.validation import is_integer, require
+
+if TYPE_CHECKING:
+    from numpy import float64
+    from numpy.typing import NDArray
+
+State = Literal["different", "equal", "undecided"]
+Contrast = TypeVar("Contrast", bound=Hashable)
+
+SPENDING_POWER = 2
+"""At n seeds the share (n / most)^2 of a contrast's level is spent: t-tests of few seeds decide little, later ones more."""
+
+_CELLS = 200
+"""Of the grid that `critical_values` integrates over; its error rates are then within 1 % of what they should be."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When contrasts are decided.
+
+    Raises:
+        ConfigError: a field that is out of range.
+    """
+
+    alpha: float
+    """Probability of one wrong decision or more, over all contrasts and looks."""
+    margin: float | None
+    """Differences below it do not matter: a contrast is equal if its interval is inside ± margin. None: nothing is equal."""
+    first: int
+    """Seeds of the first look."""
+    most: int
+    """Seeds of the last look."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.alpha < 1, "alpha", self.alpha, "must be between 0 and 1")
+        require(self.margin is None or 0 < self.margin < math.inf, "margin", self.margin, "must be above 0, or null")
+        require(is_integer(self.first) and self.first >= 2, "first", self.first, "must be an integer of at least 2")
+        require(is_integer(self.most) and self.most >= self.first, "most", self.most, f"must be at least first ({self.first})")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is known of a contrast at the look that decided it, else at its newest look."""
+
+    state: State
+    difference: float
+    """The mean; NaN: there are no seeds."""
+    interval: tuple[float, float]
+    """The repeated confidence interval that the state rests on; infinite before the first look."""
+    seeds: int
+    """How many the decision took; of an undecided contrast, those so far."""
+
+
+def decide(differences: Mapping[Contrast, Sequence[float]], rule: Rule) -> dict[Contrast, Decision]:
+    """The state of every contrast, from its own differences and the number of contrasts alone.
+
+    Looks are replayed from the first one on, and the first that decides a contrast counts: later seeds never change a decision.
+
+    Args:
+        differences: for each contrast its differences, finite, in the order of seeds. All contrasts of the sweep must be there,
+            those without differences too: their number sets the level.
+        rule: when a contrast is decided.
+    """
+    return {contrast: _decide(values, _bounds(len(differences), rule), rule) for contrast, values in differences.items()}
+
+
+def expected_seeds(differences: Mapping[Contrast, Sequence[float]], rule: Rule) -> dict[Contrast, int]:
+    """How many more seeds each contrast will take, if mean and scatter stay what they are; 0 for those that are decided.
+
+    With less than two differences there is no scatter yet, and what is missing to the first look counts.
+
+    Args:
+        differences: as for `decide`.
+        rule: when a contrast is decided; none will have more than `rule.most` seeds.
+    """
+    expected, bounds = {}, _bounds(len(differences), rule)
+    for contrast, decision in decide(differences, rule).items():
+        values, needed = differences[contrast][: rule.most], rule.most
+        if decision.state != "undecided":
+            needed = len(values)
+        elif len(values) < 2:
+            needed = rule.first
+        else:
+            mean, deviation = fmean(values), _deviation(values)
+            for seeds, bound in enumerate(bounds, rule.first):
+                if seeds > len(values) and _state(mean, bound * deviation / math.sqrt(seeds), rule) != "undecided":
+                    needed = seeds
+                    break
+        expected[contrast] = needed - len(values)
+    return expected
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return math.dist(values, [fmean(values)] * len(values)) / math.sqrt(len(values) - 1)  # twenty times as fast as `stdev`
+
+
+def _bounds(contrasts: int, rule: Rule) -> tuple[float, ...]:
+    return critical_values(rule.alpha / max(contrasts, 1), rule.first, rule.most)
+
+
+def _decide(values: Sequence[float], bounds: Sequence[float], rule: Rule) -> Decision:
+    decision = Decision("undecided", fmean(values) if values else math.nan, (-math.inf, math.inf), len(values))
+    for seeds, bound in enumerate(bounds[: max(len(values) - rule.first + 1, 0)], rule.first):
+        seen = values[:seeds]
+        mean, half_width = fmean(seen), bound * _deviation(seen) / math.sqrt(seeds)
+        decision = Decision(_state(mean, half_width, rule), mean, (mean - half_width, mean + half_width), seeds)
+        if decision.state != "undecided":
+            break
+    return decision
+
+
+def _state(mean: float, half_width: float, rule: Rule) -> State:
+    if abs(mean) > half_width:
+        return "different"
+    return "equal" if rule.margin is not None and abs(mean) + half_width < rule.margin else "undecided"
+
+
+@cache
+def critical_values(level: float, first: int, most: int) -> tuple[float, ...]:
+    """Bounds of |t| at `first` .. `most` seeds. Where the true difference is zero, one is crossed with probability `level`.
+
+    Let u be the sum of n differences over the root of the sum of their squares, a function of t. One more difference x, divided
+    by that root, is r: sqrt(n) r follows Student's t with n degrees of freedom, and does not depend on how u came about. The
+    next u is (u + r) / sqrt(1 + r^2), so |u| is a Markov chain without parameters. Its distribution among the paths that have
+    not crossed is carried from look to look on a grid, as Armitage, McPherson & Rowe (1969) did for known scatter.
+
+    Args:
+        level: of a contrast, two-sided.
+        first: seeds of the first look, at least 2.
+        most: seeds of the last look.
+    """
+    import numpy as np
+
+    bounds: list[float] = []
+    u_K = mass_K = np.empty(0)  # midpoints of the grid's cells at the last look, and the probability in each
+    for seeds in range(first, most + 1):
+        before = 0 if seeds == first else seeds - 1
+        spent = level * (seeds**SPENDING_POWER - before**SPENDING_POWER) / most**SPENDING_POWER
+        low, high = 0.0, 8.0  # normal scores, which have the scale that t-distributions of few seeds lack
+        while high - low > 1e-9:
+            middle = (low + high) / 2
+            crosses = _crossing(seeds, _t_of(seeds, np.array([middle])), u_K, mass_K)[0] > spent
+            low, high = (middle, high) if crosses else (low, middle)
+        edges = np.linspace(0, high, _CELLS + 1)
+        mass_K = -np.diff(_crossing(seeds, _t_of(seeds, edges), u_K, mass_K))
+        u_K = _u_of(seeds, _t_of(seeds, (edges[1:] + edges[:-1]) / 2))
+        bounds.append(float(_t_of(seeds, edges)[-1]))
+    return tuple(bounds)
+
+
+def _t_of(seeds: int, score: NDArray[float64]) -> NDArray[float64]:
+    """Values of |t| that are as rare as normal scores."""
+    from scipy.special import ndtr, stdtrit  # type: ignore[import-untyped]  # scipy.stats takes a second to import
+
+    return -stdtrit(seeds - 1, ndtr(-score))
+
+
+def _u_of(seeds: int, t: NDArray[float64]) -> NDArray[float64]:
+    """Sum over root of the sum of squares, from Student's t."""
+    return t * (seeds / (seeds - 1 + t**2)) ** 0.5
+
+
+def _crossing(seeds: int, t_J: NDArray[float64], u_K: NDArray[float64], mass_K: NDArray[float64]) -> NDArray[float64]:
+    """Probability of |t| > t_J now among the paths that are in the grid's cells; without a grid, at the first look."""
+    from scipy.special import stdtr
+
+    return mass_K @ _beyond_KJ(seeds, u_K, t_J) if len(u_K) else 2 * stdtr(seeds - 1, -t_J)
+
+
+def _beyond_KJ(seeds: int, u_K: NDArray[float64], t_J: NDArray[float64]) -> NDArray[float64]:
+    """Probability of |t| > t_J at so many seeds, for |u| = u_K at one seed less."""
+    import numpy as np
+    from scipy.special import stdtr
+
+    freedom, right = seeds - 1, np.pi / 2
+
+    def above(angle_KJ: NDArray[float64]) -> NDArray[float64]:
+        """Probability of arctan r above an angle."""
+        return stdtr(freedom, -np.sqrt(freedom) * np.tan(np.clip(angle_KJ, -right, right)))
+
+    # (u + r) / sqrt(1 + r^2) = sqrt(1 + u^2) sin(arctan r + arctan u)
+    least_KJ = np.arcsin(np.minimum(_u_of(seeds, t_J) / np.sqrt(1 + u_K**2)[:, None], 1))
+    turns = [np.arctan(sign * u_K)[:, None] for sign in (1, -1)]
+    return np.sum([above(least_KJ - turn_K1) - above(np.pi - least_KJ - turn_K1) for turn_K1 in turns], axis=0)
