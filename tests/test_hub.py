@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import pytest
 
 from madformer.errors import InputError
-from madformer.hub import find_model, list_files
+from madformer.lookup import find_model, list_files
 from tests.hub import fill_cache, serve_hub
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model.bin")

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from madformer.errors import InputError
-from madformer.importing import build_custom, describe, first_line, modules_of
+from madformer.lookup import build_custom, describe, first_line, modules_of
 
 CODE = """
 from __future__ import annotations

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
@@ -21,6 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from madformer.config.experiment import ExperimentConfig
 from madformer.config.validation import require, type_hints
 from madformer.errors import ConfigError
+
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.+/-]*")
+_RESERVED = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n", "inf", "nan"))
 
 HEADER = "frozen"
 """Key of a run's config.yaml that holds the version of the code and the config hash. It is no field of the experiment."""
@@ -199,3 +204,35 @@ def all_keys(schema: type, prefix: str = "") -> Iterator[str]:
         for section in (hint, *get_args(hint)):
             if is_dataclass(section):
                 yield from all_keys(cast(type, section), f"{prefix}{name}.")
+
+
+def as_text(value: Any) -> str:
+    """A value as written on the command line; `read_value` reads it back."""
+    if isinstance(value, str):
+        return value if _reads_back(value) else json.dumps(value)
+    return repr(value) if isinstance(value, float) else json.dumps(value, separators=(",", ": "))
+
+
+def require_distinct(name: str, values: Sequence[Any]) -> None:
+    """Refuse a list with equal values."""
+    texts = [as_text(value) for value in values]
+    require(len(set(texts)) == len(texts), name, list(values), "a value occurs twice")
+
+
+def read_value(text: str) -> Any:
+    """A value from the command line.
+
+    Raises:
+        yaml.YAMLError, OmegaConfBaseException: it is not a value.
+    """
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload, index]
+
+
+@cache
+def _reads_back(text: str) -> bool:
+    if _PLAIN.fullmatch(text) and text.lower() not in _RESERVED:
+        return True  # fast: a thousand names of cells are plain
+    try:
+        return read_value(text) == text
+    except (yaml.YAMLError, OmegaConfBaseException):
+        return False

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madformer.errors import InputError
-from madformer.hub import CONFIG, find_model
-from madformer.importing import first_line
+from madformer.lookup import CONFIG, find_model, first_line
 
 __all__ = ["DiffusersAutoencoder", "load_autoencoder"]
 

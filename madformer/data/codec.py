@@ -17,7 +17,7 @@ from madformer.config.model import ModelConfig
 from madformer.config.validation import is_integer
 from madformer.data.autoencoders import DiffusersAutoencoder, load_autoencoder
 from madformer.errors import ConfigError, InputError
-from madformer.importing import build_custom, modules_of
+from madformer.lookup import build_custom, modules_of
 from madformer.runs.checkpoints import weights_sha256
 
 __all__ = ["Autoencoder", "Codec", "build_codec", "require_fit"]

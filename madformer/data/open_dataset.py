@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from madformer.config import DataConfig
 from madformer.errors import ConfigError, InputError
-from madformer.hub import list_files
-from madformer.importing import describe
+from madformer.lookup import describe, list_files
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features, IterableDataset

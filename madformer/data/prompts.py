@@ -23,7 +23,7 @@ from madformer.config import TextConfig
 from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY
 from madformer.config.validation import require
 from madformer.errors import ConfigError, InputError
-from madformer.hub import list_files
+from madformer.lookup import list_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -23,6 +23,9 @@ HELD_OUT = "_held_out"
 Point = Mapping[str, Any]
 """A line of a run's record."""
 
+DISTANCE = "distance"
+"""The objective of a search that stands for the distance of the first feature network."""
+
 CONFIDENCE = 0.95
 """Of the intervals in records and reports."""
 

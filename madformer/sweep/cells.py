@@ -23,12 +23,13 @@ from madformer.config import (
     read_config_hash,
 )
 from madformer.config.identity import config_path
+from madformer.config.loading import as_text
 from madformer.config.validation import require
 from madformer.errors import ConfigError
 from madformer.evaluation.measurement import AXES, DEPTH, Sampling, all_samplings, default_axes
 from madformer.model import cost
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
-from madformer.sweep.spec import VARIANT, InferenceAxes, Search, Sweep, as_text, label
+from madformer.sweep.spec import VARIANT, InferenceAxes, Search, Sweep, label
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ def _make_cells(sweep: Sweep) -> tuple[Cell, ...]:
         maker.check_search(sweep.search)
         return ()
     cells = tuple(
-        maker.make(axes, seed, changes, sweep.evaluate.nfe) for axes, changes in _points(sweep) for seed in sweep.seeds
+        maker.make(axes, seed, changes, sweep.evaluate.nfe) for axes, changes in _points(sweep) for seed in sweep.training_seeds
     )
     require(len(cells) > 0, "exclude", list(sweep.exclude), "leaves nothing of the sweep")
     _require_one_run_each(cells)

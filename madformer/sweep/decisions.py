@@ -16,16 +16,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from madformer.config.loading import require_distinct
 from madformer.config.validation import is_integer, require
+from madformer.errors import ConfigError
+from madformer.evaluation.measurement import DISTANCE, metric_key
 
 if TYPE_CHECKING:
     from numpy import float64
     from numpy.typing import NDArray
+
+DEPTH_AXIS = "evaluate.diffusion_depth"
+"""The name, in contrasts, of the axis of depths of an elastic run."""
 
 State = Literal["different", "equal", "undecided"]
 Contrast = TypeVar("Contrast", bound=Hashable)
@@ -59,6 +65,56 @@ class Rule:
         require(self.margin is None or 0 < self.margin < math.inf, "margin", self.margin, "must be above 0, or null")
         require(is_integer(self.first) and self.first >= 2, "first", self.first, "must be an integer of at least 2")
         require(is_integer(self.most) and self.most >= self.first, "most", self.most, f"must be at least first ({self.first})")
+
+
+@dataclass(frozen=True)
+class SeedRange:
+    """How many seeds of each design a sweep that decides trains."""
+
+    first: int = 3
+    """Seeds that every design has before the first look."""
+    most: int = 12
+    """Seeds of a design at most."""
+
+
+@dataclass(frozen=True)
+class Decide:
+    """Contrasts between designs that decide how many seeds are trained."""
+
+    contrasts: Any = "all"
+    """all: every pair of designs; or axis -> value: each other value of the axis against this one, all else equal. The depths
+    of an elastic run are the axis evaluate.diffusion_depth."""
+    metric: str = DISTANCE
+    """Metric that designs are compared by; `distance`: that of the first feature network."""
+    sampling: Literal["fixed", "tuned"] = "fixed"
+    """Whether at the fixed sampler, or as tuned (`evaluate.tune`)."""
+    nfe: tuple[int, ...] = ()
+    """NFE budgets at which designs are compared; empty: all that are evaluated."""
+    alpha: float = 0.05
+    """Probability of one wrong decision or more, over all contrasts, budgets and looks."""
+    margin: float | None = None
+    """Differences below it do not matter: designs are called equal if the interval is inside ± margin. null: never equal."""
+    seeds: SeedRange = field(default_factory=SeedRange)
+    """Seeds of each design, 0 to most - 1."""
+    hours: float | None = None
+    """No more seeds are added once the sweep would take more device hours, by the plan; null: no limit."""
+
+    def __post_init__(self) -> None:
+        legal = self.contrasts == "all" or (isinstance(self.contrasts, Mapping) and len(self.contrasts) > 0)
+        require(legal, "decide.contrasts", self.contrasts, "must be all, or name a value, as in {model.diffusion_depth: 4}")
+        legal = self.metric == DISTANCE or metric_key(self.metric) is not None
+        require(legal, "decide.metric", self.metric, f"must be {DISTANCE}, or a metric such as fid or fd_digits")
+        require_distinct("decide.nfe", self.nfe)
+        require(self.hours is None or self.hours > 0, "decide.hours", self.hours, "must be above 0, or null")
+        try:
+            _ = self.rule
+        except ConfigError as error:
+            raise ConfigError(f"decide: {error}") from error
+
+    @property
+    def rule(self) -> Rule:
+        """When a contrast is decided."""
+        return Rule(self.alpha, self.margin, self.seeds.first, self.seeds.most)
 
 
 @dataclass(frozen=True)

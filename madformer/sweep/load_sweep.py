@@ -13,14 +13,15 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from madformer.config import ExperimentConfig, load_experiment
-from madformer.config.loading import all_keys, build, check_keys, defaults, merge, read_yaml, resolve
+from madformer.config.loading import all_keys, build, check_keys, defaults, merge, read_value, read_yaml, resolve
 from madformer.config.validation import require
 from madformer.errors import ConfigError
 from madformer.sweep.cells import sweep_cells
-from madformer.sweep.spec import Sweep, read_value, require_known
+from madformer.sweep.spec import Sweep, require_known
 
 _KEYS = [field.name for field in dataclass_fields(Sweep)]
-_SECTIONS = ("overrides", "grid", "zip", "variants", "evaluate", "search", "slurm")
+_SECTIONS = ("overrides", "grid", "zip", "variants", "evaluate", "search", "decide", "slurm")
+_NESTED = (("search", "space"), ("decide", "seeds"), ("decide", "contrasts"))
 """Keys whose fields can be set one by one."""
 
 
@@ -76,8 +77,8 @@ def _apply(fields: dict[str, Any], override: str) -> None:
 
 
 def _with(section: Mapping[str, Any], head: str, key: str, value: Any) -> dict[str, Any]:
-    """A section with one more key; of variants, and of a search's space, those of a field have dots themselves."""
+    """A section with one more key; some sections have sections, with keys that have dots themselves."""
     name, _, rest = key.partition(".")
-    if rest and (head == "variants" or (head, name) == ("search", "space")):
+    if rest and (head == "variants" or (head, name) in _NESTED):
         return {**section, name: {**section.get(name, {}), rest: value}}
     return {**section, key: value}

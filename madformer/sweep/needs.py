@@ -243,7 +243,7 @@ def _source_file(place: str) -> str:
 def _built_sha256(name: str, state: tuple[int, int]) -> str | None:
     """Built twice, to see whether its weights repeat, and only once for each state of its file: it takes seconds."""
     from madformer.evaluation.feature_networks import build_feature_network
-    from madformer.importing import first_line
+    from madformer.lookup import first_line
 
     sys.modules.pop(name.rpartition(":")[0], None)  # a module that has changed is read again
     try:

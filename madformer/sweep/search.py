@@ -13,6 +13,7 @@ from optuna.samplers import BaseSampler, NSGAIISampler, QMCSampler, RandomSample
 from optuna.trial import FrozenTrial, TrialState
 
 from madformer.config import load_experiment, trained_fields
+from madformer.config.loading import as_text
 from madformer.errors import ConfigError, InputError
 from madformer.runs.folder import read_previews
 from madformer.sweep.cells import Cell, CellMaker
@@ -29,7 +30,7 @@ from madformer.sweep.queue import (
     job_attribute,
     newest_trials,
 )
-from madformer.sweep.spec import DISTANCE, Search, Sweep, as_text
+from madformer.sweep.spec import DISTANCE, Search, Sweep
 from madformer.sweep.study import Storage, heartbeat_warnings_off, study_exists
 from madformer.sweep.trial import Outcome
 

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from madformer.config import ExperimentConfig, load_experiment
 from madformer.config.evaluation import TRIES, SamplerName
-from madformer.config.loading import all_keys, nearest
+from madformer.config.loading import all_keys, as_text, nearest, require_distinct
 from madformer.config.validation import is_folder_name, is_integer, require
 from madformer.errors import ConfigError
-from madformer.evaluation.measurement import AXES, METRICS, metric_key
+from madformer.evaluation.measurement import AXES, DISTANCE, METRICS, metric_key
+from madformer.sweep.decisions import DEPTH_AXIS, Decide
 
 ALIASES = {"model.diffusion_depth": "d", "model.ar_length": "l", "loss.lambda_hidden": "h", "loss.lambda_clean_tower": "c"}
 """Short names of axes in the names of cells. Other axes are called by the last part of their key."""
 
-_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.+/-]*")
-_RESERVED = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n", "inf", "nan"))
 _ILLEGAL_CHARACTERS = re.compile(r"[^A-Za-z0-9._+-]+")
 
 SET_BY_SWEEP = {
@@ -42,9 +36,6 @@ SET_BY_SWEEP = {
 
 VARIANT = "variant"
 """The name of the axis of variants; other axes are called by their field."""
-
-DISTANCE = "distance"
-"""The objective of a search that stands for the distance of the first feature network."""
 
 COST_OBJECTIVES = ("nfe", "tflops")
 """Objectives of a search that are costs, not metrics."""
@@ -197,6 +188,8 @@ class Sweep:
     """Combinations to leave out. Each entry is axis -> value or list of values; a cell that matches all of it is left out."""
     seeds: tuple[int, ...] = (0,)
     """Seeds that every combination is trained with."""
+    decide: Decide | None = None
+    """Contrasts to decide, with as few seeds as that takes, instead of `seeds`."""
     search: Search | None = None
     """A search: Optuna chooses the trials, instead of grid, zip and variants."""
     evaluate: InferenceAxes = field(default_factory=InferenceAxes)
@@ -234,6 +227,7 @@ class Sweep:
         self._check_fields()
         self._check_axes()
         self._check_search()
+        self._check_decide()
 
     def _check_fields(self) -> None:
         sections: dict[str, Mapping[str, Any]] = {"overrides": self.overrides, "grid": self.grid, "zip": self.zip}
@@ -295,6 +289,27 @@ class Sweep:
             if key in self.overrides:
                 raise ConfigError(f"overrides.{key} = {self.overrides[key]!r}: the search varies it; leave one of them out")
 
+    def _check_decide(self) -> None:
+        if self.decide is None:
+            return
+        require(self.search is None, "decide", "...", "a search has no designs with seeds: leave one of them out")
+        remedy = "seeds are added until all is decided: set decide.seeds.first and decide.seeds.most"
+        require(self.seeds == (0,), "seeds", list(self.seeds), remedy)
+        legal = self.decide.sampling == "fixed" or self.evaluate.tune
+        require(legal, "decide.sampling", self.decide.sampling, "needs tuned samplings: set evaluate.tune=true")
+        require(self.evaluate.last == 1, "evaluate.checkpoints", self.evaluate.checkpoints, "set it to newest, with decide")
+        for key in self.decide.contrasts if self.decide.contrasts != "all" else ():
+            axes = [*self.axes, *([DEPTH_AXIS] if self.evaluate.diffusion_depths else [])]
+            require(key in axes, "decide.contrasts", key, f"must be an axis of the sweep: {', '.join(axes) or 'it has none'}")
+        for nfe in self.decide.nfe:
+            budgets = self.evaluate.nfe
+            require(nfe in budgets or not budgets, "decide.nfe", nfe, f"must be one of evaluate.nfe = {list(budgets)}")
+
+    @property
+    def training_seeds(self) -> tuple[int, ...]:
+        """Seeds that a combination may be trained with; of a sweep that decides, as many as it may take."""
+        return self.seeds if self.decide is None else tuple(range(self.decide.seeds.most))
+
     @property
     def folder(self) -> Path:
         """The folder of its runs and its study."""
@@ -325,12 +340,6 @@ def require_known(key: str, where: str, also: Sequence[str] = ()) -> None:
         raise ConfigError(f"{where}: unknown key {key}; the nearest is {nearest(key, [*also, *_FIELDS])}")
 
 
-def require_distinct(name: str, values: Sequence[Any]) -> None:
-    """Refuse a list with equal values."""
-    texts = [as_text(value) for value in values]
-    require(len(set(texts)) == len(texts), name, list(values), "a value occurs twice")
-
-
 def _check_choices(name: str, choices: Any) -> None:
     """A list of choices, or a range."""
     if isinstance(choices, Sequence) and not isinstance(choices, str):
@@ -350,13 +359,6 @@ def _check_choices(name: str, choices: Any) -> None:
         require(choices["low"] > 0, name, choices, "a logarithmic range must begin above 0")
 
 
-def as_text(value: Any) -> str:
-    """A value as written on the command line; `read_value` reads it back."""
-    if isinstance(value, str):
-        return value if _reads_back(value) else json.dumps(value)
-    return repr(value) if isinstance(value, float) else json.dumps(value, separators=(",", ": "))
-
-
 def label(key: str, value: Any) -> str:
     """An axis and its value in a cell's name: d7, width64, channels16x32."""
     return ALIASES.get(key, key.rpartition(".")[2]) + _ILLEGAL_CHARACTERS.sub("_", "x".join(_words(value)))
@@ -367,28 +369,9 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and not _ILLEGAL_CHARACTERS.search(name)
 
 
-def read_value(text: str) -> Any:
-    """A value from the command line.
-
-    Raises:
-        yaml.YAMLError, OmegaConfBaseException: it is not a value.
-    """
-    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload, index]
-
-
 def _words(value: Any) -> Iterator[str]:
     if isinstance(value, list):
         for entry in value:
             yield from _words(entry)
     else:
         yield value if isinstance(value, str) else as_text(value)
-
-
-@cache
-def _reads_back(text: str) -> bool:
-    if _PLAIN.fullmatch(text) and text.lower() not in _RESERVED:
-        return True  # fast: a thousand names of cells are plain
-    try:
-        return read_value(text) == text
-    except (yaml.YAMLError, OmegaConfBaseException):
-        return False

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
 from madformer.config import config_hash, load_experiment, write_config
+from madformer.config.loading import as_text, read_value
 from madformer.errors import ConfigError
 from madformer.runs.checkpoints import checkpoint_path
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
-from madformer.sweep.spec import as_text, read_value
 from tests.conftest import ROOT
 
 DIGITS = ROOT / "experiments/digits.yaml"

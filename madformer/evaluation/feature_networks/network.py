@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from madformer.config.validation import is_integer
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.measurement import INCEPTION
-from madformer.importing import build_custom, describe, modules_of
+from madformer.lookup import build_custom, describe, modules_of
 from madformer.runs.checkpoints import weights_sha256
 
 _RESERVED = (INCEPTION, "digits", "dinov2")

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from madformer.errors import InputError
 from madformer.evaluation.feature_networks.network import FeatureNetwork, Features, as_files, make_label
 from madformer.evaluation.measurement import INCEPTION
-from madformer.hub import CONFIG, find_model
-from madformer.importing import describe, first_line
+from madformer.lookup import CONFIG, describe, find_model, first_line
 from madformer.runs.checkpoints import weights_sha256
 
 _FIDELITY_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
