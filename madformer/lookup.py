@@ -1,4 +1,4 @@
-"""What a name stands for: a user's class, imported and built, or a model of the Hugging Face hub, from its cache or by download."""
+"""What a name stands for: a user's class, imported and built, or a model of the Hugging Face hub (its cache, or a download)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,227 @@
+"""The cells that a sweep wants now. One that decides adds seeds where contrasts between its designs are undecided. No torch.
+
+What is wanted follows from the runs' records alone, so a driver that was killed, or one of several, goes on as any other would.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from madformer.config.validation import require
+from madformer.errors import InputError
+from madformer.evaluation.measurement import DISTANCE, Point
+from madformer.sweep.cells import Cell, sweep_cells, with_designs
+from madformer.sweep.decisions import DEPTH_AXIS, Decide, Decision, decide, expected_seeds
+from madformer.sweep.needs import cell_points, is_trained, tuned_points
+from madformer.sweep.spec import Sweep
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """Cells that differ in their seed alone; of elastic ones, at one depth."""
+
+    cells: tuple[Cell, ...]
+    """By rising seed."""
+    depth: int | None
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """Axis -> value."""
+        return {**self.cells[0].axes, **({} if self.depth is None else {DEPTH_AXIS: self.depth})}
+
+    @property
+    def label(self) -> str:
+        """Such as d4, or elastic · D = 4."""
+        name = self.cells[0].name.removesuffix(f"-s{self.cells[0].seed}")
+        return name if self.depth is None else f"{name} · D = {self.depth}"
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """Two designs at a budget, compared seed by seed."""
+
+    one: Design
+    reference: Design
+    nfe: int
+
+    @property
+    def label(self) -> str:
+        """Such as d2 - d4 at NFE 16."""
+        return f"{self.one.label} - {self.reference.label} at NFE {self.nfe}"
+
+    @property
+    def designs(self) -> tuple[Design, Design]:
+        """Both."""
+        return self.one, self.reference
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What a sweep has found out so far, and the cells that it wants now."""
+
+    cells: tuple[Cell, ...]
+    """Those of a sweep that does not decide: all."""
+    decisions: Mapping[Contrast, Decision] = field(default_factory=dict)
+    expected: Mapping[Contrast, int] = field(default_factory=dict)
+    """Seeds that each contrast will still take, an estimate."""
+    is_too_long: bool = False
+    """Whether seeds were not added because of `decide.hours`."""
+
+    @property
+    def lines(self) -> list[str]:
+        """A line for each contrast."""
+        lines = [self._line(contrast) for contrast in self.decisions]
+        return [*lines, *(["No seeds are added: the sweep would take more than decide.hours."] if self.is_too_long else [])]
+
+    @property
+    def expected_runs(self) -> int:
+        """Trainings that are expected in all, those that are done included."""
+        counts = {id(cell): cell for cell in self.cells}
+        for contrast, more in self.expected.items():
+            seeds = self.decisions[contrast].seeds + more
+            counts |= {id(cell): cell for design in contrast.designs for cell in design.cells[:seeds]}
+        return len({cell.key for cell in counts.values()})
+
+    def _line(self, contrast: Contrast) -> str:
+        decision = self.decisions[contrast]
+        low, high = decision.interval
+        found = f"{decision.difference:+.3g} ({low:+.3g} to {high:+.3g}) after {decision.seeds} seeds"
+        if decision.seeds == 0 or low == float("-inf"):
+            found = f"{decision.seeds} seeds so far"
+        more = self.expected[contrast]
+        ahead = "" if decision.state != "undecided" else f", some {more} more expected" if more else ", at the limit"
+        return f"{contrast.label}: {decision.state}, {found}{ahead}"
+
+
+def contrasts_of(sweep: Sweep) -> list[Contrast]:
+    """All contrasts of a sweep that decides, those without data too: their number sets the level of each.
+
+    Raises:
+        ConfigError: an axis has no such value, or there is nothing to compare.
+    """
+    assert sweep.decide is not None
+    by_design: dict[tuple[str, int | None], list[Cell]] = {}
+    for cell in sweep_cells(sweep):
+        for depth in cell.depths:
+            by_design.setdefault((repr(cell.axes), depth), []).append(cell)
+    designs = [Design(tuple(cells), depth) for (_, depth), cells in by_design.items()]
+    contrasts = [
+        Contrast(one, other, nfe)
+        for one, other in _pairs(designs, sweep.decide)
+        for nfe in one.cells[0].budgets_at(one.depth)
+        if nfe in other.cells[0].budgets_at(other.depth) and nfe in (sweep.decide.nfe or one.cells[0].budgets)
+    ]
+    require(len(contrasts) > 0, "decide.contrasts", sweep.decide.contrasts, "leaves nothing to compare at decide.nfe")
+    return contrasts
+
+
+def _pairs(designs: Sequence[Design], settings: Decide) -> Iterator[tuple[Design, Design]]:
+    if settings.contrasts == "all":
+        yield from itertools.combinations(designs, 2)
+        return
+    for axis, reference in settings.contrasts.items():
+        values = list(dict.fromkeys(design.axes[axis] for design in designs if axis in design.axes))
+        require(reference in values, f"decide.contrasts.{axis}", reference, f"must be one of {values}")
+        for one, other in itertools.permutations(designs, 2):
+            if one.axes != other.axes == {**one.axes, axis: reference}:
+                yield one, other
+
+
+def wanted_cells(sweep: Sweep) -> tuple[Cell, ...]:
+    """The cells that a sweep wants now: all of them, or those of its contrasts' seeds so far."""
+    return assess(sweep).cells
+
+
+def assess(sweep: Sweep) -> Assessment:
+    """Decide what the records can decide, and add seeds to the designs of contrasts that they cannot.
+
+    Raises:
+        InputError: `decide.metric` is none of those measured, or a broken record.
+    """
+    cells = tuple(sweep_cells(sweep))
+    if sweep.decide is None:
+        return Assessment(cells)
+    contrasts, values, rule = contrasts_of(sweep), _Values(sweep.decide), sweep.decide.rule
+    counts = {design: rule.first for contrast in contrasts for design in contrast.designs}
+    while True:
+        differences = {contrast: values.differences(contrast, counts) for contrast in contrasts}
+        decisions, grown = decide(differences, rule), dict(counts)
+        for contrast in contrasts:
+            seeds = min(counts[design] for design in contrast.designs)
+            if decisions[contrast].state == "undecided" and len(differences[contrast]) == seeds < rule.most:
+                grown |= {design: max(grown[design], seeds + 1) for design in contrast.designs}
+        wanted, more = _chosen(cells, counts), _chosen(cells, grown)
+        is_too_long = _takes_too_long(sweep.decide, wanted, more)
+        if grown == counts or is_too_long:
+            chosen = with_designs(wanted) if sweep.evaluate.tune else wanted
+            return Assessment(chosen, decisions, expected_seeds(differences, rule), is_too_long)
+        counts = grown
+
+
+def _chosen(cells: Sequence[Cell], counts: Mapping[Design, int]) -> tuple[Cell, ...]:
+    """The first seeds of each design, and the trunks of branches."""
+    keys = {cell.key for design, count in counts.items() for cell in design.cells[:count]}
+    keys |= {cell.trunk.key for cell in cells if cell.key in keys and cell.trunk is not None}
+    return tuple(cell for cell in cells if cell.key in keys)
+
+
+def _takes_too_long(settings: Decide, wanted: Sequence[Cell], more: Sequence[Cell]) -> bool:
+    """Whether the sweep would take more than `decide.hours` with more cells, some of which have not begun."""
+    known = {cell.key for cell in wanted}
+    added = [cell for cell in more if cell.key not in known and not is_trained(cell)]
+    if settings.hours is None or not added:
+        return False
+    from madformer.sweep.forecast import Estimates, assumed_device
+
+    estimates = Estimates(more, assumed_device(more[0].config.trainer.accelerator, None, None))
+    return sum(estimates.cell_time(cell).total for cell in more) > 3600 * settings.hours
+
+
+class _Values:
+    """What the contrasts' cells have measured; each record is read once."""
+
+    def __init__(self, settings: Decide) -> None:
+        self._settings = settings
+        self._points: dict[str, Any] = {}
+
+    def differences(self, contrast: Contrast, counts: Mapping[Design, int]) -> list[float]:
+        """Seed by seed, up to the first seed that one of the designs lacks."""
+        found, seeds = list[float](), min(counts[design] for design in contrast.designs)
+        for pair in itertools.islice(zip(*(design.cells for design in contrast.designs), strict=True), seeds):
+            one, other = (
+                self._value(cell, design.depth, contrast.nfe)
+                for cell, design in zip(pair, contrast.designs, strict=True)
+            )
+            if one is None or other is None:
+                break
+            found.append(one - other)
+        return found
+
+    def _value(self, cell: Cell, depth: int | None, nfe: int) -> float | None:
+        key = f"{cell.key} {depth} {nfe}"
+        if key not in self._points:
+            measured = self._measured(cell, depth, nfe) if is_trained(cell) else None
+            self._points[key] = None if measured is None else fmean(map(self._metric, measured))
+        found: float | None = self._points[key]
+        return found
+
+    def _measured(self, cell: Cell, depth: int | None, nfe: int) -> Sequence[Point] | None:
+        """A cell's points at a depth and budget, over evaluation seeds; None: not all are there."""
+        [default] = [sampling for sampling in cell.defaults(nfe) if sampling.diffusion_depth == depth]
+        if self._settings.sampling == "tuned":
+            return tuned_points(cell, default)
+        main = next(sampling for sampling in cell.samplings if sampling.diffusion_depth == depth)
+        wanted = [each for each in cell.samplings if each.nfe == nfe and each.curve_key == main.curve_key]
+        points = cell_points(cell)
+        found = [points.get((cell.max_steps, sampling)) for sampling in wanted]
+        return [point for point in found if point is not None] if None not in found else None
+
+    def _metric(self, point: Point) -> float:
+        metrics, name = point["metrics"], self._settings.metric
+        if name != DISTANCE and name not in metrics:
+            raise InputError(f"decide.metric = {name}: not measured; there are {', '.join(metrics)}")
+        return float(next(iter(metrics.values())) if name == DISTANCE else metrics[name])
