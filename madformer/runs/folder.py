@@ -59,11 +59,11 @@ def drop_previews(run: Path, step: int) -> None:
 def copy_traces(run: Path, branch: Path, step: int) -> None:
     """Copy what a run has written up to a step, but event files and checkpoints: previews, their pictures, skipped images."""
     _copy_previews(run, branch, step)
-    pictures = [path.relative_to(run) for path in run.glob("samples/preview-*.png") if int(path.stem[8:]) <= step]
-    for name in ("skipped.txt", *pictures):
-        if (run / name).is_file():
-            with atomic_write(branch / name) as temporary:
-                shutil.copyfile(run / name, temporary)
+    pictures = [path for path in run.glob("samples/preview-*.png") if int(path.stem[8:]) <= step]
+    for path in (run / "skipped.txt", *pictures):
+        if path.is_file():
+            with atomic_write(branch / path.relative_to(run)) as temporary:
+                shutil.copyfile(path, temporary)
 
 
 def _copy_previews(source: Path, target: Path, step: int) -> None:

@@ -83,8 +83,8 @@ def cell_needs(cell: Cell) -> Needs:
 def _run_needs(cell: Cell) -> Needs:
     """Training and evaluation that are left."""
     if not is_trained(cell):
-        points, step = len(cell.samplings) * cell.inference.last, _first_step(cell)
-        return Needs(True, cell.budgets, points, waits=step is None, beginning=_beginning(cell, step))
+        count, first = len(cell.samplings) * cell.inference.last, _first_step(cell)
+        return Needs(True, cell.budgets, count, waits=first is None, beginning=_beginning(cell, first))
     points = cell_points(cell)
     missing = Counter(sampling.nfe for step, sampling in _requested(cell) if (step, sampling) not in points)
     return Needs(False, tuple(budget for budget in cell.budgets if missing[budget]), missing.total())
