@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -98,13 +97,10 @@ def _first_step(cell: Cell) -> int | None:
     trunk, limit = cell.trunk, cell.branch_step
     if trunk is None or list_checkpoints(cell.run):
         return 0
-    is_beyond = is_trained(trunk) or (is_run(trunk.run) and _newest_step(trunk.run) > limit)
-    step = _newest_step(trunk.run, limit) if is_run(trunk.run) else 0
-    return step if is_beyond or step == limit else None
-
-
-def _newest_step(run: Path, limit: float = math.inf) -> int:
-    path = newest_intact(run, checksums=False, limit=limit)
+    steps = [checkpoint_step(path) for path in list_checkpoints(trunk.run)] if is_run(trunk.run) else []
+    if not (is_trained(trunk) or limit in steps or max(steps, default=0) > limit):
+        return None
+    path = newest_intact(trunk.run, checksums=False, limit=limit)
     return checkpoint_step(path) if path else 0
 
 
@@ -155,7 +151,7 @@ def drop_branch_points(cells: Sequence[Cell]) -> None:
             continue
         path = checkpoint_path(trunk.run, step)
         with contextlib.suppress(InputError, OSError):  # such a cell reports it itself
-            if path.is_file() and all(map(is_trained, branches)) and _newest_step(trunk.run) > step:
+            if path.is_file() and all(map(is_trained, branches)) and newest_intact(trunk.run, checksums=False) != path:
                 path.unlink()
 
 
