@@ -57,9 +57,14 @@ def options(
 def train(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="EXPERIMENT.yaml [KEY=VALUE]...")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run.")] = None,
+    branch: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Begin with the steps before its decay of a run of another length.")
+    ] = None,
 ) -> None:
     """Train a run, or go on with it from its newest intact checkpoint."""
     given = arguments or []
+    if resume is not None and branch is not None:
+        raise InputError("--resume goes on with a run, --branch begins one: give one of them")
     if resume is not None:
         config = load_run(resume, given)
     elif given:
@@ -69,9 +74,13 @@ def train(
     from madformer.runs.folder import require_no_other_run
 
     require_no_other_run(config)
+    if branch is not None:
+        from madformer.runs.checkpoints import require_trunk
+
+        require_trunk(config, branch)
     from madformer.training.train import train as train_run
 
-    train_run(config)
+    train_run(config, branch=branch)
 
 
 @app.command()

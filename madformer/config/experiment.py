@@ -87,6 +87,7 @@ class ExperimentConfig:
         require(is_folder_name(self.name), "name", self.name, "must be the name of a folder")
         check_losses(self.model, self.loss)
         check_elastic(self.model, self.loss)
+        check_schedule(self.optimizer, self.trainer.max_steps)
         legal = self.diffusion.draws_per_image == 1 or self.model.clean_timestep == "zero"
         remedy = "several draws share the clean blocks: set diffusion.draws_per_image=1 or model.clean_timestep=zero"
         require(legal, "diffusion.draws_per_image", self.diffusion.draws_per_image, remedy)
@@ -158,6 +159,17 @@ def _row(number: str | None, percent: str, default: int) -> int:
         return default
     row = int(number) * (10**4 if percent else 1)
     return min(row, 10**6) if row >= 0 else max(row + 10**6, 0)
+
+
+def check_schedule(optimizer: OptimizerConfig, max_steps: int) -> None:
+    """Refuse a warm-up in steps that does not end before the decay.
+
+    Raises:
+        ConfigError: both together are longer than the run.
+    """
+    decay = round(optimizer.decay_fraction * max_steps)
+    remedy = f"with a decay of {decay} steps it must not exceed trainer.max_steps = {max_steps}"
+    require((optimizer.warmup_steps or 0) + decay <= max_steps, "optimizer.warmup_steps", optimizer.warmup_steps, remedy)
 
 
 def check_data(data: DataConfig, model: ModelConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,12 +17,14 @@ from madformer import __version__
 from madformer.config.experiment import ExperimentConfig
 from madformer.config.loading import HEADER, load_experiment
 from madformer.config.model import ModelConfig
+from madformer.config.training import decay_start
 from madformer.errors import InputError
 from madformer.runs.files import write_text
 
 _HASH = re.compile(r"^  config_hash: ['\"]?([0-9a-f]{16})['\"]?$", re.MULTILINE)
+_BRANCH_STEP = re.compile(r"^  branch:\n    step: (\d+)$", re.MULTILINE)
 _HEAD_CHARACTERS = 200
-"""The hash stands at the beginning of the file."""
+"""These stand at the beginning of the file."""
 
 
 AUXILIARY_REVISION = "auxiliary outputs at timestep -1000"
@@ -57,6 +59,11 @@ def config_hash(config: ExperimentConfig) -> str:
     return _hash({**trained_fields(config), **({"revision": AUXILIARY_REVISION} if revised else {})})
 
 
+def trunk_hash(config: ExperimentConfig) -> str:
+    """The hash of all that runs with a shared trunk have in common."""
+    return _hash({name: value for name, value in trained_fields(config).items() if name != "trainer.max_steps"})
+
+
 def _hash(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -66,14 +73,18 @@ def config_path(run: Path) -> Path:
     return run / "config.yaml"
 
 
-def write_config(config: ExperimentConfig, run: Path) -> None:
-    """Write a run's configuration, with the code version and the hash."""
-    write_text(config_path(run), to_yaml(config))
+def write_config(config: ExperimentConfig, run: Path, branch: Mapping[str, Any] | None = None) -> None:
+    """Write a run's configuration, with the code version and the hash.
+
+    Args:
+        branch: `step` and `run`: after which step of which run it begins. None: from the start.
+    """
+    write_text(config_path(run), to_yaml(config, {"branch": dict(branch)} if branch else {}))
 
 
-def to_yaml(config: ExperimentConfig) -> str:
-    """All fields, with the code version and the hash; `load_experiment` reads it."""
-    header = {HEADER: {"madformer": __version__, "config_hash": config_hash(config)}}
+def to_yaml(config: ExperimentConfig, origin: Mapping[str, Any] | None = None) -> str:
+    """All fields, with the code version and the hash, and more about the origin; `load_experiment` reads it."""
+    header = {HEADER: {"madformer": __version__, "config_hash": config_hash(config), **(origin or {})}}
     return OmegaConf.to_yaml(OmegaConf.create({**header, **to_container(config)}))
 
 
@@ -98,11 +109,36 @@ def require_same_weights(existing: ExperimentConfig, requested: ExperimentConfig
     Raises:
         InputError: the first field that differs, with both values.
     """
+    if difference := _first_difference(existing, requested):
+        raise InputError(f"{run} is a run of another experiment: {difference}; give another name, or delete it")
+
+
+def require_same_trunk(trunk: ExperimentConfig, branch: ExperimentConfig, run: str) -> None:
+    """Refuse to branch from a run that does not share its steps before the decay.
+
+    Raises:
+        InputError: its warm-up depends on `trainer.max_steps`, or the first other trained field that differs, with both values.
+    """
+    if trunk.optimizer.warmup_steps is None:
+        remedy = "name a run that was trained with optimizer.warmup_steps"
+        raise InputError(f"{run} has no branches, its warm-up depends on trainer.max_steps: {remedy}")
+    if difference := _first_difference(trunk, branch, but="trainer.max_steps"):
+        raise InputError(f"{run} is not the trunk of {branch.run_dir}: {difference}; only trainer.max_steps may differ")
+
+
+def branch_limit(trunk: ExperimentConfig, branch: ExperimentConfig) -> int:
+    """The last step of a run after which another one, that differs in `trainer.max_steps` alone, can begin."""
+    starts = (decay_start(config.optimizer, config.trainer.max_steps) for config in (trunk, branch))
+    return min(*starts, branch.trainer.max_steps - 1)
+
+
+def _first_difference(existing: ExperimentConfig, requested: ExperimentConfig, but: str = "") -> str | None:
+    """The first trained field that differs, with both values."""
     before, after = (_collect(config, leave_out_neutral=False) for config in (existing, requested))
-    for name in sorted(before.keys() | after.keys()):
+    for name in sorted((before.keys() | after.keys()) - {but}):
         if before.get(name) != after.get(name):
-            difference = f"{name} = {before.get(name)!r} there, {after.get(name)!r} asked for"
-            raise InputError(f"{run} is a run of another experiment: {difference}; give another name, or delete it")
+            return f"{name} = {before.get(name)!r} there, {after.get(name)!r} asked for"
+    return None
 
 
 def is_outdated(run: Path) -> bool:
@@ -134,12 +170,22 @@ def require_same_run(config: ExperimentConfig) -> None:
 
 def read_config_hash(run: Path) -> str | None:
     """The hash in a run's config.yaml, without reading the rest of the file; None: there is none."""
+    match = _HASH.search(_read_head(run))
+    return match[1] if match else None
+
+
+def read_branch_step(run: Path) -> int:
+    """After which step of another run a run begins, by its config.yaml; 0: it begins at the start, or there is none."""
+    match = _BRANCH_STEP.search(_read_head(run))
+    return int(match[1]) if match else 0
+
+
+def _read_head(run: Path) -> str:
     try:
         with config_path(run).open(encoding="utf-8") as file:
-            match = _HASH.search(file.read(_HEAD_CHARACTERS))
+            return file.read(_HEAD_CHARACTERS)
     except FileNotFoundError:
-        return None
-    return match[1] if match else None
+        return ""
 
 
 def to_container(config: ExperimentConfig) -> dict[str, Any]:

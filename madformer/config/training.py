@@ -21,6 +21,9 @@ class OptimizerConfig:
     """Decoupled weight decay; norms, biases and embeddings have none."""
     warmup_fraction: float = 0.01
     """Fraction of all steps, at the start, over which the learning rate rises linearly."""
+    warmup_steps: int | None = setting(None, neutral=None)
+    """Length of the warm-up in steps, instead of `warmup_fraction`. Runs that differ in `trainer.max_steps` alone then share
+    their steps before the decay."""
     decay_fraction: float = 0.15
     """Fraction of all steps, at the end, over which the learning rate falls exponentially."""
     decay_halvings: float = 6.0
@@ -42,7 +45,9 @@ class OptimizerConfig:
         for name in ("warmup_fraction", "decay_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optimizer.{name}", value, "must be between 0 and 1")
-        legal = self.warmup_fraction + self.decay_fraction <= 1
+        if self.warmup_steps is not None:
+            require_at_least(0, "optimizer", self, "warmup_steps")
+        legal = self.warmup_steps is not None or self.warmup_fraction + self.decay_fraction <= 1
         remedy = f"together with optimizer.warmup_fraction = {self.warmup_fraction} it must not exceed 1"
         require(legal, "optimizer.decay_fraction", self.decay_fraction, remedy)
         require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "must be at least 0 and below 1")
@@ -68,6 +73,8 @@ class TrainerConfig:
     """Use only deterministic algorithms, so that two runs are equal bit for bit on CUDA too."""
     checkpoint_every: int = setting(10_000, new_run=False)
     """Steps between checkpoints."""
+    checkpoint_steps: tuple[int, ...] = setting((), new_run=False)
+    """Further steps at which a checkpoint is saved, and kept: where branches of this run begin."""
     keep_checkpoints: int = setting(5, new_run=False)
     """How many checkpoints are kept: the newest ones."""
     log_every: int = setting(50, new_run=False)
@@ -81,3 +88,17 @@ class TrainerConfig:
         require_at_least(1, "trainer", self, *positive)
         if self.devices is not None:
             require_at_least(1, "trainer", self, "devices")
+        legal = all(step >= 1 for step in self.checkpoint_steps)
+        require(legal, "trainer.checkpoint_steps", list(self.checkpoint_steps), "must be integers of at least 1")
+
+    def saves_regularly(self, step: int) -> bool:
+        """Whether there is a checkpoint after this step without `checkpoint_steps`."""
+        return step % self.checkpoint_every == 0 or step >= self.max_steps
+
+
+def decay_start(optimizer: OptimizerConfig, max_steps: int) -> int:
+    """The last step after which a run's state is that of longer runs, which differ in `max_steps` alone.
+
+    The learning rate of the next step is part of the state, so that one is not yet lowered either (`wsd_factor`).
+    """
+    return math.floor(max_steps - optimizer.decay_fraction * max_steps)

@@ -13,7 +13,14 @@ from madformer.config.evaluation import MAX_SAMPLES
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.measurement import AXES, CURVE_FIELDS, DEPTH, Sampling, all_samplings, parse_integers
 from madformer.evaluation.record import find_tuning
-from madformer.runs.checkpoints import checkpoint_path, find_flaw, list_checkpoints, newest_intact, parse_weights
+from madformer.runs.checkpoints import (
+    checkpoint_path,
+    find_flaw,
+    list_checkpoints,
+    newest_intact,
+    parse_weights,
+    regular_checkpoints,
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ def parse_request(
     samplings = all_samplings(budgets, values)
     for sampling in samplings:
         sampling.apply(config)  # what the run cannot do shows now
-    return EvaluationRequest(config, _checkpoints(config.run_dir, checkpoints), samplings, tuned=tuned, **options)
+    return EvaluationRequest(config, _checkpoints(config, checkpoints), samplings, tuned=tuned, **options)
 
 
 def parse_sampling(
@@ -142,7 +149,7 @@ def parse_sampling(
         budget = tuned_sampling(config, budget, values)
     [sampling] = all_samplings([budget], values)
     sampling.apply(config)  # what the run cannot do shows now
-    return SamplingRequest(config, _checkpoints(config.run_dir, "newest")[0], sampling, num, **options)
+    return SamplingRequest(config, _checkpoints(config, "newest")[0], sampling, num, **options)
 
 
 def tuned_sampling(config: ExperimentConfig, budget: Sampling, values: Mapping[str, Any]) -> Sampling:
@@ -165,15 +172,16 @@ def tuned_sampling(config: ExperimentConfig, budget: Sampling, values: Mapping[s
     return replace(budget, **line["sampling"])
 
 
-def _checkpoints(run: Path, which: str) -> tuple[Path, ...]:
+def _checkpoints(config: ExperimentConfig, which: str) -> tuple[Path, ...]:
     """The checkpoints that `newest`, `last5` or a step means, the oldest first."""
+    run = config.run_dir
     if which == "newest":
         newest = newest_intact(run)
         if newest is None:
             raise InputError(f"{run}: no intact checkpoint in {run / 'checkpoints'}; madformer train --resume {run} makes some")
         return (newest,)
     if last := re.fullmatch(r"last([1-9]\d*)", which):
-        found = list_checkpoints(run)[-int(last[1]) :]
+        found = regular_checkpoints(config)[-int(last[1]) :]
         if len(found) < int(last[1]):
             raise InputError(f"--checkpoints {which}: {run} has {len(found)}")
     elif which.isdigit() and checkpoint_path(run, int(which)).is_file():

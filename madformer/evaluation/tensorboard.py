@@ -19,7 +19,7 @@ import re
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -113,20 +113,34 @@ def drop_orphans(run: Path, step: int) -> None:
         run: the run's folder; its event files of training are rewritten, its curves are not.
         step: the last step that stays.
     """
-    for path in run.glob(f"{_PREFIX}*"):
-        if not path.name.endswith(_SUFFIX):
-            _keep_steps(path, step)
+    for path in _training_files(run):
+        _copy_steps(path, path, step)
 
 
-def _keep_steps(path: Path, step: int) -> None:
+def copy_events(run: Path, branch: Path, step: int) -> None:
+    """Copy what a run logged in training up to a step; it may go on at the same time. The copy replaces what is there."""
+    drop_orphans(branch, -1)
+    for path in _training_files(run):
+        with suppress(FileNotFoundError):  # a run that resumes removes empty files
+            _copy_steps(path, branch / path.name, step)
+
+
+def _training_files(run: Path) -> list[Path]:
+    """The event files of a run but for its curves."""
+    return [path for path in run.glob(f"{_PREFIX}*") if not path.name.endswith(_SUFFIX)]
+
+
+def _copy_steps(path: Path, copy: Path, step: int) -> None:
     empty = True
-    with path.open("rb") as source, _atomic_write(path) as target:
+    with path.open("rb") as source, _atomic_write(copy) as target:
         for record, event in _records(source):
             if event.step <= step:
                 target.write(record)
                 empty &= event.HasField("file_version")
+            elif path != copy:
+                break  # what follows may be half-written
     if empty:
-        path.unlink()
+        copy.unlink()
 
 
 @contextmanager

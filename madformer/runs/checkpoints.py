@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import pickle
 import re
 import zipfile
@@ -15,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from madformer.config import ExperimentConfig
+from madformer.config import ExperimentConfig, load_run
+from madformer.config.identity import branch_limit, require_same_trunk
 from madformer.errors import InputError
 from madformer.runs.files import atomic_write
 
@@ -66,18 +68,55 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(paths, key=checkpoint_step)
 
 
-def newest_intact(run: Path, checksums: bool = True) -> Path | None:
+def regular_checkpoints(config: ExperimentConfig) -> list[Path]:
+    """A run's checkpoints, the oldest first, without those that are there for its branches alone."""
+    settings, paths = config.trainer, list_checkpoints(config.run_dir)
+    branching = {step for step in settings.checkpoint_steps if not settings.saves_regularly(step)}
+    return [path for path in paths if checkpoint_step(path) not in branching]
+
+
+def newest_intact(run: Path, checksums: bool = True, limit: float = math.inf) -> Path | None:
     """The newest intact checkpoint; None: there is none. Newer ones that are torn are skipped with a warning.
 
     Args:
         checksums: whether to look at them, which reads the whole file.
+        limit: the last step that it may be of.
     """
-    for path in reversed(list_checkpoints(run)):
+    for path in reversed([path for path in list_checkpoints(run) if checkpoint_step(path) <= limit]):
         if flaw := find_flaw(path, checksums):
             _log.warning("%s is torn (%s): skipped", path, flaw)
         else:
             return path
     return None
+
+
+def require_trunk(config: ExperimentConfig, run: Path) -> None:
+    """Refuse a run that an experiment cannot branch from. One that has checkpoints of its own goes on with them.
+
+    Raises:
+        InputError: it is no run, or the experiment's own, or does not share its steps before the decay.
+    """
+    if run.resolve() == config.run_dir.resolve():
+        raise InputError(f"{run} cannot be its own trunk: give the branch another name")
+    if not list_checkpoints(config.run_dir):
+        require_same_trunk(load_run(run), config, str(run))
+
+
+def find_branch_point(config: ExperimentConfig, run: Path) -> Path:
+    """The checkpoint of a run that an experiment without checkpoints begins with: the newest one before the decay of both.
+
+    Raises:
+        InputError: as `require_trunk`; or there is none that is intact, or it holds imported weights.
+    """
+    require_trunk(config, run)
+    limit = branch_limit(load_run(run), config)
+    if (path := newest_intact(run, limit=limit)) is None:
+        steps = ", ".join(str(checkpoint_step(path)) for path in list_checkpoints(run)) or "none"
+        remedy = "train it from the start, without --branch"
+        raise InputError(
+            f"{run}: no intact checkpoint after at most {limit} steps to branch from, there are: {steps}; {remedy}"
+        )
+    return path
 
 
 def find_flaw(path: Path, checksums: bool = True) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,18 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, so that it stays when the first one is removed; where that cannot be, copy it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        target.hardlink_to(source.resolve())
+    except OSError:  # another disk, or another user's file
+        shutil.copyfile(source, target)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from filelock import FileLock, Timeout
 from madformer.config import ExperimentConfig, require_same_run
 from madformer.config.identity import config_path
 from madformer.errors import InputError
-from madformer.runs.files import append_line, write_text
+from madformer.runs.files import append_line, atomic_write, write_text
 
 Purpose = Literal["train", "evaluate", "tune", "encode", "sample"]
 """The command that claims a folder."""
@@ -52,9 +53,23 @@ def read_previews(run: Path) -> list[dict[str, Any]]:
 
 def drop_previews(run: Path, step: int) -> None:
     """Remove the previews after the step that a run resumes from."""
-    if previews := read_previews(run):
+    _copy_previews(run, run, step)
+
+
+def copy_traces(run: Path, branch: Path, step: int) -> None:
+    """Copy what a run has written up to a step, but event files and checkpoints: previews, their pictures, skipped images."""
+    _copy_previews(run, branch, step)
+    pictures = [path for path in run.glob("samples/preview-*.png") if int(path.stem[8:]) <= step]
+    for path in (run / "skipped.txt", *pictures):
+        if path.is_file():
+            with atomic_write(branch / path.relative_to(run)) as temporary:
+                shutil.copyfile(path, temporary)
+
+
+def _copy_previews(source: Path, target: Path, step: int) -> None:
+    if previews := read_previews(source):
         kept = (json.dumps(preview) + "\n" for preview in previews if preview["step"] <= step)
-        write_text(_previews_path(run), "".join(kept))
+        write_text(_previews_path(target), "".join(kept))
 
 
 def require_no_other_run(config: ExperimentConfig) -> None:

@@ -193,8 +193,7 @@ class _Values:
         found, seeds = list[float](), min(counts[design] for design in contrast.designs)
         for pair in itertools.islice(zip(*(design.cells for design in contrast.designs), strict=True), seeds):
             one, other = (
-                self._value(cell, design.depth, contrast.nfe)
-                for cell, design in zip(pair, contrast.designs, strict=True)
+                self._value(cell, design.depth, contrast.nfe) for cell, design in zip(pair, contrast.designs, strict=True)
             )
             if one is None or other is None:
                 break

@@ -22,7 +22,7 @@ from madformer.config import (
     load_experiment,
     read_config_hash,
 )
-from madformer.config.identity import config_path
+from madformer.config.identity import branch_limit, config_path, trunk_hash
 from madformer.config.loading import as_text
 from madformer.config.validation import require
 from madformer.errors import ConfigError
@@ -55,6 +55,13 @@ class Cell:
     """Whether Optuna chose it."""
     tuned_with: tuple[Cell, ...] | None = None
     """With `evaluate.tune`, for the first cell of each design: those that differ in the seed alone, which it is tuned with."""
+    trunk: Cell | None = None
+    """The longest of the cells that differ in `trainer.max_steps` alone, whose first steps are this one's too."""
+
+    @property
+    def branch_step(self) -> int:
+        """The step of its trunk's run that its own training begins after; 0: there is no trunk."""
+        return branch_limit(self.trunk.config, self.config) if self.trunk else 0
 
     @property
     def key(self) -> str:
@@ -288,7 +295,37 @@ def _make_cells(sweep: Sweep) -> tuple[Cell, ...]:
     )
     require(len(cells) > 0, "exclude", list(sweep.exclude), "leaves nothing of the sweep")
     _require_one_run_each(cells)
+    cells = _with_trunks(cells)
     return _with_designs(cells) if sweep.evaluate.tune else cells
+
+
+def _with_trunks(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+    """The cells; those that differ in `trainer.max_steps` alone know the longest, which saves where they branch off."""
+    groups, changed = dict[str, list[Cell]](), dict[str, Cell]()
+    for cell in cells:
+        if cell.config.optimizer.warmup_steps is not None:
+            groups.setdefault(trunk_hash(cell.config), []).append(cell)
+    for group in groups.values():
+        longest = max(group, key=lambda cell: cell.max_steps)
+        branches = [replace(cell, trunk=longest) for cell in group if cell is not longest]
+        if branches := [cell for cell in branches if cell.branch_step and _saves_enough(cell)]:
+            trunk = _with_checkpoints(longest, {cell.branch_step for cell in branches})
+            changed |= {trunk.name: trunk, **{cell.name: replace(cell, trunk=trunk) for cell in branches}}
+    return tuple(changed.get(cell.name, cell) for cell in cells)
+
+
+def _saves_enough(branch: Cell) -> bool:
+    """Whether as many checkpoints as are evaluated come after the step where it branches off."""
+    trainer = branch.config.trainer
+    return sum(map(trainer.saves_regularly, range(branch.branch_step, branch.max_steps + 1))) >= branch.inference.last
+
+
+def _with_checkpoints(cell: Cell, more: set[int]) -> Cell:
+    name, trainer = "trainer.checkpoint_steps", cell.config.trainer
+    steps = sorted({*trainer.checkpoint_steps, *more})
+    overrides = [override for override in cell.overrides if not override.startswith(f"{name}=")]
+    config = replace(cell.config, trainer=replace(trainer, checkpoint_steps=tuple(steps)))
+    return replace(cell, overrides=(*overrides, f"{name}={as_text(steps)}"), config=config)
 
 
 def _with_designs(cells: Sequence[Cell]) -> tuple[Cell, ...]:

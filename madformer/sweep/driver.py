@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from madformer.errors import ConfigError, InputError
 from madformer.sweep.cells import Cell, sweep_cells
-from madformer.sweep.needs import cell_needs
+from madformer.sweep.needs import cell_needs, drop_branch_points
 from madformer.sweep.spec import Sweep
 from madformer.sweep.trial import DONE, INTERRUPTED, RETRYABLE, Commands, Outcome, log_path, trial_commands
 
@@ -76,6 +76,7 @@ def run_sweep(
     """
     say = say or _print
     cells = sweep_cells(sweep)
+    drop_branch_points(cells)  # a driver may have been killed before it did
     needs = [cell_needs(cell) for cell in cells]
     if cells and all(need.is_done for need in needs):
         say(f"{sweep.name}: all {len(cells)} cells are done, nothing to do")
@@ -162,6 +163,7 @@ class Driver:
         if outcome == DONE:
             self._quick_failures.clear()
             self._queue.complete(trial)
+            drop_branch_points(self._queue.cells)
             event = "finished"
         elif outcome == INTERRUPTED and trial.number in self._pruned_trials:
             self._queue.prune(trial)

@@ -16,7 +16,7 @@ from madformer.progress import TextTable, format_duration, print_table, read_pro
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.runs.folder import progress_path
 from madformer.sweep.cells import Cell, sweep_cells
-from madformer.sweep.needs import Needs, cell_measurement, cell_needs, cell_points
+from madformer.sweep.needs import Needs, cell_measurement, cell_needs, cell_points, first_step, own_share, trunk_lines
 from madformer.sweep.spec import Search, Sweep
 
 _SAMPLED_TRIALS = 64
@@ -72,11 +72,11 @@ class Estimates:
 
     def cell_time(self, cell: Cell) -> Time:
         """The time of a cell from its start to its end."""
-        return self._time(cell, 1.0, sum(evaluation_flops(cell).values()) + sum(tuning_flops(cell).values()))
+        return self._time(cell, own_share(cell), sum(evaluation_flops(cell).values()) + sum(tuning_flops(cell).values()))
 
     def remaining_time(self, cell: Cell, needs: Needs, step: int = 0) -> Time:
         """The time that a cell still needs after so many training steps."""
-        fraction = (1 - step / cell.max_steps) if needs.training else 0.0
+        fraction = (1 - max(step, first_step(cell)) / cell.max_steps) if needs.training else 0.0
         costs = evaluation_flops(cell)
         point = sum(costs[budget] for budget in needs.budgets) / max(1, len(needs.budgets)) * len(costs) / cell.point_count
         tuning = tuning_flops(cell)
@@ -193,7 +193,10 @@ def plan_table(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], esti
         main = [sampling for sampling in cell.samplings if sampling.curve_key == cell.samplings[0].curve_key]
         costs = {sampling.nfe: f"{with_unit(image_flops(cell, sampling))} ({sampling.steps} steps)" for sampling in main}
         row = [cell.name, with_unit(parameter_count(cell.config.model))]
-        row += [*([f"{_needed_gib(cell):.0f} GiB"] if on_gpus else []), with_unit(training_flops(cell.config))]
+        row += [
+            *([f"{_needed_gib(cell):.0f} GiB"] if on_gpus else []),
+            with_unit(own_share(cell) * training_flops(cell.config)),
+        ]
         row += [costs.get(nfe, "skipped" if nfe in cell.skipped else "") for nfe in budgets]
         row += [f"{estimates.cell_time(cell).total / 3600:.3g}"]
         table.rows.append([*row, _state(need)])
@@ -260,7 +263,7 @@ def _total_lines(
     sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates, device: Device
 ) -> list[str]:
     """All FLOPs and hours, the remaining hours, and the cells by state."""
-    training = sum(training_flops(cell.config) for cell in cells)
+    training = sum(own_share(cell) * training_flops(cell.config) for cell in cells)
     evaluation = sum(sum(evaluation_flops(cell).values()) for cell in cells)
     tuning = sum(sum(tuning_flops(cell).values()) for cell in cells)
     times = [estimates.cell_time(cell) for cell in cells]
@@ -278,6 +281,7 @@ def _total_lines(
         f"{f', tuning {with_unit(tuning)}FLOPs' if tuning else ''}. Under NFE: FLOPs per image.",
         f"{hours:.3g} {unit}, of which {remaining / 3600:.3g} are left; the longest trial takes {format_duration(longest)} "
         f"on {cells[0].device_count} {'process' if sweep.accelerator == 'cpu' else 'GPU'}(s).",
+        *trunk_lines(cells),
         basis(all(time.is_measured for time in times), device),
     ]
 
@@ -363,7 +367,7 @@ class _Suite:
             if cell.config_hash not in self._models:
                 self._models[cell.config_hash] = cell
                 new_models.append(cell)
-                training += training_flops(cell.config)
+                training += own_share(cell) * training_flops(cell.config)
                 seconds += time.training
         self._cells, self._hours = self._cells + len(cells), self._hours + seconds / 3600
         self._training, self._evaluation = self._training + training, self._evaluation + evaluation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections import Counter
@@ -15,9 +16,11 @@ from typing import Any
 
 from madformer.config import ExperimentConfig, read_config_hash, require_same_run
 from madformer.config.experiment import has_held_out
+from madformer.config.identity import read_branch_step
 from madformer.errors import InputError
 from madformer.evaluation.measurement import INCEPTION, Measurement, Sampling
-from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
+from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints, newest_intact, regular_checkpoints
+from madformer.runs.folder import is_run
 from madformer.sweep.cells import Cell, sweep_cells
 from madformer.sweep.spec import Sweep
 
@@ -40,20 +43,22 @@ class Needs:
     tuning: tuple[int, ...] = ()
     """Budgets whose sampling is not tuned, of the first cell of a design."""
     waits: bool = False
-    """Whether tuning waits for other seeds of the design."""
+    """Whether tuning waits for other seeds of the design, or the training of a branch for its trunk."""
+    beginning: str = ""
+    """How the training of a branch begins, or what it waits for; empty: it goes on, or begins at the start."""
 
     def __bool__(self) -> bool:
         """Whether there is work that can start."""
-        return self.training or bool(self.budgets) or (bool(self.tuning) and not self.waits)
+        return not (self.waits or self.is_done)
 
     @property
     def is_done(self) -> bool:
         """Whether nothing is left, now or later."""
-        return not (self or self.tuning)
+        return not (self.training or self.budgets or self.tuning)
 
     def __str__(self) -> str:
         if self.training:
-            return "to train"
+            return ", ".join(filter(None, ["to train", self.beginning]))
         if self.budgets:
             return f"to evaluate at {', '.join(map(str, self.budgets))}"
         later = ", when its other seeds are evaluated" if self.waits else ""
@@ -67,7 +72,7 @@ def cell_needs(cell: Cell) -> Needs:
         InputError: its folder holds a run of another experiment; the message names the first field that differs.
     """
     needs = _run_needs(cell)
-    if needs or cell.tuned_with is None:
+    if not needs.is_done or cell.tuned_with is None:
         return needs
     design = [(each, *_tuning_record(each)) for each in (cell, *cell.tuned_with)]
     tuning = tuple(nfe for nfe in cell.budgets if not all(_is_tuned(design, default) for default in cell.defaults(nfe)))
@@ -77,15 +82,82 @@ def cell_needs(cell: Cell) -> Needs:
 def _run_needs(cell: Cell) -> Needs:
     """Training and evaluation that are left."""
     if not is_trained(cell):
-        return Needs(True, cell.budgets, cell.point_count)
+        first = _first_step(cell)
+        return Needs(True, cell.budgets, cell.point_count, waits=first is None, beginning=_beginning(cell, first))
     points = cell_points(cell)
     missing = Counter(sampling.nfe for step, sampling in _requested(cell) if (step, sampling) not in points)
     return Needs(False, tuple(budget for budget in cell.budgets if missing[budget]), missing.total())
 
 
+def _first_step(cell: Cell) -> int | None:
+    """The step of its trunk's run that a cell's training begins after; 0: it goes on, or begins at the start.
+
+    None: it waits for the trunk to get there. If the trunk has passed it without a checkpoint, an earlier one has to do.
+    """
+    trunk, limit = cell.trunk, cell.branch_step
+    if trunk is None or list_checkpoints(cell.run):
+        return 0
+    steps = [checkpoint_step(path) for path in list_checkpoints(trunk.run)] if is_run(trunk.run) else []
+    if not (is_trained(trunk) or limit in steps or max(steps, default=0) > limit):
+        return None
+    path = newest_intact(trunk.run, checksums=False, limit=limit)
+    return checkpoint_step(path) if path else 0
+
+
+def _beginning(cell: Cell, step: int | None) -> str:
+    if cell.trunk is None or step == 0:
+        return ""
+    if step is None:
+        return f"waits for its trunk, {cell.trunk.name}, to reach step {cell.branch_step}"
+    return f"branches from {cell.trunk.name} after step {step}"
+
+
+def first_step(cell: Cell) -> int:
+    """The step of another run that a cell's own training begins, or began, after; 0: at the start."""
+    if list_checkpoints(cell.run):
+        return read_branch_step(cell.run)
+    step = _first_step(cell)
+    return cell.branch_step if step is None else step
+
+
+def own_share(cell: Cell) -> float:
+    """The part of a cell's training that is not another run's."""
+    return 1 - first_step(cell) / cell.max_steps
+
+
+def trunk_lines(cells: Sequence[Cell]) -> list[str]:
+    """How many steps branches save; no line if there are none."""
+    shared = {cell.name: step for cell in cells if (step := first_step(cell))}
+    if not shared:
+        return []
+    trunks = len({cell.trunk.key for cell in cells if cell.trunk is not None and cell.name in shared})
+    subject = "1 branch shares" if len(shared) == 1 else f"{len(shared)} branches share"
+    total = sum(cell.max_steps for cell in cells)
+    own = f"{total - sum(shared.values()):,} of {total:,} steps are trained"
+    return [f"{subject} {f'{trunks} trunks' if trunks > 1 else 'a trunk'}: {own}"]
+
+
+def drop_branch_points(cells: Sequence[Cell]) -> None:
+    """Remove checkpoints of trunks that are there for branches alone, where all of these are trained."""
+    points: dict[tuple[str, int], list[Cell]] = {}
+    for cell in cells:
+        if cell.trunk is not None:
+            points.setdefault((cell.trunk.key, cell.branch_step), []).append(cell)
+    for (_, step), branches in points.items():
+        trunk = branches[0].trunk
+        # A branch has the checkpoints that the sweep names itself.
+        is_wanted = step in branches[0].config.trainer.checkpoint_steps
+        if trunk is None or is_wanted or trunk.config.trainer.saves_regularly(step):
+            continue
+        path = checkpoint_path(trunk.run, step)
+        with contextlib.suppress(InputError, OSError):  # such a cell reports it itself
+            if path.is_file() and all(map(is_trained, branches)) and newest_intact(trunk.run, checksums=False) != path:
+                path.unlink()
+
+
 def _is_unfinished(cell: Cell) -> bool:
     try:
-        return bool(_run_needs(cell))
+        return not _run_needs(cell).is_done
     except (InputError, OSError):  # it is reported as its own cell
         return True
 
@@ -208,7 +280,7 @@ def _requested(cell: Cell) -> list[tuple[int, Sampling]]:
     """All points that a trained cell is to have, by its checkpoint's step and the sampling."""
     steps = [cell.max_steps]
     if cell.inference.checkpoints != "newest":
-        steps = [checkpoint_step(path) for path in list_checkpoints(cell.run)[-cell.inference.last :]]
+        steps = [checkpoint_step(path) for path in regular_checkpoints(cell.config)[-cell.inference.last :]]
     return [(step, sampling) for sampling in cell.samplings for step in steps]
 
 

@@ -17,7 +17,7 @@ from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.runs.folder import progress_path, read_previews
 from madformer.sweep.cells import Cell, sweep_cells
 from madformer.sweep.forecast import A100, Estimates
-from madformer.sweep.needs import Needs, cell_needs, main_metrics
+from madformer.sweep.needs import Needs, cell_needs, main_metrics, trunk_lines
 from madformer.sweep.spec import Search, Sweep
 from madformer.sweep.trial import last_lines, log_path
 
@@ -151,7 +151,7 @@ class Watcher:
 
 def footer(overview: Overview) -> list[str]:
     """The lines below the table: notes, totals, and the ends of the logs of failed cells."""
-    lines = [*overview.notes, _totals(overview)]
+    lines = [*overview.notes, _totals(overview), *trunk_lines([row.cell for row in overview.rows])]
     for row in (row for row in overview.rows if row.state == "failed"):
         log_lines = row.reason.splitlines()[1:] or last_lines(row.cell, _LOG_LINES)
         lines += [f"{row.cell.name} failed ({row.kind}), {log_path(row.cell)}:", *(f"    {line}" for line in log_lines)]
@@ -164,7 +164,7 @@ def status_table(overview: Overview, rows: Sequence[Row]) -> TextTable:
     table = TextTable(overview.sweep.name, headings, frozenset(("cell", "state", "metric", "reason")))
     for row in rows:
         cell, total = row.cell, row.cell.point_count
-        reason = str(row.needs) if row.needs.tuning else ""
+        reason = str(row.needs) if row.needs.tuning else row.needs.beginning
         reason = f"{row.kind}: {row.reason.splitlines()[0]}" if row.reason and row.state == "failed" else reason
         points = f"{total - row.needs.points}/{total}"
         table.rows.append([cell.name, row.state, f"{row.step}/{cell.max_steps}", _rate(row), points, _metric(row), reason])

@@ -112,9 +112,12 @@ def _signal_name(number: int) -> str:
 def trial_commands(cell: Cell) -> list[list[str]]:
     """The commands that a cell needs: training, then evaluation; or tuning, together with the design's other seeds."""
     needs, madformer = cell_needs(cell), [sys.executable, "-m", "madformer"]
-    commands = []
+    commands = list[list[str]]()
+    if needs.waits:
+        return commands
     if needs.training:
-        commands.append([*madformer, "train", cell.experiment, *cell.overrides])
+        branch = ["--branch", str(cell.trunk.run)] if cell.trunk and needs.beginning else []
+        commands.append([*madformer, "train", cell.experiment, *cell.overrides, *branch])
     for options in _budget_options(cell, needs.budgets):
         commands.append([*madformer, "evaluate", str(cell.run), *options, *_inference_options(cell), *_overrides(cell)])
     if needs and not commands:
@@ -148,8 +151,9 @@ def _overrides(cell: Cell) -> list[str]:
     words = list[str]()
     if is_run(cell.run):
         stored, config = load_run(cell.run), cell.config
-        if stored.trainer.devices != config.trainer.devices:
-            words.append(f"trainer.devices={config.trainer.devices}")
+        trainer = {name: getattr(config.trainer, name) for name in ("devices", "checkpoint_steps")}
+        changes = {name: value for name, value in trainer.items() if value != getattr(stored.trainer, name)}
+        words += [f"trainer.{name}={json.dumps(value)}" for name, value in changes.items()]
         evaluation = asdict(config.evaluation)
         changes = {name: value for name, value in evaluation.items() if value != getattr(stored.evaluation, name)}
         words += [f"evaluation.{name}={json.dumps(value)}" for name, value in changes.items() if name != "nfe"]

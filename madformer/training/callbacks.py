@@ -51,9 +51,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class RunCheckpoints(Checkpoint):
-    """A checkpoint every `trainer.checkpoint_every` steps, at the end, and when the run is asked to stop.
+    """A checkpoint every `trainer.checkpoint_every` steps, at `trainer.checkpoint_steps`, at the end, and on request.
 
-    The last `trainer.keep_checkpoints` regular ones stay, and the newest: a checkpoint of a stop displaces no regular one.
+    The last `trainer.keep_checkpoints` regular ones stay, those of `trainer.checkpoint_steps`, and the newest: a checkpoint of
+    a stop displaces no regular one.
     """
 
     def __init__(self, config: ExperimentConfig) -> None:
@@ -77,7 +78,7 @@ class RunCheckpoints(Checkpoint):
             return  # in the middle of accumulation
         assert isinstance(pl_module, LitMADFormer)
         self._last_step = step
-        due = step % settings.checkpoint_every == 0 or step >= settings.max_steps
+        due = settings.saves_regularly(step) or step in settings.checkpoint_steps
         stop = self.stop_requested
         if trainer.world_size > 1:
             agree = due or step % STOP_INTERVAL == 0 or not pl_module.runs_ahead
@@ -101,8 +102,9 @@ class RunCheckpoints(Checkpoint):
     def _remove_old(self) -> None:
         settings, checkpoints = self.config.trainer, list_checkpoints(self.config.run_dir)
         steps = {checkpoint_step(path): path for path in checkpoints}
-        regular = [path for step, path in steps.items() if step % settings.checkpoint_every == 0 or step == settings.max_steps]
-        for path in set(checkpoints) - {*regular[-settings.keep_checkpoints :], checkpoints[-1]}:
+        regular = [path for step, path in steps.items() if settings.saves_regularly(step)]
+        kept = [path for step, path in steps.items() if step in settings.checkpoint_steps]
+        for path in set(checkpoints) - {*regular[-settings.keep_checkpoints :], *kept, checkpoints[-1]}:
             path.unlink()
 
 

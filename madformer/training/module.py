@@ -101,7 +101,8 @@ def wsd_factor(step: int, config: OptimizerConfig, max_steps: int) -> float:
 
     As in the released code; transformers' schedule of this name has no exponential decay.
     """
-    warmup, decay = config.warmup_fraction * max_steps, config.decay_fraction * max_steps
+    warmup = config.warmup_fraction * max_steps if config.warmup_steps is None else config.warmup_steps
+    decay = config.decay_fraction * max_steps
     if step + 1 < warmup:
         return (step + 1) / warmup
     if step > max_steps - decay:

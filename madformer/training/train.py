@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -21,29 +22,41 @@ from madformer.config import ExperimentConfig, TrainerConfig, config_hash, write
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.order import BatchShard
 from madformer.errors import InputError, Interrupted
-from madformer.evaluation.tensorboard import drop_orphans
+from madformer.evaluation.tensorboard import copy_events, drop_orphans
 from madformer.model.memory import check_memory
 from madformer.parallel import find_devices
-from madformer.runs.checkpoints import TRAINED_BY, checkpoint_step, list_checkpoints, load_checkpoint, newest_intact
-from madformer.runs.folder import claim_folder, drop_previews, is_run
+from madformer.runs.checkpoints import (
+    TRAINED_BY,
+    checkpoint_path,
+    checkpoint_step,
+    find_branch_point,
+    list_checkpoints,
+    load_checkpoint,
+    newest_intact,
+)
+from madformer.runs.files import atomic_write, link_or_copy
+from madformer.runs.folder import claim_folder, copy_traces, drop_previews, is_run
 from madformer.training.callbacks import AtomicCheckpointIO, Preview, Profile, RunCheckpoints, RunProgress
 from madformer.training.module import LitMADFormer
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFormer) -> Path:
+def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFormer, branch: Path | None = None) -> Path:
     """Train a run from its newest intact checkpoint, or from the start if it has none. A finished run stays as it is.
 
     Args:
         module_class: a custom class, for another loss. Checkpoints name it, the configuration does not.
+        branch: a run that differs in `trainer.max_steps` alone; if this one has no checkpoint, it begins with that one's newest
+            intact checkpoint before the decay of both.
 
     Returns:
         The run's folder.
 
     Raises:
         ConfigError: there is nothing to train on, or the devices are missing, too small, or cannot share the batch.
-        InputError: another process trains this run, none of its checkpoints is intact, or they are of another class.
+        InputError: another process trains this run, none of its checkpoints is intact, or they are of another class; or there
+            is nothing to branch from.
         NonFiniteError: the run has diverged.
         Interrupted: a signal has stopped the run.
     """
@@ -52,42 +65,79 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
     data = LatentDataModule(config)
     trainer, checkpoints = build_trainer(config)
     with claim_folder(run, "train", _rank()):
-        checkpoint = _newest_checkpoint(config, module_class)
+        begins_as_branch = branch is not None and not list_checkpoints(run)
+        if branch is not None and begins_as_branch and _rank() == 0:
+            _begin_branch(config, module_class, branch)
+        checkpoint = _newest_checkpoint(config, module_class, begins_as_branch)
         step = checkpoint_step(checkpoint) if checkpoint else 0
         if step >= config.trainer.max_steps:
             _print(f"{run}: trained already, {config.trainer.max_steps} steps")
             return run
         if _rank() == 0:
-            if not is_run(run):
+            if checkpoint is None or not is_run(run):
                 write_config(config, run)
             drop_orphans(run, step)
             drop_previews(run, step)
         goal = f"{config.trainer.max_steps} steps (config hash {config_hash(config)})"
-        _print(f"{run}: {f'resuming after step {step} of' if step else 'training'} {goal}")
+        origin = f"branching from {branch}" if begins_as_branch else "resuming"
+        _print(f"{run}: {f'{origin} after step {step} of' if step else 'training'} {goal}")
         _fit(trainer, checkpoints, module_class(config), data, checkpoint)
     _print(f"{run}: trained, {config.trainer.max_steps} steps")
     return run
 
 
-def _newest_checkpoint(config: ExperimentConfig, module_class: type[LitMADFormer]) -> Path | None:
+def _begin_branch(config: ExperimentConfig, module_class: type[LitMADFormer], trunk: Path) -> None:
+    """Copy what a run wrote up to the step where this one branches off. Its checkpoint comes last: before, nothing has begun.
+
+    Raises:
+        InputError: there is no such checkpoint, or another class has trained it.
+    """
+    run, source = config.run_dir, find_branch_point(config, trunk)
+    step = checkpoint_step(source)
+    _require_trainable(load_checkpoint(source), trunk, module_class)
+    for left in (run / "checkpoints").glob(".step-*.tmp"):  # by a process that was killed
+        left.unlink()
+    try:
+        with atomic_write(checkpoint_path(run, step)) as temporary:
+            link_or_copy(source, temporary)  # ours from now on, though the other run may remove its own
+            copy_events(trunk, run, step)
+            drop_previews(run, 0)
+            copy_traces(trunk, run, step)
+            write_config(config, run, {"step": step, "run": str(trunk)})
+    except FileNotFoundError:
+        if source.is_file():
+            raise
+        _begin_branch(config, module_class, trunk)  # it was removed meanwhile
+
+
+def _newest_checkpoint(
+    config: ExperimentConfig, module_class: type[LitMADFormer], begins_as_branch: bool = False
+) -> Path | None:
     """The checkpoint to resume from. The first process's choice goes for all (`AtomicCheckpointIO`); it looks at checksums.
 
     Raises:
         InputError: all checkpoints are torn, or the newest one holds imported weights, or another class has trained it.
     """
     run, first = config.run_dir, _rank() == 0
+    if begins_as_branch and not first:
+        return checkpoint_path(run, 0)  # whichever: the first process may not have chosen yet
     path = newest_intact(run, checksums=first)
     if path and not first and checkpoint_step(path) >= config.trainer.max_steps:
         path = newest_intact(run)  # to end here without the first process would leave it waiting
     if path is None and (checkpoints := list_checkpoints(run)):
         raise InputError(f"{run}: none of its {len(checkpoints)} checkpoints is intact; delete them to start anew")
     if path is not None:
-        checkpoint, name = load_checkpoint(path), module_class.__qualname__
-        if "optimizer_states" not in checkpoint:
-            raise InputError(f"{run}: its weights are imported; they can be evaluated and sampled, not trained on")
-        if (trainer := checkpoint.get(TRAINED_BY, LitMADFormer.__qualname__)) != name:
-            raise InputError(f"{run}: trained by {trainer}, not {name}; go on with that, or name another run")
+        _require_trainable(load_checkpoint(path), run, module_class)
     return path
+
+
+def _require_trainable(checkpoint: dict[str, Any], run: Path, module_class: type[LitMADFormer]) -> None:
+    """Refuse a checkpoint of imported weights, or of another class."""
+    name = module_class.__qualname__
+    if "optimizer_states" not in checkpoint:
+        raise InputError(f"{run}: its weights are imported; they can be evaluated and sampled, not trained on")
+    if (trainer := checkpoint.get(TRAINED_BY, LitMADFormer.__qualname__)) != name:
+        raise InputError(f"{run}: trained by {trainer}, not {name}; go on with that, or name another run")
 
 
 def _fit(
