@@ -296,7 +296,7 @@ def _make_cells(sweep: Sweep) -> tuple[Cell, ...]:
     require(len(cells) > 0, "exclude", list(sweep.exclude), "leaves nothing of the sweep")
     _require_one_run_each(cells)
     cells = _with_trunks(cells)
-    return _with_designs(cells) if sweep.evaluate.tune else cells
+    return with_designs(cells) if sweep.evaluate.tune else cells
 
 
 def _with_trunks(cells: Sequence[Cell]) -> tuple[Cell, ...]:
@@ -328,7 +328,7 @@ def _with_checkpoints(cell: Cell, more: set[int]) -> Cell:
     return replace(cell, overrides=(*overrides, f"{name}={as_text(steps)}"), config=config)
 
 
-def _with_designs(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+def with_designs(cells: Sequence[Cell]) -> tuple[Cell, ...]:
     """The cells; the first one of each design knows the others, which differ in the seed alone."""
     designs: dict[str, list[Cell]] = {}
     for cell in cells:

@@ -162,29 +162,43 @@ def _is_unfinished(cell: Cell) -> bool:
         return True
 
 
-def _tuning_record(cell: Cell) -> tuple[list[dict[str, Any]], list[Measurement]]:
-    """The choices in the record of a cell's run, and what its tuned points are measurements of."""
+def _tuning_record(cell: Cell) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The choices in the record of a cell's run, and its tuned points."""
     from madformer.evaluation.record import read_choices, read_points
 
-    points = [point for point in read_points(cell.run) if point.get("tuned")]
-    return read_choices(cell.run), [Measurement.of_point(point) for point in points]
+    return read_choices(cell.run), [point for point in read_points(cell.run) if point.get("tuned")]
 
 
-def _is_tuned(design: Sequence[tuple[Cell, list[dict[str, Any]], list[Measurement]]], default: Sampling) -> bool:
+def _is_tuned(design: Sequence[tuple[Cell, list[dict[str, Any]], list[dict[str, Any]]]], default: Sampling) -> bool:
     """Whether all runs of a design share a choice, and have its points with today's networks and held-out images."""
     from madformer.evaluation.record import known_choice
 
-    shared: dict[str, Any] | None = None
-    for cell, lines, measured in design:
+    shared: Sampling | None = None
+    for cell, lines, points in design:
         line = known_choice(lines, cell.config, default, cell.inference.tries, cell.max_steps)
-        if line is None or (shared is not None and line["sampling"] != shared["sampling"]):
+        if line is None or (shared is not None and Sampling.of_choice(line) != shared):
             return False
-        shared = shared or line
-        for seed in line["seeds"]:
-            expected = cell_measurement(cell, replace(Sampling.of_choice(line), seed=seed))
-            if not any(expected.matches(each) for each in measured):
-                return False
+        shared = Sampling.of_choice(line)
+        if None in _points_of_choice(cell, line, points):
+            return False
     return True
+
+
+def _points_of_choice(cell: Cell, line: dict[str, Any], points: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
+    """The tuned points that a choice asks for, one for each of its seeds; None: it is not there."""
+    wanted = [cell_measurement(cell, replace(Sampling.of_choice(line), seed=seed)) for seed in line["seeds"]]
+    measured = [(Measurement.of_point(point), point) for point in points]
+    return [next((point for found, point in measured if each.matches(found)), None) for each in wanted]
+
+
+def tuned_points(cell: Cell, default: Sampling) -> list[dict[str, Any]] | None:
+    """A cell's points as tuned at a budget and depth, over evaluation seeds; None: it is not tuned, or not all are there."""
+    from madformer.evaluation.record import known_choice
+
+    lines, points = _tuning_record(cell)
+    line = known_choice(lines, cell.config, default, cell.inference.tries, cell.max_steps)
+    found = [None] if line is None else _points_of_choice(cell, line, points)
+    return [point for point in found if point is not None] if None not in found else None
 
 
 def trained_designs(sweep: Sweep) -> list[tuple[ExperimentConfig, ...]]:

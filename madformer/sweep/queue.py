@@ -19,6 +19,7 @@ from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
 from madformer.errors import InputError
+from madformer.sweep.adaptive import wanted_cells
 from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_needs, cell_progress, main_metrics
 from madformer.sweep.spec import Sweep
@@ -80,6 +81,8 @@ class Queue:
     def __init__(self, sweep: Sweep, storage: Storage, cells: Sequence[Cell]) -> None:
         self._sweep, self.storage = sweep, storage
         self._cells, self._done = {cell.key: cell for cell in cells}, set[str]()
+        self._wanted = list(self._cells)
+        """Keys of the cells that are wanted now; a sweep that decides adds some."""
         self._owner, self._claimed_ids, self._closing = new_owner(), set[int](), threading.Event()
         self._unreadable = dict[str, str]()
         """Cells whose runs cannot be read -> why. Each is reported once and skipped."""
@@ -96,8 +99,8 @@ class Queue:
 
     @property
     def cells(self) -> list[Cell]:
-        """All cells; of a search, those of its trials so far."""
-        return list(self._cells.values())
+        """All cells; of a search, those of its trials so far; of a sweep that decides, those that are wanted so far."""
+        return [self._cells[key] for key in self._wanted]
 
     def claim(self, limit: int = 1) -> Claim:
         """Claim waiting trials for this driver, as many as there are up to a limit."""
@@ -174,7 +177,10 @@ class Queue:
     def _enqueue(self, trials: Sequence[FrozenTrial]) -> bool:
         """Add a trial for each cell that needs work, has no open trial and did not fail for good; whether any was added."""
         newest, added = newest_trials(trials), False
-        for key, cell in self._cells.items():
+        if self._sweep.decide is not None:
+            self._want(wanted_cells(self._sweep))
+        for key in self._wanted:
+            cell = self._cells[key]
             trial = newest.get(key)
             if key in self._done or (trial is not None and trial.state in _OPEN_STATES):
                 continue
@@ -185,6 +191,13 @@ class Queue:
                 self._add(cell, {FAILED_ATTEMPTS: status.failed_attempts, **job_attribute(trial)})
                 added = True
         return added
+
+    def _want(self, cells: Sequence[Cell]) -> None:
+        """Take over the cells of a sweep that decides; with one more seed a design may have to be tuned again."""
+        if [cell.key for cell in cells] != self._wanted:
+            self._cells |= {cell.key: cell for cell in cells}
+            self._wanted = [cell.key for cell in cells]
+            self._done.clear()
 
     def _needs_work(self, cell: Cell) -> bool:
         """Whether a cell needs anything that can start; False if its run cannot be read."""
@@ -208,7 +221,7 @@ class Queue:
         with self.storage.lock():
             for key, trial in newest_trials(self._trials()).items():
                 cell = self._cells[key]
-                if cell_status(trial, self._sweep.retries, cell).state == "failed" and cell_needs(cell):
+                if key in self._wanted and cell_status(trial, self._sweep.retries, cell).state == "failed" and cell_needs(cell):
                     self._add(cell, {FAILED_ATTEMPTS: 0, **job_attribute(trial)})
 
     def _fail_dead_trials(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
