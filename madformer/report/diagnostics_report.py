@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from madformer.evaluation.record import newest_diagnostics
-from madformer.report.formatting import distinct, natural, show, table
-from madformer.report.notes import incomparable, trained_for
+from madformer.report.formatting import distinct, incomparable, natural, show, table, trained_for
 from madformer.report.points import Curve
 from madformer.report.statistics import Estimate, over_training
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from madformer.errors import InputError
-from madformer.evaluation.measurement import Point, Sampling, higher_is_better
+from madformer.evaluation.measurement import Point, Sampling, differing, higher_is_better
 from madformer.report.statistics import MARKS, Estimate
 
 NOTHING = "–"
@@ -75,6 +75,17 @@ def counted(counts: Iterable[int], noun: str) -> str:
     """Such as `1 or 2 seeds`."""
     text = distinct(counts)
     return f"{text} {noun}" + ("" if text == "1" else "s")
+
+
+def incomparable(conditions: Sequence[Mapping[str, Any]], noun: str) -> list[str]:
+    """A warning if lines of the record were made under conditions that differ."""
+    names = differing(conditions)
+    return [f"**Not all {noun} are comparable**: they differ in {', '.join(names)}."] if names else []
+
+
+def trained_for(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Such as `training step 1,000`."""
+    return f"training step {distinct(entry['step'] for entry in entries)}"
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
