@@ -220,12 +220,16 @@ def report(
         typer.Option(help="The figure's panels, of nfe, flops, seconds, seconds_per_block, memory; default: the first three."),
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Images of each to show, sampled now from the same noise.")] = 0,
+    reference: Annotated[
+        str | None, typer.Option(metavar="LABEL", help="The design that others are compared with; default: the first.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """Tables and curves, beside the paper's numbers: of a sweep, or of runs side by side."""
+    """Which design for which budget: tables and curves of a sweep, or of runs side by side, beside the paper's numbers."""
     from madformer.report.write import report_on
 
     with _going_on_later():
-        report_on(sources, out, metric, against, samples)
+        report_on(sources, out, metric, against, samples, reference, as_json)
 
 
 @sweep_app.command("run")

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
 
 import numpy as np
 
@@ -67,6 +67,11 @@ class Choice:
     """Of each design that can be had at this cost."""
     winner: Winner
 
+    @property
+    def mean(self) -> float:
+        """Of the best."""
+        return fmean(self.values[self.winner.name].values())
+
 
 @dataclass(frozen=True)
 class Neighbours:
@@ -116,29 +121,6 @@ class Verdict:
             sentences[0] = f"Trained for {self.trainings[-1].steps:,} steps. {sentences[0]}"
         return " ".join(sentences)
 
-    def choice_rows(self) -> list[list[Any]]:
-        """The best design at each cost, for CSV: a heading, and a line for each."""
-        lines: list[list[Any]] = [
-            ["sampling", "axis", "cost", "best", self.metric, "probability", "level", "decided", "designs"]
-        ]
-        for choice in self.choices:
-            best, among = choice.winner, "; ".join(choice.values)
-            mean = float(np.mean(list(choice.values[best.name].values())))
-            numbers = [best.name, mean, best.probability, "; ".join(best.level), int(best.is_decided), among]
-            lines.append([choice.sampling, choice.axis, choice.cost, *numbers])
-        return lines
-
-    def contrast_rows(self) -> list[list[Any]]:
-        """The contrasts for CSV: a heading, and a line for each."""
-        lines: list[list[Any]] = [["design", "reference", "sampling", "at", "difference", "ci_low", "ci_high"]]
-        lines[0] += ["effect", "p", "p_holm", "paired", "seeds"]
-        for contrast in self.contrasts:
-            found = contrast.difference
-            ends = [None, None] if found.half_width is None else [found.mean - found.half_width, found.mean + found.half_width]
-            line = [contrast.design, self.reference, contrast.sampling, str(contrast.column), found.mean, *ends]
-            lines.append([*line, found.effect, found.p, contrast.p, int(found.is_paired), found.seeds])
-        return lines
-
     def markdown(self) -> list[str]:
         """The best design for each cost with the crossings, by training budget, and the differences."""
         parts = []
@@ -157,11 +139,12 @@ class Verdict:
         most = max(len(choice.values) for choice in self.choices)
         for choice in self.choices:
             best = choice.winner
-            mean = number(float(np.mean(list(choice.values[best.name].values()))))
             untested = best.probability is None
             texts = [NOTHING, _TOO_FEW] if untested else [_chance(best.probability or 0.0), ", ".join(best.level) or "none"]
             among = "all" if len(choice.values) == most else ", ".join(choice.values)
-            lines.append([choice.sampling, self._cost(choice.axis, choice.cost), _bold(best), mean, *texts, among])
+            lines.append(
+                [choice.sampling, self._cost(choice.axis, choice.cost), _bold(best), number(choice.mean), *texts, among]
+            )
         return table(lines)
 
     def _cost(self, axis: str, cost: float) -> str:
@@ -271,7 +254,7 @@ def _contrasts(rows: Sequence[Row], metric: str, reference: str) -> Iterator[Con
         panels = [{row.group.design: row.by_seed(metric) for row in having if column.holds(row)} for column in columns]
         for column, panel, best in zip(columns, panels, winners(panels, 1), strict=True):
             for design in panel:
-                if design != reference and reference in panel:
+                if best and design != reference and reference in panel:
                     found = difference(panel[design], panel[reference])
                     yield Contrast(design, sampling, column, found, best.p[frozenset({design, reference})])
 
@@ -329,7 +312,8 @@ class _Side:
         sign = -1 if higher_is_better(self.metric) else 1
         panels = {cost: values for cost in self.costs() if len(values := self.at(cost)) > 1}
         for (cost, values), best in zip(panels.items(), winners(list(panels.values()), sign), strict=True):
-            yield Choice(self.axis, self.sampling, cost, values, best)
+            if best is not None:
+                yield Choice(self.axis, self.sampling, cost, values, best)
 
     def neighbours(self) -> Iterator[Neighbours]:
         for one, other in itertools.pairwise(self.curves):

@@ -174,8 +174,8 @@ class Winner:
         return self.probability is not None and not self.level
 
 
-def winners(panels: Sequence[Mapping[str, BySeed]], sign: int) -> list[Winner]:
-    """The best of the means in each panel, such as those at one budget.
+def winners(panels: Sequence[Mapping[str, BySeed]], sign: int) -> list[Winner | None]:
+    """The best of the means in each panel, such as those at one budget; None: the panel is empty.
 
     p-values are corrected for the number of all pairs in all panels (Holm).
 
@@ -188,7 +188,7 @@ def winners(panels: Sequence[Mapping[str, BySeed]], sign: int) -> list[Winner]:
     found: list[dict[frozenset[str], float | None]] = [{} for _ in panels]
     for (index, pair), p in zip(pairs, corrected, strict=True):
         found[index][frozenset(pair)] = p
-    return [_winner(panel, sign, p) for panel, p in zip(panels, found, strict=True)]
+    return [_winner(panel, sign, p) if panel else None for panel, p in zip(panels, found, strict=True)]
 
 
 def _winner(panel: Mapping[str, BySeed], sign: int, p: Mapping[frozenset[str], float | None]) -> Winner:

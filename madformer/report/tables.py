@@ -27,7 +27,7 @@ from madformer.report.formatting import (
 )
 from madformer.report.paper import Comparison, compare
 from madformer.report.points import Column, Curve, Group, Row, columns_of, gather, make_rows
-from madformer.report.statistics import Estimate, Over, pareto_front, winners
+from madformer.report.statistics import Over, pareto_front, winners
 
 _ALWAYS = ("flops", "seconds")
 """Costs that always have a column in Markdown, measured or not."""
@@ -149,10 +149,17 @@ class Report:
 
     def _clear(self) -> dict[Column, str]:
         """Of each column the label from which every other one differs, if there is one."""
-        rows = {column: [row for row in self.rows if column.holds(row)] for column in self.columns}
-        panels = [{row.label: row.by_seed(self.metric) for row in held} for held in rows.values()]
-        found = zip(rows, winners(panels, -1 if self.better == "higher" else 1), strict=True)
-        return {column: best.name for column, best in found if best.is_decided and len(rows[column]) > 1}
+        sign = -1 if self.better == "higher" else 1
+        panels = [{row.label: row.by_seed(self.metric) for row in self.rows if column.holds(row)} for column in self.columns]
+        clear = {}
+        for tuned in (False, True):  # decided among its own sampling as below, and against all of the column
+            labels = {group.label for group in self.groups if group.is_tuned == tuned}
+            own = [{label: values for label, values in panel.items() if label in labels} for panel in panels]
+            for column, panel, best in zip(self.columns, panels, winners(own, sign), strict=True):
+                [overall] = winners([panel], sign)
+                if len(panel) > 1 and best and overall and best.name == overall.name and best.is_decided and overall.is_decided:
+                    clear[column] = best.name
+        return clear
 
     def _costs(self) -> str:
         known = [name for name in COSTS if name in _ALWAYS or any(row.costs[name] is not None for row in self.rows)]
@@ -220,8 +227,8 @@ def _numbers(row: Row, metric: str) -> list[float | None]:
 
 
 _BOLD = (
-    "Bold: every other value of the column differs (t-tests seed by seed, corrected for the number of all pairs in all columns "
-    "by Holm, p < 0.05)."
+    "Bold: every other value of the column differs (t-tests seed by seed, p < 0.05, corrected by Holm for the number of pairs: "
+    "those of the column, and those of all columns at the same sampling)."
 )
 _SPREADS: dict[Over, str] = {
     "training seeds": "± is the 95 % confidence interval of the mean over training seeds (Student's t).",
