@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 
 import numpy as np
@@ -13,7 +15,7 @@ import numpy as np
 from madformer.config import load_run
 from madformer.errors import InputError
 from madformer.evaluation.measurement import higher_is_better
-from madformer.report.formatting import COSTS, NFE, NOTHING, distinct, number, table, with_spread
+from madformer.report.formatting import COSTS, NFE, NOTHING, number, table, with_spread
 from madformer.report.points import FIXED, TUNED, Column, Row, columns_of
 from madformer.report.statistics import (
     FEWEST_SEEDS,
@@ -125,12 +127,15 @@ class Verdict:
         """The best design for each cost with the crossings, by training budget, and the differences."""
         parts = []
         if self.choices:
-            parts += ["### Which design for which budget", _CHOICES, self._choices()]
+            is_tested = any(choice.winner.probability is not None for choice in self.choices)
+            parts += ["### Which design for which budget", _CHOICES if is_tested else _UNTESTED, self._choices()]
             parts += [self._crossings()] if self.neighbours else []
         if self.trainings:
             parts += ["### Which design for which training budget", _TRAININGS, self._trainings()]
         if self.contrasts:
-            parts += [f"### Differences from {self.reference}", _CONTRASTS.format(self.reference), self._contrasts()]
+            is_tested = any(contrast.p is not None for contrast in self.contrasts)
+            explained = _CONTRASTS.format(self.reference) if is_tested else f"The design minus {self.reference}. {_UNTESTED}"
+            parts += [f"### Differences from {self.reference}", explained, self._contrasts()]
         return parts
 
     def _choices(self) -> str:
@@ -139,12 +144,11 @@ class Verdict:
         most = max(len(choice.values) for choice in self.choices)
         for choice in self.choices:
             best = choice.winner
-            untested = best.probability is None
-            texts = [NOTHING, _TOO_FEW] if untested else [_chance(best.probability or 0.0), ", ".join(best.level) or "none"]
+            chance = NOTHING if best.probability is None else _chance(best.probability)
+            level = NOTHING if best.probability is None else ", ".join(best.level) or "none"
             among = "all" if len(choice.values) == most else ", ".join(choice.values)
-            lines.append(
-                [choice.sampling, self._cost(choice.axis, choice.cost), _bold(best), number(choice.mean), *texts, among]
-            )
+            texts = [_bold(best), number(choice.mean), chance, level, among]
+            lines.append([choice.sampling, self._cost(choice.axis, choice.cost), *texts])
         return table(lines)
 
     def _cost(self, axis: str, cost: float) -> str:
@@ -181,13 +185,14 @@ class Verdict:
             found = contrast.difference
             text = with_spread(found.mean, found.half_width)
             effect = NOTHING if found.effect is None else f"{found.effect:+.2f}"
-            p = _TOO_FEW if contrast.p is None else _p_value(contrast.p)
+            p = NOTHING if contrast.p is None else _p_value(contrast.p)
             seeds = f"{found.seeds}{'' if found.is_paired or found.p is None else ' (not paired)'}"
             line = [contrast.design, contrast.sampling, str(contrast.column), f"**{text}**" if contrast.is_clear else text]
             lines.append([*line, effect, p, seeds])
         return table(lines)
 
 
+_UNTESTED = f"With {_TOO_FEW} nothing is tested: another training may order designs otherwise."
 _CHOICES = (
     "P(best): the share of 10,000 resamples of the seeds, drawn for all designs together, in which it is the best. Level: not "
     "told from it by t-tests, seed by seed, corrected for the number of all pairs at all costs of one axis and sampling (Holm, "
@@ -218,7 +223,8 @@ def judge(rows: Sequence[Row], metric: str, reference: str | None = None) -> Ver
     reference = reference or designs[0]
     trained = by_training(rows)
     longest = list(trained.values())[-1] if trained else rows
-    sides = [side for axis in AXES for side in _sides(longest, metric, axis)]
+    name = without_training if trained else _design
+    sides = [side for axis in AXES for side in _sides(longest, metric, axis, name)]
     return Verdict(
         metric,
         reference,
@@ -238,8 +244,9 @@ def by_training(rows: Sequence[Row]) -> dict[int, list[Row]]:
 
 def without_training(row: Row) -> str:
     """The name of a row's design without its training steps."""
-    text = label(TRAINING, row.group.axes[TRAINING]) if TRAINING in row.group.axes else None
-    return "-".join(part for part in row.group.design.split("-") if part != text) or "all"
+    text = re.escape(label(TRAINING, row.group.axes[TRAINING]))
+    name = re.sub(rf"(^|-){text}(?=-|$| ·)", "", row.group.design).removeprefix("-")
+    return f"all{name}" if not name or name.startswith(" ·") else name
 
 
 def _unit(rows: Sequence[Row], axis: str) -> tuple[str, float]:
@@ -259,6 +266,10 @@ def _contrasts(rows: Sequence[Row], metric: str, reference: str) -> Iterator[Con
                     yield Contrast(design, sampling, column, found, best.p[frozenset({design, reference})])
 
 
+def _design(row: Row) -> str:
+    return row.group.design
+
+
 def _sampling(row: Row) -> str:
     return TUNED if row.group.is_tuned else FIXED
 
@@ -275,7 +286,7 @@ class _Side:
     budgets: tuple[int, ...]
     """NFE budgets; empty: labels meet in steps."""
 
-    @property
+    @cached_property
     def log(self) -> bool:
         """Whether values are interpolated in their logarithms: not if one is zero or less, as a kernel distance may be."""
         return all(value > 0 for _, points in self.curves.values() for values in points for value in values.values())
@@ -322,7 +333,7 @@ class _Side:
                 yield Neighbours(self.axis, self.sampling, (one, other), crossing(curves, self.log))
 
 
-def _sides(rows: Sequence[Row], metric: str, axis: str) -> Iterator[_Side]:
+def _sides(rows: Sequence[Row], metric: str, axis: str, name: Callable[[Row], str]) -> Iterator[_Side]:
     columns = columns_of(rows)
     budgets = tuple(column.value for column in columns if column.kind == "nfe")
     for sampling in (FIXED, TUNED):
@@ -330,18 +341,18 @@ def _sides(rows: Sequence[Row], metric: str, axis: str) -> Iterator[_Side]:
         for row in rows:
             cost = row.nfe if axis == NFE else row.costs[axis]
             if _sampling(row) == sampling and cost:
-                found.setdefault(without_training(row), []).append((float(cost), row.by_seed(metric)))
+                found.setdefault(name(row), []).append((float(cost), row.by_seed(metric)))
         curves = {}
-        for name, points in found.items():
+        for design, points in found.items():
             points.sort(key=lambda point: point[0])
             costs, values = zip(*points, strict=True)
-            curves[name] = costs, values
+            curves[design] = costs, values
         yield _Side(axis, sampling, metric, curves, budgets)
 
 
 def _training(steps: int, rows: Sequence[Row], metric: str) -> Training:
     flops = [training_flops(load_run(group.runs[0])) for group in {row.label: row.group for row in rows}.values()]
-    choices = tuple(choice for side in _sides(rows, metric, NFE) for choice in side.choices())
+    choices = tuple(choice for side in _sides(rows, metric, NFE, without_training) for choice in side.choices())
     return Training(steps, (min(flops), max(flops)), choices)
 
 
@@ -384,5 +395,7 @@ def _bold(best: Winner) -> str:
 
 
 def _brief(best: Winner) -> str:
-    chance = _TOO_FEW if best.probability is None else f"P {_chance(best.probability)}"
-    return f"{_bold(best)} ({'; '.join([chance, *([f'level: {distinct(best.level)}'] if best.level else [])])})"
+    if best.probability is None:
+        return f"{best.name} (not tested)"
+    level = [f"level: {', '.join(best.level)}"] if best.level else []
+    return f"{_bold(best)} ({'; '.join([f'P {_chance(best.probability)}', *level])})"

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -20,7 +20,9 @@ from madformer.report.contrasts import Contrast, by_training, without_training
 from madformer.report.formatting import AGAINST, NFE, in_words
 from madformer.report.points import TUNED
 from madformer.report.statistics import Estimate
-from madformer.report.tables import Report
+
+if TYPE_CHECKING:
+    from madformer.report.tables import Report
 
 PANEL = (10.0 / 3, 3.8)
 """Inches of one panel with its share of title and legend; several rows of a legend add to the height."""
@@ -44,8 +46,8 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "madformer",
 }
-_PER_ROW = 4
-"""Panels of contrasts in a row."""
+_PER_ROW, _MOST = 4, 40
+"""Panels of contrasts in a row, and designs in a panel."""
 _MARKERS = "os^Dv<>p"
 _LINES = ("-", "--", ":", "-.")
 _THIN = 0.6
@@ -252,6 +254,8 @@ def draw_contrasts(report: Report) -> dict[str, bytes]:
         for start in range(0, len(of_sampling), _PER_ROW)
     ]
     columns, designs = max(map(len, rows)), list(dict.fromkeys(contrast.design for contrast in contrasts))
+    some = f" (the first {_MOST} of {len(designs)} designs)" if len(designs) > _MOST else ""
+    designs = designs[:_MOST]
     with rc_context({**STYLE, "axes.grid": False}):
         height = 0.9 + len(rows) * (0.75 + 0.27 * len(designs))
         figure = Figure(figsize=(1.2 + 2.2 * columns, height), layout="constrained")
@@ -262,11 +266,17 @@ def draw_contrasts(report: Report) -> dict[str, bytes]:
                     axis.set_axis_off()
                     continue
                 sampling, column = line_of_panels[index]
-                found = [each for each in contrasts if (each.sampling, each.column) == (sampling, column)]
+                found = [
+                    each
+                    for each in contrasts
+                    if (each.sampling, each.column, each.design in designs) == (sampling, column, True)
+                ]
                 _forest(axis, found, designs, colors)
                 axis.set_title(f"{column}, {sampling}", fontsize=9.5)
                 axis.set_yticks(range(len(designs)), designs if index == 0 else [""] * len(designs))
-        figure.suptitle(f"{report.title}: {report.metric} minus that of {report.verdict.reference}", fontsize=11, color="0.1")
+        figure.suptitle(
+            f"{report.title}: {report.metric} minus that of {report.verdict.reference}{some}", fontsize=11, color="0.1"
+        )
         side = "right" if report.better == "higher" else "left"
         bars = "bars: 95 % interval of the difference over training seeds; filled: p < 0.05 after Holm's correction"
         figure.supxlabel(f"{side} of the line: better than {report.verdict.reference}; {bars}", fontsize=8.5, color="0.3")

@@ -183,12 +183,25 @@ def winners(panels: Sequence[Mapping[str, BySeed]], sign: int) -> list[Winner | 
         panels: by name the values over training seeds.
         sign: 1 where lower is better, else -1.
     """
-    pairs = [(index, pair) for index, panel in enumerate(panels) for pair in itertools.combinations(panel, 2)]
-    corrected = holm([difference(panels[index][one], panels[index][other]).p for index, (one, other) in pairs])
-    found: list[dict[frozenset[str], float | None]] = [{} for _ in panels]
-    for (index, pair), p in zip(pairs, corrected, strict=True):
-        found[index][frozenset(pair)] = p
+    pairs = [list(itertools.combinations(panel, 2)) for panel in panels]
+    tested = [_p_values(panel, of_panel) for panel, of_panel in zip(panels, pairs, strict=True)]
+    corrected = iter(holm(list(itertools.chain.from_iterable(tested))))
+    found = [{frozenset(pair): next(corrected) for pair in of_panel} for of_panel in pairs]
     return [_winner(panel, sign, p) if panel else None for panel, p in zip(panels, found, strict=True)]
+
+
+def _p_values(panel: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+    """That of `difference` for each pair; of many designs with the same seeds all at once."""
+    seeds = next((list(values) for values in panel.values()), [])
+    if len(seeds) < FEWEST_SEEDS or any(values.keys() != set(seeds) for values in panel.values()):
+        return [difference(panel[one], panel[other]).p for one, other in pairs]
+    values_DS = np.array([[values[seed] for seed in seeds] for values in panel.values()])
+    ones_P, others_P = np.triu_indices(len(panel), 1)  # in the order of the pairs
+    gaps_PS = values_DS[ones_P] - values_DS[others_P]
+    means_P, errors_P = gaps_PS.mean(axis=1), gaps_PS.std(axis=1, ddof=1) / math.sqrt(len(seeds))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t_P = np.where(means_P == 0, 0.0, np.abs(means_P) / errors_P)
+    return [float(p) for p in 2 * stdtr(len(seeds) - 1, -t_P)]
 
 
 def _winner(panel: Mapping[str, BySeed], sign: int, p: Mapping[frozenset[str], float | None]) -> Winner:

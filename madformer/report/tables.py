@@ -27,7 +27,7 @@ from madformer.report.formatting import (
 )
 from madformer.report.paper import Comparison, compare
 from madformer.report.points import Column, Curve, Group, Row, columns_of, gather, make_rows
-from madformer.report.statistics import Over, pareto_front, winners
+from madformer.report.statistics import FEWEST_SEEDS, Over, pareto_front, winners
 
 _ALWAYS = ("flops", "seconds")
 """Costs that always have a column in Markdown, measured or not."""
@@ -248,7 +248,7 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row], metric: str) -> list[st
     return [
         f"Metric {metric}, {'higher' if higher_is_better(metric) else 'lower'} is better; {_repeated(groups)}.",
         *(text for over, text in _SPREADS.items() if over in used),
-        *([_BOLD] if len(groups) > 1 else []),
+        *([_BOLD] if len(groups) > 1 and any(len(row.seeds) >= FEWEST_SEEDS for row in rows) else []),
         _sampled(groups, points),
         _measured(points),
         *incomparable([Measurement.of_point(point).conditions for point in points], "points"),

@@ -25,8 +25,8 @@ SMALL = """\
 
 | fd_digits ↓ | NFE 16 | NFE 32 | NFE 128 |
 | --- | ---: | ---: | ---: |
-| d2 | **72.2** | 30.1 | **4.57** |
-| d16 | 1,323 | **30.0** | – |
+| d2 | 72.2 | 30.1 | 4.57 |
+| d16 | 1,323 | 30.0 | – |
 
 |  | NFE | steps | seeds | fd_digits | GFLOPs / image | ms / image | ms / block | Pareto front of |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -50,7 +50,7 @@ def test_training_seeds_become_a_mean_and_its_confidence_interval(tmp_path):
     text = report.markdown()
     assert "lower is better; 1 or 2 training seeds each." in text
     assert "± is the 95 % confidence interval of the mean over training seeds (Student's t)." in text
-    assert "| d2 | 72.5 ± 31.8 | **30.0** |\n| d4 | **72.0** | 31.0 |" in text
+    assert "| d2 | 72.5 ± 31.8 | 30.0 |\n| d4 | 72.0 | 31.0 |" in text
     assert "| d2 | 16 | 2 | 2 | 72.5 ± 31.8 | 0.00800 | 5.00 | 1.00 |  |\n| d2 | 32 | 4 | 1 | 30.0 |" in text
 
 
@@ -123,7 +123,7 @@ def test_samplers_of_one_run_stand_below_each_other(tmp_path):
     report = build_report([first, second], "Samplers")
     assert (
         "| d4 | 72.0 |\n| d4 · guidance 1.5 | 50.0 |\n| d4 · unipc | 60.0 |\n"
-        "| d16 | 41.0 |\n| d16 · raw weights | **40.0** |\n| d16 · unipc | 42.0 |" in report.markdown()
+        "| d16 | 41.0 |\n| d16 · raw weights | 40.0 |\n| d16 · unipc | 42.0 |" in report.markdown()
     )
     assert "ddim sampler, guidance 1, EMA weights unless a label says otherwise" in report.markdown()
     assert "comparable" not in report.markdown()
