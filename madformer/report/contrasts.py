@@ -15,6 +15,7 @@ import numpy as np
 from madformer.config import load_run
 from madformer.errors import InputError
 from madformer.evaluation.measurement import higher_is_better
+from madformer.progress import with_unit
 from madformer.report.formatting import COSTS, NFE, NOTHING, number, table, with_spread
 from madformer.report.points import FIXED, TUNED, Column, Row, columns_of
 from madformer.report.statistics import (
@@ -172,7 +173,7 @@ class Verdict:
         budgets = list(dict.fromkeys(choice.cost for training in self.trainings for choice in training.choices))
         lines = [["training steps", "training FLOPs", "sampling", *(f"NFE {budget:g}" for budget in sorted(budgets))]]
         for training in self.trainings:
-            flops = " – ".join(dict.fromkeys(f"{value:.3g}" for value in training.flops))
+            flops = " – ".join(dict.fromkeys(with_unit(value) for value in training.flops))
             for sampling in dict.fromkeys(choice.sampling for choice in training.choices):
                 at = {choice.cost: choice.winner for choice in training.choices if choice.sampling == sampling}
                 cells = [_brief(at[budget]) if budget in at else NOTHING for budget in sorted(budgets)]
@@ -199,7 +200,7 @@ _CHOICES = (
     "p < 0.05). Bold: none is level. At FLOPs and seconds each seed's curve is interpolated linearly in log cost and log "
     "metric, between its points only. Crossings are those of the means, their intervals those of the resamples that cross."
 )
-_TRAININGS = "The best mean at each sampling budget, its P(best), and what is level with it, as above; bold: nothing is."
+_TRAININGS = "The best mean at each sampling budget, its P(best), and what is level with it, as above; bold: none is level."
 _CONTRASTS = (
     "The design minus {}, seed by seed, with the 95 % interval (Student's t), and in standard deviations of these differences; "
     "p of the t-test, corrected for the number of all pairs of designs at all budgets of one sampling (Holm). Bold: p < 0.05."

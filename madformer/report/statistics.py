@@ -212,7 +212,7 @@ def _winner(panel: Mapping[str, BySeed], sign: int, p: Mapping[frozenset[str], f
     if len(shared) >= FEWEST_SEEDS:
         values_DS = np.array([[values[seed] for seed in shared] for values in panel.values()])
         means_DR = sign * values_DS @ resamples(len(shared)).T
-        is_best_DR = means_DR == means_DR.min(axis=0)
+        is_best_DR = np.isclose(means_DR, means_DR.min(axis=0), rtol=1e-12, atol=0.0)  # the order of sums breaks no tie
         probability = float((is_best_DR / is_best_DR.sum(axis=0))[list(panel).index(best)].mean())
     return Winner(best, tuple(name for name in panel if name not in {*told, best}), probability, p)
 
