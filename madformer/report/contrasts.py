@@ -16,7 +16,7 @@ from madformer.config import load_run
 from madformer.errors import InputError
 from madformer.evaluation.measurement import higher_is_better
 from madformer.progress import with_unit
-from madformer.report.formatting import COSTS, NFE, NOTHING, number, table, with_spread
+from madformer.report.formatting import COSTS, NFE, NOTHING, chance, number, p_value, table, with_spread
 from madformer.report.points import FIXED, TUNED, Column, Row, columns_of
 from madformer.report.statistics import (
     FEWEST_SEEDS,
@@ -102,10 +102,12 @@ class Verdict:
     """All comparisons of a report's designs."""
 
     metric: str
+    designs: tuple[str, ...]
+    """Of several training budgets those of the greatest, named without it; so are all comparisons but `trainings`."""
     reference: str
     contrasts: tuple[Contrast, ...]
     choices: tuple[Choice, ...]
-    """By axis, sampling and cost; of several training budgets those of the greatest."""
+    """By axis, sampling and cost."""
     neighbours: tuple[Neighbours, ...]
     trainings: tuple[Training, ...]
     """One for each training budget; empty: there is a single one."""
@@ -124,19 +126,24 @@ class Verdict:
             sentences[0] = f"Trained for {self.trainings[-1].steps:,} steps. {sentences[0]}"
         return " ".join(sentences)
 
+    @property
+    def trained(self) -> str:
+        """How long the compared designs were trained; empty: there is a single training budget."""
+        return f", after {self.trainings[-1].steps:,} training steps" if self.trainings else ""
+
     def markdown(self) -> list[str]:
         """The best design for each cost with the crossings, by training budget, and the differences."""
         parts = []
         if self.choices:
             is_tested = any(choice.winner.probability is not None for choice in self.choices)
-            parts += ["### Which design for which budget", _CHOICES if is_tested else _UNTESTED, self._choices()]
+            parts += [f"### Which design for which budget{self.trained}", _CHOICES if is_tested else _UNTESTED, self._choices()]
             parts += [self._crossings()] if self.neighbours else []
         if self.trainings:
             parts += ["### Which design for which training budget", _TRAININGS, self._trainings()]
         if self.contrasts:
             is_tested = any(contrast.p is not None for contrast in self.contrasts)
             explained = _CONTRASTS.format(self.reference) if is_tested else f"The design minus {self.reference}. {_UNTESTED}"
-            parts += [f"### Differences from {self.reference}", explained, self._contrasts()]
+            parts += [f"### Differences from {self.reference}{self.trained}", explained, self._contrasts()]
         return parts
 
     def _choices(self) -> str:
@@ -145,10 +152,10 @@ class Verdict:
         most = max(len(choice.values) for choice in self.choices)
         for choice in self.choices:
             best = choice.winner
-            chance = NOTHING if best.probability is None else _chance(best.probability)
+            likely = NOTHING if best.probability is None else chance(best.probability)
             level = NOTHING if best.probability is None else ", ".join(best.level) or "none"
             among = "all" if len(choice.values) == most else ", ".join(choice.values)
-            texts = [_bold(best), number(choice.mean), chance, level, among]
+            texts = [_bold(best), number(choice.mean), likely, level, among]
             lines.append([choice.sampling, self._cost(choice.axis, choice.cost), *texts])
         return table(lines)
 
@@ -186,7 +193,7 @@ class Verdict:
             found = contrast.difference
             text = with_spread(found.mean, found.half_width)
             effect = NOTHING if found.effect is None else f"{found.effect:+.2f}"
-            p = NOTHING if contrast.p is None else _p_value(contrast.p)
+            p = NOTHING if contrast.p is None else p_value(contrast.p)
             seeds = f"{found.seeds}{'' if found.is_paired or found.p is None else ' (not paired)'}"
             line = [contrast.design, contrast.sampling, str(contrast.column), f"**{text}**" if contrast.is_clear else text]
             lines.append([*line, effect, p, seeds])
@@ -218,18 +225,19 @@ def judge(rows: Sequence[Row], metric: str, reference: str | None = None) -> Ver
     Raises:
         InputError: no design is called as the reference.
     """
-    designs = list(dict.fromkeys(row.group.design for row in rows))
-    if reference is not None and reference not in designs:
-        raise InputError(f"--reference {reference}: no design has this label; there are {', '.join(designs)}")
-    reference = reference or designs[0]
     trained = by_training(rows)
     longest = list(trained.values())[-1] if trained else rows
     name = without_training if trained else _design
+    designs = tuple(dict.fromkeys(map(name, longest)))
+    if reference is not None and reference not in designs:
+        raise InputError(f"--reference {reference}: no design has this label; there are {', '.join(designs)}")
+    reference = reference or designs[0]
     sides = [side for axis in AXES for side in _sides(longest, metric, axis, name)]
     return Verdict(
         metric,
+        designs,
         reference,
-        tuple(_contrasts(rows, metric, reference)),
+        tuple(_contrasts(longest, metric, reference, name)),
         tuple(choice for side in sides for choice in side.choices()),
         tuple(pair for side in sides for pair in side.neighbours()),
         tuple(_training(steps, of_budget, metric) for steps, of_budget in trained.items()),
@@ -255,11 +263,11 @@ def _unit(rows: Sequence[Row], axis: str) -> tuple[str, float]:
     return unit.title.removesuffix(" per image"), unit.factor
 
 
-def _contrasts(rows: Sequence[Row], metric: str, reference: str) -> Iterator[Contrast]:
+def _contrasts(rows: Sequence[Row], metric: str, reference: str, name: Callable[[Row], str]) -> Iterator[Contrast]:
     columns = columns_of(rows)
     for sampling in (FIXED, TUNED):
         having = [row for row in rows if _sampling(row) == sampling]
-        panels = [{row.group.design: row.by_seed(metric) for row in having if column.holds(row)} for column in columns]
+        panels = [{name(row): row.by_seed(metric) for row in having if column.holds(row)} for column in columns]
         for column, panel, best in zip(columns, panels, winners(panels, 1), strict=True):
             for design in panel:
                 if best and design != reference and reference in panel:
@@ -374,21 +382,13 @@ def _sentence(choices: Sequence[Choice]) -> str:
         else:
             where = f"at {first}" if len(span) == 1 else f"from {first} to {last}"
         least = min(choice.winner.probability or 0.0 for choice in span)
-        chance = f"(p = {_chance(least)})".replace("= >", ">")
-        texts.append(f"{where}, {f'{name} {chance}' if name else 'undecided'}")
+        likely = f"(p = {chance(least)})".replace("= >", ">")
+        texts.append(f"{where}, {f'{name} {likely}' if name else 'undecided'}")
     return "; ".join(texts)
 
 
 def _decision(choice: Choice) -> str | None:
     return choice.winner.name if choice.winner.is_decided else None
-
-
-def _chance(probability: float) -> str:
-    return f"{probability:.2f}" if probability < 0.995 else "> 0.99"
-
-
-def _p_value(p: float) -> str:
-    return f"{p:.2g}" if p >= 0.001 else "< 0.001"
 
 
 def _bold(best: Winner) -> str:
@@ -399,4 +399,4 @@ def _brief(best: Winner) -> str:
     if best.probability is None:
         return f"{best.name} (not tested)"
     level = [f"level: {', '.join(best.level)}"] if best.level else []
-    return f"{_bold(best)} ({'; '.join([f'P {_chance(best.probability)}', *level])})"
+    return f"{_bold(best)} ({'; '.join([f'P {chance(best.probability)}', *level])})"

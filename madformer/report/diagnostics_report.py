@@ -169,7 +169,9 @@ def _series(
     steps_of: Callable[[Diagnosis], Sequence[int]] | None = None,
 ) -> None:
     """One line for each label, by timestep or by block."""
-    from madformer.report.figures import MaxNLocator, fit, line, remark
+    from matplotlib.ticker import MaxNLocator
+
+    from madformer.report.figures import fit, line, remark
 
     known = [value for diagnosis in diagnoses for value in values_of(diagnosis)]
     if not known:
@@ -186,7 +188,9 @@ def _series(
 
 def _denoising(panel: Axes, diagnoses: Sequence[Diagnosis], chosen: dict[str, Look]) -> None:
     """The denoising error of each label, and in grey those of the first label's trivial denoisers."""
-    from madformer.report.figures import FuncFormatter, fit, line
+    from matplotlib.ticker import FuncFormatter
+
+    from madformer.report.figures import fit, line
 
     first = diagnoses[0]
     trivial = {"the noisy block": (":", first.noisy_error), "the mean image": ("--", first.mean_error)}

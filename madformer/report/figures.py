@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -228,12 +229,13 @@ def _curves(report: Report, bases: Mapping[str, str], parts: Mapping[str, Report
 
     def fill(panels: Sequence[Axes]) -> None:
         for panel, (title, part) in zip(panels, parts.items(), strict=True):
+            fit(panel, [row.quality[report.metric] for row in report.rows], log=True)
             _against(panel, part, cost or title, chosen, names)
-            panel.set_title(title if cost else "")
+            panel.set_title(title if cost else "", fontsize=9.5)
         for name, look in key.items():
             line(panels[0], name, look, [], [])
         if several:
-            panels[0].plot([], [], color="0.4", linewidth=0.5, label="a seed")
+            panels[0].plot([], [], ".-", color="0.4", linewidth=0.5, markersize=4, label="a seed")
         panels[0].set_ylabel(f"{report.metric} ({report.better} is better)")
 
     shown = list(dict.fromkeys(name for name in names.values() if not name.startswith("_")))
@@ -243,9 +245,8 @@ def _curves(report: Report, bases: Mapping[str, str], parts: Mapping[str, Report
 
 def draw_contrasts(report: Report) -> dict[str, bytes]:
     """Each design's difference from the reference, a panel for each budget and sampling: kind of file -> its contents."""
-    contrasts = report.verdict.contrasts
-    chosen = looks({group.label: (group.base, group.difference) for group in report.groups})
-    colors = {group.design: chosen[group.label].color for group in report.groups}
+    verdict, contrasts = report.verdict, report.verdict.contrasts
+    colors = {name: look.color for name, look in looks({name: (name, "") for name in verdict.designs}).items()}
     panels = list(dict.fromkeys((contrast.sampling, contrast.column) for contrast in contrasts))
     rows = [
         of_sampling[start : start + _PER_ROW]
@@ -257,8 +258,8 @@ def draw_contrasts(report: Report) -> dict[str, bytes]:
     some = f" (the first {_MOST} of {len(designs)} designs)" if len(designs) > _MOST else ""
     designs = designs[:_MOST]
     with rc_context({**STYLE, "axes.grid": False}):
-        height = 0.9 + len(rows) * (0.75 + 0.27 * len(designs))
-        figure = Figure(figsize=(1.2 + 2.2 * columns, height), layout="constrained")
+        width = max(5.0, 0.6 + 0.08 * max(map(len, designs)) + 2.2 * columns)
+        figure = Figure(figsize=(width, 1.0 + len(rows) * (0.75 + 0.27 * len(designs))), layout="constrained")
         axes = figure.subplots(len(rows), columns, squeeze=False)
         for line_of_axes, line_of_panels in zip(axes, rows, strict=True):
             for index, axis in enumerate(line_of_axes):
@@ -274,12 +275,14 @@ def draw_contrasts(report: Report) -> dict[str, bytes]:
                 _forest(axis, found, designs, colors)
                 axis.set_title(f"{column}, {sampling}", fontsize=9.5)
                 axis.set_yticks(range(len(designs)), designs if index == 0 else [""] * len(designs))
-        figure.suptitle(
-            f"{report.title}: {report.metric} minus that of {report.verdict.reference}{some}", fontsize=11, color="0.1"
-        )
+        title = f"{report.title}: {report.metric} minus that of {verdict.reference}{verdict.trained}{some}"
         side = "right" if report.better == "higher" else "left"
-        bars = "bars: 95 % interval of the difference over training seeds; filled: p < 0.05 after Holm's correction"
-        figure.supxlabel(f"{side} of the line: better than {report.verdict.reference}; {bars}", fontsize=8.5, color="0.3")
+        text = (
+            f"{side} of the line: better than {verdict.reference}; bars: 95 % interval of the difference over training seeds; "
+            "filled: p < 0.05 after Holm's correction"
+        )
+        figure.suptitle(textwrap.fill(title, int(12 * width)), fontsize=11, color="0.1")
+        figure.supxlabel(textwrap.fill(text, int(14 * width)), fontsize=8.5, color="0.3")
         return {kind: save(figure, kind) for kind in ("png", "svg")}
 
 
@@ -297,10 +300,9 @@ def _forest(axis: Axes, contrasts: Sequence[Contrast], designs: Sequence[str], c
 
 
 def _against(panel: Axes, report: Report, cost: str, chosen: dict[str, Look], names: Mapping[str, str]) -> None:
-    """One line for each label at the costs of its rows, and the Pareto front of all of them below."""
+    """One line for each label at the costs of its rows, and the Pareto front of all of them below; the panel is fitted."""
     costs = _costs(report, cost)
     estimates = [row.quality[report.metric] for row in report.rows]
-    fit(panel, estimates, log=True)
     for label, look in chosen.items():
         measured = zip(report.rows, costs, estimates, strict=True)
         points = [(spent, estimated) for row, spent, estimated in measured if row.label == label and spent is not None]

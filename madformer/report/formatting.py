@@ -56,6 +56,16 @@ def with_spread(mean: float, spread: float | None) -> str:
     return f"{number(mean)} ± {text}"
 
 
+def chance(probability: float) -> str:
+    """A probability that resamples give: to two digits, and never 1."""
+    return f"{probability:.2f}" if probability < 0.995 else "> 0.99"
+
+
+def p_value(p: float) -> str:
+    """A p-value to two digits."""
+    return f"{p:.2g}" if p >= 0.001 else "< 0.001"
+
+
 def in_words(sampling: Sampling) -> str:
     """Sampler, spacing, and what else is not the default, such as `unipc, power:1.5, guidance 2`."""
     plain = Sampling(sampling.nfe, sampling.steps, sampling.sampler, sampling.spacing)

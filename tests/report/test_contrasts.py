@@ -316,8 +316,10 @@ def trainings(root):
 
 def test_each_training_budget_has_its_best_design(tmp_path):
     report = trainings(tmp_path)
+    assert (report.verdict.designs, len(report.verdict.contrasts)) == (("d2", "d4"), 1)
     assert report.verdict.answer == "Trained for 200 steps. **Fixed sampler**: at NFE 64, undecided."
     text = report.markdown()
+    assert "### Differences from d2, after 200 training steps" in text
     assert "| training steps | training FLOPs | sampling | NFE 16 | NFE 32 | NFE 64 |" in text
     [first, second] = re.findall(r"^\| (?:100|200) \| (.*) \| fixed \| (.*) \| (.*) \| (.*) \|$", text, re.M)
     assert first[1:3] == ("**d2** (P > 0.99)", "**d2** (P > 0.99)") and second[1:3] == ("–", "–")
