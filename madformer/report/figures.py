@@ -172,7 +172,8 @@ def pictures(
         axes = list(figure.subplots(1, panels, squeeze=False, **options)[0])
         fill(axes)
         figure.suptitle(title, fontsize=11, color="0.1")
-        named = {name: handle for panel in axes for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+        found = {name: handle for panel in axes for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+        named = {name: handle for name, handle in found.items() if name in labels}
         columns = math.ceil(len(named) / rows)
         figure.legend(
             list(named.values()), list(named), loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.6

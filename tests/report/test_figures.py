@@ -122,6 +122,7 @@ def test_the_denoising_error_is_drawn_where_it_is_known(tmp_path):
     written = texts(pictures["svg"])
     assert size(pictures["png"]) == (760, 2666)
     assert {"denoising error", "error of returning", "the noisy block", "the mean image", "0.1", "1,000"} <= set(written)
+    assert written.count("the noisy block") == 1, "in the legend of its panel alone"
 
 
 def test_models_without_a_condition_leave_a_panel_empty(tmp_path):
