@@ -275,6 +275,7 @@ def _sampled(groups: Sequence[Group], points: Sequence[Point]) -> str:
     for name in ("spacing", "guidance_interval"):
         if main.curve_fields[name] == DEFAULTS[name]:
             del texts[name]
+    texts.pop("diffusion_depth", None)  # which labels say
     samples = distinct(point["num_samples"] for point in points)
     return f"{samples} samples a point; {', '.join(texts.values())}{otherwise}; {trained_for(points)}."
 

@@ -298,7 +298,8 @@ def _samples(row: Row, count: int) -> np.ndarray:
     path = checkpoint_path(run, max(point["step"] for point in points))
     if not path.is_file():
         raise InputError(f"--samples: {path} was evaluated and is gone; evaluate one that is there: madformer evaluate {run}")
-    folder = run / "samples/compared" / "-".join([path.stem, *map(str, sampling.curve_fields.values()), f"{row.steps}steps"])
+    named = [str(value) for value in sampling.curve_fields.values() if value is not None]
+    folder = run / "samples/compared" / "-".join([path.stem, *named, f"{row.steps}steps"])
     write_samples(SamplingRequest(load_run(run), path, sampling, count), folder)
     return np.stack([_read(sample_path(folder, index)) for index in range(count)])
 
