@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from statistics import fmean
 
 import numpy as np
@@ -35,7 +36,7 @@ from madformer.sweep.spec import label
 AXES = {NFE: "NFE", "flops": "FLOPs", "seconds": "seconds"}
 """Costs at which designs are compared."""
 TRAINING = "trainer.max_steps"
-_TOO_FEW = f"fewer than {FEWEST_SEEDS} training seeds"
+_TOO_FEW = f"fewer than {FEWEST_SEEDS} training seeds in common"
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class Verdict:
         return table(lines)
 
 
-_UNTESTED = f"With {_TOO_FEW} nothing is tested: another training may order designs otherwise."
+_UNTESTED = f"With {_TOO_FEW} nothing is decided: another training may order designs otherwise."
 _CHOICES = (
     "P(best): the share of 10,000 resamples of the seeds, drawn for all designs together, in which it is the best. Level: not "
     "told from it by t-tests, seed by seed, corrected for the number of all pairs at all costs of one axis and sampling (Holm, "
@@ -227,7 +228,7 @@ def judge(rows: Sequence[Row], metric: str, reference: str | None = None) -> Ver
     """
     trained = by_training(rows)
     longest = list(trained.values())[-1] if trained else rows
-    name = without_training if trained else _design
+    name = without_training if trained else attrgetter("group.design")
     designs = tuple(dict.fromkeys(map(name, longest)))
     if reference is not None and reference not in designs:
         raise InputError(f"--reference {reference}: no design has this label; there are {', '.join(designs)}")
@@ -273,10 +274,6 @@ def _contrasts(rows: Sequence[Row], metric: str, reference: str, name: Callable[
                 if best and design != reference and reference in panel:
                     found = difference(panel[design], panel[reference])
                     yield Contrast(design, sampling, column, found, best.p[frozenset({design, reference})])
-
-
-def _design(row: Row) -> str:
-    return row.group.design
 
 
 def _sampling(row: Row) -> str:
@@ -368,7 +365,7 @@ def _training(steps: int, rows: Sequence[Row], metric: str) -> Training:
 def _sentence(choices: Sequence[Choice]) -> str:
     """Such as `up to NFE 64, d2 (p = 0.97); from 128 on, undecided`."""
     if all(choice.winner.probability is None for choice in choices):
-        return f"{_TOO_FEW}, nothing is tested"
+        return f"{_TOO_FEW}, nothing is decided"
     spans = [(key, list(found)) for key, found in itertools.groupby(choices, key=_decision)]
     texts = []
     for index, (name, span) in enumerate(spans):
