@@ -34,6 +34,7 @@ _DEPTH = "Diffusion depths of an elastic run, of model.elastic_depths; default: 
 _INTERVAL = "Timesteps at which guidance acts, such as 100/900, or all"
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields that replace the file's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.yaml")]
 
@@ -234,12 +235,16 @@ def report(
         typer.Option(help="The figure's panels, of nfe, flops, seconds, seconds_per_block, memory; default: the first three."),
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Images of each to show, sampled now from the same noise.")] = 0,
+    reference: Annotated[
+        str | None, typer.Option(metavar="LABEL", help="The design that others are compared with; default: the first.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Tables and curves, beside the paper's numbers: of a sweep, or of runs side by side."""
+    """Which design for which budget: tables and curves of a sweep, or of runs side by side, beside the paper's numbers."""
     from madformer.report.write import report_on
 
     with _going_on_later():
-        report_on(sources, out, metric, against, samples)
+        report_on(sources, out, metric, against, samples, reference, as_json)
 
 
 @sweep_app.command("run")
@@ -269,6 +274,7 @@ def sweep_plan(
     tflops: Annotated[float | None, typer.Option(min=1e-3, help="Peak of a device in TFLOP/s; default: an A100's.")] = None,
     mfu: Annotated[float | None, typer.Option(min=1e-3, max=1, help="Part of the peak that is reached.")] = None,
     memory: Annotated[float | None, typer.Option(min=1e-3, help="Of a device, in GiB: say which cells do not fit.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show what would run, and what it costs: by measured rates if there are any, else by FLOPs."""
     files = list(itertools.takewhile(lambda word: "=" not in word, sweeps))
@@ -278,7 +284,13 @@ def sweep_plan(
     from madformer.sweep.load_sweep import load_sweep
 
     loaded = [load_sweep(Path(file), sweeps[len(files) :]) for file in files]
-    if len(loaded) == 1:
+    if as_json:
+        from madformer.sweep.status import print_json
+
+        if len(loaded) > 1 or memory is not None:
+            raise InputError("--json: one sweep at a time, and without --memory")
+        print_json(loaded[0], tflops, mfu)
+    elif len(loaded) == 1:
         print_plan(loaded[0], tflops, mfu, memory)
     else:
         from madformer.sweep.forecast import print_suite
@@ -287,12 +299,12 @@ def sweep_plan(
 
 
 @sweep_app.command("status")
-def sweep_status(sweep: SweepFile, overrides: Overrides = None) -> None:
+def sweep_status(sweep: SweepFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show how far every cell is; live on a terminal."""
     from madformer.sweep.load_sweep import load_sweep
-    from madformer.sweep.status import print_status
+    from madformer.sweep.status import print_json, print_status
 
-    print_status(load_sweep(sweep, overrides or []))
+    (print_json if as_json else print_status)(load_sweep(sweep, overrides or []))
 
 
 def main() -> None:

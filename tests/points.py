@@ -85,7 +85,7 @@ def tuned(nfe: int, value: float, default: float, spacing: str = "power:2", **ch
     points = [point(nfe, value, seed=3999, tuned=True, tries=24, **sampling, **changes)]
     points += [] if value == default else [point(nfe, default, seed=3999, **changes)]
     found = {"sampling": sampling, "default": UNIFORM, "difference": value - default, "half_width": None}
-    limits = {"nfe": nfe, "step": points[0]["step"], "tries": 24, "most_tries": 24, "seeds": [3999]}
+    limits = {"nfe": nfe, "steps": nfe // 8, "step": points[0]["step"], "tries": 24, "most_tries": 24, "seeds": [3999]}
     return [*points, {"kind": "tuning", "metric": next(iter(points[0]["metrics"])), **limits, **found}]
 
 

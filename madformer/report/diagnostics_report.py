@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from madformer.evaluation.record import newest_diagnostics
-from madformer.report.formatting import distinct, natural, show, table
-from madformer.report.notes import incomparable, trained_for
+from madformer.report.formatting import distinct, incomparable, natural, show, table, trained_for
 from madformer.report.points import Curve
 from madformer.report.statistics import Estimate, over_training
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from madformer.report.figures import Look
 
 _CONDITIONS = ("weights", "images", "held_out", "source", "nfe", "sampler", "timesteps")
 """Keys that must agree for two runs' diagnostics to be compared."""
@@ -132,3 +136,74 @@ def _notes(entries: Sequence[dict[str, Any]]) -> list[str]:
         "below 0 is worse than the mean image.",
         *incomparable([{key: entry.get(key) for key in _CONDITIONS} for entry in entries], "diagnostics"),
     ]
+
+
+def draw_diagnostics(diagnostics: Diagnostics, title: str) -> dict[str, bytes]:
+    """Where models err, by timestep and by block: kind of file (`png`, `svg`) -> its contents."""
+    from madformer.report.figures import looks, pictures  # matplotlib takes a second to import
+
+    diagnoses = diagnostics.diagnoses
+    chosen = looks({diagnosis.label: (diagnosis.label, "") for diagnosis in diagnoses})
+    denoised = [diagnosis for diagnosis in diagnoses if diagnosis.denoising_error]
+
+    def fill(panels: Sequence[Axes]) -> None:
+        by_timestep, gap, condition = panels[0], *panels[-2:]
+        _series(by_timestep, diagnoses, chosen, lambda entry: entry.loss_by_timestep, lambda entry: entry.timesteps)
+        _series(gap, diagnoses, chosen, lambda entry: entry.exposure_gap)
+        _series(condition, diagnoses, chosen, lambda entry: entry.condition_explains)
+        by_timestep.set(xlabel="timestep (noise level)", ylabel="denoising loss")
+        gap.set(xlabel="block, in the order of generation", ylabel="exposure gap")
+        condition.set(xlabel="block, in the order of generation", ylabel="variance that the condition explains")
+
+        if denoised:
+            _denoising(panels[1], denoised, chosen)
+
+    return pictures(4 if denoised else 3, list(chosen), f"{title}: diagnostics", fill)
+
+
+def _series(
+    panel: Axes,
+    diagnoses: Sequence[Diagnosis],
+    chosen: dict[str, Look],
+    values_of: Callable[[Diagnosis], Sequence[Estimate]],
+    steps_of: Callable[[Diagnosis], Sequence[int]] | None = None,
+) -> None:
+    """One line for each label, by timestep or by block."""
+    from matplotlib.ticker import MaxNLocator
+
+    from madformer.report.figures import fit, line, remark
+
+    known = [value for diagnosis in diagnoses for value in values_of(diagnosis)]
+    if not known:
+        panel.set(xticks=[], yticks=[])
+        remark(panel, "no condition")
+        return
+    fit(panel, known, log=steps_of is not None)
+    for diagnosis in diagnoses:
+        values = values_of(diagnosis)
+        steps = steps_of(diagnosis) if steps_of else range(len(values))
+        line(panel, diagnosis.label, chosen[diagnosis.label], steps, values)
+    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+
+
+def _denoising(panel: Axes, diagnoses: Sequence[Diagnosis], chosen: dict[str, Look]) -> None:
+    """The denoising error of each label, and in grey those of the first label's trivial denoisers."""
+    from matplotlib.ticker import FuncFormatter
+
+    from madformer.report.figures import fit, line
+
+    first = diagnoses[0]
+    trivial = {"the noisy block": (":", first.noisy_error), "the mean image": ("--", first.mean_error)}
+    fit(
+        panel, [*(value for entry in diagnoses for value in entry.denoising_error), *first.noisy_error, *first.mean_error], True
+    )
+    for diagnosis in diagnoses:
+        line(panel, diagnosis.label, chosen[diagnosis.label], diagnosis.denoising_timesteps, diagnosis.denoising_error)
+    grey = [
+        panel.plot(first.denoising_timesteps, [value.mean for value in values], color="0.5", linestyle=dashes, label=text)[0]
+        for text, (dashes, values) in trivial.items()
+    ]
+    panel.legend(handles=grey, loc="lower right", fontsize="small", title="error of returning", title_fontsize="small")
+    panel.set_xscale("symlog", linthresh=1)
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    panel.set(xlabel="timestep (noise level)", ylabel="denoising error")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -16,18 +16,14 @@ from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-from PIL import Image
 
-from madformer.config import load_run
-from madformer.data.image_files import to_tiles
-from madformer.errors import InputError
-from madformer.evaluation.request import SamplingRequest
-from madformer.report.diagnostics_report import Diagnosis, Diagnostics
+from madformer.report.contrasts import Contrast, by_training, without_training
 from madformer.report.formatting import AGAINST, NFE, in_words
-from madformer.report.points import TUNED, Row, common_columns
+from madformer.report.points import TUNED
 from madformer.report.statistics import Estimate
-from madformer.report.tables import Report
-from madformer.runs.checkpoints import checkpoint_path
+
+if TYPE_CHECKING:
+    from madformer.report.tables import Report
 
 PANEL = (10.0 / 3, 3.8)
 """Inches of one panel with its share of title and legend; several rows of a legend add to the height."""
@@ -51,14 +47,16 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "madformer",
 }
+_PER_ROW, _MOST = 4, 40
+"""Panels of contrasts in a row, and designs in a panel."""
 _MARKERS = "os^Dv<>p"
 _LINES = ("-", "--", ":", "-.")
 _THIN = 0.6
 """Of the lines at the fixed sampler where others are tuned."""
 _ROW = 120
 """Characters in one row of the legend under three panels; its marker and its margin count as 8."""
-_MARGIN, _ROOM = 0.05, 0.25
-"""Beyond the values, as shares of what they span: always, and at most for a wide interval."""
+_MARGIN = 0.05
+"""Beyond the values, as a share of what they span."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Look:
     marker: str
     line: str
     shade: float
-    """Opacity of the band: many of them lie over each other."""
+    """Opacity of the seeds' lines: many of them lie over each other."""
     size: float = 1.0
     """Width of the line and size of the markers, as shares of the usual ones."""
 
@@ -89,12 +87,14 @@ def looks(labels: Mapping[str, tuple[str, str]]) -> dict[str, Look]:
         hue = hues.index((difference if difference != TUNED else "") if len(bases) == 1 else base)
         marker, dashes = _MARKERS[hue % len(_MARKERS)], _LINES[differences.index(difference) % len(_LINES)]
         size = _THIN if TUNED in differences and not difference else 1.0
-        made[label] = Look(colors[hue], marker, dashes, min(0.18, 0.9 / len(labels)), size)
+        made[label] = Look(colors[hue], marker, dashes, max(0.2, min(0.45, 3 / len(labels))), size)
     return made
 
 
-def line(panel: Axes, label: str, look: Look, x: Sequence[float], estimates: Sequence[Estimate]) -> None:
-    """The means with markers, in a band as wide as their spread, no wider than the panel, which is to be fitted before."""
+def line(
+    panel: Axes, label: str, look: Look, x: Sequence[float], estimates: Sequence[Estimate], same_seeds: bool = True
+) -> None:
+    """The means with markers, and a thin line for each seed; dots for a single point, or points of other seeds."""
     panel.plot(
         x,
         [estimated.mean for estimated in estimates],
@@ -106,13 +106,16 @@ def line(panel: Axes, label: str, look: Look, x: Sequence[float], estimates: Seq
         label=label,
         markeredgecolor="white",
         markeredgewidth=0.8 * look.size,
+        zorder=3,
     )
-    if any(estimated.spread for estimated in estimates):
-        least, most = panel.get_ylim()
-        lows, highs = zip(*map(_ends, estimates), strict=True)
-        visible = [max(least, low) for low in lows], [min(most, high) for high in highs]
-        # A single budget makes no band: its spread is a bar.
-        panel.fill_between(x, *visible, color=look.color, alpha=look.shade, linewidth=0 if len(x) > 1 else 5)
+    counts = {len(estimated.values) for estimated in estimates}
+    if len(x) > 1 and len(counts) == 1 and same_seeds and counts != {1}:
+        for values in zip(*(estimated.values for estimated in estimates), strict=True):
+            panel.plot(x, values, color=look.color, linestyle=look.line, linewidth=0.5, alpha=look.shade)
+        return
+    for place, estimated in zip(x, estimates, strict=True):
+        if len(estimated.values) > 1:
+            panel.plot([place] * len(estimated.values), estimated.values, ".", color=look.color, markersize=4, alpha=look.shade)
 
 
 def highlight(panel: Axes, label: str, points: Sequence[tuple[float, float]]) -> None:
@@ -122,27 +125,22 @@ def highlight(panel: Axes, label: str, points: Sequence[tuple[float, float]]) ->
 
 
 def fit(panel: Axes, estimates: Iterable[Estimate], log: bool) -> None:
-    """Scale, ticks and limits by the values: an interval of two seeds can be far wider than all that there is to see.
+    """Scale, ticks and limits by the values.
 
     Args:
         panel: still empty.
         estimates: what will be drawn in it, at least one.
         log: whether a logarithmic scale is wanted; values of zero or less have a linear one.
     """
-    listed = list(estimates)
-    found = [value for estimated in listed for value in (estimated.mean, *estimated.values)]
+    found = [value for estimated in estimates for value in (estimated.mean, *estimated.values)]
     log = log and min(found) > 0
     if log:
         panel.set_yscale("log")
         log_ticks(panel.yaxis, found)
     forth, back = (math.log, math.exp) if log else (float, float)
-    values = list(map(forth, found))
-    least, most = min(values), max(values)
-    span = (most - least) or abs(most) * 0.2 or 1.0
-    lows, highs = zip(*map(_ends, listed), strict=True)
-    low = max(least - _ROOM * span, min(forth(value) if value > 0 or not log else -math.inf for value in lows))
-    high = min(most + _ROOM * span, max(map(forth, highs)))
-    panel.set_ylim(back(min(low, least) - _MARGIN * span), back(max(high, most) + _MARGIN * span))
+    least, most = forth(min(found)), forth(max(found))
+    margin = _MARGIN * ((most - least) or abs(most) * 0.2 or 1.0)
+    panel.set_ylim(back(least - margin), back(most + margin))
 
 
 def log_ticks(axis: Axis, values: Sequence[float]) -> None:
@@ -174,9 +172,12 @@ def pictures(
         axes = list(figure.subplots(1, panels, squeeze=False, **options)[0])
         fill(axes)
         figure.suptitle(title, fontsize=11, color="0.1")
-        handles, names = axes[0].get_legend_handles_labels()
-        columns = math.ceil(len(names) / rows)
-        figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.6)
+        found = {name: handle for panel in axes for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+        named = {name: handle for name, handle in found.items() if name in labels}
+        columns = math.ceil(len(named) / rows)
+        figure.legend(
+            list(named.values()), list(named), loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.6
+        )
         return {kind: save(figure, kind) for kind in ("png", "svg")}
 
 
@@ -185,10 +186,6 @@ def save(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format=kind, dpi=DPI, facecolor="white", metadata={"Software" if kind == "png" else "Date": None})
     return file.getvalue()
-
-
-def _ends(estimated: Estimate) -> tuple[float, float]:
-    return estimated.mean - (estimated.spread or 0.0), estimated.mean + (estimated.spread or 0.0)
 
 
 def _colors(count: int) -> list[str]:
@@ -203,57 +200,117 @@ def draw(report: Report, against: Sequence[str] = AGAINST) -> dict[str, bytes]:
         report: what to draw.
         against: a panel for each, `nfe` or a name in `COSTS`.
     """
-    chosen = looks({group.label: (group.base, group.difference) for group in report.groups})
-    tuned = [group.base for group in report.groups if group.is_tuned]
+    return _curves(report, {group.label: group.base for group in report.groups}, dict.fromkeys(against, report))
+
+
+def draw_training(report: Report) -> dict[str, bytes]:
+    """The report's metric against FLOPs, a panel for each training budget: kind of file -> its contents."""
+    bases = {row.label: without_training(row).removesuffix(f" · {row.group.difference}") for row in report.rows}
+    parts = {f"{steps:,} training steps": replace(report, rows=tuple(rows)) for steps, rows in by_training(report.rows).items()}
+    return _curves(report, bases, parts, "flops")
+
+
+def _curves(report: Report, bases: Mapping[str, str], parts: Mapping[str, Report], cost: str | None = None) -> dict[str, bytes]:
+    """A panel for each part of a report, over the cost, or over the cost that names the part.
+
+    Args:
+        bases: label -> the name that it has in the legend.
+    """
+    differences = {group.label: group.difference for group in report.groups}
+    chosen = looks({label: (base, differences[label]) for label, base in bases.items()})
     # A design that was tuned is named once: its dashed line has a name that legends leave out.
-    names = {group.label: group.base if group.is_tuned else group.label for group in report.groups}
-    names |= {base: f"_{base}" for base in tuned}
+    tuned = {bases[group.label] for group in report.groups if group.is_tuned}
+    names = {}
+    for label, base in bases.items():
+        hidden = "_" if base in tuned and not differences[label] else ""
+        names[label] = hidden + (f"{base} · {differences[label]}" if differences[label] not in ("", TUNED) else base)
+    several = any(len(row.quality[report.metric].values) > 1 for row in report.rows)
     fixed = next(in_words(group.sampling) for group in report.groups if not group.difference)
     key = {"tuned": Look("0.4", "", "-", 0), f"fixed: {fixed}": Look("0.4", "", "--", 0, _THIN)} if tuned else {}
 
     def fill(panels: Sequence[Axes]) -> None:
-        for panel, cost in zip(panels, against, strict=True):
-            _against(panel, report, cost, chosen, names)
+        for panel, (title, part) in zip(panels, parts.items(), strict=True):
+            fit(panel, [row.quality[report.metric] for row in report.rows], log=True)
+            _against(panel, part, cost or title, chosen, names)
+            panel.set_title(title if cost else "", fontsize=9.5)
         for name, look in key.items():
             line(panels[0], name, look, [], [])
+        if several:
+            panels[0].plot([], [], ".-", color="0.4", linewidth=0.5, markersize=4, label="a seed")
         panels[0].set_ylabel(f"{report.metric} ({report.better} is better)")
 
-    shown = [name for name in names.values() if not name.startswith("_")]
-    labels = [*shown, *(["Pareto front"] if len(chosen) > 1 else []), *key]
-    return pictures(len(against), labels, report.title, fill, sharey=True)
+    shown = list(dict.fromkeys(name for name in names.values() if not name.startswith("_")))
+    labels = [*shown, *(["Pareto front"] if len(chosen) > 1 else []), *key, *(["a seed"] if several else [])]
+    return pictures(len(parts), labels, report.title, fill, sharey=True)
 
 
-def draw_diagnostics(diagnostics: Diagnostics, title: str) -> dict[str, bytes]:
-    """Where models err, by timestep and by block: kind of file (`png`, `svg`) -> its contents."""
-    diagnoses = diagnostics.diagnoses
-    chosen = looks({diagnosis.label: (diagnosis.label, "") for diagnosis in diagnoses})
-    denoised = [diagnosis for diagnosis in diagnoses if diagnosis.denoising_error]
+def draw_contrasts(report: Report) -> dict[str, bytes]:
+    """Each design's difference from the reference, a panel for each budget and sampling: kind of file -> its contents."""
+    verdict, contrasts = report.verdict, report.verdict.contrasts
+    colors = {name: look.color for name, look in looks({name: (name, "") for name in verdict.designs}).items()}
+    panels = list(dict.fromkeys((contrast.sampling, contrast.column) for contrast in contrasts))
+    rows = [
+        of_sampling[start : start + _PER_ROW]
+        for sampling in dict.fromkeys(sampling for sampling, _ in panels)
+        for of_sampling in [[panel for panel in panels if panel[0] == sampling]]
+        for start in range(0, len(of_sampling), _PER_ROW)
+    ]
+    columns, designs = max(map(len, rows)), list(dict.fromkeys(contrast.design for contrast in contrasts))
+    some = f" (the first {_MOST} of {len(designs)} designs)" if len(designs) > _MOST else ""
+    designs = designs[:_MOST]
+    with rc_context({**STYLE, "axes.grid": False}):
+        width = max(5.0, 0.6 + 0.08 * max(map(len, designs)) + 2.2 * columns)
+        figure = Figure(figsize=(width, 1.0 + len(rows) * (0.75 + 0.27 * len(designs))), layout="constrained")
+        axes = figure.subplots(len(rows), columns, squeeze=False)
+        for line_of_axes, line_of_panels in zip(axes, rows, strict=True):
+            for index, axis in enumerate(line_of_axes):
+                if index >= len(line_of_panels):
+                    axis.set_axis_off()
+                    continue
+                sampling, column = line_of_panels[index]
+                found = [
+                    each
+                    for each in contrasts
+                    if (each.sampling, each.column, each.design in designs) == (sampling, column, True)
+                ]
+                _forest(axis, found, designs, colors)
+                axis.set_title(f"{column}, {sampling}", fontsize=9.5)
+                axis.set_yticks(range(len(designs)), designs if index == 0 else [""] * len(designs))
+        title = f"{report.title}: {report.metric} minus that of {verdict.reference}{verdict.trained}{some}"
+        side = "right" if report.better == "higher" else "left"
+        text = (
+            f"{side} of the line: better than {verdict.reference}; bars: 95 % interval of the difference over training seeds; "
+            "filled: p < 0.05 after Holm's correction"
+        )
+        figure.suptitle(textwrap.fill(title, int(12 * width)), fontsize=11, color="0.1")
+        figure.supxlabel(textwrap.fill(text, int(14 * width)), fontsize=8.5, color="0.3")
+        return {kind: save(figure, kind) for kind in ("png", "svg")}
 
-    def fill(panels: Sequence[Axes]) -> None:
-        by_timestep, gap, condition = panels[0], *panels[-2:]
-        _series(by_timestep, diagnoses, chosen, lambda entry: entry.loss_by_timestep, lambda entry: entry.timesteps)
-        _series(gap, diagnoses, chosen, lambda entry: entry.exposure_gap)
-        _series(condition, diagnoses, chosen, lambda entry: entry.condition_explains)
-        by_timestep.set(xlabel="timestep (noise level)", ylabel="denoising loss")
-        gap.set(xlabel="block, in the order of generation", ylabel="exposure gap")
-        condition.set(xlabel="block, in the order of generation", ylabel="variance that the condition explains")
 
-        if denoised:
-            _denoising(panels[1], denoised, chosen)
-
-    return pictures(4 if denoised else 3, list(chosen), f"{title}: diagnostics", fill)
+def _forest(axis: Axes, contrasts: Sequence[Contrast], designs: Sequence[str], colors: Mapping[str, str]) -> None:
+    axis.axvline(0, color="0.6", linewidth=1)
+    for contrast in contrasts:
+        color, found = colors[contrast.design], contrast.difference
+        fill = color if contrast.is_clear else "white"
+        place = [found.mean], [designs.index(contrast.design)]
+        axis.errorbar(*place, xerr=found.half_width, fmt="o", color=color, markerfacecolor=fill, elinewidth=1.4)
+    axis.set_ylim(len(designs) - 0.4, -0.6)
+    axis.margins(x=0.12)
+    axis.tick_params(axis="y", length=0)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
 
 
 def _against(panel: Axes, report: Report, cost: str, chosen: dict[str, Look], names: Mapping[str, str]) -> None:
-    """One line for each label at the costs of its rows, and the Pareto front of all of them below."""
+    """One line for each label at the costs of its rows, and the Pareto front of all of them below; the panel is fitted."""
     costs = _costs(report, cost)
     estimates = [row.quality[report.metric] for row in report.rows]
-    fit(panel, estimates, log=True)
     for label, look in chosen.items():
         measured = zip(report.rows, costs, estimates, strict=True)
         points = [(spent, estimated) for row, spent, estimated in measured if row.label == label and spent is not None]
         x, y = zip(*points, strict=True) if points else ((), ())
-        line(panel, names[label], look, x, y)
+        same_seeds = len({row.seeds for row in report.rows if row.label == label}) == 1
+        if points or not names[label].startswith("_"):
+            line(panel, names[label], look, x, y, same_seeds)
     if len(chosen) > 1:
         front = report.front(cost)
         cheapest_first = sorted(
@@ -274,7 +331,7 @@ def _against(panel: Axes, report: Report, cost: str, chosen: dict[str, Look], na
         else:
             panel.set_xticks([])
     if len(known) < len(costs):
-        _remark(panel, "not measured for all" if known else "not measured")
+        remark(panel, "not measured for all" if known else "not measured")
 
 
 def _costs(report: Report, cost: str) -> list[float | None]:
@@ -283,46 +340,6 @@ def _costs(report: Report, cost: str) -> list[float | None]:
         return [row.nfe for row in report.rows]
     factor, spent = report.unit(cost).factor, [row.costs[cost] for row in report.rows]
     return [None if value is None else value * factor for value in spent]
-
-
-def _series(
-    panel: Axes,
-    diagnoses: Sequence[Diagnosis],
-    chosen: dict[str, Look],
-    values_of: Callable[[Diagnosis], Sequence[Estimate]],
-    steps_of: Callable[[Diagnosis], Sequence[int]] | None = None,
-) -> None:
-    """One line for each label, by timestep or by block."""
-    known = [value for diagnosis in diagnoses for value in values_of(diagnosis)]
-    if not known:
-        panel.set(xticks=[], yticks=[])
-        _remark(panel, "no condition")
-        return
-    fit(panel, known, log=steps_of is not None)
-    for diagnosis in diagnoses:
-        values = values_of(diagnosis)
-        steps = steps_of(diagnosis) if steps_of else range(len(values))
-        line(panel, diagnosis.label, chosen[diagnosis.label], steps, values)
-    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-
-
-def _denoising(panel: Axes, diagnoses: Sequence[Diagnosis], chosen: dict[str, Look]) -> None:
-    """The denoising error of each label, and in grey those of the first label's trivial denoisers."""
-    first = diagnoses[0]
-    trivial = {"the noisy block": (":", first.noisy_error), "the mean image": ("--", first.mean_error)}
-    fit(
-        panel, [*(value for entry in diagnoses for value in entry.denoising_error), *first.noisy_error, *first.mean_error], True
-    )
-    for diagnosis in diagnoses:
-        line(panel, diagnosis.label, chosen[diagnosis.label], diagnosis.denoising_timesteps, diagnosis.denoising_error)
-    grey = [
-        panel.plot(first.denoising_timesteps, [value.mean for value in values], color="0.5", linestyle=dashes, label=text)[0]
-        for text, (dashes, values) in trivial.items()
-    ]
-    panel.legend(handles=grey, loc="lower right", fontsize="small", title="error of returning", title_fontsize="small")
-    panel.set_xscale("symlog", linthresh=1)
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    panel.set(xlabel="timestep (noise level)", ylabel="denoising error")
 
 
 def _budget_ticks(panel: Axes, budgets: Sequence[int]) -> None:
@@ -335,35 +352,12 @@ def _budget_ticks(panel: Axes, budgets: Sequence[int]) -> None:
     panel.xaxis.set_minor_locator(NullLocator())
 
 
-def _remark(panel: Axes, text: str) -> None:
+def remark(panel: Axes, text: str) -> None:
+    """Grey words in the middle of a panel."""
     panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", color="0.5")
 
 
-def draw_samples(report: Report, count: int) -> dict[str, bytes]:
-    """Images of each label's first run, at the least and the greatest budget of all: kind of file (`png`) -> its contents.
-
-    Image i of every row grew from the same noise, drawn for the whole image, and has the same prompt. The files are kept in
-    RUN/samples/compared and not made again.
-
-    Raises:
-        InputError: no budget that all labels have, images of several sizes, a run without the checkpoint that was evaluated,
-            or files there that were made in another way.
-    """
-    columns = common_columns(report.rows)
-    if not columns:
-        raise InputError("--samples: there is no budget that all labels were evaluated at")
-    sheets = []
-    for column in dict.fromkeys([columns[0], columns[-1]]):
-        rows = [row for row in report.rows if column.holds(row)]
-        images = [_samples(row, count) for row in rows]
-        if len(sizes := {" x ".join(map(str, each.shape[1:3])) for each in images}) > 1:
-            raise InputError(f"--samples: images of {' and '.join(sorted(sizes))} pixels have no noise in common")
-        tiles_YX3 = to_tiles(np.concatenate(images), columns=count)
-        sheets.append((str(column), [row.label for row in rows], tiles_YX3))
-    return {"png": _contact_sheet(f"{report.title}: samples from the same noise", sheets)}
-
-
-def _contact_sheet(title: str, sheets: Sequence[tuple[str, Sequence[str], np.ndarray]]) -> bytes:
+def contact_sheet(title: str, sheets: Sequence[tuple[str, Sequence[str], np.ndarray]]) -> bytes:
     """Sheets below each other, each with a title, and a label for every row of images."""
     width = 3 * PANEL[0]
     heights = [0.4 + 0.85 * width * tiles_YX3.shape[0] / tiles_YX3.shape[1] for _, _, tiles_YX3 in sheets]
@@ -379,28 +373,3 @@ def _contact_sheet(title: str, sheets: Sequence[tuple[str, Sequence[str], np.nda
             panel.grid(False)
         figure.suptitle(title, fontsize=11, color="0.1")
         return save(figure, "png")
-
-
-def _samples(row: Row, count: int) -> np.ndarray:
-    """Images [B, Y, X, 3] of a row's first run, sampled as its points were, from the newest of their checkpoints."""
-    from madformer.evaluation.write_samples import sample_path, write_samples
-
-    first, sampling = row.group.seeds.index(row.seeds[0]), row.samplings[0]
-    run, points = row.group.runs[first], row.group.curves[first].points[row.nfe]
-    path = checkpoint_path(run, max(point["step"] for point in points))
-    if not path.is_file():
-        raise InputError(f"--samples: {path} was evaluated and is gone; evaluate one that is there: madformer evaluate {run}")
-    folder = (
-        run
-        / "samples/compared"
-        / "-".join(
-            [path.stem, *(str(value) for value in sampling.curve_fields.values() if value is not None), f"{row.steps}steps"]
-        )
-    )
-    write_samples(SamplingRequest(load_run(run), path, sampling, count), folder)
-    return np.stack([_read(sample_path(folder, index)) for index in range(count)])
-
-
-def _read(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))

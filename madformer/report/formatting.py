@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from madformer.errors import InputError
-from madformer.evaluation.measurement import Point, Sampling, higher_is_better
+from madformer.evaluation.measurement import Point, Sampling, differing, higher_is_better
 from madformer.report.statistics import MARKS, Estimate
 
 NOTHING = "–"
@@ -56,6 +56,16 @@ def with_spread(mean: float, spread: float | None) -> str:
     return f"{number(mean)} ± {text}"
 
 
+def chance(probability: float) -> str:
+    """A probability that resamples give: to two digits, and never 1."""
+    return f"{probability:.2f}" if probability < 0.995 else "> 0.99"
+
+
+def p_value(p: float) -> str:
+    """A p-value to two digits."""
+    return f"{p:.2g}" if p >= 0.001 else "< 0.001"
+
+
 def in_words(sampling: Sampling) -> str:
     """Sampler, spacing, and what else is not the default, such as `unipc, power:1.5, guidance 2`."""
     plain = Sampling(sampling.nfe, sampling.steps, sampling.sampler, sampling.spacing)
@@ -75,6 +85,17 @@ def counted(counts: Iterable[int], noun: str) -> str:
     """Such as `1 or 2 seeds`."""
     text = distinct(counts)
     return f"{text} {noun}" + ("" if text == "1" else "s")
+
+
+def incomparable(conditions: Sequence[Mapping[str, Any]], noun: str) -> list[str]:
+    """A warning if lines of the record were made under conditions that differ."""
+    names = differing(conditions)
+    return [f"**Not all {noun} are comparable**: they differ in {', '.join(names)}."] if names else []
+
+
+def trained_for(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Such as `training step 1,000`."""
+    return f"training step {distinct(entry['step'] for entry in entries)}"
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:

@@ -18,7 +18,7 @@ from madformer.config.identity import config_path
 from madformer.evaluation.measurement import higher_is_better
 from madformer.report.formatting import arrow, number, show, table
 from madformer.report.points import Column, Group, Row, common_columns
-from madformer.report.statistics import Estimate, differ
+from madformer.report.statistics import FEWEST_SEEDS, SIGNIFICANCE, Estimate, difference, holm
 
 DEPTH, LENGTH = "model.diffusion_depth", "model.ar_length"
 AXES = (
@@ -129,10 +129,6 @@ class ComparedDesign:
     def label(self) -> str:
         """The row's."""
         return self.row.label
-
-    def differs(self, other: ComparedDesign) -> bool | None:
-        """Whether seeds tell two lines apart; None: there is a single one of either."""
-        return differ(self.quality, other.quality, paired=self.row.seeds == other.row.seeds)
 
 
 @dataclass(frozen=True)
@@ -267,17 +263,19 @@ def _agreements(compared: ComparedTable, metric: str) -> Iterator[str]:
             yield f"{one.title}: a tie in the paper."
             continue
         agreeing = [sign * (worse.quality.mean - better.quality.mean) > 0 for better, worse in pairs]
-        clear = [better.differs(worse) for better, worse in pairs]
+        tested = [difference(better.row.by_seed(metric), worse.row.by_seed(metric)).p for better, worse in pairs]
+        clear = [None if p is None else p < SIGNIFICANCE for p in holm(tested)]
         text = f"{one.title}: {sum(agreeing)} of {len(pairs)} pairs stand in the paper's order"
         if clear.count(None) < len(pairs):
             sure = [agrees for agrees, is_clear in zip(agreeing, clear, strict=True) if is_clear]
-            clearly = "differ by more than seeds do (t-test, p < 0.05)"
+            clearly = "differ by more than seeds do (Holm, p < 0.05)"
             text += f"; of those that {clearly}, {sum(sure)} of {len(sure)}" if sure else f"; none {clearly}"
         if single := clear.count(None):
             some = "" if single == len(pairs) else f"{single} "
-            text += f"; {some}of single seeds, which another training may order otherwise"
+            text += f"; {some}of fewer than {FEWEST_SEEDS} seeds, which another training may order otherwise"
         ours = min(lines, key=lambda line: sign * line.quality.mean)
-        yield f"{text}. Best: {ours.label} here, in the paper {lines[0].cell.name}."
+        end = "highest" if sign < 0 else "lowest"
+        yield f"{text}. The {end} mean is that of {ours.label} here, in the paper that of {lines[0].cell.name}."
 
 
 def _figure(designs: Mapping[str, Design], rows: Sequence[Row], metric: str) -> str | None:

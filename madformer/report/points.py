@@ -24,8 +24,8 @@ from madformer.sweep.spec import Sweep
 _log = logging.getLogger(__name__)
 
 
-TUNED = "tuned"
-"""What sets groups apart that were sampled as `madformer tune` chose for each budget."""
+FIXED, TUNED = "fixed", "tuned"
+"""At the same sampling for all budgets; as `madformer tune` chose for each budget."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,11 @@ class Group:
         return f"{self.base} · {self.difference}" if self.difference else self.base
 
     @property
+    def design(self) -> str:
+        """The label, the same at the fixed sampler and as tuned."""
+        return self.label.removesuffix(f" · {TUNED}")
+
+    @property
     def is_tuned(self) -> bool:
         """Whether each budget has a `Sampling` of its own, as `madformer tune` chose it."""
         return self.curves[0].is_tuned
@@ -196,6 +201,12 @@ class Row:
     def label(self) -> str:
         """The group's name in tables and legends."""
         return self.group.label
+
+    def by_seed(self, metric: str) -> dict[int, float]:
+        """A metric of each training seed."""
+        quality = self.quality[metric]
+        values = quality.values if quality.over == "training seeds" else (quality.mean,)
+        return dict(zip(self.seeds, values, strict=True))
 
     @property
     def samplings(self) -> list[Sampling]:

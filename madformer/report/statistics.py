@@ -1,16 +1,19 @@
-"""Means over seeds with their intervals, tests of differences, and Pareto fronts."""
+"""Means over seeds with their intervals; differences, winners and crossings with their uncertainty; Pareto fronts."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean, stdev, variance
 from typing import Literal, TypeVar
 
-from scipy.special import stdtr  # type: ignore[import-untyped]  # scipy.stats takes a second to import
+import numpy as np
+from scipy.special import stdtr, stdtrit  # type: ignore[import-untyped]  # scipy.stats takes a second to import
 
-from madformer.evaluation.measurement import Point, half_width
+from madformer.evaluation.measurement import CONFIDENCE, Point, half_width
 
 Over = Literal["training seeds", "evaluation seeds", "checkpoints"]
 """What was repeated. Only training seeds say how much another training would differ."""
@@ -71,33 +74,198 @@ def over_training(values: Sequence[float]) -> Estimate:
 
 
 SIGNIFICANCE = 0.05
-"""The p-value below which two means differ."""
+"""The p-value, corrected for the number of tests, below which two means differ."""
+FEWEST_SEEDS = 3
+"""Training seeds from which differences are tested."""
+RESAMPLES = 10_000
+"""Of the bootstrap."""
+
+BySeed = Mapping[int, float]
+"""Training seed -> a quantity of its run."""
 
 
-def differ(one: Estimate, other: Estimate, paired: bool) -> bool | None:
-    """Whether two means over training seeds differ, by a two-sided t-test.
+@dataclass(frozen=True)
+class Difference:
+    """One mean minus another, over training seeds."""
+
+    mean: float
+    seeds: int
+    """Pairs; without pairs the fewer of both."""
+    is_paired: bool
+    deviation: float | None = None
+    """Standard deviation of the differences seed by seed; without pairs, of the difference of two draws. None, like the
+    next two: the seeds are too few."""
+    half_width: float | None = None
+    """Of the 95 % confidence interval of the difference, not corrected."""
+    p: float | None = None
+    """Of the two-sided t-test, not corrected."""
+
+    @property
+    def effect(self) -> float | None:
+        """The difference in its standard deviations; None: the seeds are too few, or all alike."""
+        return self.mean / self.deviation if self.deviation else None
+
+
+def difference(one: BySeed, other: BySeed) -> Difference:
+    """The difference of two means over training seeds.
+
+    Runs of one seed have data order, timesteps and noise in common, so differences seed by seed scatter less than either
+    value: over the seeds that both have, the t-test is paired. If these are fewer than `FEWEST_SEEDS`, it is Welch's (1947).
+    """
+    shared = [seed for seed in one if seed in other]
+    fewest = min(len(one), len(other))
+    if len(shared) >= FEWEST_SEEDS:
+        gaps = [one[seed] - other[seed] for seed in shared]
+        deviation, errors, freedoms = stdev(gaps), [variance(gaps) / len(gaps)], [len(gaps) - 1]
+        mean, seeds, is_paired = fmean(gaps), len(shared), True
+    else:
+        samples = list(one.values()), list(other.values())
+        mean, seeds, is_paired = fmean(samples[0]) - fmean(samples[1]), fewest, False
+        if fewest < FEWEST_SEEDS:
+            return Difference(mean, seeds, is_paired)
+        deviation = math.sqrt(sum(map(variance, samples)))
+        errors, freedoms = [variance(each) / len(each) for each in samples], [len(each) - 1 for each in samples]
+    if not sum(errors):
+        return Difference(mean, seeds, is_paired, 0.0, 0.0, float(mean == 0))
+    freedom = sum(errors) ** 2 / sum(error**2 / degrees for error, degrees in zip(errors, freedoms, strict=True))
+    error = math.sqrt(sum(errors))
+    half_width = float(stdtrit(freedom, 0.5 + CONFIDENCE / 2)) * error
+    return Difference(mean, seeds, is_paired, deviation, half_width, float(2 * stdtr(freedom, -abs(mean) / error)))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """p-values corrected for their number (Holm 1979): at most `SIGNIFICANCE` is the chance of any false difference.
 
     Args:
-        one: over at least two seeds.
-        other: likewise.
-        paired: whether both are of the same seeds in the same order. Runs of one seed have data order, timesteps and noise in
-            common, so differences seed by seed scatter less than either value; else the test is Welch's.
-
-    Returns:
-        None: one of them is of a single seed.
+        p_values: in any order; None, what was not tested, stays None and does not count.
     """
-    if one.over != "training seeds" or other.over != "training seeds":
-        return None
-    if paired:
-        gaps = [first - second for first, second in zip(one.values, other.values, strict=True)]
-        errors, freedoms = [variance(gaps) / len(gaps)], [len(gaps) - 1]
-    else:
-        errors = [variance(each.values) / len(each.values) for each in (one, other)]
-        freedoms = [len(each.values) - 1 for each in (one, other)]
-    if not sum(errors):
-        return one.mean != other.mean
-    freedom = sum(errors) ** 2 / sum(error**2 / degrees for error, degrees in zip(errors, freedoms, strict=True))
-    return bool(2 * stdtr(freedom, -abs(one.mean - other.mean) / math.sqrt(sum(errors))) < SIGNIFICANCE)
+    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    greatest = 0.0
+    for rank, (p, index) in enumerate(known):
+        greatest = max(greatest, min(1.0, (len(known) - rank) * p))
+        corrected[index] = greatest
+    return corrected
+
+
+@cache
+def resamples(seeds: int) -> np.ndarray:
+    """Shares [`RESAMPLES`, S] that each of S seeds has in each resample with replacement (Efron 1979); always the same."""
+    draws_RS = np.random.default_rng(0).integers(seeds, size=(RESAMPLES, seeds))
+    return np.stack([(draws_RS == seed).mean(axis=1) for seed in range(seeds)], axis=1)
+
+
+@dataclass(frozen=True)
+class Winner:
+    """Which of several means is the best."""
+
+    name: str
+    """The one with the best mean."""
+    level: tuple[str, ...]
+    """Those that cannot be told from it."""
+    probability: float | None
+    """That it is the best: its share of the resamples of the seeds that all have. None: these are too few."""
+    p: Mapping[frozenset[str], float | None]
+    """Of the difference of each pair, corrected for the number of tests; None: the seeds are too few."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether every other differs from it."""
+        return self.probability is not None and not self.level
+
+
+def winners(panels: Sequence[Mapping[str, BySeed]], sign: int) -> list[Winner | None]:
+    """The best of the means in each panel, such as those at one budget; None: the panel is empty.
+
+    p-values are corrected for the number of all pairs in all panels (Holm).
+
+    Args:
+        panels: by name the values over training seeds.
+        sign: 1 where lower is better, else -1.
+    """
+    pairs = [list(itertools.combinations(panel, 2)) for panel in panels]
+    tested = [_p_values(panel, of_panel) for panel, of_panel in zip(panels, pairs, strict=True)]
+    corrected = iter(holm(list(itertools.chain.from_iterable(tested))))
+    found = [{frozenset(pair): next(corrected) for pair in of_panel} for of_panel in pairs]
+    return [_winner(panel, sign, p) if panel else None for panel, p in zip(panels, found, strict=True)]
+
+
+def _p_values(panel: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+    """That of `difference` for each pair; of many designs with the same seeds all at once."""
+    seeds = next((list(values) for values in panel.values()), [])
+    if len(seeds) < FEWEST_SEEDS or any(values.keys() != set(seeds) for values in panel.values()):
+        return [difference(panel[one], panel[other]).p for one, other in pairs]
+    values_DS = np.array([[values[seed] for seed in seeds] for values in panel.values()])
+    ones_P, others_P = np.triu_indices(len(panel), 1)  # in the order of the pairs
+    gaps_PS = values_DS[ones_P] - values_DS[others_P]
+    means_P, errors_P = gaps_PS.mean(axis=1), gaps_PS.std(axis=1, ddof=1) / math.sqrt(len(seeds))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t_P = np.where(means_P == 0, 0.0, np.abs(means_P) / errors_P)
+    return [float(p) for p in 2 * stdtr(len(seeds) - 1, -t_P)]
+
+
+def _winner(panel: Mapping[str, BySeed], sign: int, p: Mapping[frozenset[str], float | None]) -> Winner:
+    best = min(panel, key=lambda name: sign * fmean(panel[name].values()))
+    told = {name for name in panel if (corrected := p.get(frozenset({name, best}))) is not None and corrected < SIGNIFICANCE}
+    shared = sorted(set.intersection(*(set(values) for values in panel.values())))
+    probability = None
+    if len(shared) >= FEWEST_SEEDS:
+        values_DS = np.array([[values[seed] for seed in shared] for values in panel.values()])
+        means_DR = sign * values_DS @ resamples(len(shared)).T
+        is_best_DR = np.isclose(means_DR, means_DR.min(axis=0), rtol=1e-12, atol=0.0)  # the order of sums breaks no tie
+        probability = float((is_best_DR / is_best_DR.sum(axis=0))[list(panel).index(best)].mean())
+    return Winner(best, tuple(name for name in panel if name not in {*told, best}), probability, p)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where two curves over a cost cross for the first time."""
+
+    cost: float | None
+    """Of the means; None: they do not cross."""
+    count: int
+    """How often the means cross."""
+    interval: tuple[float, float] | None
+    """Between the 2.5 % and the 97.5 % quantile of the resamples that cross; None: none does, or the seeds are too few."""
+    share: float | None
+    """Resamples that cross; None: the seeds are too few."""
+
+
+def crossing(curves: Sequence[tuple[Sequence[float], Sequence[BySeed]]], log: bool) -> Crossing:
+    """Where the means of two curves cross, by linear interpolation in log cost where both have points on either side.
+
+    Args:
+        curves: of each of two the costs, rising, and the values at each; at least one seed is at all costs of both.
+        log: whether values are interpolated in their logarithms; all are above zero then.
+    """
+    shared = sorted(set.intersection(*(set(values) for _, points in curves for values in points)))
+    knots = sorted({cost for costs, _ in curves for cost in costs})
+    low, high = max(costs[0] for costs, _ in curves), min(costs[-1] for costs, _ in curves)
+    x_M = np.log([cost for cost in knots if low <= cost <= high])
+    weights_RS = np.vstack([np.full(len(shared), 1 / len(shared)), resamples(len(shared))])
+    sides = []
+    for costs, points in curves:
+        means_RK = weights_RS @ np.array([[values[seed] for values in points] for seed in shared])
+        heights_RK = np.log(means_RK) if log else means_RK
+        sides.append(heights_RK @ np.stack([np.interp(x_M, np.log(costs), unit_K) for unit_K in np.eye(len(costs))]))
+    gaps_RM = sides[0] - sides[1]
+    signs_RM = np.sign(gaps_RM)
+    for index in range(1, len(x_M)):  # a curve that touches another and turns back does not cross it
+        signs_RM[:, index] = np.where(signs_RM[:, index] == 0, signs_RM[:, index - 1], signs_RM[:, index])
+    turns_RM = signs_RM[:, :-1] * signs_RM[:, 1:] < 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        places_RM = x_M[:-1] + np.diff(x_M) * gaps_RM[:, :-1] / (gaps_RM[:, :-1] - gaps_RM[:, 1:])
+    crosses_R = turns_RM.any(axis=1)
+    firsts_R = np.exp(places_RM[np.arange(len(places_RM)), turns_RM.argmax(axis=1)]) if len(x_M) > 1 else np.empty(0)
+    cost, interval, share = None, None, None
+    if crosses_R[0]:
+        cost = float(firsts_R[0])
+    if len(shared) >= FEWEST_SEEDS:
+        share = float(crosses_R[1:].mean())
+        if share:
+            least, most = np.quantile(firsts_R[1:][crosses_R[1:]], [0.025, 0.975])
+            interval = float(least), float(most)
+    return Crossing(cost, int(turns_RM[0].sum()), interval, share)
 
 
 _REPEATED: dict[str, Over] = {"seed": "evaluation seeds", "checkpoint": "checkpoints"}

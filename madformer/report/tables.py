@@ -1,18 +1,33 @@
-"""A report as Markdown and as CSV."""
+"""A report as Markdown and as CSV, with the notes on how its numbers were made."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from madformer.evaluation.measurement import CURVE_FIELDS, Sampling, higher_is_better
+from madformer.evaluation.measurement import CURVE_FIELDS, DEFAULTS, HELD_OUT, Measurement, Point, Sampling, higher_is_better
+from madformer.report.contrasts import Verdict, judge
 from madformer.report.diagnostics_report import Diagnostics, gather_diagnostics
-from madformer.report.formatting import COSTS, NFE, NOTHING, Unit, arrow, csv_text, distinct, in_words, show, table, with_spread
-from madformer.report.notes import notes
+from madformer.report.formatting import (
+    COSTS,
+    NFE,
+    NOTHING,
+    Unit,
+    arrow,
+    counted,
+    csv_text,
+    distinct,
+    in_words,
+    incomparable,
+    show,
+    table,
+    trained_for,
+    with_spread,
+)
 from madformer.report.paper import Comparison, compare
 from madformer.report.points import Column, Curve, Group, Row, columns_of, gather, make_rows
-from madformer.report.statistics import pareto_front
+from madformer.report.statistics import FEWEST_SEEDS, Over, pareto_front, winners
 
 _ALWAYS = ("flops", "seconds")
 """Costs that always have a column in Markdown, measured or not."""
@@ -30,6 +45,8 @@ class Report:
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     """How it was measured, a sentence each."""
+    verdict: Verdict
+    """How the designs differ, and which is the best for each budget."""
     diagnostics: Diagnostics | None = None
     """The models' diagnostics; None: none were computed."""
     comparison: Comparison | None = None
@@ -78,11 +95,11 @@ class Report:
         Args:
             pictures: names of files that are shown below the first table.
         """
-        parts = [f"## {self.title}", "\n".join(f"- {note}" for note in self.notes), self._quality()]
-        parts += [f"![{self.title}]({name})" for name in pictures]
+        parts = [f"## {self.title}", *filter(None, [self.verdict.answer]), "\n".join(f"- {note}" for note in self.notes)]
+        parts += [self._quality(), *(f"![{self.title}]({name})" for name in pictures), *self.verdict.markdown()]
         if self.comparison is not None:
-            parts += [self.comparison.markdown(), "### What it cost"]
-        parts.append(self._costs())
+            parts.append(self.comparison.markdown())
+        parts += ["### What it cost", self._costs()]
         if len(self.metrics) > 1:
             parts += ["### Other metrics", self._others()]
         if any(row.choices for row in self.rows):
@@ -119,16 +136,30 @@ class Report:
 
     def _quality(self) -> str:
         lines = [[arrow(self.metric), *map(str, self.columns)]]
-        best = {column: min(self._loss(row) for row in self.rows if column.holds(row)) for column in self.columns}
+        clear = self._clear()
         for group in self.groups:
             group_rows = [row for row in self.rows if row.label == group.label]
             line = [group.label]
             for column in self.columns:
                 row = next((row for row in group_rows if column.holds(row)), None)
                 text = NOTHING if row is None else show(row.quality[self.metric])
-                line.append(f"**{text}**" if row and self._loss(row) == best[column] and len(self.groups) > 1 else text)
+                line.append(f"**{text}**" if group.label == clear.get(column) else text)
             lines.append(line)
         return table(lines)
+
+    def _clear(self) -> dict[Column, str]:
+        """Of each column the label from which every other one differs, if there is one."""
+        sign = -1 if self.better == "higher" else 1
+        panels = [{row.label: row.by_seed(self.metric) for row in self.rows if column.holds(row)} for column in self.columns]
+        clear = {}
+        for tuned in (False, True):  # decided among its own sampling as below, and against all of the column
+            labels = {group.label for group in self.groups if group.is_tuned == tuned}
+            own = [{label: values for label, values in panel.items() if label in labels} for panel in panels]
+            for column, panel, best in zip(self.columns, panels, winners(own, sign), strict=True):
+                [overall] = winners([panel], sign)
+                if len(panel) > 1 and best and overall and best.name == overall.name and best.is_decided and overall.is_decided:
+                    clear[column] = best.name
+        return clear
 
     def _costs(self) -> str:
         known = [name for name in COSTS if name in _ALWAYS or any(row.costs[name] is not None for row in self.rows)]
@@ -163,21 +194,22 @@ class Report:
         return table(lines)
 
 
-def build_report(curves: Sequence[Curve], title: str, metric: str | None = None) -> Report:
+def build_report(curves: Sequence[Curve], title: str, metric: str | None = None, reference: str | None = None) -> Report:
     """Gather the newest evaluations and diagnostics of runs.
 
     Args:
         curves: the runs; those of one label are seeds of one configuration.
         title: heads the report.
         metric: name of the metric; None: the first one that all runs have.
+        reference: label of the design that others are compared with; None: the first.
 
     Raises:
-        InputError: no runs, a run that was not evaluated or not with this metric, or a broken record.
+        InputError: no runs, a run that was not evaluated or not with this metric, a broken record, or no such reference.
     """
     metric, groups = gather(curves, metric)
     rows = [row for group in groups for row in make_rows(group)]
-    said, diagnostics = tuple(notes(groups, rows, metric)), gather_diagnostics(curves)
-    return Report(title, metric, tuple(rows), said, diagnostics, compare(groups, rows, metric))
+    said, diagnostics = tuple(_notes(groups, rows, metric)), gather_diagnostics(curves)
+    return Report(title, metric, tuple(rows), said, judge(rows, metric, reference), diagnostics, compare(groups, rows, metric))
 
 
 _COLUMNS = ("ci_low", "ci_high", "min", "max", "sd_over_checkpoints", "bias")
@@ -192,3 +224,96 @@ def _numbers(row: Row, metric: str) -> list[float | None]:
     low, high = estimated.interval or (None, None)
     extremes = [min(estimated.values), max(estimated.values)]
     return [estimated.mean, low, high, *extremes, estimated.checkpoint_deviation, row.bias.get(metric)]
+
+
+_BOLD = (
+    "Bold: every other value of the column differs (t-tests seed by seed, p < 0.05, corrected by Holm for the number of pairs: "
+    "those of the column, and those of all columns at the same sampling)."
+)
+_SPREADS: dict[Over, str] = {
+    "training seeds": "± is the 95 % confidence interval of the mean over training seeds (Student's t).",
+    "evaluation seeds": "± … † is the 95 % confidence interval of the mean over evaluation seeds (Student's t): "
+    "it is about sampling and says nothing about training again.",
+    "checkpoints": "± … ‡ is the standard deviation over checkpoints of one run, no confidence interval.",
+}
+
+_NOTEWORTHY = 0.05
+"""Share of a value from which its bias is mentioned."""
+
+
+def _notes(groups: Sequence[Group], rows: Sequence[Row], metric: str) -> list[str]:
+    """How a report's numbers were measured, a sentence or two each."""
+    points = [point for group in groups for point in group.points]
+    used = {estimated.over for row in rows for estimated in row.quality.values()}
+    return [
+        f"Metric {metric}, {'higher' if higher_is_better(metric) else 'lower'} is better; {_repeated(groups)}.",
+        *(text for over, text in _SPREADS.items() if over in used),
+        *([_BOLD] if len(groups) > 1 and any(len(row.seeds) >= FEWEST_SEEDS for row in rows) else []),
+        _sampled(groups, points),
+        _measured(points),
+        *incomparable([Measurement.of_point(point).conditions for point in points], "points"),
+        *_biases(rows),
+    ]
+
+
+def _repeated(groups: Sequence[Group]) -> str:
+    """How many seeds and checkpoints are behind the numbers."""
+    runs = [curve for group in groups for curve in group.curves]
+    texts = [counted((len(group.curves) for group in groups), "training seed")]
+    for key, noun in (("seed", "evaluation seed"), ("checkpoint", "checkpoint")):
+        counts = {len({point[key] for point in points}) for curve in runs for points in curve.points.values()}
+        if counts != {1}:
+            texts.append(counted(counts, noun))
+    return f"{', '.join(texts)} each"
+
+
+def _sampled(groups: Sequence[Group], points: Sequence[Point]) -> str:
+    main = next(group.sampling for group in groups if not group.difference)
+    otherwise = " unless a label says otherwise" if any(group.difference for group in groups) else ""
+    otherwise += " (tuned: see *Sampling chosen*)" if any(group.is_tuned for group in groups) else ""
+    texts = {**main.texts, "sampler": f"{main.sampler} sampler"}
+    for name in ("spacing", "guidance_interval"):
+        if main.curve_fields[name] == DEFAULTS[name]:
+            del texts[name]
+    texts.pop("diffusion_depth", None)  # which labels say
+    samples = distinct(point["num_samples"] for point in points)
+    return f"{samples} samples a point; {', '.join(texts.values())}{otherwise}; {trained_for(points)}."
+
+
+def _measured(points: Sequence[Point]) -> str:
+    """Where seconds come from."""
+    timed = [point for point in points if point.get("seconds_per_image") is not None]
+    if not timed:
+        return "FLOPs are counted from the configuration; seconds were not measured."
+    where = sorted({f"{point.get('device', 'unknown')}" + _shared(point) for point in timed})
+    some = "" if len(timed) == len(points) else f" for {len(timed)} of {len(points)} points"
+    apart = " and cannot be compared" if len(where) > 1 else ""
+    return f"FLOPs are counted from the configuration; seconds were measured{some} on {', '.join(where)}{apart}."
+
+
+def _shared(point: Point) -> str:
+    """The threads of a processor, and processes where several shared the work."""
+    texts = [] if point.get("threads") is None else [counted([point["threads"]], "thread")]
+    if point.get("processes", 1) > 1:
+        texts.append(f"{point['processes']} processes")
+    return f" ({', '.join(texts)})" if texts else ""
+
+
+def _biases(rows: Sequence[Row]) -> Iterator[str]:
+    """Where a good part of a distance is there for the number of samples alone."""
+    for metric in dict.fromkeys(name for row in rows for name in row.bias):
+        having = [row for row in rows if metric in row.bias and row.quality[metric].mean > 0]
+        shares = [row.bias[metric] / row.quality[metric].mean for row in having]
+        high = [row for row, share in zip(having, shares, strict=True) if share > _NOTEWORTHY]
+        if not high:
+            continue
+        worst = having[shares.index(max(shares))]
+        biases = [row.bias[metric] for row in high]
+        about = " – ".join(dict.fromkeys(f"{value:.2g}" for value in (min(biases), max(biases))))
+        samples = distinct(point["num_samples"] for row in high for point in row.group.points)
+        images = " and of the held-out images" if metric.endswith(HELD_OUT) else ""
+        yield (
+            f"Of {metric}, about {about} are the bias of {samples} samples{images}, which perfect ones would have too: "
+            f"more than 5 % of {len(high)} of {len(having)} values, up to {100 * max(shares):.0f} % "
+            f"({worst.label} at NFE {worst.nfe})."
+        )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -16,7 +17,7 @@ from madformer.progress import TextTable, format_duration, print_table, read_pro
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.runs.folder import progress_path, read_previews
 from madformer.sweep.cells import Cell, sweep_cells
-from madformer.sweep.forecast import A100, Estimates
+from madformer.sweep.forecast import A100, Estimates, assumed_device, image_flops, parameter_count, training_flops
 from madformer.sweep.needs import Needs, cell_needs, main_metrics, trunk_lines
 from madformer.sweep.spec import Search, Sweep
 from madformer.sweep.trial import last_lines, log_path
@@ -227,3 +228,48 @@ def _fit(overview: Overview) -> RenderableType:
         notes.insert(0, f"{len(rows) - lines} more cells are not shown here; madformer sweep status ... | cat shows all")
         rows = [rows[number] for number in sorted(chosen)]
     return Group(status_table(overview, rows).rich(), *map(Text, notes[: _LINES_AROUND_TABLE + lines - len(rows)]))
+
+
+def print_json(sweep: Sweep, tflops: float | None = None, mfu: float | None = None) -> None:
+    """Print every cell with its state, its costs and what it needs as one JSON document, for programs.
+
+    Of a search the cells are those of the trials begun, and `notes` says how many that are.
+
+    Args:
+        tflops: peak of a device in TFLOP/s, where nothing was measured; None: an A100's, or a CPU core's.
+        mfu: part of the peak that is reached; None: the usual one.
+
+    Raises:
+        InputError: a cell's folder holds a run of another experiment, or the storage does not answer.
+    """
+    with Watcher(sweep) as watcher:
+        overview = watcher.overview()
+    device = assumed_device(sweep, tflops, mfu)
+    estimates = Estimates([row.cell for row in overview.rows], device)
+    cells = [_record(row, estimates) for row in overview.rows]
+    document = {"sweep": sweep.name, "experiment": sweep.experiment, "device": asdict(device), "notes": overview.notes}
+    print(json.dumps({**document, "cells": cells}, indent=1))
+
+
+def _record(row: Row, estimates: Estimates) -> dict[str, Any]:
+    cell, step, needed = row.cell, row.step, estimates.cell_time(row.cell)
+    main = cell.samplings[: len(cell.budgets)]
+    return {
+        "cell": cell.name,
+        "run": str(cell.run),
+        "axes": cell.axes,
+        "seed": cell.seed,
+        "state": row.state,
+        "failure": {"kind": row.kind, "reason": row.reason} if row.state == "failed" else None,
+        "step": step,
+        "max_steps": cell.max_steps,
+        "needs": asdict(row.needs),
+        "metrics": {} if row.needs.training else main_metrics(cell),
+        "parameters": parameter_count(cell.config.model),
+        "training_flops": training_flops(cell.config),
+        "flops_per_image": {sampling.nfe: image_flops(cell, sampling) for sampling in main},
+        "skipped": dict(cell.skipped),
+        "device_seconds": needed.total,
+        "device_seconds_left": estimates.remaining_time(cell, row.needs, step).total,
+        "is_measured": needed.is_measured,
+    }

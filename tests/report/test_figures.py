@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
-import pytest
 from matplotlib.figure import Figure
 
 from madformer.report import build_report
-from madformer.report.figures import draw, draw_diagnostics, fit, line, looks
+from madformer.report.diagnostics_report import draw_diagnostics
+from madformer.report.figures import draw, fit, line, looks
 from madformer.report.statistics import Estimate
 from tests.points import DENOISING, diagnostics, point
 from tests.report.curves import curve, seeds, small
@@ -50,9 +50,23 @@ def test_long_labels_make_a_taller_legend(tmp_path):
     assert heights == [804, 848]
 
 
-def test_a_band_appears_with_seeds_alone(tmp_path):
-    assert "FillBetween" in draw(seeds(tmp_path))["svg"].decode()
-    assert "FillBetween" not in draw(small(tmp_path / "small"))["svg"].decode()
+def test_seeds_are_thin_lines_below_the_mean_and_dots_where_they_differ():
+    panel = Figure().subplots()
+    both = [Estimate(20.0, (19.0, 21.0), "training seeds"), Estimate(11.0, (10.0, 12.0), "training seeds")]
+    line(panel, "d2", looks({"d2": ("d2", "")})["d2"], [1, 2], both)
+    mean, *seeds = panel.lines
+    assert [list(seed.get_ydata()) for seed in seeds] == [[19.0, 10.0], [21.0, 12.0]] and list(mean.get_ydata()) == [20.0, 11.0]
+    assert all(seed.get_linewidth() < mean.get_linewidth() / 2 for seed in seeds)
+    dots = Figure().subplots()
+    line(dots, "d2", looks({"d2": ("d2", "")})["d2"], [1, 2], both, same_seeds=False)
+    assert [(list(seed.get_xdata()), list(seed.get_ydata())) for seed in dots.lines[1:]] == [
+        ([1, 1], [19.0, 21.0]), ([2, 2], [10.0, 12.0]),
+    ]  # fmt: skip
+
+
+def test_the_legend_explains_the_seeds_where_there_are_some(tmp_path):
+    assert "a seed" in texts(draw(seeds(tmp_path))["svg"])
+    assert "a seed" not in texts(draw(small(tmp_path / "small"))["svg"])
 
 
 def test_a_picture_without_seconds_says_so_and_zero_or_less_is_drawn(tmp_path):
@@ -74,26 +88,11 @@ def test_a_single_panel_is_drawn_too(tmp_path):
     assert size(draw(small(tmp_path), ("seconds",))["png"]) == (804, 666)
 
 
-def test_an_interval_far_wider_than_the_values_does_not_flatten_them():
+def test_the_limits_hold_every_seed():
     panel = Figure().subplots()
-    estimates = [Estimate(20.0, (19.9, 20.1), "training seeds"), Estimate(10.0, (10.0, 10.1), "training seeds")]
-    wide = Estimate(20.0, (10.0, 30.0), "training seeds")
-    assert wide.interval is not None and wide.interval[0] < -100
-    fit(panel, [*estimates, wide], log=True)
+    fit(panel, [Estimate(20.0, (10.0, 30.0), "training seeds"), Estimate(15.0, (14.0, 16.0), "training seeds")], log=True)
     least, most = panel.get_ylim()
-    assert panel.get_yscale() == "log" and 7 < least < 10 and 30 < most < 42
-    line(panel, "wide", looks({"wide": ("wide", "")})["wide"], [1, 2], [wide, wide])
-    [band] = panel.collections
-    lows_and_highs = band.get_paths()[0].vertices[:, 1]
-    assert lows_and_highs.min() == pytest.approx(least) and lows_and_highs.max() == pytest.approx(most)
-
-
-def test_a_narrow_interval_is_seen_whole():
-    panel = Figure().subplots()
-    narrow = Estimate(20.0, (19.9, 20.1, 20.0), "training seeds")
-    fit(panel, [narrow, Estimate(10.0, (10.0,))], log=False)
-    assert narrow.interval is not None
-    assert panel.get_yscale() == "linear" and panel.get_ylim()[1] > narrow.interval[1]
+    assert panel.get_yscale() == "log" and 9 < least < 10 and 30 < most < 33
 
 
 def test_colour_tells_configurations_apart_and_dashes_how_they_were_sampled():
@@ -123,6 +122,7 @@ def test_the_denoising_error_is_drawn_where_it_is_known(tmp_path):
     written = texts(pictures["svg"])
     assert size(pictures["png"]) == (760, 2666)
     assert {"denoising error", "error of returning", "the noisy block", "the mean image", "0.1", "1,000"} <= set(written)
+    assert written.count("the noisy block") == 1, "in the legend of its panel alone"
 
 
 def test_models_without_a_condition_leave_a_panel_empty(tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from madformer.errors import InputError
 from madformer.report import build_report, curves_of_runs
-from madformer.report.figures import draw_samples
+from madformer.report.write import draw_samples
 from tests.points import at, point, recorded
 from tests.tiny_runs import command, perform, train_command
 

@@ -19,14 +19,48 @@ from tests.report.curves import curve, seeds, small
 SMALL = """\
 ## Digits
 
+**Fixed sampler**: fewer than 3 training seeds in common, nothing is decided.
+
 - Metric fd_digits, lower is better; 1 training seed each.
 - 1,024 samples a point; ddim sampler, guidance 1, EMA weights; training step 1,000.
 - FLOPs are counted from the configuration; seconds were measured on cpu (1 thread).
 
 | fd_digits ↓ | NFE 16 | NFE 32 | NFE 128 |
 | --- | ---: | ---: | ---: |
-| d2 | **72.2** | 30.1 | **4.57** |
-| d16 | 1,323 | **30.0** | – |
+| d2 | 72.2 | 30.1 | 4.57 |
+| d16 | 1,323 | 30.0 | – |
+
+### Which design for which budget
+
+With fewer than 3 training seeds in common nothing is decided: another training may order designs otherwise.
+
+| sampling | at | lowest fd_digits | mean | P(best) | level with it | compared |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| fixed | NFE 16 | d2 | 72.2 | – | – | all |
+| fixed | NFE 32 | d16 | 30.0 | – | – | all |
+| fixed | 0.00800 GFLOPs | d2 | 72.2 | – | – | all |
+| fixed | 0.0113 GFLOPs | d2 | 46.6 | – | – | all |
+| fixed | 0.0160 GFLOPs | d16 | 30.0 | – | – | all |
+| fixed | 4.00 ms | d2 | 72.2 | – | – | all |
+| fixed | 5.66 ms | d2 | 46.6 | – | – | all |
+| fixed | 8.00 ms | d16 | 30.0 | – | – | all |
+
+| designs | sampling | against | cross at | 95 % interval | resamples that cross |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| d2 and d16 | fixed | NFE | NFE 32.0 | – | – |
+| d2 and d16 | fixed | FLOPs | 0.0160 GFLOPs | – | – |
+| d2 and d16 | fixed | seconds | 8.00 ms | – | – |
+
+### Differences from d2
+
+The design minus d2. With fewer than 3 training seeds in common nothing is decided: another training may order designs otherwise.
+
+| design | sampling | at | difference in fd_digits | in SD | p (Holm) | seeds |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| d16 | fixed | NFE 16 | 1,251 | – | – | 1 |
+| d16 | fixed | NFE 32 | -0.0200 | – | – | 1 |
+
+### What it cost
 
 |  | NFE | steps | seeds | fd_digits | GFLOPs / image | ms / image | ms / block | Pareto front of |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -50,7 +84,7 @@ def test_training_seeds_become_a_mean_and_its_confidence_interval(tmp_path):
     text = report.markdown()
     assert "lower is better; 1 or 2 training seeds each." in text
     assert "± is the 95 % confidence interval of the mean over training seeds (Student's t)." in text
-    assert "| d2 | 72.5 ± 31.8 | **30.0** |\n| d4 | **72.0** | 31.0 |" in text
+    assert "| d2 | 72.5 ± 31.8 | 30.0 |\n| d4 | 72.0 | 31.0 |" in text
     assert "| d2 | 16 | 2 | 2 | 72.5 ± 31.8 | 0.00800 | 5.00 | 1.00 |  |\n| d2 | 32 | 4 | 1 | 30.0 |" in text
 
 
@@ -123,7 +157,7 @@ def test_samplers_of_one_run_stand_below_each_other(tmp_path):
     report = build_report([first, second], "Samplers")
     assert (
         "| d4 | 72.0 |\n| d4 · guidance 1.5 | 50.0 |\n| d4 · unipc | 60.0 |\n"
-        "| d16 | 41.0 |\n| d16 · raw weights | **40.0** |\n| d16 · unipc | 42.0 |" in report.markdown()
+        "| d16 | 41.0 |\n| d16 · raw weights | 40.0 |\n| d16 · unipc | 42.0 |" in report.markdown()
     )
     assert "ddim sampler, guidance 1, EMA weights unless a label says otherwise" in report.markdown()
     assert "comparable" not in report.markdown()
@@ -184,9 +218,14 @@ def test_distances_to_held_out_images_are_a_metric_of_their_own(tmp_path):
 
 
 def test_the_best_is_the_greatest_where_higher_is_better(tmp_path):
-    worse, better = (point(16, 0, metrics={"fid": 9.0, "precision": value}) for value in (0.25, 0.5))
-    report = build_report([curve(tmp_path, "d2", worse), curve(tmp_path, "d4", better)], "Precision", "precision")
-    assert "| precision ↑ | NFE 16 |\n| --- | ---: |\n| d2 | 0.250 |\n| d4 | **0.500** |" in report.markdown()
+    curves = [
+        curve(tmp_path, label, point(16, 0, metrics={"fid": 9.0, "precision": value + seed / 64}), seed=seed)
+        for label, value in (("d2", 0.25), ("d4", 0.5))
+        for seed in range(3)
+    ]
+    text = build_report(curves, "Precision", "precision").markdown()
+    assert "| precision ↑ | NFE 16 |\n| --- | ---: |\n| d2 | 0.266 ± 0.039 |\n| d4 | **0.516 ± 0.039** |" in text
+    assert "**Fixed sampler**: at NFE 16, d4 (p > 0.99)." in text and "| highest precision |" in text
 
 
 def test_a_bar_in_a_label_does_not_end_its_cell(tmp_path):
@@ -285,21 +324,26 @@ def test_the_first_metric_is_one_that_all_runs_have(tmp_path):
 def test_the_files_of_a_report(tmp_path):
     report = small(tmp_path)
     paths = write_report(report, tmp_path / "out", "table1")
-    assert [path.name for path in paths] == ["table1.md", "table1.html", "table1.csv", "table1.png", "table1.svg"]
-    quality, costs = SMALL.split("\n\n|  |")
-    assert paths[0].read_text() == f"{quality}\n\n![Digits](table1.svg)\n\n|  |{costs}" and paths[2].read_text() == report.csv()
-    before = [path.read_bytes() for path in paths]
-    assert [path.read_bytes() for path in write_report(small(tmp_path / "again"), tmp_path / "out", "table1")] == before
+    assert [path.name for path in paths] == [
+        "table1.md", "table1.html", "table1.csv", "table1.json", "table1-contrasts.csv", "table1-best.csv",
+        "table1.png", "table1.svg", "table1-contrasts.png", "table1-contrasts.svg",
+    ]  # fmt: skip
+    quality, rest = SMALL.split("\n\n### Which")
+    shown = "![Digits](table1.svg)\n\n![Digits](table1-contrasts.svg)"
+    assert paths[0].read_text() == f"{quality}\n\n{shown}\n\n### Which{rest}" and paths[2].read_text() == report.csv()
+    before = [path.read_bytes() for path in paths if path.suffix != ".json"]  # which names the runs
+    again = write_report(small(tmp_path / "again"), tmp_path / "out", "table1")
+    assert [path.read_bytes() for path in again if path.suffix != ".json"] == before
     (tmp_path / "out/table1-samples.png").touch()
     write_report(small(tmp_path / "third"), tmp_path / "out", "table1")
-    assert len(list((tmp_path / "out").iterdir())) == 5, "what a former report had beside it is gone"
+    assert len(list((tmp_path / "out").iterdir())) == 10, "what a former report had beside it is gone"
 
 
 def test_diagnosed_runs_have_a_second_picture(tmp_path):
     report = build_report([curve(tmp_path, "d2", point(16, 72.0), diagnostics())], "Errors")
     paths = write_report(report, tmp_path / "out", "report", ("nfe",))
     assert [path.name for path in paths[3:]] == [
-        "report.png", "report.svg", "report-diagnostics.png", "report-diagnostics.svg",
+        "report.json", "report.png", "report.svg", "report-diagnostics.png", "report-diagnostics.svg",
     ]  # fmt: skip
     assert "\n\n![Errors](report.svg)\n\n![Errors](report-diagnostics.svg)\n\n" in paths[0].read_text()
 

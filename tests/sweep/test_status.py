@@ -4,12 +4,15 @@ import json
 import time
 
 import pytest
+from typer.testing import CliRunner
 
+from madformer.cli import app
+from madformer.errors import InputError
 from madformer.model.cost import nfe
 from madformer.progress import with_unit
 from madformer.runs.folder import append_preview, progress_path
 from madformer.sweep.cells import sweep_cells
-from madformer.sweep.forecast import print_plan
+from madformer.sweep.forecast import print_plan, training_flops
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.status import print_status
 from madformer.sweep.trial import Outcome
@@ -146,3 +149,21 @@ def test_a_log_is_not_cut(sweep_file, capsys):
 @pytest.mark.parametrize(("number", "text"), [(0, "0"), (999, "999"), (999.6, "1 k"), (1234567, "1.23 M"), (6.55e20, "655 E")])
 def test_units(number, text):
     assert with_unit(number) == text
+
+
+def test_plan_and_status_are_the_same_json_document(sweep_file, capsys):
+    one, other = sweep_cells(load_sweep(sweep_file))
+    finish(one)
+    documents = []
+    for command in ("plan", "status"):
+        result = CliRunner().invoke(app, ["sweep", command, str(sweep_file), "--json"], catch_exceptions=False)
+        documents.append(json.loads(result.stdout))
+    assert documents[0] == documents[1] and [cell["cell"] for cell in documents[0]["cells"]] == [one.name, other.name]
+    done, waiting = documents[0]["cells"]
+    assert (done["state"], done["needs"]["budgets"], done["device_seconds_left"]) == ("done", [], 0)
+    assert (waiting["state"], waiting["needs"]["training"], waiting["metrics"]) == ("waiting", True, {})
+    assert waiting["training_flops"] == training_flops(other.config) and waiting["axes"] == other.axes
+    assert list(waiting["flops_per_image"]) == [str(nfe) for nfe in other.budgets]
+    refused = "--json: one sweep at a time, and without --memory"
+    with pytest.raises(InputError, match=refused):
+        CliRunner().invoke(app, ["sweep", "plan", str(sweep_file), "--json", "--memory", "80"], catch_exceptions=False)
