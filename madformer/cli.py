@@ -139,8 +139,8 @@ def tune(
     budgets = parse_integers("--nfe", nfe) if nfe is not None else ()
     depths = parse_integers("--diffusion-depth", diffusion_depth) if diffusion_depth is not None else (None,)
     if Path(names[0]).suffix in (".yaml", ".yml"):
+        from madformer.sweep.adaptive import trained_designs
         from madformer.sweep.load_sweep import load_sweep
-        from madformer.sweep.needs import trained_designs
 
         sweep = load_sweep(Path(names[0]), overrides)
         designs, tries = trained_designs(sweep), tries or sweep.evaluate.tries

@@ -17,7 +17,8 @@ from madformer.evaluation.measurement import DEPTH, Measurement, Point, Sampling
 from madformer.evaluation.record import RunCurve, find_tuning, mean_known, read_points, run_curves, tuned_curves
 from madformer.report.formatting import COSTS, natural
 from madformer.report.statistics import Estimate, estimate
-from madformer.sweep.cells import Cell, sweep_cells
+from madformer.sweep.adaptive import wanted_cells
+from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_measurement
 from madformer.sweep.spec import Sweep
 
@@ -81,7 +82,7 @@ def curves_of_sweep(sweep: Sweep) -> list[Curve]:
         InputError: none is evaluated; the message says how to do that.
     """
     if sweep.search is None:
-        cells = sweep_cells(sweep)
+        cells: Sequence[Cell] = wanted_cells(sweep)
         budgets = {cell.run: frozenset(cell.budgets) for cell in cells}
     else:
         from madformer.sweep.search import study_cells

@@ -6,11 +6,13 @@ What is wanted follows from the runs' records alone, so a driver that was killed
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from madformer.config import ExperimentConfig
 from madformer.config.validation import require
 from madformer.errors import InputError
 from madformer.evaluation.measurement import DISTANCE, Point
@@ -18,6 +20,8 @@ from madformer.sweep.cells import Cell, sweep_cells, with_designs
 from madformer.sweep.decisions import DEPTH_AXIS, Decide, Decision, decide, expected_seeds
 from madformer.sweep.needs import cell_points, is_trained, tuned_points
 from madformer.sweep.spec import Sweep
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,11 +159,30 @@ def assess(sweep: Sweep) -> Assessment:
             if decisions[contrast].state == "undecided" and len(differences[contrast]) == seeds < rule.most:
                 grown |= {design: max(grown[design], seeds + 1) for design in contrast.designs}
         wanted, more = _chosen(cells, counts), _chosen(cells, grown)
-        is_too_long = _takes_too_long(sweep.decide, wanted, more)
+        is_too_long = _takes_too_long(sweep, sweep.decide, wanted, more)
         if grown == counts or is_too_long:
             chosen = with_designs(wanted) if sweep.evaluate.tune else wanted
             return Assessment(chosen, decisions, expected_seeds(differences, rule), is_too_long)
         counts = grown
+
+
+def trained_designs(sweep: Sweep) -> list[tuple[ExperimentConfig, ...]]:
+    """The trained runs of a sweep's cells, together where they differ in the seed alone.
+
+    Raises:
+        InputError: a search, or no cell is trained.
+    """
+    if sweep.search is not None:
+        raise InputError(f"{sweep.name} is a search, without designs: name its runs instead")
+    designs: dict[str, list[ExperimentConfig]] = {}
+    for cell in wanted_cells(sweep):
+        if is_trained(cell):
+            designs.setdefault(repr(cell.axes), []).append(cell.config)
+        else:
+            _log.warning("%s is not trained: left out", cell.name)
+    if not designs:
+        raise InputError(f"{sweep.name}: none of its cells is trained; madformer sweep run does that")
+    return [tuple(configs) for configs in designs.values()]
 
 
 def _chosen(cells: Sequence[Cell], counts: Mapping[Design, int]) -> tuple[Cell, ...]:
@@ -169,7 +192,7 @@ def _chosen(cells: Sequence[Cell], counts: Mapping[Design, int]) -> tuple[Cell, 
     return tuple(cell for cell in cells if cell.key in keys)
 
 
-def _takes_too_long(settings: Decide, wanted: Sequence[Cell], more: Sequence[Cell]) -> bool:
+def _takes_too_long(sweep: Sweep, settings: Decide, wanted: Sequence[Cell], more: Sequence[Cell]) -> bool:
     """Whether the sweep would take more than `decide.hours` with more cells, some of which have not begun."""
     known = {cell.key for cell in wanted}
     added = [cell for cell in more if cell.key not in known and not is_trained(cell)]
@@ -177,7 +200,7 @@ def _takes_too_long(settings: Decide, wanted: Sequence[Cell], more: Sequence[Cel
         return False
     from madformer.sweep.forecast import Estimates, assumed_device
 
-    estimates = Estimates(more, assumed_device(more[0].config.trainer.accelerator, None, None))
+    estimates = Estimates(more, assumed_device(sweep, None, None))
     return sum(estimates.cell_time(cell).total for cell in more) > 3600 * settings.hours
 
 
@@ -213,8 +236,7 @@ class _Values:
         [default] = [sampling for sampling in cell.defaults(nfe) if sampling.diffusion_depth == depth]
         if self._settings.sampling == "tuned":
             return tuned_points(cell, default)
-        main = next(sampling for sampling in cell.samplings if sampling.diffusion_depth == depth)
-        wanted = [each for each in cell.samplings if each.nfe == nfe and each.curve_key == main.curve_key]
+        wanted = [each for each in cell.main_samplings if (each.nfe, each.diffusion_depth) == (nfe, depth)]
         points = cell_points(cell)
         found = [points.get((cell.max_steps, sampling)) for sampling in wanted]
         return [point for point in found if point is not None] if None not in found else None

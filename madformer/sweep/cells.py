@@ -85,6 +85,12 @@ class Cell:
         return all_samplings(budgets, {name: getattr(self.inference, axis.sweep_key) for name, axis in AXES.items()})
 
     @property
+    def main_samplings(self) -> list[Sampling]:
+        """Of each depth those of the first sampler and guidance."""
+        mains = {sampling.diffusion_depth: sampling.curve_key for sampling in reversed(self.samplings)}
+        return [sampling for sampling in self.samplings if sampling.curve_key == mains[sampling.diffusion_depth]]
+
+    @property
     def depths(self) -> tuple[int | None, ...]:
         """Diffusion depths that it is sampled at; None: its fixed one."""
         return _depths(self.config.model, self.inference)

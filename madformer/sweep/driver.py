@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from madformer.errors import ConfigError, InputError
+from madformer.sweep.adaptive import wanted_cells
 from madformer.sweep.cells import Cell, sweep_cells
 from madformer.sweep.needs import cell_needs, drop_branch_points
 from madformer.sweep.spec import Sweep
@@ -75,7 +76,7 @@ def run_sweep(
             started.
     """
     say = say or _print
-    cells = sweep_cells(sweep)
+    cells = wanted_cells(sweep)
     drop_branch_points(cells)  # a driver may have been killed before it did
     needs = [cell_needs(cell) for cell in cells]
     if cells and all(need.is_done for need in needs):
@@ -86,7 +87,7 @@ def run_sweep(
             raise ConfigError(f"cell {cell.name}: data.source = None: nothing to train on; such a sweep can only be planned")
     try:
         with _sigterm_interrupts(), contextlib.ExitStack() as stack:
-            queue = stack.enter_context(_open_queue(sweep, cells, say))
+            queue = stack.enter_context(_open_queue(sweep, say))
             launcher = _make_launcher(sweep, queue, commands, say)
             stack.callback(launcher.close)
             if retry_failed:
@@ -216,6 +217,8 @@ class Driver:
 
     def _progress(self) -> str:
         cells, search = self._queue.cells, self._sweep.search
+        if self._sweep.decide is not None:
+            self._done_cells.clear()  # one more seed, and a design has to be tuned again
         # A done cell stays done: do not read the folders of a thousand cells after each trial.
         self._done_cells |= {cell.key for cell in cells if cell.key not in self._done_cells and _unmet_needs(cell) is None}
         return f"{len(self._done_cells)}/{search.trials if search else len(cells)} cells done"
@@ -252,13 +255,13 @@ def _unmet_needs(cell: Cell) -> str | None:
     return None if needs.is_done else f"still {needs}"
 
 
-def _open_queue(sweep: Sweep, cells: Sequence[Cell], say: Callable[[str], None]) -> Queue:
+def _open_queue(sweep: Sweep, say: Callable[[str], None]) -> Queue:
     from madformer.sweep.queue import Queue
     from madformer.sweep.study import Storage
 
     storage = Storage(sweep, say)
     if sweep.search is None:
-        return Queue(sweep, storage, cells)
+        return Queue(sweep, storage, sweep_cells(sweep))
     from madformer.sweep.search import SearchQueue
 
     return SearchQueue(sweep, storage)

@@ -9,13 +9,14 @@ from statistics import fmean
 
 from madformer.config import ExperimentConfig, ModelConfig, wanted_outputs
 from madformer.errors import ConfigError, InputError
-from madformer.evaluation.measurement import Sampling
+from madformer.evaluation.measurement import DEPTH, Sampling
 from madformer.model import cost, memory
 from madformer.parallel import PEAK_TFLOPS
 from madformer.progress import TextTable, format_duration, print_table, read_progress, with_unit
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.runs.folder import progress_path
-from madformer.sweep.cells import Cell, sweep_cells
+from madformer.sweep.adaptive import assess, wanted_cells
+from madformer.sweep.cells import Cell
 from madformer.sweep.needs import Needs, cell_measurement, cell_needs, cell_points, first_step, own_share, trunk_lines
 from madformer.sweep.spec import Search, Sweep
 
@@ -165,10 +166,13 @@ def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = No
     """
     device = assumed_device(sweep, tflops, mfu)
     if sweep.search is None:
-        cells = sweep_cells(sweep)
+        assessment = assess(sweep)
+        cells = assessment.cells
         needs, estimates = [cell_needs(cell) for cell in cells], Estimates(cells, device)
         lines = _total_lines(sweep, cells, needs, estimates, device)
         lines += [*skipped_budgets(cells), *memory_lines({cell.name: cell for cell in cells}, sweep.accelerator, memory_gib)]
+        if sweep.decide is not None:
+            lines += [*assessment.lines, f"Some {assessment.expected_runs} runs are expected until all is decided."]
         print_table(plan_table(sweep, cells, needs, estimates), lines)
     else:
         print("\n".join(search_lines(sweep, sweep.search, device)))
@@ -190,16 +194,20 @@ def plan_table(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], esti
     headings += [*(f"NFE {nfe}" for nfe in budgets), hours_unit(sweep), "state"]
     table = TextTable(f"{sweep.name}: {sweep.experiment}", headings, frozenset(("cell", "state")))
     for cell, need in zip(cells, needs, strict=True):
-        main = [sampling for sampling in cell.samplings if sampling.curve_key == cell.samplings[0].curve_key]
-        costs = {sampling.nfe: f"{with_unit(image_flops(cell, sampling))} ({sampling.steps} steps)" for sampling in main}
+        by_depth: dict[str, dict[int, str]] = {}
+        for sampling in cell.main_samplings:
+            text = f"{with_unit(image_flops(cell, sampling))} ({sampling.steps} steps)"
+            by_depth.setdefault(sampling.texts[DEPTH], {})[sampling.nfe] = text
         row = [cell.name, with_unit(parameter_count(cell.config.model))]
         row += [
             *([f"{_needed_gib(cell):.0f} GiB"] if on_gpus else []),
             with_unit(own_share(cell) * training_flops(cell.config)),
         ]
-        row += [costs.get(nfe, "skipped" if nfe in cell.skipped else "") for nfe in budgets]
-        row += [f"{estimates.cell_time(cell).total / 3600:.3g}"]
-        table.rows.append([*row, _state(need)])
+        ends = [f"{estimates.cell_time(cell).total / 3600:.3g}", _state(need)]
+        for depth, costs in by_depth.items():
+            row[0] = f"{cell.name} {depth}" if depth else cell.name
+            table.rows.append([*row, *(costs.get(nfe, "skipped" if nfe in cell.skipped else "") for nfe in budgets), *ends])
+            row, ends = [""] * len(row), ["", ""]  # what its other depths share
     return table
 
 
@@ -334,9 +342,9 @@ def print_suite(
     headings = ["sweep", "cells", "new models", "parameters", "training FLOPs", "evaluation FLOPs", hours_unit(sweeps[0])]
     table = TextTable(f"{len(sweeps)} sweeps", headings, frozenset(["sweep"]))
     for sweep in sweeps:
-        table.rows.append([sweep.name, *suite.add(sweep_cells(sweep))])
+        table.rows.append([sweep.name, *suite.add(wanted_cells(sweep))])
     table.rows.append(["together", *suite.total()])
-    cells = {f"{sweep.name}/{cell.name}": cell for sweep in sweeps for cell in sweep_cells(sweep)}
+    cells = {f"{sweep.name}/{cell.name}": cell for sweep in sweeps for cell in wanted_cells(sweep)}
     shared = f"What a sweep shares with one above it is counted there. {basis(suite.is_measured, device)}"
     print_table(table, [shared, *memory_lines(cells, sweeps[0].accelerator, memory_gib)])
 

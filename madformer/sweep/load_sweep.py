@@ -16,6 +16,7 @@ from madformer.config import ExperimentConfig, load_experiment
 from madformer.config.loading import all_keys, build, check_keys, defaults, merge, read_value, read_yaml, resolve
 from madformer.config.validation import require
 from madformer.errors import ConfigError
+from madformer.sweep.adaptive import contrasts_of
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.spec import Sweep, require_known
 
@@ -52,6 +53,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         if sweep.output_dir is None:
             sweep = replace(sweep, output_dir=load_experiment(sweep.experiment).output_dir)
         sweep_cells(sweep)
+        if sweep.decide is not None:
+            contrasts_of(sweep)
         return sweep
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

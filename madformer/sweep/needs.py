@@ -14,15 +14,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from madformer.config import ExperimentConfig, read_config_hash, require_same_run
+from madformer.config import read_config_hash, require_same_run
 from madformer.config.experiment import has_held_out
 from madformer.config.identity import read_branch_step
 from madformer.errors import InputError
 from madformer.evaluation.measurement import INCEPTION, Measurement, Sampling
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints, newest_intact, regular_checkpoints
 from madformer.runs.folder import is_run
-from madformer.sweep.cells import Cell, sweep_cells
-from madformer.sweep.spec import Sweep
+from madformer.sweep.cells import Cell
 
 _log = logging.getLogger(__name__)
 
@@ -199,25 +198,6 @@ def tuned_points(cell: Cell, default: Sampling) -> list[dict[str, Any]] | None:
     line = known_choice(lines, cell.config, default, cell.inference.tries, cell.max_steps)
     found = [None] if line is None else _points_of_choice(cell, line, points)
     return [point for point in found if point is not None] if None not in found else None
-
-
-def trained_designs(sweep: Sweep) -> list[tuple[ExperimentConfig, ...]]:
-    """The trained runs of a sweep's cells, together where they differ in the seed alone.
-
-    Raises:
-        InputError: a search, or no cell is trained.
-    """
-    if sweep.search is not None:
-        raise InputError(f"{sweep.name} is a search, without designs: name its runs instead")
-    designs: dict[str, list[ExperimentConfig]] = {}
-    for cell in sweep_cells(sweep):
-        if is_trained(cell):
-            designs.setdefault(repr(cell.axes), []).append(cell.config)
-        else:
-            _log.warning("%s is not trained: left out", cell.name)
-    if not designs:
-        raise InputError(f"{sweep.name}: none of its cells is trained; madformer sweep run does that")
-    return [tuple(configs) for configs in designs.values()]
 
 
 def is_trained(cell: Cell) -> bool:

@@ -19,7 +19,7 @@ from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
 from madformer.errors import InputError
-from madformer.sweep.adaptive import wanted_cells
+from madformer.sweep.adaptive import assess, wanted_cells
 from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_needs, cell_progress, main_metrics
 from madformer.sweep.spec import Sweep
@@ -83,6 +83,8 @@ class Queue:
         self._cells, self._done = {cell.key: cell for cell in cells}, set[str]()
         self._wanted = list(self._cells)
         """Keys of the cells that are wanted now; a sweep that decides adds some."""
+        if sweep.decide is not None:
+            self._want(wanted_cells(sweep))
         self._owner, self._claimed_ids, self._closing = new_owner(), set[int](), threading.Event()
         self._unreadable = dict[str, str]()
         """Cells whose runs cannot be read -> why. Each is reported once and skipped."""
@@ -135,7 +137,7 @@ class Queue:
 
     def summary(self) -> list[str]:
         """Lines to print at the end."""
-        return []
+        return assess(self._sweep).lines
 
     def save_job(self, trial: Trial, job: str) -> None:
         """Record the job that is about to run a trial, for the driver that takes over if this one dies."""

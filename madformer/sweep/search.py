@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from madformer.config import load_experiment, trained_fields
 from madformer.config.loading import as_text
 from madformer.errors import ConfigError, InputError
+from madformer.evaluation.measurement import DISTANCE
 from madformer.runs.folder import read_previews
 from madformer.sweep.cells import Cell, CellMaker
 from madformer.sweep.needs import main_metrics, main_points
@@ -30,7 +31,7 @@ from madformer.sweep.queue import (
     job_attribute,
     newest_trials,
 )
-from madformer.sweep.spec import DISTANCE, Search, Sweep
+from madformer.sweep.spec import Search, Sweep
 from madformer.sweep.study import Storage, heartbeat_warnings_off, study_exists
 from madformer.sweep.trial import Outcome
 

@@ -13,10 +13,12 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from madformer.evaluation.measurement import DEPTH
 from madformer.progress import TextTable, format_duration, print_table, read_progress
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.runs.folder import progress_path, read_previews
-from madformer.sweep.cells import Cell, sweep_cells
+from madformer.sweep.adaptive import assess
+from madformer.sweep.cells import Cell
 from madformer.sweep.forecast import A100, Estimates, assumed_device, image_flops, parameter_count, training_flops
 from madformer.sweep.needs import Needs, cell_needs, main_metrics, trunk_lines
 from madformer.sweep.spec import Search, Sweep
@@ -108,7 +110,8 @@ class Watcher:
         """The state of all cells now."""
         if self._sweep.search is not None:
             return self._search_overview(self._sweep.search)
-        return Overview(self._sweep, self._rows(sweep_cells(self._sweep)))
+        assessment = assess(self._sweep)
+        return Overview(self._sweep, self._rows(assessment.cells), assessment.lines)
 
     def _search_overview(self, search: Search) -> Overview:
         from madformer.sweep.search import count_trials, describe_best, search_cells
@@ -253,7 +256,6 @@ def print_json(sweep: Sweep, tflops: float | None = None, mfu: float | None = No
 
 def _record(row: Row, estimates: Estimates) -> dict[str, Any]:
     cell, step, needed = row.cell, row.step, estimates.cell_time(row.cell)
-    main = cell.samplings[: len(cell.budgets)]
     return {
         "cell": cell.name,
         "run": str(cell.run),
@@ -267,7 +269,10 @@ def _record(row: Row, estimates: Estimates) -> dict[str, Any]:
         "metrics": {} if row.needs.training else main_metrics(cell),
         "parameters": parameter_count(cell.config.model),
         "training_flops": training_flops(cell.config),
-        "flops_per_image": {sampling.nfe: image_flops(cell, sampling) for sampling in main},
+        "flops_per_image": [
+            {"nfe": each.nfe, "steps": each.steps, DEPTH: each.diffusion_depth, "flops": image_flops(cell, each)}
+            for each in cell.main_samplings
+        ],
         "skipped": dict(cell.skipped),
         "device_seconds": needed.total,
         "device_seconds_left": estimates.remaining_time(cell, row.needs, step).total,
