@@ -59,7 +59,7 @@ def drop_previews(run: Path, step: int) -> None:
 def copy_traces(run: Path, branch: Path, step: int) -> None:
     """Copy what a run has written up to a step, but event files and checkpoints: previews, their pictures, skipped images."""
     _copy_previews(run, branch, step)
-    pictures = [path for path in run.glob("samples/preview-*.png") if int(path.stem[8:]) <= step]
+    pictures = [path for path in run.glob("samples/preview-*.png") if path.stem <= f"preview-{step:08d}"]
     for path in (run / "skipped.txt", *pictures):
         if path.is_file():
             with atomic_write(branch / path.relative_to(run)) as temporary:

@@ -92,6 +92,18 @@ def test_a_branch_that_was_killed_before_it_began_begins_again(train, trunk, tmp
     assert read_branch_step(run) == 0 and scalars(run) == series
 
 
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_not_missed(train, trunk, tmp_path, monkeypatch):
+    original = shutil.copytree(trunk, tmp_path / "trunk")
+
+    def link(source, target):
+        checkpoint_path(original, 11).unlink(missing_ok=True)
+        link_or_copy(source, target)
+
+    monkeypatch.setattr("madformer.training.train.link_or_copy", link)
+    assert "after step 9 of 16 steps" in perform(train(tmp_path, 16, "--branch", original))
+    assert [path.name for path in (tmp_path / "digits/checkpoints").glob("*.tmp")] == []
+
+
 def test_what_cannot_be_branched_from_is_refused_and_leaves_nothing(train, trunk, tmp_path):
     def refused(*words, folder=tmp_path / "new", steps=16, run=trunk):
         line = perform([*train(folder, steps), *words, "--branch", run], status=2)
