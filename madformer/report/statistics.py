@@ -256,7 +256,10 @@ def crossing(curves: Sequence[tuple[Sequence[float], Sequence[BySeed]]], log: bo
     with np.errstate(invalid="ignore", divide="ignore"):
         places_RM = x_M[:-1] + np.diff(x_M) * gaps_RM[:, :-1] / (gaps_RM[:, :-1] - gaps_RM[:, 1:])
     crosses_R = turns_RM.any(axis=1)
-    firsts_R = np.exp(places_RM[np.arange(len(places_RM)), turns_RM.argmax(axis=1)]) if len(x_M) > 1 else np.empty(0)
+    firsts_R = np.full(len(crosses_R), np.nan)
+    if len(x_M) > 1:
+        turns = turns_RM.argmax(axis=1)[crosses_R]
+        firsts_R[crosses_R] = np.exp(places_RM[np.flatnonzero(crosses_R), turns])
     cost, interval, share = None, None, None
     if crosses_R[0]:
         cost = float(firsts_R[0])

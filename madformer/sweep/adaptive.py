@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -82,6 +83,23 @@ class Assessment:
         return [*lines, *(["No seeds are added: the sweep would take more than decide.hours."] if self.is_too_long else [])]
 
     @property
+    def records(self) -> list[dict[str, Any]]:
+        """The contrasts for programs."""
+        return [
+            {
+                "one": contrast.one.label,
+                "reference": contrast.reference.label,
+                "nfe": contrast.nfe,
+                "state": decision.state,
+                "seeds": decision.seeds,
+                "difference": decision.difference if decision.seeds else None,
+                "interval": decision.interval if math.isfinite(decision.interval[0]) else None,
+                "expected_seeds": self.expected[contrast],
+            }
+            for contrast, decision in self.decisions.items()
+        ]
+
+    @property
     def expected_runs(self) -> int:
         """Trainings that are expected in all, those that are done included."""
         counts = {id(cell): cell for cell in self.cells}
@@ -94,7 +112,7 @@ class Assessment:
         decision = self.decisions[contrast]
         low, high = decision.interval
         found = f"{decision.difference:+.3g} ({low:+.3g} to {high:+.3g}) after {decision.seeds} seeds"
-        if decision.seeds == 0 or low == float("-inf"):
+        if not math.isfinite(low):
             found = f"{decision.seeds} seeds so far"
         more = self.expected[contrast]
         ahead = "" if decision.state != "undecided" else f", some {more} more expected" if more else ", at the limit"

@@ -109,7 +109,8 @@ class Decide:
         try:
             _ = self.rule
         except ConfigError as error:
-            raise ConfigError(f"decide: {error}") from error
+            section = "decide.seeds" if str(error).startswith(("first", "most")) else "decide"
+            raise ConfigError(f"{section}.{error}") from error
 
     @property
     def rule(self) -> Rule:

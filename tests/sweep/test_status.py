@@ -163,7 +163,7 @@ def test_plan_and_status_are_the_same_json_document(sweep_file, capsys):
     assert (done["state"], done["needs"]["budgets"], done["device_seconds_left"]) == ("done", [], 0)
     assert (waiting["state"], waiting["needs"]["training"], waiting["metrics"]) == ("waiting", True, {})
     assert waiting["training_flops"] == training_flops(other.config) and waiting["axes"] == other.axes
-    assert list(waiting["flops_per_image"]) == [str(nfe) for nfe in other.budgets]
+    assert [entry["nfe"] for entry in waiting["flops_per_image"]] == list(other.budgets)
     refused = "--json: one sweep at a time, and without --memory"
     with pytest.raises(InputError, match=refused):
         CliRunner().invoke(app, ["sweep", "plan", str(sweep_file), "--json", "--memory", "80"], catch_exceptions=False)
