@@ -250,14 +250,8 @@ def print_json(sweep: Sweep, tflops: float | None = None, mfu: float | None = No
     device = assumed_device(sweep, tflops, mfu)
     estimates = Estimates([row.cell for row in overview.rows], device)
     cells = [_record(row, estimates) for row in overview.rows]
-    contrasts = {} if sweep.decide is None else {"contrasts": assess(sweep).records}
-    document = {
-        "sweep": sweep.name,
-        "experiment": sweep.experiment,
-        "device": asdict(device),
-        "notes": overview.notes,
-        **contrasts,
-    }
+    document = {"sweep": sweep.name, "experiment": sweep.experiment, "device": asdict(device), "notes": overview.notes}
+    document |= {} if sweep.decide is None else {"contrasts": assess(sweep).records}
     print(json.dumps({**document, "cells": cells}, indent=1))
 
 
