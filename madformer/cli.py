@@ -280,8 +280,8 @@ def sweep_plan(
     files = list(itertools.takewhile(lambda word: "=" not in word, sweeps))
     if not files:
         raise InputError(f"{sweeps[0]}: name a SWEEP.yaml before overrides")
-    from madformer.sweep.forecast import print_plan
     from madformer.sweep.load_sweep import load_sweep
+    from madformer.sweep.status import print_plan
 
     loaded = [load_sweep(Path(file), sweeps[len(files) :]) for file in files]
     if as_json:
@@ -293,7 +293,7 @@ def sweep_plan(
     elif len(loaded) == 1:
         print_plan(loaded[0], tflops, mfu, memory)
     else:
-        from madformer.sweep.forecast import print_suite
+        from madformer.sweep.status import print_suite
 
         print_suite(loaded, tflops, mfu, memory)
 

@@ -13,9 +13,9 @@ from madformer.config import TextConfig, load_experiment, write_config
 from madformer.diffusion.samplers import build_sampler
 from madformer.model.generation import generate
 from madformer.sweep.cells import sweep_cells
-from madformer.sweep.forecast import print_plan
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.search import sample_cells
+from madformer.sweep.status import print_plan
 from madformer.training.module import LitMADFormer
 from tests.conftest import HUB, ROOT
 

@@ -19,6 +19,7 @@ from madformer.errors import InputError
 from madformer.evaluation.measurement import DISTANCE, Point
 from madformer.sweep.cells import Cell, sweep_cells, with_designs
 from madformer.sweep.decisions import DEPTH_AXIS, Decide, Decision, decide, expected_seeds
+from madformer.sweep.forecast import Estimates, assumed_device
 from madformer.sweep.needs import cell_points, is_trained, tuned_points
 from madformer.sweep.spec import Sweep
 
@@ -216,8 +217,6 @@ def _takes_too_long(sweep: Sweep, settings: Decide, wanted: Sequence[Cell], more
     added = [cell for cell in more if cell.key not in known and not is_trained(cell)]
     if settings.hours is None or not added:
         return False
-    from madformer.sweep.forecast import Estimates, assumed_device
-
     estimates = Estimates(more, assumed_device(sweep, None, None))
     return sum(estimates.cell_time(cell).total for cell in more) > 3600 * settings.hours
 

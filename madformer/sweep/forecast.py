@@ -1,27 +1,22 @@
-"""What a sweep costs and how long it takes: `madformer sweep plan`, of one sweep or of several together."""
+"""What the cells of a sweep cost and how long they take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from statistics import fmean
 
 from madformer.config import ExperimentConfig, ModelConfig, wanted_outputs
-from madformer.errors import ConfigError, InputError
+from madformer.errors import ConfigError
 from madformer.evaluation.measurement import DEPTH, Sampling
 from madformer.model import cost, memory
 from madformer.parallel import PEAK_TFLOPS
-from madformer.progress import TextTable, format_duration, print_table, read_progress, with_unit
+from madformer.progress import TextTable, format_duration, read_progress, with_unit
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.runs.folder import progress_path
-from madformer.sweep.adaptive import assess, wanted_cells
 from madformer.sweep.cells import Cell
-from madformer.sweep.needs import Needs, cell_measurement, cell_needs, cell_points, first_step, own_share, trunk_lines
-from madformer.sweep.spec import Search, Sweep
-
-_SAMPLED_TRIALS = 64
-"""Trials of a search that are drawn to see what one costs."""
+from madformer.sweep.needs import Needs, cell_measurement, cell_points, first_step, own_share, trunk_lines
+from madformer.sweep.spec import Sweep
 
 
 @dataclass(frozen=True)
@@ -153,31 +148,6 @@ def _sampling_flops(model: ModelConfig, guided: bool) -> cost.SamplingFlops:
     return cost.sampling_flops(model, guided)
 
 
-def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = None, memory_gib: float | None = None) -> None:
-    """Print every cell with its cost and its state, and what all of them cost.
-
-    Args:
-        tflops: peak of a device, in TFLOP/s; None: an A100's, or a CPU core's.
-        mfu: part of the peak that is reached; None: the usual one.
-        memory_gib: of a device in GiB; says which cells do not fit, and what would.
-
-    Raises:
-        InputError: a cell's folder holds a run of another experiment.
-    """
-    device = assumed_device(sweep, tflops, mfu)
-    if sweep.search is None:
-        assessment = assess(sweep)
-        cells = assessment.cells
-        needs, estimates = [cell_needs(cell) for cell in cells], Estimates(cells, device)
-        lines = _total_lines(sweep, cells, needs, estimates, device)
-        lines += [*skipped_budgets(cells), *memory_lines({cell.name: cell for cell in cells}, sweep.accelerator, memory_gib)]
-        if sweep.decide is not None:
-            lines += [*assessment.lines, f"Some {assessment.expected_runs} runs are expected until all is decided."]
-        print_table(plan_table(sweep, cells, needs, estimates), lines)
-    else:
-        print("\n".join(search_lines(sweep, sweep.search, device)))
-
-
 def assumed_device(sweep: Sweep, tflops: float | None, mfu: float | None) -> Device:
     """The device that is assumed where nothing was measured; the user's numbers come first."""
     device = CPU_CORE if sweep.accelerator == "cpu" else A100
@@ -245,31 +215,7 @@ def _needed_gib(cell: Cell) -> float:
     return memory.device_memory(cell.config, cell.device_count).total / memory.GIB
 
 
-def search_lines(sweep: Sweep, search: Search, device: Device) -> list[str]:
-    """The space of a search, and what its trials cost: an estimate from trials drawn at random."""
-    from madformer.sweep.search import sample_cells, study_cells
-
-    cells = sample_cells(sweep, _SAMPLED_TRIALS)
-    if not cells:
-        raise ConfigError(f"search.space: of {_SAMPLED_TRIALS} trials drawn at random none is legal")
-    estimates = Estimates([*study_cells(sweep), *cells], device)
-    times = [estimates.cell_time(cell) for cell in cells]
-    hours = fmean([time.total / 3600 for time in times])
-    longest = max(time.total / cell.device_count for time, cell in zip(times, cells, strict=True))
-    unit, budgets = hours_unit(sweep), ", ".join(map(str, search.nfe))
-    return [
-        f"{sweep.name}: {sweep.experiment}, a search of {search.trials} trials by {search.sampler}",
-        *(f"  {key}: {choices}" for key, choices in search.space.items()),
-        f"  objectives {', '.join(search.objectives)} at NFE {budgets}, pruner {search.pruner}",
-        f"  of {_SAMPLED_TRIALS} trials drawn at random {len(cells)} are legal; one takes {hours:.3g} {unit}",
-        f"  all {search.trials}: {hours * search.trials:.3g} {unit}, the longest trial {format_duration(longest)}",
-        f"  {basis(times[0].is_measured, device)}",
-    ]
-
-
-def _total_lines(
-    sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates, device: Device
-) -> list[str]:
+def total_lines(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates, device: Device) -> list[str]:
     """All FLOPs and hours, the remaining hours, and the cells by state."""
     training = sum(own_share(cell) * training_flops(cell.config) for cell in cells)
     evaluation = sum(sum(evaluation_flops(cell).values()) for cell in cells)
@@ -318,38 +264,7 @@ def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def print_suite(
-    sweeps: Sequence[Sweep], tflops: float | None = None, mfu: float | None = None, memory_gib: float | None = None
-) -> None:
-    """Print what each sweep adds to those above it, and the sum.
-
-    Args:
-        sweeps: grids. Two models are the same if their configurations have the same hash.
-        tflops: as in `print_plan`.
-        mfu: as in `print_plan`.
-        memory_gib: as in `print_plan`.
-
-    Raises:
-        InputError: one is a search, whose trials are not known in advance, or they are for different kinds of devices.
-    """
-    for sweep in sweeps:
-        if sweep.search is not None:
-            raise InputError(f"{sweep.name} is a search, whose models are not known before: plan it alone")
-    if len({hours_unit(sweep) for sweep in sweeps}) > 1:
-        raise InputError("some of the sweeps are for CPUs and some for GPUs: plan them apart")
-    device = assumed_device(sweeps[0], tflops, mfu)
-    suite = _Suite(device)
-    headings = ["sweep", "cells", "new models", "parameters", "training FLOPs", "evaluation FLOPs", hours_unit(sweeps[0])]
-    table = TextTable(f"{len(sweeps)} sweeps", headings, frozenset(["sweep"]))
-    for sweep in sweeps:
-        table.rows.append([sweep.name, *suite.add(wanted_cells(sweep))])
-    table.rows.append(["together", *suite.total()])
-    cells = {f"{sweep.name}/{cell.name}": cell for sweep in sweeps for cell in wanted_cells(sweep)}
-    shared = f"What a sweep shares with one above it is counted there. {basis(suite.is_measured, device)}"
-    print_table(table, [shared, *memory_lines(cells, sweeps[0].accelerator, memory_gib)])
-
-
-class _Suite:
+class Suite:
     """The models and points that are counted so far."""
 
     def __init__(self, device: Device) -> None:

@@ -1,4 +1,4 @@
-"""`madformer sweep status`: the state of every cell in a table."""
+"""`madformer sweep plan` and `madformer sweep status`: the cells of a sweep in a table, or as JSON."""
 
 from __future__ import annotations
 
@@ -7,19 +7,36 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from madformer.errors import ConfigError, InputError
 from madformer.evaluation.measurement import DEPTH
 from madformer.progress import TextTable, format_duration, print_table, read_progress
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.runs.folder import progress_path, read_previews
-from madformer.sweep.adaptive import assess
+from madformer.sweep.adaptive import assess, wanted_cells
 from madformer.sweep.cells import Cell
-from madformer.sweep.forecast import A100, Estimates, assumed_device, image_flops, parameter_count, training_flops
+from madformer.sweep.forecast import (
+    A100,
+    Device,
+    Estimates,
+    Suite,
+    assumed_device,
+    basis,
+    hours_unit,
+    image_flops,
+    memory_lines,
+    parameter_count,
+    plan_table,
+    skipped_budgets,
+    total_lines,
+    training_flops,
+)
 from madformer.sweep.needs import Needs, cell_needs, main_metrics, trunk_lines
 from madformer.sweep.spec import Search, Sweep
 from madformer.sweep.trial import last_lines, log_path
@@ -29,6 +46,9 @@ if TYPE_CHECKING:
 
     from madformer.sweep.queue import CellStatus
     from madformer.sweep.study import Storage
+
+_SAMPLED_TRIALS = 64
+"""Trials of a search that are drawn to see what one costs."""
 
 _REFRESH_SECONDS = 2.0
 _SILENT_SECONDS = 120.0
@@ -233,6 +253,84 @@ def _fit(overview: Overview) -> RenderableType:
     return Group(status_table(overview, rows).rich(), *map(Text, notes[: _LINES_AROUND_TABLE + lines - len(rows)]))
 
 
+def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = None, memory_gib: float | None = None) -> None:
+    """Print every cell with its cost and its state, and what all of them cost.
+
+    Args:
+        tflops: peak of a device, in TFLOP/s; None: an A100's, or a CPU core's.
+        mfu: part of the peak that is reached; None: the usual one.
+        memory_gib: of a device in GiB; says which cells do not fit, and what would.
+
+    Raises:
+        InputError: a cell's folder holds a run of another experiment.
+    """
+    device = assumed_device(sweep, tflops, mfu)
+    if sweep.search is None:
+        assessment = assess(sweep)
+        cells = assessment.cells
+        needs, estimates = [cell_needs(cell) for cell in cells], Estimates(cells, device)
+        lines = total_lines(sweep, cells, needs, estimates, device)
+        lines += [*skipped_budgets(cells), *memory_lines({cell.name: cell for cell in cells}, sweep.accelerator, memory_gib)]
+        if sweep.decide is not None:
+            lines += [*assessment.lines, f"Some {assessment.expected_runs} runs are expected until all is decided."]
+        print_table(plan_table(sweep, cells, needs, estimates), lines)
+    else:
+        print("\n".join(search_lines(sweep, sweep.search, device)))
+
+
+def search_lines(sweep: Sweep, search: Search, device: Device) -> list[str]:
+    """The space of a search, and what its trials cost: an estimate from trials drawn at random."""
+    from madformer.sweep.search import sample_cells, study_cells
+
+    cells = sample_cells(sweep, _SAMPLED_TRIALS)
+    if not cells:
+        raise ConfigError(f"search.space: of {_SAMPLED_TRIALS} trials drawn at random none is legal")
+    estimates = Estimates([*study_cells(sweep), *cells], device)
+    times = [estimates.cell_time(cell) for cell in cells]
+    hours = fmean([time.total / 3600 for time in times])
+    longest = max(time.total / cell.device_count for time, cell in zip(times, cells, strict=True))
+    unit, budgets = hours_unit(sweep), ", ".join(map(str, search.nfe))
+    return [
+        f"{sweep.name}: {sweep.experiment}, a search of {search.trials} trials by {search.sampler}",
+        *(f"  {key}: {choices}" for key, choices in search.space.items()),
+        f"  objectives {', '.join(search.objectives)} at NFE {budgets}, pruner {search.pruner}",
+        f"  of {_SAMPLED_TRIALS} trials drawn at random {len(cells)} are legal; one takes {hours:.3g} {unit}",
+        f"  all {search.trials}: {hours * search.trials:.3g} {unit}, the longest trial {format_duration(longest)}",
+        f"  {basis(times[0].is_measured, device)}",
+    ]
+
+
+def print_suite(
+    sweeps: Sequence[Sweep], tflops: float | None = None, mfu: float | None = None, memory_gib: float | None = None
+) -> None:
+    """Print what each sweep adds to those above it, and the sum.
+
+    Args:
+        sweeps: grids. Two models are the same if their configurations have the same hash.
+        tflops: as in `print_plan`.
+        mfu: as in `print_plan`.
+        memory_gib: as in `print_plan`.
+
+    Raises:
+        InputError: one is a search, whose trials are not known in advance, or they are for different kinds of devices.
+    """
+    for sweep in sweeps:
+        if sweep.search is not None:
+            raise InputError(f"{sweep.name} is a search, whose models are not known before: plan it alone")
+    if len({hours_unit(sweep) for sweep in sweeps}) > 1:
+        raise InputError("some of the sweeps are for CPUs and some for GPUs: plan them apart")
+    device = assumed_device(sweeps[0], tflops, mfu)
+    suite = Suite(device)
+    headings = ["sweep", "cells", "new models", "parameters", "training FLOPs", "evaluation FLOPs", hours_unit(sweeps[0])]
+    table = TextTable(f"{len(sweeps)} sweeps", headings, frozenset(["sweep"]))
+    for sweep in sweeps:
+        table.rows.append([sweep.name, *suite.add(wanted_cells(sweep))])
+    table.rows.append(["together", *suite.total()])
+    cells = {f"{sweep.name}/{cell.name}": cell for sweep in sweeps for cell in wanted_cells(sweep)}
+    shared = f"What a sweep shares with one above it is counted there. {basis(suite.is_measured, device)}"
+    print_table(table, [shared, *memory_lines(cells, sweeps[0].accelerator, memory_gib)])
+
+
 def print_json(sweep: Sweep, tflops: float | None = None, mfu: float | None = None) -> None:
     """Print every cell with its state, its costs and what it needs as one JSON document, for programs.
 
@@ -250,7 +348,12 @@ def print_json(sweep: Sweep, tflops: float | None = None, mfu: float | None = No
     device = assumed_device(sweep, tflops, mfu)
     estimates = Estimates([row.cell for row in overview.rows], device)
     cells = [_record(row, estimates) for row in overview.rows]
-    document = {"sweep": sweep.name, "experiment": sweep.experiment, "device": asdict(device), "notes": overview.notes}
+    document: dict[str, Any] = {
+        "sweep": sweep.name,
+        "experiment": sweep.experiment,
+        "device": asdict(device),
+        "notes": overview.notes,
+    }
     document |= {} if sweep.decide is None else {"contrasts": assess(sweep).records}
     print(json.dumps({**document, "cells": cells}, indent=1))
 

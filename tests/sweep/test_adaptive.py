@@ -13,9 +13,8 @@ from madformer.runs.checkpoints import checkpoint_path
 from madformer.sweep.adaptive import assess, contrasts_of, wanted_cells
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.driver import run_sweep
-from madformer.sweep.forecast import print_plan
 from madformer.sweep.load_sweep import load_sweep
-from madformer.sweep.status import print_json, print_status
+from madformer.sweep.status import print_json, print_plan, print_status
 from tests.conftest import ROOT
 from tests.sweep.driver import stand_ins
 from tests.sweep.trial import point

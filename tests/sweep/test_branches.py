@@ -23,10 +23,10 @@ from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_ch
 from madformer.runs.folder import read_previews
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.driver import run_sweep
-from madformer.sweep.forecast import print_plan, training_flops
+from madformer.sweep.forecast import training_flops
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.needs import cell_needs, drop_branch_points
-from madformer.sweep.status import print_status
+from madformer.sweep.status import print_plan, print_status
 from madformer.sweep.trial import trial_commands
 from tests.sweep.claimer import finish
 from tests.sweep.driver import stand_ins

@@ -5,8 +5,9 @@ import re
 import pytest
 
 from madformer.errors import InputError
-from madformer.sweep.forecast import CPU_CORE, print_plan, print_suite
+from madformer.sweep.forecast import CPU_CORE
 from madformer.sweep.load_sweep import load_sweep
+from madformer.sweep.status import print_plan, print_suite
 from tests.conftest import ROOT
 from tests.tiny_runs import command, perform
 

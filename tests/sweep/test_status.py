@@ -12,9 +12,9 @@ from madformer.model.cost import nfe
 from madformer.progress import with_unit
 from madformer.runs.folder import append_preview, progress_path
 from madformer.sweep.cells import sweep_cells
-from madformer.sweep.forecast import print_plan, training_flops
+from madformer.sweep.forecast import training_flops
 from madformer.sweep.load_sweep import load_sweep
-from madformer.sweep.status import print_status
+from madformer.sweep.status import print_plan, print_status
 from madformer.sweep.trial import Outcome
 from tests.sweep.claimer import finish, open_queue, train
 
