@@ -135,7 +135,7 @@ def test_a_mistake_is_one_line_that_says_what_would_be_right(sweep_file, overrid
         ("grid: {model.depth: [8]}", "experiment = '': must be the path of an experiment's YAML file"),
         (
             "- a",
-            "must be a mapping of name, experiment, overrides, grid, zip, variants, exclude, seeds, search, "
+            "must be a mapping of name, experiment, overrides, grid, zip, variants, exclude, seeds, decide, search, "
             "evaluate, devices_per_trial, launcher, slurm, storage, retries, workers, threads, output_dir",
         ),
     ],
