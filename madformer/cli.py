@@ -143,14 +143,21 @@ def tune(
         from madformer.sweep.load_sweep import load_sweep
 
         sweep = load_sweep(Path(names[0]), overrides)
-        designs, tries = trained_designs(sweep), tries or sweep.evaluate.tries
+        tries = tries or sweep.evaluate.tries
+        work = [
+            (tuple(cell.config for cell in cells), budgets or cells[0].budgets_at(depth), depth)
+            for cells in trained_designs(sweep)
+            for depth in cells[0].depths
+            if diffusion_depth is None or depth in (None, *depths)
+        ]
     else:
-        designs = [tuple(load_run(name, overrides) for name in names)]
+        configs = tuple(load_run(name, overrides) for name in names)
+        work = [(configs, budgets or configs[0].evaluation.nfe, depth) for depth in depths]
     from madformer.evaluation.tune import TuningRequest, tune
 
     with _going_on_later():
-        for configs in designs:
-            tune(TuningRequest(configs, budgets or configs[0].evaluation.nfe, tries or TRIES, minutes, devices, depths))
+        for runs, nfes, depth in work:
+            tune(TuningRequest(runs, nfes, tries or TRIES, minutes, devices, depth))
 
 
 @app.command()

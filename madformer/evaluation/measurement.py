@@ -24,7 +24,7 @@ Point = Mapping[str, Any]
 """A line of a run's record."""
 
 DISTANCE = "distance"
-"""The objective of a search that stands for the distance of the first feature network."""
+"""Stands for the distance of the first feature network, whichever that is."""
 
 CONFIDENCE = 0.95
 """Of the intervals in records and reports."""

@@ -79,7 +79,7 @@ class Task:
     """One point of a record: samples to be taken and measured."""
 
     config: ExperimentConfig
-    """The run's, at the sampling's diffusion depth."""
+    """The run's, with the sampling and nothing else: other depths have other budgets."""
     checkpoint: Path
     sampling: Sampling
     prompts: tuple[str, ...]
@@ -193,7 +193,7 @@ def _tasks_of(request: EvaluationRequest, path: Path, instruments: Instruments) 
         if point["last_timestep"] == 0 and request.kind == "point" and is_outdated(config.run_dir):
             _log.warning("%s: version 0.1.0 trained it and broke it at timestep 0, where this sampling ends", config.run_dir)
         point["command"] = _command(config, point, request.references)
-        yield Task(replace(config, model=config.model.at_depth(sampling.diffusion_depth)), path, sampling, prompts, point)
+        yield Task(sampling.apply(config), path, sampling, prompts, point)
 
 
 def _command(config: ExperimentConfig, point: dict[str, Any], references: Sequence[Path]) -> str:

@@ -68,8 +68,8 @@ class TuningRequest:
     """When to stop trying; what was found until then is confirmed. None: when all tries are made."""
     devices: int | None = None
     """Devices that share the work; None: all GPUs, or one process."""
-    depths: tuple[int | None, ...] = (None,)
-    """Diffusion depths of elastic runs, each with its own choices; None: the default."""
+    depth: int | None = None
+    """Diffusion depth of elastic runs, each of which has its own choices; None: the default."""
 
     @property
     def num_samples(self) -> int:
@@ -101,9 +101,8 @@ def tune(request: TuningRequest) -> None:
     with ExitStack() as claims:
         for run in sorted(config.run_dir.resolve() for config in request.configs):
             claims.enter_context(claim_folder(run, "tune", cluster_rank() or 0))
-        defaults = [Sampling.of_nfe(request.configs[0], nfe, depth=depth) for depth in request.depths for nfe in request.nfe]
-        for default in defaults:
-            _tune_at(request, default, deadline)
+        for nfe in request.nfe:
+            _tune_at(request, Sampling.of_nfe(request.configs[0], nfe, depth=request.depth), deadline)
 
 
 def _of_one_design(configs: Sequence[ExperimentConfig]) -> tuple[ExperimentConfig, ...]:

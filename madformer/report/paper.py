@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from importlib.resources import files
@@ -243,7 +243,7 @@ def _configs(groups: Sequence[Group]) -> dict[str, ExperimentConfig]:
     for group in groups:
         if config_path(group.runs[0]).is_file():
             config = load_run(group.runs[0])
-            configs[group.label] = replace(config, model=config.model.at_depth(group.sampling.diffusion_depth))
+            configs[group.label] = group.sampling.apply(config)
     keys = {label: tuple(design_of(config).values()) for label, config in configs.items()}
     times = Counter(keys.values())
     return {label: config for label, config in configs.items() if times[keys[label]] == 1}

@@ -98,7 +98,7 @@ def curves_of_sweep(sweep: Sweep) -> list[Curve]:
         _log.warning("%d of %d cells are not evaluated (%s, ...): %s", len(missing), len(cells), missing[0], why)
     return [
         Curve(
-            _without_seed(cell.name, cell.seed) or sweep.name,
+            cell.design or sweep.name,
             cell.run,
             cell.axes,
             cell.seed,

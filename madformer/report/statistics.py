@@ -205,9 +205,16 @@ def _p_values(panel: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> 
 
 
 def _winner(panel: Mapping[str, BySeed], sign: int, p: Mapping[frozenset[str], float | None]) -> Winner:
-    best = min(panel, key=lambda name: sign * fmean(panel[name].values()))
-    told = {name for name in panel if (corrected := p.get(frozenset({name, best}))) is not None and corrected < SIGNIFICANCE}
     shared = sorted(set.intersection(*(set(values) for values in panel.values())))
+    # Seeds scatter together: a mean over seeds that others lack would say more about them than about the design.
+    best = min(panel, key=lambda name: sign * fmean(panel[name][seed] for seed in shared or panel[name]))
+    told = {
+        name
+        for name in panel
+        if (corrected := p.get(frozenset({name, best}))) is not None
+        and corrected < SIGNIFICANCE
+        and sign * difference(panel[name], panel[best]).mean > 0
+    }
     probability = None
     if len(shared) >= FEWEST_SEEDS:
         values_DS = np.array([[values[seed] for seed in shared] for values in panel.values()])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from madformer.evaluation.measurement import CURVE_FIELDS, DEFAULTS, HELD_OUT, Measurement, Point, Sampling, higher_is_better
-from madformer.report.contrasts import Verdict, judge
+from madformer.report.contrasts import AXES, Verdict, judge
 from madformer.report.diagnostics_report import Diagnostics, gather_diagnostics
 from madformer.report.formatting import (
     COSTS,
@@ -31,9 +31,6 @@ from madformer.report.statistics import FEWEST_SEEDS, Over, pareto_front, winner
 
 _ALWAYS = ("flops", "seconds")
 """Costs that always have a column in Markdown, measured or not."""
-
-_FRONTS = {NFE: "NFE", "flops": "FLOPs", "seconds": "seconds"}
-"""Costs that have a Pareto front in tables, and their names there; what a clock measures is the last."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ class Report:
         """One line a row, in full precision, with the unit in each column's name; what was measured by a clock comes last."""
         axes = list(dict.fromkeys(name for row in self.rows for name in row.group.axes))
         heading = ["label", *axes, *CURVE_FIELDS, "nfe", "steps", "seeds", "interval_over", "n"]
-        fronts = {f"pareto_{cost}": self.front(cost) for cost in _FRONTS}
+        fronts = {f"pareto_{cost}": self.front(cost) for cost in AXES}
         for metric in self.metrics:
             heading += [metric, *(f"{metric}_{column}" for column in _COLUMNS)]
         *counted, measured = fronts
@@ -164,14 +161,14 @@ class Report:
     def _costs(self) -> str:
         known = [name for name in COSTS if name in _ALWAYS or any(row.costs[name] is not None for row in self.rows)]
         units = {name: self.unit(name) for name in known}
-        fronts = {cost: self.front(cost) for cost in _FRONTS} if len(self.groups) > 1 else {}
+        fronts = {cost: self.front(cost) for cost in AXES} if len(self.groups) > 1 else {}
         lines = [["", "NFE", "steps", "seeds", self.metric, *(unit.title.replace(" per ", " / ") for unit in units.values())]]
         lines[0] += ["Pareto front of"] if fronts else []
         for row in self.rows:
             counts = [str(row.nfe), str(row.steps), str(len(row.seeds))]
             costs = [unit.show(row.costs[name]) for name, unit in units.items()]
             lines.append([row.label, *counts, show(row.quality[self.metric]), *costs])
-            lines[-1] += [", ".join(_FRONTS[cost] for cost, front in fronts.items() if row in front)] if fronts else []
+            lines[-1] += [", ".join(AXES[cost] for cost, front in fronts.items() if row in front)] if fronts else []
         return table(lines)
 
     def _others(self) -> str:
@@ -194,7 +191,13 @@ class Report:
         return table(lines)
 
 
-def build_report(curves: Sequence[Curve], title: str, metric: str | None = None, reference: str | None = None) -> Report:
+def build_report(
+    curves: Sequence[Curve],
+    title: str,
+    metric: str | None = None,
+    reference: str | None = None,
+    notes: Sequence[str] = (),
+) -> Report:
     """Gather the newest evaluations and diagnostics of runs.
 
     Args:
@@ -202,13 +205,14 @@ def build_report(curves: Sequence[Curve], title: str, metric: str | None = None,
         title: heads the report.
         metric: name of the metric; None: the first one that all runs have.
         reference: label of the design that others are compared with; None: the first.
+        notes: what is said before everything else.
 
     Raises:
         InputError: no runs, a run that was not evaluated or not with this metric, a broken record, or no such reference.
     """
     metric, groups = gather(curves, metric)
     rows = [row for group in groups for row in make_rows(group)]
-    said, diagnostics = tuple(_notes(groups, rows, metric)), gather_diagnostics(curves)
+    said, diagnostics = (*notes, *_notes(groups, rows, metric)), gather_diagnostics(curves)
     return Report(title, metric, tuple(rows), said, judge(rows, metric, reference), diagnostics, compare(groups, rows, metric))
 
 

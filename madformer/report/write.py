@@ -29,6 +29,7 @@ from madformer.report.statistics import Estimate
 from madformer.report.tables import Report, build_report
 from madformer.runs.checkpoints import checkpoint_path
 from madformer.runs.files import atomic_write
+from madformer.sweep.adaptive import assess
 from madformer.sweep.load_sweep import load_sweep
 
 _TYPES = {"svg": "image/svg+xml", "png": "image/png"}
@@ -309,13 +310,24 @@ def _read(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def curves_of(sources: Sequence[str | Path]) -> tuple[list[Curve], str, Path]:
-    """The runs of a sweep (a YAML file and overrides), or runs (their folders), with the report's title and usual folder."""
+_ADDED_SEEDS = (
+    "Seeds were added until contrasts were decided. Decisions hold however often one looks, p-values here do not:"
+)
+
+
+def curves_of(sources: Sequence[str | Path]) -> tuple[list[Curve], str, Path, list[str]]:
+    """The runs of a sweep (a YAML file and overrides), or runs (their folders).
+
+    Returns:
+        The runs, the report's title and usual folder, and what a sweep has decided.
+    """
     first = Path(sources[0])
     if first.suffix in (".yaml", ".yml"):
         sweep = load_sweep(first, list(map(str, sources[1:])))
-        return curves_of_sweep(sweep), sweep.name, sweep.folder
-    return curves_of_runs(list(map(Path, sources))), "Runs side by side", Path("report")
+        decided = assess(sweep).lines
+        notes = [f"{_ADDED_SEEDS} {'; '.join(decided)}."] if decided else []
+        return curves_of_sweep(sweep), sweep.name, sweep.folder, notes
+    return curves_of_runs(list(map(Path, sources))), "Runs side by side", Path("report"), []
 
 
 def report_on(
@@ -342,8 +354,8 @@ def report_on(
         InputError: nothing named, no such sweep, run, metric, panel, reference or samples, or a run that was not evaluated.
     """
     panels = parse_against(against)
-    curves, title, folder = curves_of(sources)
-    report = build_report(curves, title, metric, reference)
+    curves, title, folder, notes = curves_of(sources)
+    report = build_report(curves, title, metric, reference, notes)
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         paths = write_report(report, out or folder, "report", panels, samples)
     if as_json:

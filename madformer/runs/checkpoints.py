@@ -7,16 +7,18 @@ the weights: name in the model -> tensor. All of it loads with `torch.load(path,
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from madformer.config import ExperimentConfig, load_run
+from madformer.config import ExperimentConfig, load_run, read_config_hash
 from madformer.config.identity import branch_limit, require_same_trunk
 from madformer.errors import InputError
 from madformer.runs.files import atomic_write
@@ -190,6 +192,34 @@ def load_model(path: Path, config: ExperimentConfig, weights: Weights = "ema") -
     except RuntimeError as error:
         raise InputError(f"{path}: not of this run's model: {str(error).splitlines()[-1].strip()}") from error
     return model.eval()
+
+
+class KnownRuns:
+    """The runs below a folder by their hash, so that runs made by hand or by another sweep are not trained again.
+
+    Of several runs with one hash, the one with the most steps counts.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find(self, config_hash: str) -> Path | None:
+        """The run of a configuration; None: there is none."""
+        return self._runs.get(config_hash)
+
+    @cached_property
+    def _runs(self) -> dict[str, Path]:
+        runs: dict[str, Path] = {}
+        for path in sorted(itertools.chain(self._folder.glob("*/config.yaml"), self._folder.glob("*/*/config.yaml"))):
+            if key := read_config_hash(path.parent):
+                other = runs.setdefault(key, path.parent)
+                if other != path.parent and _newest_step(path.parent) > _newest_step(other):
+                    runs[key] = path.parent
+        return runs
+
+
+def _newest_step(run: Path) -> int:
+    return max(map(checkpoint_step, list_checkpoints(run)), default=-1)
 
 
 def weights_sha256(network: nn.Module) -> str:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from madformer.config import ExperimentConfig
 from madformer.config.validation import require
 from madformer.errors import InputError
-from madformer.evaluation.measurement import DISTANCE, Point
-from madformer.sweep.cells import Cell, sweep_cells, with_designs
+from madformer.evaluation.measurement import DISTANCE, HELD_OUT, INCEPTION, METRICS, Point
+from madformer.runs.checkpoints import list_checkpoints
+from madformer.sweep.cells import Cell, related, sweep_cells
 from madformer.sweep.decisions import DEPTH_AXIS, Decide, Decision, decide, expected_seeds
 from madformer.sweep.forecast import Estimates, assumed_device
 from madformer.sweep.needs import cell_points, is_trained, tuned_points
@@ -42,13 +42,12 @@ class Design:
     @property
     def label(self) -> str:
         """Such as d4, or elastic · D = 4."""
-        name = self.cells[0].name.removesuffix(f"-s{self.cells[0].seed}")
-        return name if self.depth is None else f"{name} · D = {self.depth}"
+        return " · ".join(filter(None, [self.cells[0].design, "" if self.depth is None else f"D = {self.depth}"]))
 
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """Two designs at a budget, compared seed by seed."""
+    """Two designs at a budget, which a sweep compares seed by seed."""
 
     one: Design
     reference: Design
@@ -120,38 +119,67 @@ class Assessment:
         return f"{contrast.label}: {decision.state}, {found}{ahead}"
 
 
-def contrasts_of(sweep: Sweep) -> list[Contrast]:
+def contrasts_of(sweep: Sweep, designs: Sequence[Design] | None = None) -> list[Contrast]:
     """All contrasts of a sweep that decides, those without data too: their number sets the level of each.
 
+    Args:
+        designs: the sweep's; None: they are made.
+
     Raises:
-        ConfigError: an axis has no such value, or there is nothing to compare.
+        ConfigError: an axis has no such value, an axis or a budget leaves nothing to compare, or a metric that no network has.
     """
     assert sweep.decide is not None
+    settings, contrasts = sweep.decide, list[Contrast]()
+    for where, pairs in _pairs(sweep, settings, _designs(sweep) if designs is None else designs):
+        found = [
+            Contrast(one, other, nfe)
+            for one, other in pairs
+            for nfe in one.cells[0].budgets_at(one.depth)
+            if nfe in other.cells[0].budgets_at(other.depth) and nfe in (settings.nfe or one.cells[0].budgets)
+        ]
+        require(len(found) > 0, where, settings.contrasts, "leaves no two designs to compare at one budget (decide.nfe)")
+        contrasts += found
+    for nfe in settings.nfe:
+        legal = any(contrast.nfe == nfe for contrast in contrasts)
+        require(legal, "decide.nfe", nfe, "no two designs are evaluated at it: set evaluate.nfe")
+    _check_metric(settings.metric, contrasts[0].one.cells[0])
+    return contrasts
+
+
+def _designs(sweep: Sweep) -> list[Design]:
     by_design: dict[tuple[str, int | None], list[Cell]] = {}
     for cell in sweep_cells(sweep):
         for depth in cell.depths:
             by_design.setdefault((repr(cell.axes), depth), []).append(cell)
-    designs = [Design(tuple(cells), depth) for (_, depth), cells in by_design.items()]
-    contrasts = [
-        Contrast(one, other, nfe)
-        for one, other in _pairs(designs, sweep.decide)
-        for nfe in one.cells[0].budgets_at(one.depth)
-        if nfe in other.cells[0].budgets_at(other.depth) and nfe in (sweep.decide.nfe or one.cells[0].budgets)
-    ]
-    require(len(contrasts) > 0, "decide.contrasts", sweep.decide.contrasts, "leaves nothing to compare at decide.nfe")
-    return contrasts
+    return [Design(tuple(cells), depth) for (_, depth), cells in by_design.items()]
 
 
-def _pairs(designs: Sequence[Design], settings: Decide) -> Iterator[tuple[Design, Design]]:
+def _pairs(sweep: Sweep, settings: Decide, designs: Sequence[Design]) -> Iterator[tuple[str, list[tuple[Design, Design]]]]:
+    """The key in the YAML file, and the pairs of designs that it names."""
     if settings.contrasts == "all":
-        yield from itertools.combinations(designs, 2)
+        yield "decide.contrasts", list(itertools.combinations(designs, 2))
         return
     for axis, reference in settings.contrasts.items():
-        values = list(dict.fromkeys(design.axes[axis] for design in designs if axis in design.axes))
+        values = list({repr(value): value for design in designs if (value := design.axes.get(axis)) is not None}.values())
         require(reference in values, f"decide.contrasts.{axis}", reference, f"must be one of {values}")
-        for one, other in itertools.permutations(designs, 2):
-            if one.axes != other.axes == {**one.axes, axis: reference}:
-                yield one, other
+        tied = set(sweep.zip) if axis in sweep.zip else {axis}  # tied axes go together
+        others = {design: [item for item in design.axes.items() if item[0] not in tied] for design in designs}
+        yield (
+            f"decide.contrasts.{axis}",
+            [
+                (one, other)
+                for one, other in itertools.permutations(designs, 2)
+                if others[one] == others[other] and one.axes.get(axis) != reference == other.axes.get(axis)
+            ],
+        )
+
+
+def _check_metric(metric: str, cell: Cell) -> None:
+    """Refuse a metric of a known network that is not named, before anything is trained."""
+    networks, key = cell.config.evaluation.feature_networks, metric.removesuffix(HELD_OUT)
+    needed = "digits" if key.endswith("_digits") else INCEPTION if key in ("fid", *METRICS) else ""
+    legal = any(name.partition(":")[0] == needed for name in networks) or not needed
+    require(legal, "decide.metric", metric, f"needs the network {needed} in evaluation.feature_networks = {list(networks)}")
 
 
 def wanted_cells(sweep: Sweep) -> tuple[Cell, ...]:
@@ -168,8 +196,8 @@ def assess(sweep: Sweep) -> Assessment:
     cells = tuple(sweep_cells(sweep))
     if sweep.decide is None:
         return Assessment(cells)
-    contrasts, values, rule = contrasts_of(sweep), _Values(sweep.decide), sweep.decide.rule
-    counts = {design: rule.first for contrast in contrasts for design in contrast.designs}
+    designs, values, rule = _designs(sweep), _Values(sweep.decide), sweep.decide.rule
+    contrasts, counts = contrasts_of(sweep, designs), dict.fromkeys(designs, rule.first)
     while True:
         differences = {contrast: values.differences(contrast, counts) for contrast in contrasts}
         decisions, grown = decide(differences, rule), dict(counts)
@@ -177,44 +205,42 @@ def assess(sweep: Sweep) -> Assessment:
             seeds = min(counts[design] for design in contrast.designs)
             if decisions[contrast].state == "undecided" and len(differences[contrast]) == seeds < rule.most:
                 grown |= {design: max(grown[design], seeds + 1) for design in contrast.designs}
-        wanted, more = _chosen(cells, counts), _chosen(cells, grown)
+        wanted, more = _chosen(sweep, cells, counts), _chosen(sweep, cells, grown)
         is_too_long = _takes_too_long(sweep, sweep.decide, wanted, more)
         if grown == counts or is_too_long:
-            chosen = with_designs(wanted) if sweep.evaluate.tune else wanted
-            return Assessment(chosen, decisions, expected_seeds(differences, rule), is_too_long)
+            return Assessment(wanted, decisions, expected_seeds(differences, rule), is_too_long)
         counts = grown
 
 
-def trained_designs(sweep: Sweep) -> list[tuple[ExperimentConfig, ...]]:
-    """The trained runs of a sweep's cells, together where they differ in the seed alone.
+def trained_designs(sweep: Sweep) -> list[tuple[Cell, ...]]:
+    """The trained cells of a sweep, together where they differ in the seed alone.
 
     Raises:
         InputError: a search, or no cell is trained.
     """
     if sweep.search is not None:
         raise InputError(f"{sweep.name} is a search, without designs: name its runs instead")
-    designs: dict[str, list[ExperimentConfig]] = {}
+    designs: dict[str, list[Cell]] = {}
     for cell in wanted_cells(sweep):
         if is_trained(cell):
-            designs.setdefault(repr(cell.axes), []).append(cell.config)
+            designs.setdefault(repr(cell.axes), []).append(cell)
         else:
             _log.warning("%s is not trained: left out", cell.name)
     if not designs:
         raise InputError(f"{sweep.name}: none of its cells is trained; madformer sweep run does that")
-    return [tuple(configs) for configs in designs.values()]
+    return [tuple(cells) for cells in designs.values()]
 
 
-def _chosen(cells: Sequence[Cell], counts: Mapping[Design, int]) -> tuple[Cell, ...]:
-    """The first seeds of each design, and the trunks of branches."""
+def _chosen(sweep: Sweep, cells: Sequence[Cell], counts: Mapping[Design, int]) -> tuple[Cell, ...]:
+    """The first seeds of each design."""
     keys = {cell.key for design, count in counts.items() for cell in design.cells[:count]}
-    keys |= {cell.trunk.key for cell in cells if cell.key in keys and cell.trunk is not None}
-    return tuple(cell for cell in cells if cell.key in keys)
+    return related(sweep, [cell for cell in cells if cell.key in keys])
 
 
 def _takes_too_long(sweep: Sweep, settings: Decide, wanted: Sequence[Cell], more: Sequence[Cell]) -> bool:
     """Whether the sweep would take more than `decide.hours` with more cells, some of which have not begun."""
     known = {cell.key for cell in wanted}
-    added = [cell for cell in more if cell.key not in known and not is_trained(cell)]
+    added = [cell for cell in more if cell.key not in known and not list_checkpoints(cell.run)]
     if settings.hours is None or not added:
         return False
     estimates = Estimates(more, assumed_device(sweep, None, None))
@@ -222,11 +248,11 @@ def _takes_too_long(sweep: Sweep, settings: Decide, wanted: Sequence[Cell], more
 
 
 class _Values:
-    """What the contrasts' cells have measured; each record is read once."""
+    """What the contrasts' cells have measured."""
 
     def __init__(self, settings: Decide) -> None:
         self._settings = settings
-        self._points: dict[str, Any] = {}
+        self._known: dict[tuple[str, int | None, int], float | None] = {}
 
     def differences(self, contrast: Contrast, counts: Mapping[Design, int]) -> list[float]:
         """Seed by seed, up to the first seed that one of the designs lacks."""
@@ -241,12 +267,14 @@ class _Values:
         return found
 
     def _value(self, cell: Cell, depth: int | None, nfe: int) -> float | None:
-        key = f"{cell.key} {depth} {nfe}"
-        if key not in self._points:
-            measured = self._measured(cell, depth, nfe) if is_trained(cell) else None
-            self._points[key] = None if measured is None else fmean(map(self._metric, measured))
-        found: float | None = self._points[key]
-        return found
+        key = cell.key, depth, nfe
+        if key not in self._known:
+            try:
+                measured = self._measured(cell, depth, nfe) if is_trained(cell) else None
+            except (InputError, OSError):  # it is reported as its own cell
+                measured = None
+            self._known[key] = None if measured is None else fmean(map(self._metric, measured))
+        return self._known[key]
 
     def _measured(self, cell: Cell, depth: int | None, nfe: int) -> Sequence[Point] | None:
         """A cell's points at a depth and budget, over evaluation seeds; None: not all are there."""

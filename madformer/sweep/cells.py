@@ -20,7 +20,6 @@ from madformer.config import (
     budget_flaw,
     config_hash,
     load_experiment,
-    read_config_hash,
 )
 from madformer.config.identity import branch_limit, config_path, trunk_hash
 from madformer.config.loading import as_text
@@ -28,7 +27,7 @@ from madformer.config.validation import require
 from madformer.errors import ConfigError
 from madformer.evaluation.measurement import AXES, DEPTH, Sampling, all_samplings, default_axes
 from madformer.model import cost
-from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
+from madformer.runs.checkpoints import KnownRuns
 from madformer.sweep.spec import VARIANT, InferenceAxes, Search, Sweep, label
 
 
@@ -62,6 +61,11 @@ class Cell:
     def branch_step(self) -> int:
         """The step of its trunk's run that its own training begins after; 0: there is no trunk."""
         return branch_limit(self.trunk.config, self.config) if self.trunk else 0
+
+    @property
+    def design(self) -> str:
+        """Its name without the seed, such as d2 of d2-s0; empty: there are no axes."""
+        return "" if self.name == f"s{self.seed}" else self.name.removesuffix(f"-s{self.seed}")
 
     @property
     def key(self) -> str:
@@ -162,11 +166,15 @@ class CellMaker:
         return Cell(name, sweep.experiment, overrides, dict(axes), seed, config, key, sweep.evaluate, skipped, is_of_search)
 
     def check_search(self, search: Search) -> None:
-        """Refuse a pruner without previews.
+        """Refuse a pruner without previews, and a search over what makes no difference.
 
         Raises:
-            ConfigError: there are no previews.
+            ConfigError: there are no previews, or the depth of elastic runs is searched.
         """
+        is_elastic = self._sweep.overrides.get("model.elastic_depths", self._base.model.elastic_depths)
+        legal = not (is_elastic and "model.diffusion_depth" in search.space)
+        remedy = "an elastic run serves all its depths: leave it out, or set model.elastic_depths=[]"
+        require(legal, "search.space.model.diffusion_depth", search.space.get("model.diffusion_depth"), remedy)
         remedy = "it judges by previews: set evaluation.preview_every"
         require(search.pruner == "none" or self.preview_every is not None, "search.pruner", search.pruner, remedy)
 
@@ -245,34 +253,6 @@ def _has_budget(model: ModelConfig, inference: InferenceAxes, nfe: int) -> bool:
     return not steps or nfe in (*inference.nfe, *(cost.nfe(model, count) for count in steps))
 
 
-class KnownRuns:
-    """The runs below a folder by their hash, so that runs made by hand or by another sweep are not trained again.
-
-    Of several runs with one hash, the one with the most steps counts.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def find(self, config_hash: str) -> Path | None:
-        """The run of a configuration; None: there is none."""
-        return self._runs.get(config_hash)
-
-    @cached_property
-    def _runs(self) -> dict[str, Path]:
-        runs: dict[str, Path] = {}
-        for path in sorted(itertools.chain(self._folder.glob("*/config.yaml"), self._folder.glob("*/*/config.yaml"))):
-            if key := read_config_hash(path.parent):
-                other = runs.setdefault(key, path.parent)
-                if other != path.parent and _newest_step(path.parent) > _newest_step(other):
-                    runs[key] = path.parent
-        return runs
-
-
-def _newest_step(run: Path) -> int:
-    return max(map(checkpoint_step, list_checkpoints(run)), default=-1)
-
-
 def sweep_cells(sweep: Sweep) -> list[Cell]:
     """All cells of a grid: variants vary slowest, then the grid's axes in order, then the tied axes, the seed fastest.
 
@@ -301,8 +281,13 @@ def _make_cells(sweep: Sweep) -> tuple[Cell, ...]:
     )
     require(len(cells) > 0, "exclude", list(sweep.exclude), "leaves nothing of the sweep")
     _require_one_run_each(cells)
+    return cells if sweep.decide is not None else related(sweep, cells)
+
+
+def related(sweep: Sweep, cells: Sequence[Cell]) -> tuple[Cell, ...]:
+    """The cells, which know their trunk, and the others of their design where these are tuned together."""
     cells = _with_trunks(cells)
-    return with_designs(cells) if sweep.evaluate.tune else cells
+    return _with_designs(cells) if sweep.evaluate.tune else cells
 
 
 def _with_trunks(cells: Sequence[Cell]) -> tuple[Cell, ...]:
@@ -334,7 +319,7 @@ def _with_checkpoints(cell: Cell, more: set[int]) -> Cell:
     return replace(cell, overrides=(*overrides, f"{name}={as_text(steps)}"), config=config)
 
 
-def with_designs(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+def _with_designs(cells: Sequence[Cell]) -> tuple[Cell, ...]:
     """The cells; the first one of each design knows the others, which differ in the seed alone."""
     designs: dict[str, list[Cell]] = {}
     for cell in cells:

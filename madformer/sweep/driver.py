@@ -77,7 +77,7 @@ def run_sweep(
     """
     say = say or _print
     cells = wanted_cells(sweep)
-    drop_branch_points(cells)  # a driver may have been killed before it did
+    drop_branch_points(cells, sweep.folder)  # a driver may have been killed before it did
     needs = [cell_needs(cell) for cell in cells]
     if cells and all(need.is_done for need in needs):
         say(f"{sweep.name}: all {len(cells)} cells are done, nothing to do")
@@ -164,7 +164,7 @@ class Driver:
         if outcome == DONE:
             self._quick_failures.clear()
             self._queue.complete(trial)
-            drop_branch_points(self._queue.cells)
+            drop_branch_points(self._queue.cells, self._sweep.folder)
             event = "finished"
         elif outcome == INTERRUPTED and trial.number in self._pruned_trials:
             self._queue.prune(trial)

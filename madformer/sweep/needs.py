@@ -136,8 +136,12 @@ def trunk_lines(cells: Sequence[Cell]) -> list[str]:
     return [f"{subject} {f'{trunks} trunks' if trunks > 1 else 'a trunk'}: {own}"]
 
 
-def drop_branch_points(cells: Sequence[Cell]) -> None:
-    """Remove checkpoints of trunks that are there for branches alone, where all of these are trained."""
+def drop_branch_points(cells: Sequence[Cell], folder: Path) -> None:
+    """Remove checkpoints of trunks that are there for branches alone, where all of these are trained.
+
+    Args:
+        folder: the sweep's. Checkpoints of runs elsewhere are their owners'.
+    """
     points: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
         if cell.trunk is not None:
@@ -146,7 +150,7 @@ def drop_branch_points(cells: Sequence[Cell]) -> None:
         trunk = branches[0].trunk
         # A branch has the checkpoints that the sweep names itself.
         is_wanted = step in branches[0].config.trainer.checkpoint_steps
-        if trunk is None or is_wanted or trunk.config.trainer.saves_regularly(step):
+        if trunk is None or is_wanted or trunk.run.parent != folder or trunk.config.trainer.saves_regularly(step):
             continue
         path = checkpoint_path(trunk.run, step)
         with contextlib.suppress(InputError, OSError):  # such a cell reports it itself

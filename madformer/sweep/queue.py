@@ -102,7 +102,11 @@ class Queue:
     @property
     def cells(self) -> list[Cell]:
         """All cells; of a search, those of its trials so far; of a sweep that decides, those that are wanted so far."""
-        return [self._cells[key] for key in self._wanted]
+        return [self._cells[key] for key in self._keys]
+
+    @property
+    def _keys(self) -> Sequence[str]:
+        return list(self._cells) if self._sweep.decide is None else self._wanted
 
     def claim(self, limit: int = 1) -> Claim:
         """Claim waiting trials for this driver, as many as there are up to a limit."""
@@ -181,7 +185,7 @@ class Queue:
         newest, added = newest_trials(trials), False
         if self._sweep.decide is not None:
             self._want(wanted_cells(self._sweep))
-        for key in self._wanted:
+        for key in self._keys:
             cell = self._cells[key]
             trial = newest.get(key)
             if key in self._done or (trial is not None and trial.state in _OPEN_STATES):
@@ -223,7 +227,7 @@ class Queue:
         with self.storage.lock():
             for key, trial in newest_trials(self._trials()).items():
                 cell = self._cells[key]
-                if key in self._wanted and cell_status(trial, self._sweep.retries, cell).state == "failed" and cell_needs(cell):
+                if key in self._keys and cell_status(trial, self._sweep.retries, cell).state == "failed" and cell_needs(cell):
                     self._add(cell, {FAILED_ATTEMPTS: 0, **job_attribute(trial)})
 
     def _fail_dead_trials(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:

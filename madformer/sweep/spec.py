@@ -301,9 +301,6 @@ class Sweep:
         for key in self.decide.contrasts if self.decide.contrasts != "all" else ():
             axes = [*self.axes, *([DEPTH_AXIS] if self.evaluate.diffusion_depths else [])]
             require(key in axes, "decide.contrasts", key, f"must be an axis of the sweep: {', '.join(axes) or 'it has none'}")
-        for nfe in self.decide.nfe:
-            budgets = self.evaluate.nfe
-            require(nfe in budgets or not budgets, "decide.nfe", nfe, f"must be one of evaluate.nfe = {list(budgets)}")
 
     @property
     def training_seeds(self) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from typing import Literal
 from madformer.config import load_run
 from madformer.errors import InputError
 from madformer.evaluation.measurement import AXES, DEPTH
+from madformer.runs.checkpoints import newest_intact
 from madformer.runs.folder import is_run
 from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_needs
@@ -116,7 +117,8 @@ def trial_commands(cell: Cell) -> list[list[str]]:
     if needs.waits:
         return commands
     if needs.training:
-        branch = ["--branch", str(cell.trunk.run)] if cell.trunk and needs.beginning else []
+        can_branch = cell.trunk and needs.beginning and newest_intact(cell.trunk.run, limit=cell.branch_step)
+        branch = ["--branch", str(cell.trunk.run)] if cell.trunk and can_branch else []
         commands.append([*madformer, "train", cell.experiment, *cell.overrides, *branch])
     for options in _budget_options(cell, needs.budgets):
         commands.append([*madformer, "evaluate", str(cell.run), *options, *_inference_options(cell), *_overrides(cell)])

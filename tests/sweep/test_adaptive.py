@@ -130,6 +130,51 @@ def test_hours_end_the_adding_of_seeds(sweep_file):
     assert len(names(load(sweep_file, "decide.hours=1e9", "decide.margin=null"))) == 11
 
 
+def test_tied_axes_and_lists_are_compared_too_and_every_design_has_its_first_seeds(sweep_file):
+    tied = ["grid={}", "zip={model.unet.channels: [[16], [8]], model.width: [32, 16]}", "decide.nfe=[16]"]
+    sweep = load(sweep_file, *tied, "decide.contrasts={model.unet.channels: [16]}")
+    assert [contrast.label for contrast in contrasts_of(sweep)] == ["channels8-width16 - channels16-width32 at NFE 16"]
+    alone = load(sweep_file, "exclude=[{model.diffusion_depth: [8]}]", "decide.contrasts={model.diffusion_depth: 4}")
+    assert len(names(alone)) == 6
+    beside = ["grid={}", "variants={a: {}, b: {model.diffusion_depth: 2}, c: {model.elastic_depths: [2, 4]}}"]
+    sweep = load(sweep_file, *beside, "evaluate.diffusion_depths=[2,4]", "decide.contrasts={evaluate.diffusion_depth: 4}")
+    assert names(sweep) == [f"{name}-s{seed}" for name in "abc" for seed in range(3)], "compared or not"
+
+
+def test_an_unreadable_run_stops_its_own_contrasts_alone(sweep_file):
+    sweep = load(sweep_file)
+    for cell in wanted_cells(sweep):
+        measure(cell, values(cell, noise=0.02))
+    record_path(sweep_cells(sweep)[0].run).write_text("no JSON\n")
+    assert states(sweep) == {"d2 - d4 at NFE 16": "undecided", "d8 - d4 at NFE 16": "equal"}
+
+
+def test_hours_count_what_is_wanted_and_do_not_take_back_what_has_begun(sweep_file):
+    sweep = load(sweep_file, "decide.margin=null")
+    for cell in wanted_cells(sweep):
+        measure(cell, values(cell))
+    [one, *_] = [cell for cell in wanted_cells(sweep) if cell.seed == 3]
+    write_config(one.config, one.run)
+    for cell in [cell for cell in wanted_cells(sweep) if cell.seed == 3]:
+        path = checkpoint_path(cell.run, 5)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert [cell.seed for cell in wanted_cells(load(sweep_file, "decide.margin=null", "decide.hours=1e-9"))].count(3) == 2
+
+
+def test_a_branch_s_seeds_bring_no_longer_design_with_them(sweep_file):
+    """A trunk that nobody compares any more is not trained for its branches."""
+    fixed = "overrides={optimizer.warmup_steps: 2, evaluation.num_samples: 8, evaluation.held_out_split: null}"
+    axes = ["grid={trainer.max_steps: [20, 40, 4000]}", fixed, "decide.margin=null"]
+    sweep = load(sweep_file, *axes, "decide.contrasts={trainer.max_steps: 20}")
+    for cell in wanted_cells(sweep):
+        offset = {20: 0, 40: random.Random(cell.seed).gauss(0, 3), 4000: -50}[cell.max_steps]
+        measure(cell, 60 + offset + random.Random(f"{cell.seed} {cell.max_steps}").gauss(0, 0.1))
+    more = [cell.name for cell in wanted_cells(sweep) if cell.seed == 3]
+    assert more == ["max_steps20-s3", "max_steps40-s3"]
+    assert [cell.trunk and cell.trunk.name for cell in wanted_cells(sweep) if cell.seed == 3] == ["max_steps40-s3", None]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -140,7 +185,8 @@ def test_hours_end_the_adding_of_seeds(sweep_file):
         ("decide.contrasts.model.diffusion_depth=3", "decide.contrasts.model.diffusion_depth = 3: must be one of [2, 4, 8]"),
         ("decide.contrasts.model.width=3", "decide.contrasts = 'model.width': must be an axis of the sweep"),
         ("decide.sampling=tuned", "decide.sampling = 'tuned': needs tuned samplings: set evaluate.tune=true"),
-        ("decide.nfe=[17]", "decide.nfe = 17: must be one of evaluate.nfe = [16, 24]"),
+        ("decide.nfe=[16,17]", "decide.nfe = 17: no two designs are evaluated at it: set evaluate.nfe"),
+        ("decide.metric=fid", "decide.metric = 'fid': needs the network inception in evaluation.feature_networks = ['digits']"),
         ("decide.metric=loss", "decide.metric = 'loss': must be distance, or a metric such as fid or fd_digits"),
         ("evaluate.checkpoints=last5", "evaluate.checkpoints = 'last5': set it to newest, with decide"),
     ],
@@ -152,10 +198,10 @@ def test_what_cannot_be_decided(sweep_file, override, message):
 
 
 def test_a_metric_that_is_not_measured(sweep_file):
-    sweep = load(sweep_file, "decide.metric=fid")
+    sweep = load(sweep_file, "decide.metric=fd_mine")
     measure(sweep_cells(sweep)[0], 1.0)
     measure(sweep_cells(sweep)[6], 1.0)
-    with pytest.raises(InputError, match="decide.metric = fid: not measured; there are fd_digits, kid_digits"):
+    with pytest.raises(InputError, match="decide.metric = fd_mine: not measured; there are fd_digits, kid_digits"):
         assess(sweep)
 
 
