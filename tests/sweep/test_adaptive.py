@@ -9,6 +9,8 @@ import pytest
 from madformer.config import write_config
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.record import append_point, read_points, record_path
+from madformer.report.tables import build_report
+from madformer.report.write import curves_of
 from madformer.runs.checkpoints import checkpoint_path
 from madformer.sweep.adaptive import assess, contrasts_of, wanted_cells
 from madformer.sweep.cells import sweep_cells
@@ -203,6 +205,14 @@ def test_a_metric_that_is_not_measured(sweep_file):
     measure(sweep_cells(sweep)[6], 1.0)
     with pytest.raises(InputError, match="decide.metric = fd_mine: not measured; there are fd_digits, kid_digits"):
         assess(sweep)
+
+
+def test_a_report_names_the_decisions(sweep_file):
+    sweep = load(sweep_file)
+    for cell in wanted_cells(sweep):
+        measure(cell, values(cell, noise=0.02))
+    note = build_report(*curves_of([sweep_file])[:2], notes=curves_of([sweep_file])[3]).notes[0]
+    assert note.startswith("Seeds were added until contrasts were decided.") and "d8 - d4 at NFE 16: equal" in note
 
 
 def test_a_driver_goes_on_until_all_is_decided(sweep_file, capsys):

@@ -211,6 +211,28 @@ def test_depths_are_tuned_and_sampled_each_for_itself(run, tmp_path):
     assert "made in another way" in perform(clash, status=2)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("--nfe", "5", "evaluation.nfe=[5,2000]"),
+        ("--nfe", "5", "evaluation.preview_nfe=2000"),
+        ("--steps", "3", "evaluation.nfe=[7]", "evaluation.spacing=list:999/500/0", "evaluation.preview_every=null"),
+    ],
+)
+def test_a_depth_is_not_held_to_budgets_of_other_depths(overrides, run):
+    """They are legal at the default depth, 2, and not at depth 1."""
+    evaluate(run, "--diffusion-depth", "1", *overrides)
+    assert [point["diffusion_depth"] for point in read_points(run)] == [1]
+
+
+def test_a_search_over_the_depths_of_elastic_runs_is_refused(tmp_path):
+    text = f"experiment: {DIGITS}\noverrides: {{model.elastic_depths: [2, 4]}}\n"
+    text += "search: {space: {model.diffusion_depth: [2, 4]}, nfe: [16]}\n"
+    (tmp_path / "search.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="search.space.model.diffusion_depth = .*: an elastic run serves all its depths"):
+        load_sweep(tmp_path / "search.yaml")
+
+
 def test_a_depth_that_was_not_trained_is_refused(run):
     (run / "evaluations.jsonl").unlink(missing_ok=True)
     assert "diffusion depth 4: not trained; the run has 1, 2, 3" in evaluate(run, "--diffusion-depth", "1,4", status=2)
@@ -250,3 +272,9 @@ evaluate: {{steps: [2], nfe: [5], diffusion_depths: [1, 3]}}
     for each in commands:
         perform(each, cwd=tmp_path)
     assert cell_needs(elastic).is_done and len(cell_points(elastic)) == 4
+    perform(command("tune", tmp_path / "sweep.yaml", "--tries", "1"), cwd=tmp_path)
+    assert [find_tuning(elastic.run, nfe, depth) is not None for depth in (1, 2, 3) for nfe in (4, 5, 6)] == [
+        *(True, True, False),
+        *(False, False, False),
+        *(False, True, True),
+    ]
