@@ -59,7 +59,7 @@ def train(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="EXPERIMENT.yaml [KEY=VALUE]...")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run.")] = None,
     branch: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Begin with the steps before its decay of a run of another length.")
+        Path | None, typer.Option(metavar="RUN", help="Begin at a checkpoint of RUN, which differs in trainer.max_steps alone.")
     ] = None,
 ) -> None:
     """Train a run, or go on with it from its newest intact checkpoint."""
@@ -170,7 +170,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Image i depends on (seed, i) alone.")] = 0,
     classes: Annotated[str | None, typer.Option(metavar="207,360", help="Classes, in turn; default: all of them.")] = None,
     prompt: Annotated[str | None, typer.Option(help="A text for all images, instead of classes.")] = None,
-    diffusion_depth: Annotated[int | None, typer.Option(help=f"{_DEPTH}.")] = None,
+    diffusion_depth: Annotated[int | None, typer.Option(help="Diffusion depth of an elastic run.")] = None,
     sampler: Annotated[str | None, typer.Option(help=f"One of {_SAMPLERS}.")] = None,
     spacing: Annotated[str | None, typer.Option(help=f"One of {SPACINGS}.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; 1: none.")] = None,

@@ -273,7 +273,7 @@ def _conclude(request: EvaluationRequest, tasks: Sequence[Task], device: torch.d
 
 def write_run_curves(config: ExperimentConfig) -> None:
     """Bring a run's curves in TensorBoard up to its record."""
-    write_curves(config.run_dir, _hparams(config))
+    write_curves(config.run_dir, _hparams(config), config.model.sampled_depth())
 
 
 def _record_means(run: Path, points: Iterable[Point]) -> None:

@@ -76,7 +76,7 @@ DIAGNOSTICS: dict[str, tuple[Callable[[Point], Sequence[float] | None], str]] = 
 """The part of a tag after `diagnostics/` -> its values (None: the model has none), and the step's unit."""
 
 
-def write_curves(run: Path, hparams: Mapping[str, Scalar]) -> None:
+def write_curves(run: Path, hparams: Mapping[str, Scalar], depth: int | None = None) -> None:
     """Write the newest evaluations and diagnostics to one event file, which replaces the former one.
 
     A running TensorBoard shows it at its next reload; one with `--load_fast=false` must be started again.
@@ -84,13 +84,14 @@ def write_curves(run: Path, hparams: Mapping[str, Scalar]) -> None:
     Args:
         run: the run's folder; nothing is written if its record is empty.
         hparams: trained fields for the table of hyperparameters; the same names in all runs of a sweep.
+        depth: of an elastic run the diffusion depth whose distances stand in that table; None: the run is not elastic.
 
     Raises:
         InputError: the record is broken.
     """
     curves, diagnostics = [*run_curves(run), *tuned_curves(run)], newest_diagnostics(run)
     former = list(run.glob(f"{_PREFIX}*{_SUFFIX}"))
-    events = [*_curve_events(curves), *_hparam_events(curves, hparams), *_diagnostic_events(diagnostics)]
+    events = [*_curve_events(curves), *_hparam_events(curves, hparams, depth), *_diagnostic_events(diagnostics)]
     events += _layout_events(curves, diagnostics)
     if events:
         start = Event(wall_time=events[0].wall_time, file_version="brain.Event:2")
@@ -223,16 +224,17 @@ def _diagnostic_events(entry: Point | None) -> Iterator[Event]:
                 yield _scalar(entry, f"diagnostics/{name}", value, step, f"step: {unit}, of training step {entry['step']}")
 
 
-def _hparam_events(curves: Sequence[RunCurve], hparams: Mapping[str, Scalar]) -> Iterator[Event]:
+def _hparam_events(curves: Sequence[RunCurve], hparams: Mapping[str, Scalar], depth: int | None) -> Iterator[Event]:
     """The run's row in the table of hyperparameters: `hparams`, and the main curve's Fréchet distances at its two ends.
 
     The table would be unreadable with all metrics at all budgets; runs are ranked by the Fréchet distances.
     """
     if not curves:
         return
-    points = _means(curves[0])
+    main = next((curve for curve in curves if curve.sampling.diffusion_depth == depth), curves[0])
+    points = _means(main)
     first, last = points[0], points[-1]
-    distances = [metric for metric in curves[0].metrics if metric_key(metric) == "fd"] or curves[0].metrics[:1]
+    distances = [metric for metric in main.metrics if metric_key(metric) == "fd"] or main.metrics[:1]
     metrics = {f"{metric}_at_nfe_{point['nfe']}": (metric, point) for metric in distances for point in (first, last)}
     for tag, (metric, point) in metrics.items():
         description = f"{metric} at NFE {point['nfe']}; step: training step"

@@ -201,7 +201,7 @@ class Verdict:
         return table(lines)
 
 
-_UNTESTED = f"With {_TOO_FEW} nothing is decided: another training may order designs otherwise."
+_UNTESTED = f"With {_TOO_FEW} nothing is tested: another training may order designs otherwise."
 _CHOICES = (
     "P(best): the share of 10,000 resamples of the seeds, drawn for all designs together, in which it is the best. Level: not "
     "told from it by t-tests, seed by seed, corrected for the number of all pairs at all costs of one axis and sampling (Holm, "
@@ -365,7 +365,7 @@ def _training(steps: int, rows: Sequence[Row], metric: str) -> Training:
 def _sentence(choices: Sequence[Choice]) -> str:
     """Such as `up to NFE 64, d2 (p = 0.97); from 128 on, undecided`."""
     if all(choice.winner.probability is None for choice in choices):
-        return f"{_TOO_FEW}, nothing is decided"
+        return f"{_TOO_FEW}, nothing is tested"
     spans = [(key, list(found)) for key, found in itertools.groupby(choices, key=_decision)]
     texts = []
     for index, (name, span) in enumerate(spans):

@@ -362,7 +362,8 @@ def contact_sheet(title: str, sheets: Sequence[tuple[str, Sequence[str], np.ndar
     width = 3 * PANEL[0]
     heights = [0.4 + 0.85 * width * tiles_YX3.shape[0] / tiles_YX3.shape[1] for _, _, tiles_YX3 in sheets]
     with rc_context(STYLE):
-        figure = Figure(figsize=(width, 0.4 + sum(heights)), layout="constrained")
+        longest = max(len(label) for _, labels, _ in sheets for label in labels)
+        figure = Figure(figsize=(width + 0.07 * max(0, longest - 10), 0.4 + sum(heights)), layout="constrained")
         panels = figure.subplots(len(sheets), 1, squeeze=False, height_ratios=heights)[:, 0]
         for panel, (name, labels, tiles_YX3) in zip(panels, sheets, strict=True):
             panel.imshow(tiles_YX3)

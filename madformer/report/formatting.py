@@ -67,8 +67,9 @@ def p_value(p: float) -> str:
 
 
 def in_words(sampling: Sampling) -> str:
-    """Sampler, spacing, and what else is not the default, such as `unipc, power:1.5, guidance 2`."""
-    plain = Sampling(sampling.nfe, sampling.steps, sampling.sampler, sampling.spacing)
+    """Sampler, spacing, and what else is not the default, such as `unipc, power:1.5, guidance 2`. Depths are in labels."""
+    depth = sampling.diffusion_depth
+    plain = Sampling(sampling.nfe, sampling.steps, sampling.sampler, sampling.spacing, diffusion_depth=depth)
     return ", ".join(filter(None, [sampling.sampler, sampling.spacing, sampling.difference(plain)]))
 
 

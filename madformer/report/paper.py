@@ -243,7 +243,8 @@ def _configs(groups: Sequence[Group]) -> dict[str, ExperimentConfig]:
     for group in groups:
         if config_path(group.runs[0]).is_file():
             config = load_run(group.runs[0])
-            configs[group.label] = group.sampling.apply(config)
+            is_elastic = group.sampling.diffusion_depth is not None
+            configs[group.label] = group.sampling.apply(config) if is_elastic else config
     keys = {label: tuple(design_of(config).values()) for label, config in configs.items()}
     times = Counter(keys.values())
     return {label: config for label, config in configs.items() if times[keys[label]] == 1}

@@ -14,7 +14,15 @@ from typing import Any, Literal
 from madformer.config import ExperimentConfig, load_run, trained_fields
 from madformer.errors import InputError
 from madformer.evaluation.measurement import DEPTH, Measurement, Point, Sampling
-from madformer.evaluation.record import RunCurve, find_tuning, mean_known, read_points, run_curves, tuned_curves
+from madformer.evaluation.record import (
+    RunCurve,
+    confirmation_seeds,
+    find_tuning,
+    mean_known,
+    read_points,
+    run_curves,
+    tuned_curves,
+)
 from madformer.report.formatting import COSTS, natural
 from madformer.report.statistics import Estimate, estimate
 from madformer.sweep.adaptive import wanted_cells
@@ -240,9 +248,26 @@ def gather(curves: Sequence[Curve], metric: str | None = None) -> tuple[str, lis
         (curve, [kept for entry in measured if metric in entry.metrics and (kept := _asked_for(entry, curve)) is not None])
         for curve, measured in recorded
     ]
+    chosen = _without_lone_confirmations(chosen)
     if all(entry.is_tuned for _, measured in chosen for entry in measured):
         raise InputError(f"{recorded[0][0].run}: not evaluated at the budgets that are asked for, nor are the others")
     return metric, _groups(chosen)
+
+
+def _without_lone_confirmations(chosen: Sequence[tuple[Curve, list[RunCurve]]]) -> list[tuple[Curve, list[RunCurve]]]:
+    """Fixed curves without the points that tuning has left, at budgets where not all runs have them: seeds scatter together."""
+    confirming = set(confirmation_seeds(1))
+    have: dict[int, list[bool]] = {}
+    for _, curves in chosen:
+        for nfe, points in (item for curve in curves if not curve.is_tuned for item in curve.points.items()):
+            have.setdefault(nfe, []).append(any(point["seed"] in confirming for point in points))
+    lone = {nfe for nfe, found in have.items() if len(set(found)) > 1}
+
+    def restricted(curve: RunCurve) -> RunCurve:
+        asked = {nfe: [point for point in points if point["seed"] not in confirming] for nfe, points in curve.points.items()}
+        return replace(curve, points={nfe: (nfe in lone and asked[nfe]) or points for nfe, points in curve.points.items()})
+
+    return [(curve, [each if each.is_tuned else restricted(each) for each in curves]) for curve, curves in chosen]
 
 
 def make_rows(group: Group) -> list[Row]:

@@ -28,6 +28,7 @@ from madformer.report.formatting import (
 from madformer.report.paper import Comparison, compare
 from madformer.report.points import Column, Curve, Group, Row, columns_of, gather, make_rows
 from madformer.report.statistics import FEWEST_SEEDS, Over, pareto_front, winners
+from madformer.sweep.adaptive import Assessment
 
 _ALWAYS = ("flops", "seconds")
 """Costs that always have a column in Markdown, measured or not."""
@@ -48,6 +49,8 @@ class Report:
     """The models' diagnostics; None: none were computed."""
     comparison: Comparison | None = None
     """The comparison with the paper; None: no two runs have the designs of its models."""
+    decided: Assessment | None = None
+    """What a sweep that decides has decided."""
 
     @property
     def groups(self) -> list[Group]:
@@ -92,7 +95,10 @@ class Report:
         Args:
             pictures: names of files that are shown below the first table.
         """
-        parts = [f"## {self.title}", *filter(None, [self.verdict.answer]), "\n".join(f"- {note}" for note in self.notes)]
+        parts = [f"## {self.title}"]
+        if self.decided is not None:
+            parts += [_DECIDED, "\n".join(f"- {line}" for line in self.decided.lines)]
+        parts += [*filter(None, [self.verdict.answer]), "\n".join(f"- {note}" for note in self.notes)]
         parts += [self._quality(), *(f"![{self.title}]({name})" for name in pictures), *self.verdict.markdown()]
         if self.comparison is not None:
             parts.append(self.comparison.markdown())
@@ -196,7 +202,7 @@ def build_report(
     title: str,
     metric: str | None = None,
     reference: str | None = None,
-    notes: Sequence[str] = (),
+    decided: Assessment | None = None,
 ) -> Report:
     """Gather the newest evaluations and diagnostics of runs.
 
@@ -205,15 +211,19 @@ def build_report(
         title: heads the report.
         metric: name of the metric; None: the first one that all runs have.
         reference: label of the design that others are compared with; None: the first.
-        notes: what is said before everything else.
+        decided: of a sweep that decides, what it has decided; its first contrast names the reference if nothing else does.
 
     Raises:
         InputError: no runs, a run that was not evaluated or not with this metric, a broken record, or no such reference.
     """
     metric, groups = gather(curves, metric)
     rows = [row for group in groups for row in make_rows(group)]
-    said, diagnostics = (*notes, *_notes(groups, rows, metric)), gather_diagnostics(curves)
-    return Report(title, metric, tuple(rows), said, judge(rows, metric, reference), diagnostics, compare(groups, rows, metric))
+    if decided is not None and reference is None:
+        label = next(iter(decided.decisions)).reference.label
+        reference = label if label in {group.design for group in groups} else None
+    said, diagnostics = tuple(_notes(groups, rows, metric)), gather_diagnostics(curves)
+    verdict, paper = judge(rows, metric, reference), compare(groups, rows, metric)
+    return Report(title, metric, tuple(rows), said, verdict, diagnostics, paper, decided)
 
 
 _COLUMNS = ("ci_low", "ci_high", "min", "max", "sd_over_checkpoints", "bias")
@@ -230,6 +240,10 @@ def _numbers(row: Row, metric: str) -> list[float | None]:
     return [estimated.mean, low, high, *extremes, estimated.checkpoint_deviation, row.bias.get(metric)]
 
 
+_DECIDED = (
+    "**Decided by the sweep**, which added seeds until it knew. These decisions hold however often one looks. "
+    "The tests below do not take the looks into account."
+)
 _BOLD = (
     "Bold: every other value of the column differs (t-tests seed by seed, p < 0.05, corrected by Holm for the number of pairs: "
     "those of the column, and those of all columns at the same sampling)."

@@ -19,7 +19,7 @@ from PIL import Image
 
 from madformer.config import load_run
 from madformer.errors import InputError
-from madformer.evaluation.measurement import Sampling
+from madformer.evaluation.measurement import DISTANCE, Sampling
 from madformer.evaluation.request import SamplingRequest
 from madformer.report.contrasts import Choice, Verdict
 from madformer.report.diagnostics_report import draw_diagnostics
@@ -31,6 +31,7 @@ from madformer.runs.checkpoints import checkpoint_path
 from madformer.runs.files import atomic_write
 from madformer.sweep.adaptive import assess
 from madformer.sweep.load_sweep import load_sweep
+from madformer.sweep.spec import Sweep
 
 _TYPES = {"svg": "image/svg+xml", "png": "image/png"}
 
@@ -103,7 +104,8 @@ def document(report: Report) -> dict[str, Any]:
         }
         for row in report.rows
     ]
-    said = {"title": report.title, "answer": verdict.answer.replace("*", ""), "notes": report.notes}
+    said: dict[str, Any] = {"title": report.title, "answer": verdict.answer.replace("*", ""), "notes": report.notes}
+    said |= {} if report.decided is None else {"decisions": report.decided.records}
     measured = {"metric": report.metric, "better": report.better, "reference": verdict.reference}
     comparisons = {"contrasts": _contrast_records(verdict), "best": _choice_records(verdict.choices)}
     comparisons |= {"crossings": _crossing_records(verdict), "training": _training_records(verdict)}
@@ -310,24 +312,17 @@ def _read(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-_ADDED_SEEDS = (
-    "Seeds were added until contrasts were decided. Decisions hold however often one looks, p-values here do not:"
-)
-
-
-def curves_of(sources: Sequence[str | Path]) -> tuple[list[Curve], str, Path, list[str]]:
+def curves_of(sources: Sequence[str | Path]) -> tuple[list[Curve], str, Path, Sweep | None]:
     """The runs of a sweep (a YAML file and overrides), or runs (their folders).
 
     Returns:
-        The runs, the report's title and usual folder, and what a sweep has decided.
+        The runs, the report's title and usual folder, and the sweep if it is one.
     """
     first = Path(sources[0])
     if first.suffix in (".yaml", ".yml"):
         sweep = load_sweep(first, list(map(str, sources[1:])))
-        decided = assess(sweep).lines
-        notes = [f"{_ADDED_SEEDS} {'; '.join(decided)}."] if decided else []
-        return curves_of_sweep(sweep), sweep.name, sweep.folder, notes
-    return curves_of_runs(list(map(Path, sources))), "Runs side by side", Path("report"), []
+        return curves_of_sweep(sweep), sweep.name, sweep.folder, sweep
+    return curves_of_runs(list(map(Path, sources))), "Runs side by side", Path("report"), None
 
 
 def report_on(
@@ -354,8 +349,11 @@ def report_on(
         InputError: nothing named, no such sweep, run, metric, panel, reference or samples, or a run that was not evaluated.
     """
     panels = parse_against(against)
-    curves, title, folder, notes = curves_of(sources)
-    report = build_report(curves, title, metric, reference, notes)
+    curves, title, folder, sweep = curves_of(sources)
+    decided = assess(sweep) if sweep is not None and sweep.decide is not None else None
+    if sweep is not None and sweep.decide is not None and sweep.decide.metric != DISTANCE:
+        metric = metric or sweep.decide.metric
+    report = build_report(curves, title, metric, reference, decided)
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         paths = write_report(report, out or folder, "report", panels, samples)
     if as_json:

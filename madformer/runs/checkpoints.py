@@ -116,7 +116,7 @@ def find_branch_point(config: ExperimentConfig, run: Path) -> Path:
         steps = ", ".join(str(checkpoint_step(path)) for path in list_checkpoints(run)) or "none"
         remedy = "train it from the start, without --branch"
         raise InputError(
-            f"{run}: no intact checkpoint after at most {limit} steps to branch from, there are: {steps}; {remedy}"
+            f"{run}: no intact checkpoint at or before step {limit}, where the first decay begins; there are: {steps}; {remedy}"
         )
     return path
 

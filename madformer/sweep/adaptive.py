@@ -55,8 +55,8 @@ class Contrast:
 
     @property
     def label(self) -> str:
-        """Such as d2 - d4 at NFE 16."""
-        return f"{self.one.label} - {self.reference.label} at NFE {self.nfe}"
+        """Such as d2 minus d4 at NFE 16."""
+        return f"{self.one.label} minus {self.reference.label} at NFE {self.nfe}"
 
     @property
     def designs(self) -> tuple[Design, Design]:
@@ -111,10 +111,10 @@ class Assessment:
     def _line(self, contrast: Contrast) -> str:
         decision = self.decisions[contrast]
         low, high = decision.interval
-        found = f"{decision.difference:+.3g} ({low:+.3g} to {high:+.3g}) after {decision.seeds} seeds"
-        if not math.isfinite(low):
-            found = f"{decision.seeds} seeds so far"
         more = self.expected[contrast]
+        if not math.isfinite(low):
+            return f"{contrast.label}: {decision.seeds or 'no'} seeds yet, {more} to come"
+        found = f"{decision.difference:+.3g} ({low:+.3g} to {high:+.3g}) after {decision.seeds} seeds"
         ahead = "" if decision.state != "undecided" else f", some {more} more expected" if more else ", at the limit"
         return f"{contrast.label}: {decision.state}, {found}{ahead}"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from madformer.errors import ConfigError, InputError
-from madformer.sweep.adaptive import wanted_cells
+from madformer.sweep.adaptive import assess, wanted_cells
 from madformer.sweep.cells import Cell, sweep_cells
 from madformer.sweep.needs import cell_needs, drop_branch_points
 from madformer.sweep.spec import Sweep
@@ -81,6 +81,8 @@ def run_sweep(
     needs = [cell_needs(cell) for cell in cells]
     if cells and all(need.is_done for need in needs):
         say(f"{sweep.name}: all {len(cells)} cells are done, nothing to do")
+        for line in assess(sweep).lines:
+            say(f"  {line}")
         return 0
     for cell in cells:
         if cell.config.data.source is None and cell.config.data.latents is None:

@@ -37,7 +37,7 @@ from madformer.sweep.forecast import (
     total_lines,
     training_flops,
 )
-from madformer.sweep.needs import Needs, cell_needs, main_metrics, trunk_lines
+from madformer.sweep.needs import Needs, cell_needs, main_metrics, own_share, trunk_lines
 from madformer.sweep.spec import Search, Sweep
 from madformer.sweep.trial import last_lines, log_path
 
@@ -272,7 +272,9 @@ def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = No
         lines = total_lines(sweep, cells, needs, estimates, device)
         lines += [*skipped_budgets(cells), *memory_lines({cell.name: cell for cell in cells}, sweep.accelerator, memory_gib)]
         if sweep.decide is not None:
-            lines += [*assessment.lines, f"Some {assessment.expected_runs} runs are expected until all is decided."]
+            lines += assessment.lines
+            if not assessment.is_too_long:
+                lines.append(f"Some {assessment.expected_runs} runs in all, until everything is decided or at its limit.")
         print_table(plan_table(sweep, cells, needs, estimates), lines)
     else:
         print("\n".join(search_lines(sweep, sweep.search, device)))
@@ -372,7 +374,7 @@ def _record(row: Row, estimates: Estimates) -> dict[str, Any]:
         "needs": asdict(row.needs),
         "metrics": {} if row.needs.training else main_metrics(cell),
         "parameters": parameter_count(cell.config.model),
-        "training_flops": training_flops(cell.config),
+        "training_flops": own_share(cell) * training_flops(cell.config),
         "flops_per_image": [
             {"nfe": each.nfe, "steps": each.steps, DEPTH: each.diffusion_depth, "flops": image_flops(cell, each)}
             for each in cell.main_samplings

@@ -177,7 +177,7 @@ def test_the_answer_in_words(tmp_path, winners_at, answer):
 
 def test_fewer_than_three_seeds_are_not_tested(tmp_path):
     report = build_report(over_seeds(tmp_path, {"d2": {16: (1.0, 2.0)}, "d4": {16: (8.0, 9.0)}}), "")
-    assert report.verdict.answer == "**Fixed sampler**: fewer than 3 training seeds in common, nothing is decided."
+    assert report.verdict.answer == "**Fixed sampler**: fewer than 3 training seeds in common, nothing is tested."
     text = report.markdown()
     assert "| d4 | fixed | NFE 16 | 7.00 | – | – | 2 |" in text and "**1.50" not in text and "p < 0.05" not in text
 

@@ -19,7 +19,7 @@ from tests.report.curves import curve, seeds, small
 SMALL = """\
 ## Digits
 
-**Fixed sampler**: fewer than 3 training seeds in common, nothing is decided.
+**Fixed sampler**: fewer than 3 training seeds in common, nothing is tested.
 
 - Metric fd_digits, lower is better; 1 training seed each.
 - 1,024 samples a point; ddim sampler, guidance 1, EMA weights; training step 1,000.
@@ -32,7 +32,7 @@ SMALL = """\
 
 ### Which design for which budget
 
-With fewer than 3 training seeds in common nothing is decided: another training may order designs otherwise.
+With fewer than 3 training seeds in common nothing is tested: another training may order designs otherwise.
 
 | sampling | at | lowest fd_digits | mean | P(best) | level with it | compared |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -53,7 +53,7 @@ With fewer than 3 training seeds in common nothing is decided: another training 
 
 ### Differences from d2
 
-The design minus d2. With fewer than 3 training seeds in common nothing is decided: another training may order designs otherwise.
+The design minus d2. With fewer than 3 training seeds in common nothing is tested: another training may order designs otherwise.
 
 | design | sampling | at | difference in fd_digits | in SD | p (Holm) | seeds |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |

@@ -10,7 +10,7 @@ from madformer.config import write_config
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.record import append_point, read_points, record_path
 from madformer.report.tables import build_report
-from madformer.report.write import curves_of
+from madformer.report.write import curves_of, document
 from madformer.runs.checkpoints import checkpoint_path
 from madformer.sweep.adaptive import assess, contrasts_of, wanted_cells
 from madformer.sweep.cells import sweep_cells
@@ -77,7 +77,7 @@ def test_seeds_are_added_only_where_a_contrast_is_undecided(sweep_file):
     for cell in wanted_cells(sweep):
         if cell.name != "d8-s2":
             measure(cell, values(cell))
-    assert states(sweep) == {"d2 - d4 at NFE 16": "different", "d8 - d4 at NFE 16": "undecided"}
+    assert states(sweep) == {"d2 minus d4 at NFE 16": "different", "d8 minus d4 at NFE 16": "undecided"}
     assert len(names(sweep)) == 9, "a contrast waits for the seeds that it has asked for"
     measure(sweep_cells(sweep)[14], values(sweep_cells(sweep)[14], noise=0) + 3)
     assert names(sweep)[3:] == ["d4-s0", "d4-s1", "d4-s2", "d4-s3", "d8-s0", "d8-s1", "d8-s2", "d8-s3"]
@@ -85,7 +85,7 @@ def test_seeds_are_added_only_where_a_contrast_is_undecided(sweep_file):
         for cell in new:
             measure(cell, values(cell))
     assert names(sweep)[:4] == ["d2-s0", "d2-s1", "d2-s2", "d4-s0"], "what is decided takes no more seeds"
-    assert names(sweep)[-1] == "d8-s5" and states(sweep)["d8 - d4 at NFE 16"] == "undecided"
+    assert names(sweep)[-1] == "d8-s5" and states(sweep)["d8 minus d4 at NFE 16"] == "undecided"
     assert assess(sweep).lines[1].endswith("after 6 seeds, at the limit")
 
 
@@ -93,9 +93,9 @@ def test_level_designs_are_equal_within_the_margin_and_without_one_never(sweep_f
     sweep = load(sweep_file)
     for cell in sweep_cells(sweep):
         measure(cell, values(cell, noise=0.02))
-    assert states(sweep) == {"d2 - d4 at NFE 16": "different", "d8 - d4 at NFE 16": "equal"}
+    assert states(sweep) == {"d2 minus d4 at NFE 16": "different", "d8 minus d4 at NFE 16": "equal"}
     assert len(names(sweep)) == 9, "seeds that are there already are not asked for"
-    assert states(load(sweep_file, "decide.margin=null"))["d8 - d4 at NFE 16"] == "undecided"
+    assert states(load(sweep_file, "decide.margin=null"))["d8 minus d4 at NFE 16"] == "undecided"
     assert len(names(load(sweep_file, "decide.margin=null"))) == 15
 
 
@@ -113,15 +113,15 @@ def test_the_same_records_want_the_same_cells_in_any_order_of_arrival(sweep_file
 
 def test_all_pairs_of_designs_and_the_depths_of_an_elastic_run(sweep_file):
     pairs = [contrast.label for contrast in contrasts_of(load(sweep_file, "decide.contrasts=all", "decide.nfe=[]"))]
-    assert pairs == [f"{pair} at NFE {nfe}" for pair in ("d2 - d4", "d2 - d8", "d4 - d8") for nfe in (16, 24)]
+    assert pairs == [f"{pair} at NFE {nfe}" for pair in ("d2 minus d4", "d2 minus d8", "d4 minus d8") for nfe in (16, 24)]
     elastic = ["grid={}", "variants={e: {model.elastic_depths: [2, 4, 8]}}", "evaluate.diffusion_depths=[2,4]"]
     sweep = load(sweep_file, *elastic, "decide.contrasts={evaluate.diffusion_depth: 4}")
-    assert [contrast.label for contrast in contrasts_of(sweep)] == ["e · D = 2 - e · D = 4 at NFE 16"]
+    assert [contrast.label for contrast in contrasts_of(sweep)] == ["e · D = 2 minus e · D = 4 at NFE 16"]
     for cell in wanted_cells(sweep):
         for depth in (2, 4):
             steps = {2: 5, 4: 3}[depth]
             measure(cell, 10.0 * depth + cell.seed, diffusion_depth=depth, steps=steps)
-    assert states(sweep) == {"e · D = 2 - e · D = 4 at NFE 16": "different"} and len(names(sweep)) == 3
+    assert states(sweep) == {"e · D = 2 minus e · D = 4 at NFE 16": "different"} and len(names(sweep)) == 3
 
 
 def test_hours_end_the_adding_of_seeds(sweep_file):
@@ -135,7 +135,7 @@ def test_hours_end_the_adding_of_seeds(sweep_file):
 def test_tied_axes_and_lists_are_compared_too_and_every_design_has_its_first_seeds(sweep_file):
     tied = ["grid={}", "zip={model.unet.channels: [[16], [8]], model.width: [32, 16]}", "decide.nfe=[16]"]
     sweep = load(sweep_file, *tied, "decide.contrasts={model.unet.channels: [16]}")
-    assert [contrast.label for contrast in contrasts_of(sweep)] == ["channels8-width16 - channels16-width32 at NFE 16"]
+    assert [contrast.label for contrast in contrasts_of(sweep)] == ["channels8-width16 minus channels16-width32 at NFE 16"]
     alone = load(sweep_file, "exclude=[{model.diffusion_depth: [8]}]", "decide.contrasts={model.diffusion_depth: 4}")
     assert len(names(alone)) == 6
     beside = ["grid={}", "variants={a: {}, b: {model.diffusion_depth: 2}, c: {model.elastic_depths: [2, 4]}}"]
@@ -148,7 +148,7 @@ def test_an_unreadable_run_stops_its_own_contrasts_alone(sweep_file):
     for cell in wanted_cells(sweep):
         measure(cell, values(cell, noise=0.02))
     record_path(sweep_cells(sweep)[0].run).write_text("no JSON\n")
-    assert states(sweep) == {"d2 - d4 at NFE 16": "undecided", "d8 - d4 at NFE 16": "equal"}
+    assert states(sweep) == {"d2 minus d4 at NFE 16": "undecided", "d8 minus d4 at NFE 16": "equal"}
 
 
 def test_hours_count_what_is_wanted_and_do_not_take_back_what_has_begun(sweep_file):
@@ -211,8 +211,10 @@ def test_a_report_names_the_decisions(sweep_file):
     sweep = load(sweep_file)
     for cell in wanted_cells(sweep):
         measure(cell, values(cell, noise=0.02))
-    note = build_report(*curves_of([sweep_file])[:2], notes=curves_of([sweep_file])[3]).notes[0]
-    assert note.startswith("Seeds were added until contrasts were decided.") and "d8 - d4 at NFE 16: equal" in note
+    report = build_report(*curves_of([sweep_file])[:2], decided=assess(sweep))
+    start, decisions = report.markdown().split("\n\n")[1:3]
+    assert start.startswith("**Decided by the sweep**") and "- d8 minus d4 at NFE 16: equal" in decisions
+    assert document(report)["decisions"][1]["state"] == "equal" and document(report)["reference"] == "d4"
 
 
 def test_a_driver_goes_on_until_all_is_decided(sweep_file, capsys):
@@ -220,14 +222,14 @@ def test_a_driver_goes_on_until_all_is_decided(sweep_file, capsys):
     lines = []
     sweep = load(sweep_file, "workers=3")
     print_plan(sweep)
-    assert "Some 9 runs are expected until all is decided." in capsys.readouterr().out
+    assert "Some 9 runs in all, until everything is decided or at its limit." in capsys.readouterr().out
     assert run_sweep(sweep, commands=stand_ins, say=lines.append) == 0
-    assert lines[-2:] == [f"  d{depth} - d4 at NFE 16: equal, +0 (+0 to +0) after 3 seeds" for depth in (2, 8)]
+    assert lines[-2:] == [f"  d{depth} minus d4 at NFE 16: equal, +0 (+0 to +0) after 3 seeds" for depth in (2, 8)]
     assert "deciding: 9 of 9 cells are done" in lines
     assert run_sweep(load(sweep_file, "decide.margin=null", "workers=3"), commands=stand_ins, say=lines.append) == 0
     assert "deciding: 18 of 18 cells are done" in lines and "undecided" in lines[-1] and "at the limit" in lines[-1]
     print_status(load(sweep_file))
-    assert "d8 - d4 at NFE 16: equal" in capsys.readouterr().out
+    assert "d8 minus d4 at NFE 16: equal" in capsys.readouterr().out
     print_json(load(sweep_file))
     found = {"one": "d8", "reference": "d4", "nfe": 16, "state": "equal", "seeds": 3, "difference": 0.0}
     assert json.loads(capsys.readouterr().out)["contrasts"][1] == {**found, "interval": [0.0, 0.0], "expected_seeds": 0}

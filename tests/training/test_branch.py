@@ -115,7 +115,9 @@ def test_what_cannot_be_branched_from_is_refused_and_leaves_nothing(train, trunk
     )
     assert "cannot be its own trunk" in refused(folder=trunk.parent, steps=24)
     assert "is a run of another experiment: trainer.max_steps" in refused(folder=trunk.parent)
-    assert "no intact checkpoint after at most 6 steps to branch from, there are: 9, 11, 18, 24" in refused(steps=8)
+    assert "no intact checkpoint at or before step 6, where the first decay begins; there are: 9, 11, 18, 24" in refused(
+        steps=8
+    )
     assert "gone: not a run" in refused(run=tmp_path / "gone")
     assert "give one of them" in perform(command("train", "--resume", trunk, "--branch", trunk), status=2)
     assert "give an EXPERIMENT.yaml" in perform(command("train", "--branch", trunk), status=2)
