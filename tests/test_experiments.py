@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from madformer.config import TextConfig, load_experiment, write_config
 from madformer.diffusion.samplers import build_sampler
 from madformer.model.generation import generate
+from madformer.sweep.adaptive import wanted_cells
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.search import sample_cells
@@ -125,7 +126,7 @@ def test_sweep_is_planned(path, capsys):
     print_plan(sweep, memory_gib=80)
     printed = capsys.readouterr().out
     assert sweep.name in printed and "-hours" in printed and "refused" not in printed and "may not fit" not in printed
-    for cell in sweep_cells(sweep):
+    for cell in wanted_cells(sweep):
         assert cell.name in printed and cell.run == sweep.folder / cell.name
 
 
