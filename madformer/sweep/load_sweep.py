@@ -16,7 +16,6 @@ from madformer.config import ExperimentConfig, load_experiment
 from madformer.config.loading import all_keys, build, check_keys, defaults, merge, read_value, read_yaml, resolve
 from madformer.config.validation import require
 from madformer.errors import ConfigError
-from madformer.sweep.adaptive import contrasts_of
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.spec import Sweep, require_known
 
@@ -54,6 +53,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             sweep = replace(sweep, output_dir=load_experiment(sweep.experiment).output_dir)
         sweep_cells(sweep)
         if sweep.decide is not None:
+            from madformer.sweep.adaptive import contrasts_of  # it knows costs and progress, which take a while to import
+
             contrasts_of(sweep)
         return sweep
     except ConfigError as error:

@@ -99,7 +99,7 @@ def test_replayed_steps_and_kept_buffers_change_no_sample(name, case):
     guided = 1 + ("guidance" in steps)
     noisy_context = "without clean" in case  # the last step of all blocks but the last has rows of its own: captured in batch 2
     assert make_sampler.cache_info().misses == 1
-    sampler = make_sampler(model, 2, 3 if config.text else 0, steps.get("guidance", 1.0), torch.float64)
+    sampler = make_sampler(model, 2, 3 if config.text else 0, steps.get("guidance", 1.0), torch.float64, None)
     assert sampler.graphs.captures == config.ar_length * guided + (config.ar_length - 1) * noisy_context
 
 

@@ -116,17 +116,19 @@ def test_the_checkpoints_of_branches_go_when_these_are_trained(sweep_file):
     save(trunk, 12, 15)
     save(cells[16], 16)
     save(cells[20], 20)
-    drop_branch_points(list(cells.values()))
+    drop_branch_points(list(cells.values()), trunk.run.parent)
     assert steps_of(trunk) == [15], "the trunk goes on from its newest"
     save(trunk, 12, 30, 40)
     checkpoint_path(cells[20].run, 20).unlink()
-    drop_branch_points(list(cells.values()))
+    drop_branch_points(list(cells.values()), trunk.run.parent)
     assert steps_of(trunk) == [15, 30, 40]
     save(cells[20], 20)
     own = cells_of(sweep_file, "trainer.checkpoint_steps=[15]")
-    drop_branch_points(list(own.values()))
+    drop_branch_points(list(own.values()), trunk.run.parent)
     assert steps_of(trunk) == [15, 30, 40], "the sweep asks for it"
-    drop_branch_points(list(cells.values()))
+    drop_branch_points(list(cells.values()), trunk.run.parent.parent)
+    assert steps_of(trunk) == [15, 30, 40], "a run of somebody else's keeps its checkpoints"
+    drop_branch_points(list(cells.values()), trunk.run.parent)
     assert steps_of(trunk) == [30, 40]
 
 
