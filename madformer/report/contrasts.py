@@ -256,7 +256,7 @@ def without_training(row: Row) -> str:
     """The name of a row's design without its training steps."""
     text = re.escape(label(TRAINING, row.group.axes[TRAINING]))
     name = re.sub(rf"(^|-){text}(?=-|$| ·)", "", row.group.design).removeprefix("-")
-    return f"all{name}" if not name or name.startswith(" ·") else name
+    return name.removeprefix(" · ") or "all"
 
 
 def _unit(rows: Sequence[Row], axis: str) -> tuple[str, float]:
