@@ -183,7 +183,7 @@ def _check_metric(metric: str, cell: Cell) -> None:
 
 
 def wanted_cells(sweep: Sweep) -> tuple[Cell, ...]:
-    """The cells that a sweep wants now: all of them, or those of its contrasts' seeds so far."""
+    """The cells that a sweep wants now: all of them, or those of the seeds that its contrasts take."""
     return assess(sweep).cells
 
 
@@ -191,7 +191,7 @@ def assess(sweep: Sweep) -> Assessment:
     """Decide what the records can decide, and add seeds to the designs of contrasts that they cannot.
 
     Raises:
-        InputError: `decide.metric` is none of those measured, or a broken record.
+        InputError: `decide.metric` is none of those measured.
     """
     cells = tuple(sweep_cells(sweep))
     if sweep.decide is None:
