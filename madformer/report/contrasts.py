@@ -335,7 +335,9 @@ class _Side:
     def neighbours(self) -> Iterator[Neighbours]:
         for one, other in itertools.pairwise(self.curves):
             curves = [self.curves[one], self.curves[other]]
-            if set.intersection(*(set(values) for _, points in curves for values in points)):
+            low, high = max(costs[0] for costs, _ in curves), min(costs[-1] for costs, _ in curves)
+            shared = set.intersection(*(set(values) for _, points in curves for values in points))
+            if shared and low < high:  # of a single cost nothing can be said
                 yield Neighbours(self.axis, self.sampling, (one, other), crossing(curves, self.log))
 
 

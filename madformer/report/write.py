@@ -149,7 +149,7 @@ def _choice_records(choices: Sequence[Choice]) -> list[dict[str, Any]]:
             "mean": choice.mean,
             "probability": choice.winner.probability,
             "decided": choice.winner.is_decided,
-            "level": list(choice.winner.level),
+            "level": None if choice.winner.probability is None else list(choice.winner.level),
             "designs": list(choice.values),
         }
         for choice in choices
