@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from madformer.data.sources import load_digits
-from madformer.evaluation import feature_networks as features
+from madformer.evaluation.feature_networks import shipped
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 40, 64, 1e-3, 0.05
 HELD_OUT = 360
@@ -41,7 +41,7 @@ def train(images: Tensor, labels: Tensor, seed: int = 0) -> nn.Sequential:
     """A classifier trained on these images; on one thread, the same one for the same seed."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    classifier = features.digits_classifier()
+    classifier = shipped.digits_classifier()
     optimizer = torch.optim.AdamW(classifier.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * (len(images) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
@@ -65,8 +65,8 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
 def main() -> None:
     """Report held-out accuracy, then train on all digits and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    shipped = Path(features.__file__).with_name("digits_features.safetensors")
-    parser.add_argument("--out", type=Path, default=shipped, help="default: the file in the package")
+    shipped_file = Path(shipped.__file__).with_name("digits_features.safetensors")
+    parser.add_argument("--out", type=Path, default=shipped_file, help="default: the file in the package")
     out: Path = parser.parse_args().out
 
     torch.set_num_threads(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from madformer.sweep.needs import DIGITS_SHA256
+from madformer.config.evaluation import SHIPPED_NETWORKS
 
 INCEPTION = {"feature_networks": [{"name": "inception", "label": "inception", "width": 2048, "sha256": "1c"}]}
 """What other points than those of the digits' network have."""
@@ -31,7 +31,7 @@ def point(nfe: int, value: float, **changes: Any) -> dict[str, Any]:
         "prompts": None,
         "precision": "32-true",
         "codec": {"name": "pixels", "sha256": "0e", "dtype": "float32"},
-        "feature_networks": [{"name": "digits", "label": "digits", "width": 64, "sha256": DIGITS_SHA256}],
+        "feature_networks": [{"name": "digits", "label": "digits", "width": 64, "sha256": SHIPPED_NETWORKS["digits"]}],
         "references": [{"source": "digits", "images": 1797, "sha256": "0b"}],
         "bias": {"fd_digits": 0.02},
         "batch_size": 256,

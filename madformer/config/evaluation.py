@@ -19,6 +19,12 @@ SPACINGS = "uniform, power:P with P of at least 1, logsnr, karras:RHO, or list:9
 TRIES = 24
 """Samplings that `madformer tune` tries at each budget if nothing else is said."""
 
+SHIPPED_NETWORKS = {
+    "digits": "fe8de8929b8f8c1d5fdde1a39ba44f83b8557c62b49066cd7583d0009697a32f",
+    "cifar10": "",
+}
+"""Feature networks that ship with the package and the SHA-256 of their weights, known without torch."""
+
 ALL_TIMESTEPS = "all"
 """The guidance interval that leaves no timestep out."""
 
@@ -46,7 +52,7 @@ class EvaluationConfig:
     """Timesteps at which guidance acts: `all`, or the lowest and the highest one, such as `100/900`."""
     feature_networks: tuple[str, ...] = ()
     """Networks whose features are compared, all on the same samples: `inception` or `inception:FILE` (FID's),
-    `torchscript:FILE`, `hf:MODEL` (of transformers), `digits`, or a class of your own as `module.path:Class` or
+    `torchscript:FILE`, `hf:MODEL` (of transformers), `digits`, `cifar10`, or a class of your own as `module.path:Class` or
     `file.py:Class`."""
     references: str = "references"
     """Folder for statistics of reference images; all runs share it."""
@@ -100,7 +106,7 @@ MAX_EVALUATION_SEED = 4000
 """torch's generators keep 32 bits of a seed: `MAX_SAMPLES` for each of so many evaluation seeds fit without a clash."""
 
 
-_LEGAL = re.compile(r"digits|inception|(inception|torchscript|hf):.+|.+:[A-Za-z_]\w*")
+_LEGAL = re.compile("|".join(SHIPPED_NETWORKS) + r"|inception|(inception|torchscript|hf):.+|.+:[A-Za-z_]\w*")
 
 
 def check_feature_network_name(name: str) -> None:
@@ -109,7 +115,8 @@ def check_feature_network_name(name: str) -> None:
     Raises:
         ConfigError: with the legal forms.
     """
-    legal = "digits, inception, inception:FILE, torchscript:FILE, hf:MODEL, module.path:Class or file.py:Class"
+    shipped = ", ".join(SHIPPED_NETWORKS)
+    legal = f"{shipped}, inception, inception:FILE, torchscript:FILE, hf:MODEL, module.path:Class or file.py:Class"
     require(_LEGAL.fullmatch(name) is not None, "evaluation.feature_networks", name, f"must be {legal}")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from madformer.config.evaluation import SHIPPED_NETWORKS
 from madformer.config.validation import require
 from madformer.errors import InputError
 from madformer.evaluation.measurement import DISTANCE, HELD_OUT, INCEPTION, METRICS, Point
@@ -177,7 +178,8 @@ def _pairs(sweep: Sweep, settings: Decide, designs: Sequence[Design]) -> Iterato
 def _check_metric(metric: str, cell: Cell) -> None:
     """Refuse a metric of a known network that is not named, before anything is trained."""
     networks, key = cell.config.evaluation.feature_networks, metric.removesuffix(HELD_OUT)
-    needed = "digits" if key.endswith("_digits") else INCEPTION if key in ("fid", *METRICS) else ""
+    shipped = [name for name in SHIPPED_NETWORKS if key.endswith(f"_{name}")]
+    needed = shipped[0] if shipped else INCEPTION if key in ("fid", *METRICS) else ""
     legal = any(name.partition(":")[0] == needed for name in networks) or not needed
     require(legal, "decide.metric", metric, f"needs the network {needed} in evaluation.feature_networks = {list(networks)}")
 

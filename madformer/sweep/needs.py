@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from madformer.config import read_config_hash, require_same_run
+from madformer.config.evaluation import SHIPPED_NETWORKS
 from madformer.config.experiment import has_held_out
 from madformer.config.identity import read_branch_step
 from madformer.errors import InputError
@@ -24,9 +25,6 @@ from madformer.runs.folder import is_run
 from madformer.sweep.cells import Cell
 
 _log = logging.getLogger(__name__)
-
-DIGITS_SHA256 = "fe8de8929b8f8c1d5fdde1a39ba44f83b8557c62b49066cd7583d0009697a32f"
-"""SHA-256 of the digits network that ships with the package, known without torch; a test compares it with the weights."""
 
 
 @dataclass(frozen=True)
@@ -287,8 +285,8 @@ def network_sha256(name: str) -> str | None:
 
     It tells before any evaluation whether a network's code or weights have changed.
     """
-    if name == "digits":
-        return DIGITS_SHA256
+    if name in SHIPPED_NETWORKS:
+        return SHIPPED_NETWORKS[name]
     kind, _, location = name.partition(":")
     published = kind in (INCEPTION, "torchscript", "hf")
     file = location if published else _source_file(name.rpartition(":")[0])

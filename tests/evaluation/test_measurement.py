@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from madformer.config import load_experiment
-from madformer.evaluation.feature_networks import build_feature_network
+from madformer.config.evaluation import SHIPPED_NETWORKS
 from madformer.evaluation.measurement import (
     METRICS,
     Measurement,
@@ -18,15 +18,10 @@ from madformer.evaluation.measurement import (
 )
 from madformer.evaluation.metrics import _COMPUTE
 from madformer.evaluation.tasks import Task
-from madformer.sweep.needs import DIGITS_SHA256
 from tests.conftest import ROOT
 from tests.points import point
 
 MAIN = Sampling(nfe=32, steps=4)
-
-
-def test_the_digits_network_is_the_one_that_ships():
-    assert build_feature_network("digits").sha256 == DIGITS_SHA256
 
 
 @pytest.mark.parametrize("label", ["inception", "digits", "fd_kid"])
@@ -82,9 +77,9 @@ def test_an_interrupted_evaluation_finds_its_features_in_later_versions():
 
 def test_a_measurement_matches_as_far_as_it_is_known():
     recorded = Measurement.of_point(point(32, 1.0))
-    expected = Measurement(MAIN, 1024, (("digits", DIGITS_SHA256),))
+    expected = Measurement(MAIN, 1024, (("digits", SHIPPED_NETWORKS["digits"]),))
     assert expected.matches(recorded) and replace(expected, feature_networks=(("digits", None),)).matches(recorded)
-    assert replace(expected, feature_networks=(("moved", DIGITS_SHA256),)).matches(recorded)
+    assert replace(expected, feature_networks=(("moved", SHIPPED_NETWORKS["digits"]),)).matches(recorded)
     assert replace(expected, held_out=False).matches(recorded)
     references = [*point(32, 1.0)["references"], {"source": "digits", "images": 360, "sha256": "0f", "held_out": True}]
     both = Measurement.of_point(point(32, 1.0, references=references))

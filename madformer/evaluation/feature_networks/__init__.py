@@ -9,17 +9,17 @@ import torch
 
 from madformer.config.evaluation import check_feature_network_name
 from madformer.errors import InputError
-from madformer.evaluation.feature_networks.digits_network import DigitsFeatures, build_digits, digits_classifier
 from madformer.evaluation.feature_networks.network import FeatureNetwork, Features, build_custom_network, network_error
 from madformer.evaluation.feature_networks.pretrained import build_inception, build_pretrained, build_torchscript
+from madformer.evaluation.feature_networks.shipped import CIFAR10Features, DigitsFeatures, build_cifar10, build_digits
 
 __all__ = [
+    "CIFAR10Features",
     "DigitsFeatures",
     "FeatureNetwork",
     "Features",
     "build_feature_network",
     "build_feature_networks",
-    "digits_classifier",
 ]
 
 
@@ -62,6 +62,8 @@ def build_feature_networks(names: Sequence[str], device: torch.device | str = "c
 def _build(name: str) -> FeatureNetwork:
     if name == "digits":
         return build_digits()
+    if name == "cifar10":
+        return build_cifar10()
     kind, _, location = name.partition(":")
     if kind == "inception":
         return build_inception(name, Path(location).expanduser() if location else None)

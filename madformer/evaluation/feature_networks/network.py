@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from madformer.config.evaluation import SHIPPED_NETWORKS
 from madformer.config.validation import is_integer
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.measurement import INCEPTION
 from madformer.lookup import build_custom, describe, modules_of
 from madformer.runs.checkpoints import weights_sha256
 
-_RESERVED = (INCEPTION, "digits", "dinov2")
+_RESERVED = (INCEPTION, *SHIPPED_NETWORKS, "dinov2")
 """Labels that promise a certain network."""
 
 _PROBE_SIZE = 256

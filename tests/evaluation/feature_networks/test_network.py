@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from madformer.config.evaluation import SHIPPED_NETWORKS
 from madformer.data.sources import load_digits
 from madformer.errors import ConfigError
 from madformer.evaluation.feature_networks import DigitsFeatures, FeatureNetwork, build_feature_network
 from madformer.evaluation.feature_networks.network import as_files, make_label
 from madformer.evaluation.measurement import metric_name
+from madformer.evaluation.metrics import Moments, frechet_distance
 from madformer.runs.checkpoints import weights_sha256
 from tests.networks import complaint
 
@@ -174,6 +176,55 @@ def test_digits_by_name(network):
     assert built.sha256 == weights_sha256(network) and built.to("cpu") is built and built.device == torch.device("cpu")
 
 
+@pytest.fixture(scope="module")
+def photographs():
+    """32 x 32 tiles of scikit-learn's two photographs, half of each: [N, 3, 32, 32] in [-1, 1]."""
+    from sklearn.datasets import load_sample_images
+
+    tiles = [
+        torch.from_numpy(image).permute(2, 0, 1).unfold(1, 32, 32).unfold(2, 32, 32) for image in load_sample_images().images
+    ]
+    images = torch.cat([tile.permute(1, 2, 0, 3, 4).flatten(0, 1) for tile in tiles]).float() / 127.5 - 1
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+
+
+def test_features_of_photographs_rank_what_is_spoiled(photographs):
+    network = build_feature_network("cifar10")
+    features = {0.0: network(photographs).features_BD}
+    assert features[0.0].shape == (len(photographs), 128) and features[0.0].dtype == torch.float32
+    generator = torch.Generator().manual_seed(0)
+    for deviation in (0.05, 0.1, 0.2):
+        noise = deviation * torch.randn(photographs.shape, generator=generator)
+        features[deviation] = network(photographs + noise).features_BD
+    half = len(photographs) // 2
+    reference = Moments.of(features[0.0][:half])
+    distances = [frechet_distance(Moments.of(each[half:]), reference) for each in features.values()]
+    assert distances == sorted(distances) and distances[-1] > 2 * distances[0]
+
+
+def test_features_of_photographs_of_any_size_and_colour(photographs):
+    network = build_feature_network("cifar10")
+    some = photographs[:8]
+    for size in (8, 16, 33, 64):
+        resized = torch.nn.functional.interpolate(some, (size, size), mode="bilinear", antialias=True)
+        assert network(resized).features_BD.shape == (8, 128)
+    together = network(some).features_BD
+    torch.testing.assert_close(torch.cat([network(image[None]).features_BD for image in some]), together, rtol=1e-4, atol=1e-5)
+    grey = some[:, :1]
+    assert torch.equal(network(grey).features_BD, network(grey.expand(-1, 3, -1, -1)).features_BD)
+    assert torch.equal(network(some + 1e-4).features_BD, network(as_files(some).float() / 127.5 - 1).features_BD)
+    with pytest.raises(ValueError, match=r"\[B, 1 or 3, Y, X\]"):
+        network(torch.zeros(2, 4, 32, 32))
+
+
+@pytest.mark.parametrize("name", SHIPPED_NETWORKS)
+def test_a_shipped_network_is_the_one_whose_hash_is_known(name):
+    before = torch.get_rng_state()
+    built = build_feature_network(name)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (built.name, built.label, built.sha256) == (name, name, SHIPPED_NETWORKS[name])
+
+
 def test_metrics_are_named_after_their_network():
     assert metric_name("fd", "inception") == "fid"
     for metric in ("kid", "inception_score", "precision", "recall", "density", "coverage"):
@@ -190,7 +241,7 @@ def test_labels_promise_no_other_network():
 
 @pytest.mark.parametrize("name", ["Inception", "digits:", "hf:", "torchscript:", "net", "mine.py:Net()"])
 def test_names_that_are_none(name):
-    with pytest.raises(ConfigError, match=r"evaluation.feature_networks.*digits, inception, .*file.py:Class"):
+    with pytest.raises(ConfigError, match=r"evaluation.feature_networks.*digits, cifar10, inception, .*file.py:Class"):
         build_feature_network(name)
 
 
