@@ -150,10 +150,8 @@ def _measure_if_complete(task: Task, instruments: Instruments, share: Share) -> 
     for number, (network, reference) in enumerate(zip(instruments.networks, instruments.references, strict=True)):
         features_ND = _in_order(parts, features_name(number), count)
         logits_NK = _in_order(parts, logits_name(number), count) if logits_name(number) in parts[0] else None
-        features_ND = features_ND.to(share.device)
-        metrics |= measure(network.label, features_ND, logits_NK, reference)
-        for held_out in instruments.held_out[number : number + 1]:
-            metrics |= measure(network.label, features_ND, None, held_out, held_out=True)
+        held_out = instruments.held_out[number] if instruments.held_out else None
+        metrics |= measure(network.label, features_ND.to(share.device), logits_NK, reference, held_out)
     seconds = {phase: float(sum(part[phase].sum() for part in parts)) for phase in PHASES}
     seconds["statistics"] = time.perf_counter() - before
     point = {

@@ -23,6 +23,9 @@ HELD_OUT = "_held_out"
 Point = Mapping[str, Any]
 """A line of a run's record."""
 
+MEMORISATION = "memorisation"
+"""Key of the metric that compares samples with training and held-out images."""
+
 DISTANCE = "distance"
 """Stands for the distance of the first feature network, whichever that is."""
 
@@ -38,11 +41,10 @@ class Metric:
     """A metric over the features of one network. `metrics.computes` marks the function that computes it."""
 
     title: str
-    higher_is_better: bool = False
+    higher_is_better: bool | None = False
+    """None: neither end is the best, so nothing is ranked by it."""
     is_distance: bool = False
     """Whether it is a distance to the reference images, 0 at best: what runs are ranked by."""
-    needs_logits: bool = False
-    """Whether only a classifier with logits has it."""
     needs_pairs: bool = False
     """Whether it compares all pairs of features, of as many reference images as samples (`neighbours.compare_pairs`)."""
 
@@ -50,11 +52,12 @@ class Metric:
 METRICS = {
     "fd": Metric("Fréchet distance", is_distance=True),
     "kid": Metric("kernel distance", is_distance=True, needs_pairs=True),
-    "inception_score": Metric("inception score", higher_is_better=True, needs_logits=True),
+    "inception_score": Metric("inception score", higher_is_better=True),
     "precision": Metric("precision", higher_is_better=True, needs_pairs=True),
     "recall": Metric("recall", higher_is_better=True, needs_pairs=True),
     "density": Metric("density", higher_is_better=True, needs_pairs=True),
     "coverage": Metric("coverage", higher_is_better=True, needs_pairs=True),
+    MEMORISATION: Metric("memorisation", higher_is_better=None),
 }
 """All metrics, in the order of records and tables."""
 
@@ -84,8 +87,8 @@ def metric_key(name: str) -> str | None:
     return next((key for key in METRICS if name.startswith(f"{key}_") or (name == key and key != "fd")), None)
 
 
-def higher_is_better(name: str) -> bool:
-    """Whether a recorded metric is to be maximised."""
+def higher_is_better(name: str) -> bool | None:
+    """Whether a recorded metric is to be maximised; None: nothing is ranked by it."""
     key = metric_key(name)
     return key is not None and METRICS[key].higher_is_better
 

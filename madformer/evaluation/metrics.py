@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from madformer.errors import InputError
-from madformer.evaluation.measurement import METRICS, metric_name
-from madformer.evaluation.neighbours import Within, compare_pairs
+from madformer.evaluation.measurement import MEMORISATION, METRICS, metric_name
+from madformer.evaluation.neighbours import Within, compare_pairs, memorisation, nearest_distances
 
 SPLITS = 10
 """Parts that the inception score is a mean over, as in the paper."""
@@ -94,7 +94,10 @@ class Reference(Protocol):
         """[M, D] float32, of the images that are kept for the metrics over pairs."""
 
     def within(self, count: int, device: torch.device) -> Within:
-        """`pairs.pairs_within` of the first `count` of them, computed there."""
+        """`neighbours.pairs_within` of the first `count` of them, computed there."""
+
+    def nearest_to(self, training_MD: Tensor, device: torch.device) -> Tensor:
+        """`neighbours.nearest_distances` of all of them to training images, computed there."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ class MetricInputs:
     logits_NK: Tensor | None
     """Of a classifier of the same images; None: the network is none."""
     reference: Reference
+    held_out: Reference | None = None
+    """Of images that are neither generated nor in the reference; None: there are none."""
 
     @cached_property
     def pairs(self) -> dict[str, float]:
@@ -136,15 +141,15 @@ def computes(metric: str) -> Callable[[Compute], Compute]:
 
 
 def measure(
-    label: str, features_ND: Tensor, logits_NK: Tensor | None, reference: Reference, held_out: bool = False
+    label: str, features_ND: Tensor, logits_NK: Tensor | None, reference: Reference, held_out: Reference | None = None
 ) -> dict[str, float]:
-    """All metrics that can be had, in the order of `METRICS`.
+    """All metrics that can be had, in the order of `METRICS`, and behind them the distances to held-out images.
 
     Args:
         label: the network's, metrics are named after it (`measurement.metric_name`).
         features_ND: [N, D] of the generated images; computed where they are.
         logits_NK: [N, K] of a classifier of the same images; None: there is no inception score.
-        held_out: whether the reference is of held-out images: only distances are measured.
+        held_out: of held-out images; None: there is no memorisation and no distance to them.
 
     Returns:
         By name. A few images do for the distances; what needs more than there are is left out.
@@ -152,16 +157,17 @@ def measure(
     Raises:
         InputError: fewer than two images, or features that are not finite.
     """
-    inputs = MetricInputs(features_ND, logits_NK, reference)
-    values: dict[str, float | None] = {}
-    for name, metric in METRICS.items():
-        if held_out and not metric.is_distance:
-            continue
-        if metric.needs_pairs:
-            values[name] = inputs.pairs.get(name)
-        elif logits_NK is not None or not metric.needs_logits:
-            values[name] = _COMPUTE[name](inputs)
-    return {metric_name(name, label, held_out): value for name, value in values.items() if value is not None}
+    inputs = MetricInputs(features_ND, logits_NK, reference, held_out)
+    values = {metric_name(name, label): _value(name, inputs) for name in METRICS}
+    if held_out is not None:
+        distances = [name for name, metric in METRICS.items() if metric.is_distance]
+        inputs = MetricInputs(features_ND, None, held_out)
+        values |= {metric_name(name, label, held_out=True): _value(name, inputs) for name in distances}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _value(name: str, inputs: MetricInputs) -> float | None:
+    return inputs.pairs.get(name) if METRICS[name].needs_pairs else _COMPUTE[name](inputs)
 
 
 @computes("fd")
@@ -173,6 +179,16 @@ def _frechet(inputs: MetricInputs) -> float:
 def _inception_score(inputs: MetricInputs) -> float | None:
     logits_NK = inputs.logits_NK
     return inception_score(logits_NK) if logits_NK is not None and len(logits_NK) >= SPLITS else None
+
+
+@computes(MEMORISATION)
+def _memorisation(inputs: MetricInputs) -> float | None:
+    """Of as many training and held-out images as are kept, whatever the number of samples."""
+    if inputs.held_out is None:
+        return None
+    features_ND, training_MD = inputs.features_ND, inputs.reference.features_MD
+    held_out_M = inputs.held_out.nearest_to(training_MD, features_ND.device)
+    return memorisation(nearest_distances(features_ND, training_MD), held_out_M)
 
 
 def frechet_distance(generated: Moments, reference: Moments) -> float:

@@ -31,7 +31,7 @@ from madformer.errors import ConfigError, InputError
 from madformer.evaluation.feature_cache import FEATURES, INDICES, read_indices, read_parts, remove_parts, write_part
 from madformer.evaluation.feature_networks import FeatureNetwork
 from madformer.evaluation.metrics import Moments
-from madformer.evaluation.neighbours import Within, pairs_within
+from madformer.evaluation.neighbours import Within, nearest_distances, pairs_within
 from madformer.progress import ProgressDisplay
 from madformer.randomness import keyed_generator
 from madformer.runs.files import atomic_write
@@ -61,6 +61,7 @@ class Reference:
     """Source, image size, network, number of images, ...; `sha256` over what makes it this reference."""
 
     _within: dict[int, Within] = field(default_factory=dict, compare=False)
+    _nearest: dict[Tensor, Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def pedigree(self) -> dict[str, Any]:
@@ -72,6 +73,12 @@ class Reference:
         if count not in self._within:
             self._within[count] = pairs_within(self.features_MD[:count].to(device))
         return self._within[count]
+
+    def nearest_to(self, training_MD: Tensor, device: torch.device) -> Tensor:
+        """The distance of each image that is kept to the nearest training image, [M] float64, computed once."""
+        if training_MD not in self._nearest:
+            self._nearest[training_MD] = nearest_distances(self.features_MD.to(device), training_MD)
+        return self._nearest[training_MD]
 
 
 def find_reference(

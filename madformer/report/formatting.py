@@ -19,8 +19,9 @@ NOTHING = "–"
 
 
 def arrow(metric: str) -> str:
-    """A metric's name, and which way is better."""
-    return f"{metric} {'↑' if higher_is_better(metric) else '↓'}"
+    """A metric's name, and which way is better, if one is."""
+    higher = higher_is_better(metric)
+    return metric if higher is None else f"{metric} {'↑' if higher else '↓'}"
 
 
 def natural(text: str) -> list[str | float]:

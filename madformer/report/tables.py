@@ -6,7 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from madformer.evaluation.measurement import CURVE_FIELDS, DEFAULTS, HELD_OUT, Measurement, Point, Sampling, higher_is_better
+from madformer.errors import InputError
+from madformer.evaluation.measurement import (
+    CURVE_FIELDS,
+    DEFAULTS,
+    HELD_OUT,
+    MEMORISATION,
+    Measurement,
+    Point,
+    Sampling,
+    higher_is_better,
+    metric_key,
+)
 from madformer.report.contrasts import AXES, Verdict, judge
 from madformer.report.diagnostics_report import Diagnostics, gather_diagnostics
 from madformer.report.formatting import (
@@ -214,8 +225,11 @@ def build_report(
         decided: of a sweep that decides, what it has decided; its first contrast names the reference if nothing else does.
 
     Raises:
-        InputError: no runs, a run that was not evaluated or not with this metric, a broken record, or no such reference.
+        InputError: no runs, a run that was not evaluated or not with this metric, a metric by which nothing is ranked, a broken
+            record, or no such reference.
     """
+    if metric is not None and higher_is_better(metric) is None:
+        raise InputError(f"--metric {metric}: neither a high nor a low value is the best; see it among the other metrics")
     metric, groups = gather(curves, metric)
     rows = [row for group in groups for row in make_rows(group)]
     if decided is not None and reference is None:
@@ -255,6 +269,11 @@ _SPREADS: dict[Over, str] = {
     "checkpoints": "± … ‡ is the standard deviation over checkpoints of one run, no confidence interval.",
 }
 
+_MEMORISATION = (
+    "Memorisation: the probability that a sample is nearer to its nearest training image than a held-out image is to its own. "
+    "0.5: as near as new images; above: copies; below: too far from the training images."
+)
+
 _NOTEWORTHY = 0.05
 """Share of a value from which its bias is mentioned."""
 
@@ -266,6 +285,7 @@ def _notes(groups: Sequence[Group], rows: Sequence[Row], metric: str) -> list[st
     return [
         f"Metric {metric}, {'higher' if higher_is_better(metric) else 'lower'} is better; {_repeated(groups)}.",
         *(text for over, text in _SPREADS.items() if over in used),
+        *([_MEMORISATION] if MEMORISATION in {metric_key(name) for row in rows for name in row.quality} else []),
         *([_BOLD] if len(groups) > 1 and any(len(row.seeds) >= FEWEST_SEEDS for row in rows) else []),
         _sampled(groups, points),
         _measured(points),

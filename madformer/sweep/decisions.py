@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from madformer.config.loading import require_distinct
 from madformer.config.validation import is_integer, require
 from madformer.errors import ConfigError
-from madformer.evaluation.measurement import DISTANCE, metric_key
+from madformer.evaluation.measurement import DISTANCE, higher_is_better, metric_key
 
 if TYPE_CHECKING:
     from numpy import float64
@@ -102,7 +102,8 @@ class Decide:
     def __post_init__(self) -> None:
         legal = self.contrasts == "all" or (isinstance(self.contrasts, Mapping) and len(self.contrasts) > 0)
         require(legal, "decide.contrasts", self.contrasts, "must be all, or name a value, as in {model.diffusion_depth: 4}")
-        legal = self.metric == DISTANCE or metric_key(self.metric) is not None
+        is_ranked = metric_key(self.metric) is not None and higher_is_better(self.metric) is not None
+        legal = self.metric == DISTANCE or is_ranked
         require(legal, "decide.metric", self.metric, f"must be {DISTANCE}, or a metric such as fid or fd_digits")
         require_distinct("decide.nfe", self.nfe)
         require(self.hours is None or self.hours > 0, "decide.hours", self.hours, "must be above 0, or null")

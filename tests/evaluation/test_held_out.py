@@ -1,6 +1,7 @@
 """Held-out images: from all over the data set, described as training describes them; distances to them."""
 
 import logging
+import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -24,6 +25,7 @@ from madformer.evaluation.feature_networks import build_feature_network
 from madformer.evaluation.held_out import read_held_out
 from madformer.evaluation.measurement import Sampling
 from madformer.evaluation.metrics import Moments, frechet_bias, frechet_distance
+from madformer.evaluation.neighbours import memorisation, nearest_distances
 from madformer.evaluation.record import read_points, record_path
 from madformer.evaluation.request import parse_request
 from madformer.evaluation.sampling import sample_batches
@@ -190,7 +192,7 @@ def test_what_is_refused(tmp_path):
         read_held_out(nameless, path, 8, CPU)
 
 
-HELD_OUT = ["fd_digits_held_out", "kid_digits_held_out"]
+HELD_OUT = ["memorisation_digits", "fd_digits_held_out", "kid_digits_held_out"]
 
 
 def test_distances_to_held_out_images_stand_beside_those_to_training(tmp_path, caplog):
@@ -212,6 +214,8 @@ def test_distances_to_held_out_images_stand_beside_those_to_training(tmp_path, c
         assert point["metrics"][name] == pytest.approx(expected, rel=1e-6)
     drawn = held_out[torch.randperm(len(held_out), generator=keyed_generator("reference"))][:16]
     assert point["metrics"]["kid_digits_held_out"] == pytest.approx(kernel_distance(samples, drawn), rel=1e-6)
+    nearest = [torch.cdist(features.double(), learnt.double()).amin(1) for features in (samples, held_out)]
+    assert point["metrics"]["memorisation_digits"] == pytest.approx(memorisation(*nearest), abs=1e-3)
     moments = Moments.of(learnt)
     assert point["bias"] == {
         "fd_digits": pytest.approx(frechet_bias(moments, 16)),
@@ -223,7 +227,7 @@ def test_distances_to_held_out_images_stand_beside_those_to_training(tmp_path, c
         == len(list((tmp_path / "references").glob("[!.]*.safetensors")))
         == 2
     )
-    assert [tag for tag in scalars(config.run_dir) if tag.endswith("_held_out_vs_nfe")] == [
+    assert [tag for tag in scalars(config.run_dir) if re.search("memorisation.*_vs_nfe|_held_out_vs_nfe", tag)] == [
         f"{name}_vs_nfe" for name in HELD_OUT
     ]
 
@@ -294,3 +298,18 @@ def test_the_bias_is_that_of_samples_and_of_held_out_images():
     assert frechet_bias(learnt, 1438) + frechet_bias(learnt, 359) == pytest.approx(5.5, abs=0.1)
     slices = [Moments.of(features[part]) for part in rows.split(1438)]
     assert frechet_distance(*slices) == pytest.approx(11.5, abs=0.05)
+
+
+def test_memorisation_of_real_digits():
+    """The numbers of docs/evaluation.md."""
+    features, generator = build_feature_network("digits")(load_digits()[0]).features_BD, torch.Generator().manual_seed(0)
+    shares, rows = [], torch.arange(1797)
+    for _ in range(20):
+        learnt, *halves = (features[part] for part in rows[torch.randperm(1797, generator=generator)].split((1438, 180, 179)))
+        nearest = [nearest_distances(half, learnt) for half in halves]
+        shares.append(memorisation(*nearest))
+        assert memorisation(nearest_distances(learnt, learnt), nearest[0]) == 1, "copies"
+    assert sum(shares) / 20 == pytest.approx(0.5, abs=0.02)
+    learnt, held_out = features.double().split(1438)
+    others = torch.cdist(learnt, learnt, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf).amin(1)
+    assert memorisation(others, nearest_distances(held_out, learnt)) == pytest.approx(0.61, abs=0.005)

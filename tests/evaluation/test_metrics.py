@@ -16,7 +16,7 @@ from madformer.data.sources import load_digits
 from madformer.errors import InputError
 from madformer.evaluation.feature_networks import DigitsFeatures
 from madformer.evaluation.metrics import FrechetDistance, Moments, frechet_bias, frechet_distance, inception_score, measure
-from madformer.evaluation.neighbours import compare_pairs, pairs_within
+from madformer.evaluation.neighbours import compare_pairs, memorisation, nearest_distances, pairs_within
 
 
 def features(count, width=64, seed=0, scale=1.0):
@@ -259,6 +259,9 @@ class Set:
     def within(self, count, device):
         return pairs_within(self.features_MD[:count].to(device))
 
+    def nearest_to(self, training_MD, device):
+        return nearest_distances(self.features_MD.to(device), training_MD)
+
 
 def test_all_metrics_are_named_after_their_network():
     generated, reference = features(50, seed=1), Set(features(60))
@@ -272,6 +275,17 @@ def test_all_metrics_are_named_after_their_network():
     other = measure("dinov2", generated, None, reference)
     assert list(other) == [f"{name}_dinov2" for name in ("fd", "kid", "precision", "recall", "density", "coverage")]
     assert list(other.values()) == [value for name, value in found.items() if name != "inception_score"]
+
+
+def test_held_out_images_add_distances_to_them_and_memorisation():
+    generated, reference, held_out = features(50, seed=1), Set(features(60)), Set(features(30, seed=2))
+    plain, found = (measure("digits", generated, None, reference, *others) for others in ((), (held_out,)))
+    assert list(found) == [*plain, "memorisation_digits", "fd_digits_held_out", "kid_digits_held_out"]
+    assert {name: found[name] for name in plain} == plain
+    other = measure("digits", generated, None, held_out)
+    assert [found["fd_digits_held_out"], found["kid_digits_held_out"]] == [other["fd_digits"], other["kid_digits"]]
+    nearest = [torch.cdist(x.double(), reference.features_MD.double()).amin(1) for x in (generated, held_out.features_MD)]
+    assert found["memorisation_digits"] == pytest.approx(memorisation(*nearest)) and 0 < memorisation(*nearest) < 1
 
 
 def test_a_few_images_have_their_distances():

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import mannwhitneyu
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from madformer.errors import InputError
-from madformer.evaluation.neighbours import compare_pairs, pairs_within
+from madformer.evaluation.neighbours import compare_pairs, memorisation, nearest_distances, pairs_within
 
 NAMES = ["kid", "precision", "recall", "density", "coverage"]
 BLOCKS = [1, 7, 16, 1000]
@@ -144,3 +145,59 @@ def test_one_image_is_too_few():
         compare(points(1, seed=0), points(10, seed=1))
     with pytest.raises(InputError, match="1 reference images: .* at least 2"):
         compare(points(10, seed=0), points(1, seed=1))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_nearest_distances_are_their_definition(block):
+    features, reference = points(30, seed=15, shift=0.5), points(45, seed=16)
+    found = nearest_distances(features, reference, block)
+    np.testing.assert_allclose(found, distances(features.numpy(), reference.numpy()).min(1), rtol=1e-12)
+    assert found.dtype == torch.float64
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_a_copy_is_at_no_distance_and_so_is_one_among_many(scale):
+    reference = scale * points(50, seed=8, width=300) + 100 * scale
+    assert nearest_distances(reference, reference, block=16).eq(0).all()
+    assert nearest_distances(torch.cat((reference[:3], 2 * reference[3:])), reference).eq(0).sum() == 3
+
+
+TRAINING = torch.tensor([[0.0, 0.0], [100.0, 0.0], [0.0, 100.0]])
+
+
+def around(*radii):
+    """Points so far from one training image or another."""
+    return torch.stack([TRAINING[number % 3] - torch.tensor([0.0, radius]) for number, radius in enumerate(radii)])
+
+
+@pytest.mark.parametrize(
+    ("radii", "expected"),
+    [
+        ((0, 0, 0, 0), 1),  # copies
+        ((1, 2, 3, 4), 0.5),  # the held-out images themselves
+        ((4, 3, 2, 1), 0.5),
+        ((2.5,), 0.5),
+        ((1,), 7 / 8),  # a tie counts half
+        ((0, 3.5, 9), (4 + 1 + 0) / 12),
+        ((50, 60), 0),
+    ],
+)
+def test_memorisation_by_hand(radii, expected):
+    held_out = nearest_distances(around(1, 2, 3, 4), TRAINING)
+    assert held_out.tolist() == [1, 2, 3, 4]
+    assert memorisation(nearest_distances(around(*radii), TRAINING), held_out) == pytest.approx(expected)
+
+
+def test_memorisation_is_the_statistic_of_mann_and_whitney():
+    generated, held_out = (torch.randint(9, (count,)).double() for count in (70, 40))
+    assert memorisation(generated, held_out) == pytest.approx(1 - mannwhitneyu(generated, held_out).statistic / (70 * 40))
+
+
+def test_memorisation_of_equals_scatters_around_a_half_as_is_said():
+    generator, shares = torch.Generator().manual_seed(0), []
+    for _ in range(2000):
+        generated, held_out = (torch.rand(count, generator=generator) for count in (50, 30))
+        shares.append(memorisation(generated, held_out))
+    deviation = np.sqrt((50 + 30 + 1) / (12 * 50 * 30))
+    assert np.mean(shares) == pytest.approx(0.5, abs=4 * deviation / np.sqrt(2000))
+    assert np.std(shares) == pytest.approx(deviation, rel=0.07)

@@ -282,7 +282,7 @@ PLACEHOLDERS = {
     "QUARTER": "[0-3]",
     "BLOCK": "[0-3]",
     "DEPTH": "2",
-    "METRIC": "(fd|kid|precision|recall|density|coverage)_digits(_held_out)?",
+    "METRIC": "(fd|kid|precision|recall|density|coverage|memorisation)_digits(_held_out)?",
     "NFE": r"\d+",
     "HOW": "unipc",
     "SAMPLES": "ema, 2 steps, seed 0",

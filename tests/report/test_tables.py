@@ -217,6 +217,18 @@ def test_distances_to_held_out_images_are_a_metric_of_their_own(tmp_path):
     assert "Of fd_digits, about" not in text, "less than 5 %"
 
 
+def test_nothing_is_ranked_by_memorisation(tmp_path):
+    metrics = {"fd_digits": 70.0, "memorisation_digits": 0.625}
+    curves = [curve(tmp_path, "d2", point(16, 70.0, metrics=metrics)), curve(tmp_path, "d4", point(16, 71.0))]
+    report = build_report(curves, "Copies")
+    text = report.markdown()
+    assert "|  | NFE | memorisation_digits |\n| --- | ---: | ---: |\n| d2 | 16 | 0.625 |\n| d4 | 16 | – |" in text
+    assert any(note.startswith("Memorisation: the probability that a sample is nearer") for note in report.notes)
+    assert "emorisation" not in build_report(curves[1:], "Before").markdown(), "a point of an earlier version lacks it"
+    with pytest.raises(InputError, match="--metric memorisation_digits: neither a high nor a low value is the best"):
+        build_report(curves, "Copies", "memorisation_digits")
+
+
 def test_the_best_is_the_greatest_where_higher_is_better(tmp_path):
     curves = [
         curve(tmp_path, label, point(16, 0, metrics={"fid": 9.0, "precision": value + seed / 64}), seed=seed)

@@ -190,6 +190,10 @@ def test_a_branch_s_seeds_bring_no_longer_design_with_them(sweep_file):
         ("decide.nfe=[16,17]", "decide.nfe = 17: no two designs are evaluated at it: set evaluate.nfe"),
         ("decide.metric=fid", "decide.metric = 'fid': needs the network inception in evaluation.feature_networks = ['digits']"),
         ("decide.metric=loss", "decide.metric = 'loss': must be distance, or a metric such as fid or fd_digits"),
+        (
+            "decide.metric=memorisation_digits",
+            "decide.metric = 'memorisation_digits': must be distance, or a metric such as fid",
+        ),
         ("evaluate.checkpoints=last5", "evaluate.checkpoints = 'last5': set it to newest, with decide"),
     ],
 )

@@ -80,7 +80,7 @@ def test_a_cell_is_done_when_its_points_have_the_distances_that_it_asks_for(swee
     [command] = trial_commands(asking)
     assert cell_needs(asking).budgets == (5,) and 'evaluation.held_out_split="train[80%:]"' in command
     perform(command, cwd=Path.cwd())
-    held_out = ["fd_brightness_held_out", "kid_brightness_held_out"]
+    held_out = ["memorisation_brightness", "fd_brightness_held_out", "kid_brightness_held_out"]
     assert not cell_needs(asking) and [*before["metrics"], *held_out] == list(main_metrics(asking)[5])
     assert next(iter(main_metrics(asking)[5])) == "fd_brightness" and trial_commands(asking) == []
     assert not cell_needs(cell) and main_metrics(cell)[5] == before["metrics"]
