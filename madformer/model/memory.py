@@ -119,6 +119,21 @@ def device_memory(config: ExperimentConfig, devices: int) -> TrainingMemory:
     return training_memory(config.model, batch, dtype, wanted_outputs(config.loss), draws, shards)
 
 
+def sampling_memory(config: ExperimentConfig, guidance: bool) -> int:
+    """Memory of sampling `evaluation.batch_size` images on a device: weights, cache, and one part's work on one block.
+
+    Neither the codec nor feature networks are counted.
+    """
+    dtype = "bfloat16" if config.trainer.precision == "bf16-mixed" else "float32"
+    model, batch, size = config.model, config.evaluation.batch_size, DTYPE_BYTES[dtype]
+    halves = downsampler(model), upsampler(model)
+    layers = [_layer(model, size, plan) // model.ar_length for plan in layer_plans(model, frozenset())]
+    part = max(*layers, *(block.kept_bytes(size) for half in halves for block in half.blocks))
+    row = part + max(sum(half.inputs) for half in halves) * size  # the skips wait meanwhile
+    needed = weight_memory(model) + cache_memory(model, batch, dtype, guidance) + (2 if guidance else 1) * batch * row
+    return int(_RESERVE[0] + (1 + _RESERVE[1]) * needed)
+
+
 def micro_batches(config: ExperimentConfig, devices: int) -> list[int]:
     """Images that a device can take at once, most first: what `data.batch_size_per_device` allows, and divides its share."""
     share = max(1, config.data.batch_size // devices)

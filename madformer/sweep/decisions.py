@@ -97,7 +97,8 @@ class Decide:
     seeds: SeedRange = field(default_factory=SeedRange)
     """Seeds of each design, 0 to most - 1."""
     hours: float | None = None
-    """No more seeds are added once the sweep would take more device hours, by the plan; null: no limit."""
+    """No more seeds are added once the sweep would take more device hours (trial-hours where trials share a device), by the
+    plan; null: no limit."""
 
     def __post_init__(self) -> None:
         legal = self.contrasts == "all" or (isinstance(self.contrasts, Mapping) and len(self.contrasts) > 0)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from madformer.errors import ConfigError, InputError
 from madformer.sweep.adaptive import assess, wanted_cells
 from madformer.sweep.cells import Cell, sweep_cells
+from madformer.sweep.forecast import fitting_trials
 from madformer.sweep.needs import cell_needs, drop_branch_points
 from madformer.sweep.spec import Sweep
 from madformer.sweep.trial import DONE, INTERRUPTED, RETRYABLE, Commands, Outcome, log_path, trial_commands
@@ -276,7 +277,28 @@ def _make_launcher(sweep: Sweep, queue: Queue, commands: Commands, say: Callable
         return SlurmLauncher(sweep, queue, commands, say)
     from madformer.sweep.launch_local import LocalLauncher
 
-    return LocalLauncher(sweep, sweep.accelerator, commands, say)
+    launcher = LocalLauncher(sweep, sweep.accelerator, commands, say)
+    if sweep.trials_per_device > 1:
+        _check_sharing(sweep, queue, say)
+    return launcher
+
+
+def _check_sharing(sweep: Sweep, queue: Queue, say: Callable[[str], None]) -> None:
+    """Refuse trials that do not fit one GPU together."""
+    from madformer.sweep.launch_local import gpu_memory_gib
+
+    count, gib = sweep.trials_per_device, gpu_memory_gib()
+    if gib is None:
+        say(f"{sweep.name}: not checked whether {count} trials fit one GPU: nvidia-smi does not tell its memory")
+        return
+    cells = queue.cells
+    if sweep.search is not None:
+        from madformer.sweep.search import sample_cells
+
+        cells = sample_cells(sweep)
+    fitting, text = fitting_trials(cells, gib)
+    if fitting < count:
+        raise ConfigError(f"trials_per_device = {count}: {text}")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from madformer.progress import TextTable, format_duration, read_progress, with_u
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.runs.folder import progress_path
 from madformer.sweep.cells import Cell
+from madformer.sweep.launch_local import gpu_memory_gib
 from madformer.sweep.needs import Needs, cell_measurement, cell_points, first_step, own_share, trunk_lines
 from madformer.sweep.spec import Sweep
 
@@ -37,6 +38,9 @@ class Device:
 
 A100 = Device(PEAK_TFLOPS["A100"][0], 0.35, "an A100 in bfloat16")
 CPU_CORE = Device(0.1, 0.05, "a CPU core")
+
+_ASSUMED_GIB = 80.0
+"""Memory of an A100."""
 
 
 @dataclass(frozen=True)
@@ -210,9 +214,40 @@ def memory_lines(cells: dict[str, Cell], accelerator: str, memory_gib: float | N
     return lines or [f"All cells fit into {memory_gib:g} GiB, by an estimate."]
 
 
-def _needed_gib(cell: Cell) -> float:
-    """Memory of each device in training, an estimate."""
-    return memory.device_memory(cell.config, cell.device_count).total / memory.GIB
+def _needed_gib(cell: Cell, also_sampling: bool = False) -> float:
+    """Memory of each device in training, or the larger one of training and sampling, an estimate."""
+    needed = memory.device_memory(cell.config, cell.device_count).total
+    if also_sampling:
+        guided = any(sampling.guidance != 1 for sampling in cell.samplings)
+        needed = max(needed, memory.sampling_memory(cell.config, guided))
+    return needed / memory.GIB
+
+
+def fitting_trials(cells: Sequence[Cell], gib: float) -> tuple[int, str]:
+    """How many trials fit one device of `gib` GiB together, each with its own CUDA context, and the same in words."""
+    needed = max(_needed_gib(cell, also_sampling=True) for cell in cells)
+    count = int(gib / needed)
+    trials = f"{count} {'trial' if count == 1 else 'trials'}"
+    return count, f"{trials} would fit one device ({needed:.1f} GiB each of {gib:.1f} GiB, an estimate)"
+
+
+def sharing_line(sweep: Sweep, cells: Sequence[Cell], memory_gib: float | None) -> list[str]:
+    """How many trials could share a GPU: one of so many GiB, else of this machine, else an assumed one; at most a line."""
+    if sweep.accelerator == "cpu" or sweep.launcher != "local" or sweep.devices_per_trial > 1:
+        return []
+    gib, wanted = memory_gib or gpu_memory_gib(), sweep.trials_per_device
+    count, text = fitting_trials(cells, gib or _ASSUMED_GIB)
+    source = "" if gib else "; such a GPU is assumed, set --memory"
+    if wanted > max(1, count):
+        return [f"trials_per_device = {wanted} is refused: {text}{source}"]
+    return [f"{text}{f': trials_per_device: {count} at most' if count > 1 else ''}{source}"]
+
+
+def hours_line(sweep: Sweep, hours: float) -> list[str]:
+    """What trial-hours say where trials share GPUs; at most a line."""
+    if (count := sweep.trials_per_device) == 1:
+        return []
+    return [f"{count} trials share a GPU: {hours:.3g} trial-hours take {hours / count:.3g} GPU-hours or more."]
 
 
 def total_lines(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates, device: Device) -> list[str]:
@@ -235,6 +270,7 @@ def total_lines(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], est
         f"{f', tuning {with_unit(tuning)}FLOPs' if tuning else ''}. Under NFE: FLOPs per image.",
         f"{hours:.3g} {unit}, of which {remaining / 3600:.3g} are left; the longest trial takes {format_duration(longest)} "
         f"on {cells[0].device_count} {'process' if sweep.accelerator == 'cpu' else 'GPU'}(s).",
+        *hours_line(sweep, hours),
         *trunk_lines(cells),
         basis(all(time.is_measured for time in times), device),
     ]
@@ -257,7 +293,7 @@ def basis(is_measured: bool, device: Device) -> str:
 
 def hours_unit(sweep: Sweep) -> str:
     """The unit of its times."""
-    return "CPU-hours" if sweep.accelerator == "cpu" else "GPU-hours"
+    return "CPU-hours" if sweep.accelerator == "cpu" else "trial-hours" if sweep.trials_per_device > 1 else "GPU-hours"
 
 
 def _first_names(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The local launcher: trials on this machine, each on its own group of GPUs."""
+"""The local launcher: trials on this machine, each on its own group of GPUs, or on its part of one GPU."""
 
 from __future__ import annotations
 
@@ -7,22 +7,33 @@ import fcntl
 import os
 import re
 import signal
+import struct
 import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from madformer.errors import ConfigError
-from madformer.sweep.queue import Trial
-from madformer.sweep.spec import Sweep
+from madformer.sweep.spec import Sweep, core_count
 from madformer.sweep.trial import THREAD_VARIABLES, Commands, Outcome, TrialProcesses
+
+if TYPE_CHECKING:
+    from madformer.sweep.queue import Trial
 
 GpuGroup = tuple[str, ...]
 """GPUs of one trial, as `CUDA_VISIBLE_DEVICES` names them."""
+
+_Slot = tuple[GpuGroup, int]
+"""Where a trial can run: its GPUs, and which of their `trials_per_device` parts."""
+
+_WHOLE = 2**32
+"""Bytes of a GPU's lock file that stand for the whole GPU. The file is empty: bytes need not exist to be locked."""
 
 
 def find_gpus() -> list[str]:
@@ -35,14 +46,25 @@ def find_gpus() -> list[str]:
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
     try:
-        result = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=True, timeout=60
-        )
+        return _query_gpus("index")
     except (OSError, subprocess.SubprocessError):
         if any(Path("/dev").glob("nvidia[0-9]*")):
             raise ConfigError("there are GPUs here, but nvidia-smi does not list them: set CUDA_VISIBLE_DEVICES") from None
         return []
-    return result.stdout.split()
+
+
+def gpu_memory_gib() -> float | None:
+    """Memory of the smallest GPU that this process may use, in GiB; None: there is none, or nvidia-smi does not tell."""
+    try:
+        gpus = find_gpus()
+        return min(float(mib) for mib in _query_gpus("memory.total", f"--id={','.join(gpus)}")) / 1024 if gpus else None
+    except (ConfigError, OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def _query_gpus(field: str, *options: str) -> list[str]:
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
 
 
 def group_gpus(gpus: list[str], size: int) -> list[GpuGroup]:
@@ -50,8 +72,11 @@ def group_gpus(gpus: list[str], size: int) -> list[GpuGroup]:
     return [tuple(gpus[first : first + size]) for first in range(0, len(gpus) - size + 1, size)]
 
 
-def lock_gpus(gpus: GpuGroup) -> list[int] | None:
-    """Lock GPUs for a trial, against other drivers of this user; None: one of them is locked.
+def lock_gpus(gpus: GpuGroup, part: int = 0, parts: int = 1) -> list[int] | None:
+    """Lock GPUs, or one of so many parts of each, for a trial, against other drivers of this user; None: one is locked.
+
+    A part is a range of bytes of the GPU's lock file. So trials that think of other numbers of parts, or of the whole GPU,
+    never hold more than the GPU together.
 
     Pass the returned file descriptors on to the trial's processes. The system frees the GPUs when these and this process have
     closed them, so a trial that outlives its driver keeps its GPUs.
@@ -59,10 +84,13 @@ def lock_gpus(gpus: GpuGroup) -> list[int] | None:
     folder = Path(tempfile.gettempdir()) / f"madformer-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     locks: list[int] = []
+    start = part * _WHOLE // parts
+    length = (part + 1) * _WHOLE // parts - start
     for gpu in gpus:
         locks.append(os.open(folder / re.sub(r"[^\w.-]", "_", gpu), os.O_RDWR | os.O_CREAT, 0o600))
         try:
-            fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Such a lock belongs to the open file, as one of `flock` does: the trial's processes inherit it.
+            fcntl.fcntl(locks[-1], fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0))
         except BlockingIOError:
             release_gpus(locks)
             return None
@@ -81,7 +109,7 @@ class _RunningTrial:
     trial: Trial
     processes: TrialProcesses
     future: Future[Outcome]
-    gpus: GpuGroup
+    slot: _Slot | None
     locks: list[int]
 
 
@@ -89,7 +117,7 @@ class LocalLauncher:
     """Runs trials on this machine.
 
     Raises:
-        ConfigError: there are fewer GPUs than a trial has.
+        ConfigError: there are fewer GPUs than a trial has, or none to share.
     """
 
     outlives_driver = False
@@ -97,12 +125,16 @@ class LocalLauncher:
     def __init__(self, sweep: Sweep, accelerator: str, commands: Commands, say: Callable[[str], None]) -> None:
         self._sweep, self._commands, self._say = sweep, commands, say
         gpus = [] if accelerator == "cpu" else find_gpus()
-        self._groups = group_gpus(gpus, sweep.devices_per_trial)
-        if (gpus or accelerator == "cuda") and not self._groups:
+        groups = group_gpus(gpus, sweep.devices_per_trial)
+        if (gpus or accelerator == "cuda") and not groups:
             raise ConfigError(f"devices_per_trial = {sweep.devices_per_trial}: there are {len(gpus)} GPUs here")
-        self._slots = min(sweep.workers or len(self._groups), len(self._groups)) if self._groups else sweep.cpu_workers
+        if sweep.trials_per_device > 1 and not groups:
+            raise ConfigError(f"trials_per_device = {sweep.trials_per_device}: there are no GPUs here: set workers instead")
+        self._gpu_slots = [(group, part) for part in range(sweep.trials_per_device) for group in groups]
+        count = len(self._gpu_slots)
+        self._slots = min(sweep.workers or count, count) if self._gpu_slots else sweep.cpu_workers
         self._pool = ThreadPoolExecutor(self._slots)
-        self._reserved_locks: dict[GpuGroup, list[int]] = {}
+        self._reserved_locks: dict[_Slot, list[int]] = {}
         self._running: list[_RunningTrial] = []
 
     @property
@@ -113,21 +145,25 @@ class LocalLauncher:
     def free_slots(self) -> int:
         """Trials that can be started now; their GPUs are locked until `start`."""
         free = self._slots - len(self._running)
-        if self._groups:
-            busy = {running.gpus for running in self._running} | self._reserved_locks.keys()
-            for gpus in self._groups:
-                if len(self._reserved_locks) < free and gpus not in busy and (locks := lock_gpus(gpus)) is not None:
-                    self._reserved_locks[gpus] = locks
+        if self._gpu_slots:
+            busy = [running.slot for running in self._running if running.slot is not None]
+            loads = Counter(gpus for gpus, _ in busy)
+            for slot in sorted(self._gpu_slots, key=lambda slot: loads[slot[0]]):  # the least busy GPU first
+                if len(self._reserved_locks) < free and slot not in busy and slot not in self._reserved_locks:
+                    locks = lock_gpus(*slot, parts=self._sweep.trials_per_device)
+                    if locks is not None:
+                        self._reserved_locks[slot] = locks
             return len(self._reserved_locks)
         return free
 
     def start(self, trials: Sequence[Trial]) -> None:
         """Start trials, no more than there are free slots."""
         for trial in trials:
-            gpus, locks = self._reserved_locks.popitem() if self._reserved_locks else ((), [])
+            slot = next(iter(self._reserved_locks), None)
+            gpus, locks = (slot[0], self._reserved_locks.pop(slot)) if slot is not None else ((), [])
             processes = TrialProcesses(trial.cell, self._commands, self._say, self._environment(gpus), descriptors=locks)
             with _interrupts_delayed():  # a trial that is not in `_running` would not be stopped
-                self._running.append(_RunningTrial(trial, processes, self._pool.submit(processes.run), gpus, locks))
+                self._running.append(_RunningTrial(trial, processes, self._pool.submit(processes.run), slot, locks))
         for locks in self._reserved_locks.values():
             release_gpus(locks)
         self._reserved_locks.clear()
@@ -162,8 +198,11 @@ class LocalLauncher:
     def _environment(self, gpus: GpuGroup) -> dict[str, str]:
         # Inside a job of Slurm, a trial is not part of the job: Lightning would take the job's tasks for its processes.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-        environment |= dict.fromkeys(THREAD_VARIABLES, str(self._sweep.threads)) if not gpus else {}
-        return environment | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+        if not gpus:
+            return environment | dict.fromkeys(THREAD_VARIABLES, str(self._sweep.threads))
+        if self._sweep.trials_per_device > 1:  # each its share of the cores, unless the user says otherwise
+            environment = dict.fromkeys(THREAD_VARIABLES, str(max(1, core_count() // self._slots))) | environment
+        return environment | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 
 @contextlib.contextmanager

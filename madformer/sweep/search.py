@@ -41,6 +41,9 @@ NFE = "nfe"
 _RETRY = "retry"
 """Attribute of a trial that retries another one: the number of that trial."""
 
+SAMPLED_TRIALS = 64
+"""Trials that are drawn to see what one costs."""
+
 _COMMON_FIELDS = "common"
 """Attribute of the study: what all its trials have in common."""
 
@@ -264,8 +267,12 @@ def study_cells(sweep: Sweep) -> list[Cell]:
         storage.close()
 
 
-def sample_cells(sweep: Sweep, count: int) -> list[Cell]:
-    """The legal ones among so many random points of a search's space."""
+def sample_cells(sweep: Sweep, count: int = SAMPLED_TRIALS) -> list[Cell]:
+    """The legal ones among so many random points of a search's space.
+
+    Raises:
+        ConfigError: none is legal.
+    """
     space = Space(sweep)
     study = optuna.create_study(sampler=RandomSampler(seed=0))
     cells = list[Cell]()
@@ -274,6 +281,8 @@ def sample_cells(sweep: Sweep, count: int) -> list[Cell]:
             cells.append(space.suggest(study.ask()))
         except ConfigError:
             continue
+    if not cells:
+        raise ConfigError(f"search.space: of {count} trials drawn at random none is legal")
     return cells
 
 

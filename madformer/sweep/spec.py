@@ -196,6 +196,8 @@ class Sweep:
     """Inference axes."""
     devices_per_trial: int = 1
     """Devices of a trial on each machine; on the CPU, processes."""
+    trials_per_device: int = 1
+    """Trials that share a GPU at a time. Each holds that part of it, also beside trials of other sweeps."""
     launcher: Literal["local", "slurm"] = "local"
     """Where trials run: on this machine, or as jobs of Slurm."""
     slurm: Slurm = field(default_factory=Slurm)
@@ -206,7 +208,7 @@ class Sweep:
     retries: int = 3
     """How many times in a row a trial that died (killed, lost machine) is retried without progress."""
     workers: int | None = None
-    """Trials at once on this machine; null: one for each group of GPUs, or as many as the cores allow."""
+    """Trials at once on this machine; null: `trials_per_device` for each group of GPUs, or as many as the cores allow."""
     threads: int = 1
     """CPU threads of each process on the CPU. The number is fixed, so results do not depend on the machine."""
     output_dir: str | None = None
@@ -215,7 +217,7 @@ class Sweep:
     def __post_init__(self) -> None:
         require(is_folder_name(self.name), "name", self.name, "must be the name of a folder")
         require(self.experiment != "", "experiment", self.experiment, "must be the path of an experiment's YAML file")
-        for name in ("threads", "devices_per_trial"):
+        for name in ("threads", "devices_per_trial", "trials_per_device"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1")
         require(self.retries >= 0, "retries", self.retries, "must be at least 0")
@@ -224,10 +226,20 @@ class Sweep:
         legal = len(self.seeds) > 0 and all(is_integer(seed) and seed >= 0 for seed in self.seeds)
         require(legal, "seeds", list(self.seeds), "must be a list of integers of at least 0")
         require_distinct("seeds", self.seeds)
+        self._check_sharing()
         self._check_fields()
         self._check_axes()
         self._check_search()
         self._check_decide()
+
+    def _check_sharing(self) -> None:
+        if self.trials_per_device > 1:
+            name, value = "trials_per_device", self.trials_per_device
+            require(
+                self.devices_per_trial == 1, name, value, f"devices_per_trial = {self.devices_per_trial}: set one of them to 1"
+            )
+            require(self.launcher == "local", name, value, "a job of Slurm has its devices to itself: set it to 1")
+            require(self.accelerator != "cpu", name, value, "trials on the CPU share its cores: set workers instead")
 
     def _check_fields(self) -> None:
         sections: dict[str, Mapping[str, Any]] = {"overrides": self.overrides, "grid": self.grid, "zip": self.zip}
@@ -316,8 +328,7 @@ class Sweep:
     @property
     def cpu_workers(self) -> int:
         """Trials side by side without GPUs: `workers`, or as many as the cores allow."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.workers or max(1, cores // (self.threads * self.devices_per_trial))
+        return self.workers or max(1, core_count() // (self.threads * self.devices_per_trial))
 
     @cached_property
     def accelerator(self) -> str:
@@ -329,6 +340,11 @@ class Sweep:
     def axes(self) -> list[str]:
         """Names of the axes, without the seed."""
         return [*([VARIANT] if self.variants else []), *self.grid, *self.zip]
+
+
+def core_count() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def require_known(key: str, where: str, also: Sequence[str] = ()) -> None:

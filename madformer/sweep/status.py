@@ -14,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from madformer.errors import ConfigError, InputError
+from madformer.errors import InputError
 from madformer.evaluation.measurement import DEPTH
 from madformer.progress import TextTable, format_duration, print_table, read_progress
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
@@ -28,11 +28,13 @@ from madformer.sweep.forecast import (
     Suite,
     assumed_device,
     basis,
+    hours_line,
     hours_unit,
     image_flops,
     memory_lines,
     parameter_count,
     plan_table,
+    sharing_line,
     skipped_budgets,
     total_lines,
     training_flops,
@@ -46,9 +48,6 @@ if TYPE_CHECKING:
 
     from madformer.sweep.queue import CellStatus
     from madformer.sweep.study import Storage
-
-_SAMPLED_TRIALS = 64
-"""Trials of a search that are drawn to see what one costs."""
 
 _REFRESH_SECONDS = 2.0
 _SILENT_SECONDS = 120.0
@@ -271,22 +270,21 @@ def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = No
         needs, estimates = [cell_needs(cell) for cell in cells], Estimates(cells, device)
         lines = total_lines(sweep, cells, needs, estimates, device)
         lines += [*skipped_budgets(cells), *memory_lines({cell.name: cell for cell in cells}, sweep.accelerator, memory_gib)]
+        lines += sharing_line(sweep, cells, memory_gib)
         if sweep.decide is not None:
             lines += assessment.lines
             if not assessment.is_too_long:
                 lines.append(f"Some {assessment.expected_runs} runs in all, until everything is decided or at its limit.")
         print_table(plan_table(sweep, cells, needs, estimates), lines)
     else:
-        print("\n".join(search_lines(sweep, sweep.search, device)))
+        print("\n".join(search_lines(sweep, sweep.search, device, memory_gib)))
 
 
-def search_lines(sweep: Sweep, search: Search, device: Device) -> list[str]:
+def search_lines(sweep: Sweep, search: Search, device: Device, memory_gib: float | None = None) -> list[str]:
     """The space of a search, and what its trials cost: an estimate from trials drawn at random."""
-    from madformer.sweep.search import sample_cells, study_cells
+    from madformer.sweep.search import SAMPLED_TRIALS, sample_cells, study_cells
 
-    cells = sample_cells(sweep, _SAMPLED_TRIALS)
-    if not cells:
-        raise ConfigError(f"search.space: of {_SAMPLED_TRIALS} trials drawn at random none is legal")
+    cells = sample_cells(sweep)
     estimates = Estimates([*study_cells(sweep), *cells], device)
     times = [estimates.cell_time(cell) for cell in cells]
     hours = fmean([time.total / 3600 for time in times])
@@ -296,9 +294,11 @@ def search_lines(sweep: Sweep, search: Search, device: Device) -> list[str]:
         f"{sweep.name}: {sweep.experiment}, a search of {search.trials} trials by {search.sampler}",
         *(f"  {key}: {choices}" for key, choices in search.space.items()),
         f"  objectives {', '.join(search.objectives)} at NFE {budgets}, pruner {search.pruner}",
-        f"  of {_SAMPLED_TRIALS} trials drawn at random {len(cells)} are legal; one takes {hours:.3g} {unit}",
+        f"  of {SAMPLED_TRIALS} trials drawn at random {len(cells)} are legal; one takes {hours:.3g} {unit}",
         f"  all {search.trials}: {hours * search.trials:.3g} {unit}, the longest trial {format_duration(longest)}",
+        *(f"  {line}" for line in hours_line(sweep, hours * search.trials)),
         f"  {basis(times[0].is_measured, device)}",
+        *(f"  {line}" for line in sharing_line(sweep, cells, memory_gib)),
     ]
 
 
@@ -319,8 +319,8 @@ def print_suite(
     for sweep in sweeps:
         if sweep.search is not None:
             raise InputError(f"{sweep.name} is a search, whose models are not known before: plan it alone")
-    if len({hours_unit(sweep) for sweep in sweeps}) > 1:
-        raise InputError("some of the sweeps are for CPUs and some for GPUs: plan them apart")
+    if len(units := sorted({hours_unit(sweep) for sweep in sweeps})) > 1:
+        raise InputError(f"some of the sweeps count {units[0]} and some {units[1]}: plan them apart")
     device = assumed_device(sweeps[0], tflops, mfu)
     suite = Suite(device)
     headings = ["sweep", "cells", "new models", "parameters", "training FLOPs", "evaluation FLOPs", hours_unit(sweeps[0])]

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +24,7 @@ from madformer.diffusion.losses import compute_losses
 from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.errors import ConfigError
 from madformer.model import MADFormer, cost, memory
+from madformer.model.generation import generate
 from madformer.training.train import build_trainer
 from tests.conftest import ROOT, TEXT
 from tests.fake_gpu import CUDA, fake_gpu
@@ -142,6 +144,37 @@ def test_activations_are_what_is_alive_on_the_cpu(changes):
     losses = LossConfig(lambda_hidden=0.1 * config.use_condition)
     measured = alive_bytes(config, losses, 1, "float32", torch.device("cpu"), batch=2)
     assert estimated_bytes(config, losses, 1, "float32", batch=2) == pytest.approx(measured, rel=0.1)
+
+
+class Peak(Alive):
+    """The most bytes that were alive at once."""
+
+    peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.storages = [(reference, size) for reference, size in self.storages if not reference.expired()]
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+
+@pytest.mark.parametrize("changes", [{}, {"ar_length": 16}, {"width": 512}, {"local_denoising": True}, {"text": TEXT}], ids=str)
+def test_sampling_needs_no_more_than_the_estimate(changes):
+    unet = UNetConfig(channels=(32, 64), layers=(1, 2), attention=(False, True))
+    sizes = {"latent_size": 32, "ar_length": 4, "depth": 4, "diffusion_depth": 2, "width": 128, "num_heads": 4}
+    config = ModelConfig(**{**sizes, "ffn_width": 384, "unet": unet, "attention_backend": "sdpa", **changes})
+    model, prompts = MADFormer(replace(config, compile=False)).eval(), None
+    model.prepare_for_sampling()
+    if config.text:
+        prompts = torch.ones(4, config.text.length, dtype=torch.long)
+    with torch.no_grad(), Peak(torch.device("cpu"), list(model.parameters())) as alive:
+        guidance = 2.0 if config.text else 1.0
+        generate(model, DDIMScheduler(prediction_type="sample"), 2, seeds=range(4), text=prompts, guidance=guidance)
+    settings = SimpleNamespace(
+        model=config, trainer=SimpleNamespace(precision="32-true"), evaluation=SimpleNamespace(batch_size=4)
+    )
+    estimate = (memory.sampling_memory(settings, guidance != 1) - GIB) / 1.05 - memory.weight_memory(config)
+    assert alive.peak < estimate < 1.8 * alive.peak
 
 
 def test_state_is_a_parameter_s_share():

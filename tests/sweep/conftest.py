@@ -3,6 +3,7 @@ import os
 import pytest
 
 from tests.conftest import ROOT
+from tests.sweep.driver import STARTED
 
 SWEEP = f"""
 name: small
@@ -27,3 +28,11 @@ def sweep_file(tmp_path, monkeypatch):
 def package_path(monkeypatch):
     """Processes that tests start find this package, whatever their working directory."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+
+
+@pytest.fixture(autouse=True)
+def processes():
+    """No driver outlives its test."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()

@@ -1,12 +1,10 @@
 """Drivers: real processes, which run stand-ins for the trials, and are killed, interrupted and started side by side."""
 
 import contextlib
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -23,51 +21,11 @@ from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.needs import cell_needs
 from madformer.sweep.trial import log_path, trial_commands
 from tests.conftest import ROOT
-from tests.sweep.driver import stand_ins
+from tests.sweep.driver import SECONDS, journal, output, run, stand_ins, start, wait_for
 from tests.sweep.trial import train as train_stand_in
 
-SECONDS = 60
 ONE = "grid.model.diffusion_depth=[2]"
 FOUR = "grid.model.diffusion_depth=[1,2,4,8]"
-
-
-STARTED = []
-
-
-@pytest.fixture(autouse=True)
-def processes():
-    """No driver outlives its test."""
-    yield
-    while STARTED:
-        STARTED.pop().kill()
-
-
-def journal():
-    return Path("journal").read_text().splitlines() if Path("journal").exists() else []
-
-
-def start(*overrides, **environment):
-    command = [sys.executable, "-m", "tests.sweep.driver", "small.yaml", *overrides]
-    environment = {**os.environ, **environment}
-    STARTED.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment))
-    return STARTED[-1]
-
-
-def output(driver):
-    return driver.communicate(timeout=SECONDS)[0]
-
-
-def wait_for(condition):
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
-
-
-def run(sweep_file, *overrides, retry_failed=False, commands=stand_ins):
-    lines = []
-    status = run_sweep(load_sweep(sweep_file, overrides), retry_failed, commands, lines.append)
-    return status, lines
 
 
 def test_the_commands_are_those_that_a_user_would_type(sweep_file):

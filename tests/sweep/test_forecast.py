@@ -13,6 +13,8 @@ from tests.tiny_runs import command, perform
 
 DEPTHS = f"experiment: {ROOT}/experiments/digits.yaml\ngrid: {{model.diffusion_depth: [2, 4]}}\nevaluate: {{nfe: [16, 32]}}\n"
 SEARCH = f"experiment: {ROOT}/experiments/digits.yaml\nsearch: {{space: {{optimizer.lr: [0.1, 0.2]}}, nfe: [16], trials: 2}}\n"
+ON_GPU = "overrides: {trainer.accelerator: auto}\n"
+GPU = DEPTHS + ON_GPU
 LARGE = f"experiment: {ROOT}/experiments/ffhq1024.yaml\ngrid: {{model.diffusion_depth: [7]}}\n"
 
 
@@ -71,9 +73,39 @@ def test_evaluations_are_shared_one_by_one(tmp_path, capsys, ending, share):
 def test_searches_and_other_devices_are_planned_alone(tmp_path):
     with pytest.raises(InputError, match="two is a search"):
         print_suite(sweeps(tmp_path, one=DEPTHS, two=SEARCH))
-    with pytest.raises(InputError, match=re.escape("some of the sweeps are for CPUs and some for GPUs")):
+    with pytest.raises(InputError, match=re.escape("some of the sweeps count CPU-hours and some GPU-hours")):
         print_suite(sweeps(tmp_path, one=DEPTHS, large=LARGE))
     assert "a=1: name a SWEEP.yaml before overrides" in perform(command("sweep", "plan", "a=1"), status=2)
+
+
+def test_how_many_trials_could_share_a_gpu_is_told(tmp_path, capsys):
+    """A trial needs 1 GiB of reserve and little else."""
+    [sweep, shared, search] = sweeps(
+        tmp_path, one=GPU, shared=f"{GPU}trials_per_device: 4\n", search=f"{SEARCH}{ON_GPU}trials_per_device: 4\n"
+    )
+
+    def plan(*arguments):
+        print_plan(*arguments)
+        return capsys.readouterr().out
+
+    advice = "72 trials would fit one device (1.1 GiB each of 80.0 GiB, an estimate): trials_per_device: 72 at most"
+    text = plan(sweep)
+    assert f"\n{advice}; such a GPU is assumed, set --memory\n" in text and "trial-hours" not in text
+    text = plan(shared, None, None, 3.5)
+    assert "trials_per_device = 4 is refused: 3 trials would fit one device (1.1 GiB each of 3.5 GiB, an estimate)\n" in text
+    [hours] = re.findall(r"([\d.e-]+) trial-hours, of which", text)
+    [total, least] = re.findall(r"4 trials share a GPU: (.*) trial-hours take (.*) GPU-hours or more.", text)[0]
+    assert total == hours and float(least) == pytest.approx(float(hours) / 4, rel=0.01)
+    assert "1 trial would fit one device (1.1 GiB each of 1.5 GiB, an estimate)\n" in plan(sweep, None, None, 1.5)
+    text = plan(search, None, None, 8)
+    assert "7 trials would fit one device" in text and "4 trials share a GPU" in text
+
+
+def test_sampling_with_large_batches_counts_too(tmp_path, capsys):
+    [sweep] = sweeps(tmp_path, one=GPU.replace("auto", "auto, evaluation.batch_size: 100_000"))
+    print_plan(sweep, memory_gib=80)
+    [needed] = re.findall(r"would fit one device \((.*) GiB each", capsys.readouterr().out)
+    assert 10 < float(needed) < 40
 
 
 def test_what_does_not_fit_is_told_with_what_does(tmp_path, capsys):

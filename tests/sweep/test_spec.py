@@ -1,5 +1,6 @@
 """A sweep file: every mistake by its message, and the cells that it stands for."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,8 @@ BAD = {
     "trainer.devices=2": "overrides.trainer.devices = 2: set devices_per_trial",
     "trainer.num_nodes=2": "overrides.trainer.num_nodes = 2: set slurm.nodes_per_trial",
     "devices_per_trial=0": "devices_per_trial = 0: must be at least 1",
+    "trials_per_device=0": "trials_per_device = 0: must be at least 1",
+    "trials_per_device=2": "trials_per_device = 2: trials on the CPU share its cores: set workers instead",
     "retries=-1": "retries = -1: must be at least 0",
     "zip={data.batch_size: [16, 32], optimizer.lr: [0.1]}": "zip = {'data.batch_size': 2, 'optimizer.lr': 1}: tied axes must be of one length",
     "zip.model.diffusion_depth=[2,4]": "zip.model.diffusion_depth: the grid varies it too; name it once",
@@ -136,7 +139,7 @@ def test_a_mistake_is_one_line_that_says_what_would_be_right(sweep_file, overrid
         (
             "- a",
             "must be a mapping of name, experiment, overrides, grid, zip, variants, exclude, seeds, decide, search, "
-            "evaluate, devices_per_trial, launcher, slurm, storage, retries, workers, threads, output_dir",
+            "evaluate, devices_per_trial, trials_per_device, launcher, slurm, storage, retries, workers, threads, output_dir",
         ),
     ],
 )
@@ -145,6 +148,18 @@ def test_a_mistake_in_the_file(sweep_file, text, message):
     with pytest.raises(ConfigError) as caught:
         load_sweep(sweep_file)
     assert str(caught.value) == f"{sweep_file}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("devices_per_trial=4", "devices_per_trial = 4: set one of them to 1"),
+        ("launcher=slurm", "a job of Slurm has its devices to itself: set it to 1"),
+    ],
+)
+def test_trials_that_cannot_share_a_device(sweep_file, override, remedy):
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{sweep_file}: trials_per_device = 2: {remedy}')}$"):
+        load_sweep(sweep_file, ["trainer.accelerator=auto", "trials_per_device=2", override])
 
 
 def test_broken_yaml_is_one_line(sweep_file):
