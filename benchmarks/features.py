@@ -2,10 +2,10 @@
 
     python -m benchmarks.features cifar10_train.parquet cifar10_test.parquet
 
-Every row is a set of images against all training images: test images as they are, and spoiled in ways that a generator might;
-a set that lacks a class; and training images, as a generator gives them that has memorised. Spoiled images should have
-larger distances the more they are spoiled, and memorised ones the largest memorisation. The second table shows
-distances of subsets of test images, and the bias that is expected of as few samples from the training images.
+A row is a set of images against all training images: test images as they are, test images spoiled as a generator might spoil
+them, without one class, and training images, as a generator gives them that has memorised. The more images are spoiled,
+the larger their distance should be; memorised ones should have memorisation 1. The other half of the test images is held out.
+The second table shows distances of few images, and the bias that is expected of as few samples.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ from madformer.config import DataConfig
 from madformer.data.image_files import load_square, to_pixels, to_unit
 from madformer.data.sources import open_source
 from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_network
+from madformer.evaluation.measurement import MEMORISATION
 from madformer.evaluation.metrics import Moments, frechet_bias, frechet_distance
-from madformer.evaluation.neighbours import compare_pairs, pairs_within
+from madformer.evaluation.neighbours import compare_pairs, memorisation, nearest_distances, pairs_within
 
 BATCH = 500
 SAMPLES = 5_000
 """Images of a row of the first table, at most; metrics over pairs compare them with as many training images."""
+
+METRICS = ("precision", "recall", "density", "coverage", MEMORISATION)
+"""Columns of the first table, beside both distances."""
 
 COUNTS = (1_024, 2_048, 10_000)
 """Rows of the second table."""
@@ -101,19 +105,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_ND = features(network, train)
     moments = Moments.of(train_ND)
     half = len(train_ND) // 2
-    nearest = train_ND[:SAMPLES]
-    within = pairs_within(nearest)
+    some_training_ND = train_ND[:SAMPLES]
+    within = pairs_within(some_training_ND)
+    held_out_M = nearest_distances(features(network, test[SAMPLES:]), train_ND)
 
     def row(name: str, found_ND: Tensor) -> tuple[str, list[str]]:
-        pairs = compare_pairs(found_ND, nearest, within)
+        pairs = compare_pairs(found_ND, some_training_ND, within)
+        pairs[MEMORISATION] = memorisation(nearest_distances(found_ND, train_ND), held_out_M)
         distance = frechet_distance(Moments.of(found_ND), moments)
-        shown = (f"{pairs[key]:.3f}" for key in ("precision", "recall", "density", "coverage"))
+        shown = (f"{pairs[key]:.3f}" for key in METRICS)
         return name, [f"{len(found_ND):,}", f"{distance:.2f}", f"{1e3 * pairs['kid']:.2f}", *shown]
 
     some = test[:SAMPLES]
     halves = frechet_distance(Moments.of(train_ND[:half]), Moments.of(train_ND[half:]))
     rows = [
-        ("half of the training images, against the other half", [f"{half:,}", f"{halves:.2f}", *[""] * 5]),
+        ("half of the training images, against the other half", [f"{half:,}", f"{halves:.2f}", *[""] * (1 + len(METRICS))]),
         row("training images (memorised)", train_ND[half : half + SAMPLES]),
         row("test images", features(network, some)),
         row("test images without one class", features(network, test[labels != 3][:SAMPLES])),
@@ -122,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *(row(f"test images, noise of {size}", features(network, some, noise(size))) for size in (0.05, 0.1, 0.2)),
     ]
     print(f"{options.network}, {options.size} x {options.size} pixels, {len(train):,} training and {len(test):,} test images")
-    print(*table(["number", "Fréchet", "kernel x 1000", "precision", "recall", "density", "coverage"], rows), "", sep="\n")
+    print(*table(["number", "Fréchet", "kernel x 1000", *METRICS], rows), "", sep="\n")
     test_ND = features(network, test)
     biases = [
         (
