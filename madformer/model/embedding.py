@@ -44,7 +44,7 @@ def token_positions(config: ModelConfig, device: torch.device | str | None = Non
 
 
 def text_positions(tokens: int, device: torch.device | str | None = None, form: str = "axial") -> Tensor:
-    """Token j of T sits at (j - T, j - T), before the image's origin: [T, 2]; `released`: at j of an axis of its own, [T, 1]."""
+    """Token j of T sits at (j - T, j - T), before the image's origin: [T, 2]; `released`: at j of its own axis, [T, 1]."""
     if form == "released":
         return torch.arange(tokens, device=device)[:, None]
     return torch.arange(-tokens, 0, device=device)[:, None].expand(tokens, 2)

@@ -165,7 +165,8 @@ class MADFormer(nn.Module):
         if key not in self._rope_tables:
             # They must serve training, also if validation under inference mode comes first.
             with torch.inference_mode(False):
-                positions = (text_positions(text_tokens, device, self.config.rope), token_positions(self.config, device).flatten(0, 1))
+                text_PA = text_positions(text_tokens, device, self.config.rope)
+                positions = (text_PA, token_positions(self.config, device).flatten(0, 1))
                 text, image = (rope(positions_PA, self.config, self.stream_dtype) for positions_PA in positions)
             self._rope_tables[key] = text, image
         text, image = self._rope_tables[key]

@@ -35,7 +35,9 @@ def unet_blocks():
 
 def random_weights(text_tokens, width, ffn_width, depth, vocab_size, block_tokens=4, seed=0):
     """A state dict of the `imagenet` branch, or of `main` where there is no text, in float64."""
-    shapes = {f"{name}.{key}": value.shape for name, block in unet_blocks().items() for key, value in block.state_dict().items()}
+    shapes = {
+        f"{name}.{key}": value.shape for name, block in unet_blocks().items() for key, value in block.state_dict().items()
+    }
     for half, into, out in (("downsampler", LATENT_CHANNELS, CHANNELS[0]), ("upsampler", width, CHANNELS[1])):
         shapes |= {f"{half}.conv_in.weight": (out, into, 3, 3), f"{half}.conv_in.bias": (out,)}
         shapes |= {f"{half}.time_embedding.linear_1.weight": (TIME, 1), f"{half}.time_embedding.linear_2.weight": (TIME, TIME)}
@@ -126,21 +128,12 @@ class Released:
 
     def mask(self, kinds, places, local):
         """Who sees whom: kinds 0 text, 1 clean, 2 noisy; places of text tokens, or blocks."""
-        size = len(kinds)
-        sees = torch.zeros(size, size, dtype=torch.bool)
-        for q in range(size):
-            for k in range(size):
-                kind, other, place, there = kinds[q], kinds[k], places[q], places[k]
-                if other == 0:
-                    sees[q, k] = kind != 0 or there <= place
-                elif kind == 0:
-                    continue
-                elif kind == other and place == there:
-                    sees[q, k] = True
-                elif not local:
-                    context = 1 if self.use_clean else 2
-                    sees[q, k] = other == context and there < place
-        return sees
+        kinds, places = torch.tensor(kinds), torch.tensor(places)
+        kind, place, other, there = kinds[:, None], places[:, None], kinds[None], places[None]
+        text = (other == 0) & ((kind != 0) | (there <= place))
+        earlier = (kind != 0) & (other == (1 if self.use_clean else 2)) & (there < place)
+        itself = (kind != 0) & (kind == other) & (place == there)
+        return text | itself if local else text | itself | earlier
 
     def layer(self, number, parts, angles, sees):
         """parts: (tower's number, residual stream [B, P, D])."""

@@ -1,10 +1,12 @@
 """The same numbers as the released code, of both branches, and its checkpoints in and out."""
 
+import itertools
+
 import pytest
 import torch
 
 from benchmarks.parity import BRANCHES, VARIANTS, compare, reference, weights
-from madformer.config import TextConfig, UNetConfig
+from madformer.config import UNetConfig
 from madformer.model.embedding import Downsampler
 from madformer.model.generation import generate
 from madformer.model.official import from_released, to_released
@@ -29,8 +31,9 @@ def test_every_tensor_is_the_released_code_s(branch, variant):
     assert len(differences) >= 2 and max(differences.values()) < 1e-5, differences
 
 
-@pytest.mark.parametrize("switches", [{}, *VARIANTS.values()], ids=["", *VARIANTS])
-@pytest.mark.parametrize("text_tokens", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("text_tokens", "switches"), [*itertools.product((0, 1), VARIANTS.values()), (5, {})], ids=lambda value: str(value)
+)
 def test_other_shapes_are_as_the_released_code_is_described(text_tokens, switches):
     """Nine blocks, three heads, prompts of one token and of five: forward and sampling, against a second implementation."""
     state_dict = released.random_weights(text_tokens, width=192, ffn_width=40, depth=3, vocab_size=23 if text_tokens else 0)
