@@ -71,7 +71,7 @@ _SWITCHES = {
 _PAPER_STEPS = (19, 49, 99, 199)
 """The paper's budgets 280, 700, 1400, 2800 at D = 14 of 28 (Figure 4)."""
 
-_CLASS_NUMBERS = DataConfig(
+CLASS_NUMBERS = DataConfig(
     class_names="imagenet",
     prompts="numbers",
     tokenizer="meta-llama/Llama-3.2-1B",
@@ -249,4 +249,4 @@ def _experiment(model: ModelConfig) -> ExperimentConfig:
     if model.text is None:
         return ExperimentConfig(model=model, loss=loss, evaluation=EvaluationConfig(nfe=budgets))
     evaluation = EvaluationConfig(nfe=budgets, num_samples=50_000)
-    return ExperimentConfig(model=model, loss=loss, data=_CLASS_NUMBERS, evaluation=evaluation)
+    return ExperimentConfig(model=model, loss=loss, data=CLASS_NUMBERS, evaluation=evaluation)
