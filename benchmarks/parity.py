@@ -71,16 +71,16 @@ def compare(branch: str, variant: str) -> Iterator[Comparison]:
     """Every tensor that a file has of a variant."""
     tensors = reference(branch)
     model = from_released(weights(tensors), **{"diffusion_depth": 2, "ar_length": 4, **VARIANTS[variant]})
-    inputs = {name: tensors.get(f"input/{name}") for name in ("clean", "noisy", "timesteps", "initial_noise", "text")}
-    clean, noisy, noise = (as_blocks(inputs[name]) for name in ("clean", "noisy", "initial_noise"))
-    forward = model(clean, noisy, inputs["timesteps"], text=inputs["text"])
+    clean, noisy, noise = (as_blocks(tensors[f"input/{name}"]) for name in ("clean", "noisy", "initial_noise"))
+    text = tensors.get("input/text")
+    forward = model(clean, noisy, tensors["input/timesteps"], text=text)
     ours = {
         "forward/denoised": forward.denoised_BLCYX,
         "forward/clean_tower": forward.clean_tower_BLCYX,
         "forward/text_logits": forward.text_logits,
     }
     for name, scheduler in SCHEDULERS.items():
-        sampled = generate(model, scheduler(), steps=5, text=inputs["text"], initial_noise_BLCYX=noise)
+        sampled = generate(model, scheduler(), steps=5, text=text, initial_noise_BLCYX=noise)
         ours[f"sample/{name}"] = rearrange(sampled, "b l c y x -> b l (y x) c")
     for name in sorted(key.removeprefix(f"{variant}/") for key in tensors if key.startswith(f"{variant}/")):
         theirs, our = tensors[f"{variant}/{name}"], ours[name]
