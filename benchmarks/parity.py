@@ -97,7 +97,7 @@ def main() -> None:
     for branch in BRANCHES:
         for variant in VARIANTS:
             found = {row.tensor: f"{row.difference:.1e}" for row in compare(branch, variant)}
-            print(f"| `{branch}` | `{variant}` | {' | '.join(found.get(name, '') for name in columns)} |")
+            print(f"| `{branch}` | `{variant}` | {' | '.join(found.get(name, '-') for name in columns)} |")
 
 
 if __name__ == "__main__":
