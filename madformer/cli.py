@@ -207,12 +207,14 @@ def encode(
 
 @app.command("import")
 def import_(
-    checkpoint: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint of the released code, or an exported file.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A released checkpoint, a hub's owner/name, or an exported file.")
+    ],
     out: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the new run.")],
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
     overrides: Overrides = None,
 ) -> None:
-    """Make a run of foreign weights, which evaluate and sample accept."""
+    """Make a run of foreign weights, which evaluate, sample, tune and report accept."""
     from madformer.runs.exchange import import_run
 
     import_run(checkpoint, out, weights, overrides or [])
@@ -221,10 +223,10 @@ def import_(
 @app.command()
 def export(
     run: RunFolder,
-    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="The file; its configuration lies beside it.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help=".safetensors, with a .yaml beside it; or .pt, as released.")],
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
 ) -> None:
-    """Write a run's weights as safetensors, with the configuration."""
+    """Write a run's weights: as safetensors with the configuration, or as a checkpoint of the released code."""
     from madformer.runs.exchange import export_run
 
     export_run(run, out, weights)

@@ -17,7 +17,7 @@ from torch import nn
 
 from madformer.errors import InputError
 
-__all__ = ["CONFIG", "build_custom", "describe", "find_model", "first_line", "list_files", "modules_of"]
+__all__ = ["CONFIG", "build_custom", "describe", "find_file", "find_model", "first_line", "list_files", "modules_of"]
 
 CONFIG = "config.json"
 """File that says what a model is; it is in every folder of one."""
@@ -127,6 +127,25 @@ def find_model(location: str, *groups: Sequence[str], part: str = "", remedy: st
         return _find_cached(repository, subfolders, groups) or _download(repository, subfolders, groups)
     except InputError as error:
         raise InputError(f"cannot be had: {error}; {remedy}") from error
+
+
+def find_file(repository: str, name: str) -> Path:
+    """A file of a repository on the hub: from its cache, else downloaded.
+
+    Raises:
+        InputError: it cannot be had; the reason alone.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    with suppress(ValueError):  # no legal name of a repository: the download says so
+        if isinstance(cached := try_to_load_from_cache(repository, name), str):
+            return Path(cached)
+    if name not in list_files(repository):
+        raise InputError(f"{repository} holds no {name}")
+    try:
+        return Path(hf_hub_download(repository, name))
+    except Exception as error:  # the network's, the hub's and the disk's
+        raise InputError(f"its download failed: {first_line(error)}") from error
 
 
 def _import_file(path: Path) -> ModuleType:

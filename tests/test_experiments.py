@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from madformer.config import TextConfig, load_experiment, write_config
+from madformer.config import ExperimentConfig, ModelConfig, TextConfig, config_hash, load_experiment, write_config
+from madformer.config.identity import trained_fields
 from madformer.diffusion.samplers import build_sampler
 from madformer.model.generation import generate
+from madformer.runs.exchange import CLASS_NUMBERS
 from madformer.sweep.adaptive import wanted_cells
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
@@ -51,7 +53,7 @@ def narrow(config):
         num_kv_heads=None if model.num_kv_heads is None else math.ceil(2 * model.num_kv_heads / model.num_heads),
         ffn_width=24,
         unet=unet,
-        text=model.text and TEXT,
+        text=model.text and replace(TEXT, final_norm=model.text.final_norm),
     )
     optimizer = replace(config.optimizer, warmup_fraction=0, warmup_steps=None)
     evaluation, data = replace(config.evaluation, nfe=(10,)), replace(config.data, tokenizer="of eleven words")
@@ -138,7 +140,8 @@ def test_narrow_models_differ_as_the_sweep_s_do(path):
 
 def test_the_paper_s_tables_share_their_models(tmp_path):
     """The default is in every table, and Figure 4's models are Table 1's."""
-    cells = {path.stem: cells for path, cells in CELLS.items() if path.parent.name == "paper" and "elastic" not in path.stem}
+    others = ("ffhq1024_elastic", "ffhq1024_paper_or_code")
+    cells = {path.stem: cells for path, cells in CELLS.items() if path.parent.name == "paper" and path.stem not in others}
     for data, distinct in (("ffhq1024", 15), ("imagenet256", 16)):
         tables = [{cell.config_hash for cell in cells[name]} for name in cells if name.startswith(data)]
         assert len(tables) == 8 and len(set.intersection(*tables)) == 1 and len(set.union(*tables)) == distinct
@@ -151,6 +154,27 @@ def test_the_paper_s_tables_share_their_models(tmp_path):
     with contextlib.chdir(ROOT):
         again = sweep_cells(load_sweep(ROOT / "sweeps/paper/ffhq1024_table2_length.yaml", [f"output_dir={tmp_path}"]))
     assert [cell.run == run for cell in again] == [False, True, False]
+
+
+def test_paper_and_code_differ_in_one_thing_at_a_time():
+    """The first cell is the paper's run, the last one the code's, and each between changes one field, once."""
+    cells = CELLS[ROOT / "sweeps/paper/ffhq1024_paper_or_code.yaml"]
+    paper, *single, code = [trained_fields(cell.config) for cell in cells]
+    changes = [{name: value for name, value in fields.items() if paper.get(name) != value} for fields in single]
+    assert all(len(change) == 1 for change in changes)
+    assert {name: value for change in changes for name, value in change.items()}.items() <= code.items()
+    released = load_experiment(ROOT / "experiments/released/ffhq1024.yaml")
+    assert cells[-1].config_hash == config_hash(released) and cells[0].config_hash == config_hash(
+        load_experiment(ROOT / "experiments/ffhq1024.yaml")
+    )
+
+
+def test_released_imagenet_is_what_an_import_is_trained_with():
+    """`madformer import` freezes the released habits; the experiment trains them."""
+    trained = trained_fields(load_experiment(ROOT / "experiments/released/imagenet256.yaml"))
+    imported = trained_fields(replace(ExperimentConfig(), model=ModelConfig(text=TextConfig()), data=CLASS_NUMBERS))
+    prompts = ("class_names", "prompts", "tokenizer", "bos", "padding_side", "crop", "batch_size")
+    assert {name: trained[f"data.{name}"] for name in prompts} == {name: imported[f"data.{name}"] for name in prompts}
 
 
 def test_dropped_prompts_are_keyed_too():

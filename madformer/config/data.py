@@ -53,10 +53,19 @@ class DataConfig:
     """Folder of latents: `madformer encode` fills it, training reads it. null: images are encoded while training."""
     flip: bool = False
     """Mirror each training image with probability 1/2. `madformer encode` then stores latents of both versions."""
+    crop: Literal["centre", "top_left"] = setting("centre", neutral="centre")
+    """Square of an image that is not one. centre: as ADM cuts ImageNet; top_left: the largest one at the top left, scaled by
+    Lanczos, as the released code does."""
     class_names: str | None = None
-    """Prompts of the classes: `imagenet`, or a text file with one name a line; null: the data set's own names."""
+    """Names of the classes: `imagenet`, or a text file with one name a line; null: the data set's own names."""
+    prompts: Literal["names", "numbers"] = setting("names", neutral="names")
+    """Prompts of the classes: their names, or their numbers in digits, as in the released code."""
     tokenizer: str = "meta-llama/Meta-Llama-3-8B"
     """Turns prompts into tokens, if the model takes text: `builtin`, or a hub id or folder of transformers."""
+    bos: bool = setting(False, neutral=False)
+    """Begin each prompt with the tokenizer's BOS token, as the released code does."""
+    padding_side: Literal["right", "left"] = setting("right", neutral="right")
+    """Where short prompts are padded. left: as in the released code."""
     workers: int = setting(4, new_run=False)
     """Threads that read ahead for each device. Results do not depend on their number."""
     batch_size: int = 64
@@ -72,5 +81,8 @@ class DataConfig:
             require_at_least(1, "data", self, "batch_size_per_device")
         for name in ("source", "split", "codec", "latents", "tokenizer", "class_names"):
             require(getattr(self, name) != "", f"data.{name}", "", "must not be empty")
+        require(
+            not (self.bos and self.tokenizer == BUILTIN), "data.bos", self.bos, f"data.tokenizer={BUILTIN} has no BOS token"
+        )
         legal = re.fullmatch(rf"{PIXELS}|vae:.+|.+:[A-Za-z_]\w*", self.codec) is not None
         require(legal, "data.codec", self.codec, f"must be {PIXELS}, vae:HUB_ID_OR_FOLDER, module.path:Class or file.py:Class")

@@ -73,13 +73,17 @@ def config_path(run: Path) -> Path:
     return run / "config.yaml"
 
 
-def write_config(config: ExperimentConfig, run: Path, branch: Mapping[str, Any] | None = None) -> None:
+def write_config(
+    config: ExperimentConfig, run: Path, branch: Mapping[str, Any] | None = None, imported: Mapping[str, Any] | None = None
+) -> None:
     """Write a run's configuration, with the code version and the hash.
 
     Args:
         branch: `step` and `run`: after which step of which run it begins. None: from the start.
+        imported: `source`, `sha256` and `weights` of the file that its weights came from. None: they are its own.
     """
-    write_text(config_path(run), to_yaml(config, {"branch": dict(branch)} if branch else {}))
+    origin = {"branch": branch, "imported": imported}
+    write_text(config_path(run), to_yaml(config, {name: dict(value) for name, value in origin.items() if value}))
 
 
 def to_yaml(config: ExperimentConfig, origin: Mapping[str, Any] | None = None) -> str:

@@ -77,8 +77,11 @@ class TextConfig:
     """Token that pads short prompts. A prompt of padding alone is the null text of classifier-free guidance."""
     dropout: float = 0.1
     """Probability that training replaces a prompt by the null text."""
+    final_norm: bool = setting(True, neutral=True)
+    """Normalise the text tower's output before the head; false: as in the released code."""
 
     def __post_init__(self) -> None:
+        require_types("model.text", self)
         require_at_least(2, "model.text", self, "vocab_size")
         require_at_least(1, "model.text", self, "length")
         legal = is_integer(self.pad_token_id) and 0 <= self.pad_token_id < self.vocab_size
@@ -125,7 +128,7 @@ class ModelConfig:
     parameter_sets: Literal["separate", "shared"] = "separate"
     """separate: one parameter set each for text, clean and noisy tokens; shared: one for all of them (Table 4)."""
     rope: Literal["axial", "released"] = "axial"
-    """Rotary positions. axial: each axis rotates its half of the head; released: as in the released code."""
+    """Rotary positions. axial: each axis rotates its half of the head; released: as in the released code, text too."""
     prediction_type: Literal["sample", "epsilon", "v_prediction"] = "sample"
     """What the network predicts for the noisy block."""
     clean_timestep: Literal["zero", "released"] = "zero"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,8 @@ class LatentDataModule(pl.LightningDataModule):
         self._fingerprint: dict[str, str] = {}
         self._samples: Samples | None = None
         if data.source == DIGITS:
-            self._samples, self.class_prompts = DigitSamples(data.split), DIGIT_NAMES
+            self.class_prompts = class_prompts(None, DIGIT_NAMES, data.prompts)
+            self._samples = DigitSamples(data.split, self.class_prompts or ())
             self._fingerprint["source"] = digits_sha256(data.split)
         elif data.latents is not None:
             self._samples = self._open_shards(Path(data.latents))
@@ -96,7 +97,7 @@ class LatentDataModule(pl.LightningDataModule):
             self._fingerprint["codec"] = self.codec.sha256
         if config.model.text and self.class_prompts is not None and data.source != DIGITS:
             self._fingerprint["class names"] = hashlib.sha256("\n".join(self.class_prompts).encode()).hexdigest()
-        self.tokenizer = PromptTokenizer(data.tokenizer, config.model.text) if config.model.text else None
+        self.tokenizer = PromptTokenizer.of(data, config.model.text) if config.model.text else None
         self._collator = Collator(config.seed, data.flip, self.tokenizer)
 
     def setup(self, stage: str) -> None:
@@ -200,25 +201,25 @@ class LatentDataModule(pl.LightningDataModule):
 
     def _open_images(self, name: str) -> None:
         self._source = open_source(self.config.data)
-        prompts = class_prompts(self.config.data.class_names, self._source.class_names) if self._source.has_labels else None
-        self._set_captions(prompts, self._source.has_texts, name)
+        source = self._source
+        self._set_captions(source.has_labels, source.class_names, source.has_texts, name)
         self._fingerprint["source"] = self._source.fingerprint
 
     def _open_shards(self, folder: Path) -> ShardSamples:
         manifest = read_manifest(folder)
         self._require_same_encoding(folder, manifest)
         encoding = manifest.encoding
-        prompts = class_prompts(self.config.data.class_names, encoding.class_names) if encoding.labels else None
-        self._set_captions(prompts, encoding.texts, str(folder))
+        self._set_captions(encoding.labels, encoding.class_names, encoding.texts, str(folder))
         self._fingerprint |= {"latents": manifest.sha256, "source": encoding.source_sha256}
         reader = ShardReader(folder, manifest)
         if encoding.labels and self._captions.class_prompts is not None:
             self._captions(int(reader.labels.max()), None)  # a class without a name shows now
         return ShardSamples(reader, self._captions)
 
-    def _set_captions(self, class_prompts: tuple[str, ...] | None, has_texts: bool, source: str) -> None:
-        self.class_prompts = class_prompts
-        self._captions = Captions.of(self.config, class_prompts, has_texts, source)
+    def _set_captions(self, has_labels: bool, names: Sequence[str] | None, has_texts: bool, source: str) -> None:
+        data = self.config.data
+        self.class_prompts = class_prompts(data.class_names, names, data.prompts) if has_labels else None
+        self._captions = Captions.of(self.config, self.class_prompts, has_texts, source)
 
     def _require_same_encoding(self, folder: Path, manifest: Manifest) -> None:
         """Refuse latents that were not made for this experiment.
@@ -228,6 +229,7 @@ class LatentDataModule(pl.LightningDataModule):
         """
         encoding, data, model = manifest.encoding, self.config.data, self.config.model
         pairs: list[tuple[str, object, object]] = [
+            ("data.crop", encoding.crop, data.crop),
             ("data.codec_dtype", encoding.codec_dtype, data.codec_dtype),
             ("model.latent_channels", encoding.latent_channels, model.latent_channels),
             ("model.latent_size", encoding.latent_size, model.latent_size),

@@ -93,7 +93,7 @@ class _Encoder:
             return
         rows = self.source.rows(unit, skip=first_part * ROWS_PER_SHARD)
         queue_size = 2 * self.data.codec_batch_size + self.data.workers
-        images = decode_rows(rows, self.encoding.image_size, self.data.workers, queue_size)
+        images = decode_rows(rows, self.encoding.image_size, self.encoding.crop, self.data.workers, queue_size)
         next_image = next(images, None)
         for part in itertools.count(first_part):
             writer = ShardWriter(self.folder, shard_name(unit, part), self.encoding)
@@ -157,6 +157,7 @@ def _describe(config: ExperimentConfig, source: ImageSource, codec: Codec) -> En
         text_column=source.columns.text,
         class_names=class_prompts(data.class_names, source.class_names) if source.has_labels else None,
         rows_per_shard=ROWS_PER_SHARD,
+        crop=data.crop,
     )
 
 
@@ -212,10 +213,10 @@ def _skipped(shards: Iterable[Shard]) -> list[tuple[str, str]]:
 
 def _reconstruct(folder: Path, manifest: Manifest, source: ImageSource, codec: Codec) -> dict[str, float]:
     """Decode the first latents and compare them with their images; with a picture of some."""
-    reader, size = ShardReader(folder, manifest), manifest.encoding.image_size
+    reader, size, crop = ShardReader(folder, manifest), manifest.encoding.image_size, manifest.encoding.crop
     keys = reader.values("key", np.arange(min(RECONSTRUCTED, len(reader))))
     rows = (row for unit in range(source.num_units) for row in source.rows(unit) if row.key in keys)
-    originals_BCYX = to_unit(torch.stack([load_square(row.read(), size) for row in itertools.islice(rows, len(keys))]))
+    originals_BCYX = to_unit(torch.stack([load_square(row.read(), size, crop) for row in itertools.islice(rows, len(keys))]))
     latents_BChw = torch.from_numpy(reader.read("mean", np.arange(len(keys)))).float()
     decoded_BCYX = torch.cat([codec.decode(part.to(codec.device)).cpu() for part in latents_BChw.split(SHOWN)])
     pairs_BCYX = torch.stack([originals_BCYX, decoded_BCYX], dim=1)[:SHOWN].flatten(0, 1)

@@ -60,15 +60,21 @@ def decode_image(content: bytes) -> Image.Image:
         raise BadImage(reason[0] if reason else type(error).__name__) from error
 
 
-def square_image(image: Image.Image, size: int) -> Tensor:
-    """The centre of an RGB image, scaled so that its shorter side fits: uint8 [3, size, size].
+def square_image(image: Image.Image, size: int, crop: str = "centre") -> Tensor:
+    """A square of an RGB image, scaled so that its shorter side fits: uint8 [3, size, size].
 
-    Exactly as ADM prepares ImageNet (`center_crop_arr` of guided-diffusion): halved by a box filter while it stays at least as
-    large as wanted, then bicubic. An image of the right size is left as it is.
+    Args:
+        crop: `data.crop`. `centre`: exactly as ADM prepares ImageNet (`center_crop_arr` of guided-diffusion), halved by a box
+            filter while it stays at least as large as wanted, then bicubic. `top_left`: as the released code, the largest
+            square at the top left, then Lanczos. Of both, an image of the right size is left as it is.
 
     Raises:
         BadImage: so long and thin that its shorter side cannot be enlarged to `size`.
     """
+    if crop == "top_left":
+        side = min(image.size)
+        square = image.crop((0, 0, side, side)).resize((size, size), resample=Image.Resampling.LANCZOS)
+        return rearrange(torch.from_numpy(np.array(square)), "y x c -> c y x").contiguous()
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -81,13 +87,13 @@ def square_image(image: Image.Image, size: int) -> Tensor:
     return rearrange(torch.from_numpy(square_YXC), "y x c -> c y x").contiguous()
 
 
-def load_square(content: bytes, size: int) -> Tensor:
-    """The centre of the image of a file: uint8 [3, size, size].
+def load_square(content: bytes, size: int, crop: str = "centre") -> Tensor:
+    """A square of the image of a file, `data.crop` says which: uint8 [3, size, size].
 
     Raises:
         BadImage: as `decode_image` and `square_image`.
     """
-    return square_image(decode_image(content), size)
+    return square_image(decode_image(content), size, crop)
 
 
 def to_unit(images_BCYX: Tensor) -> Tensor:

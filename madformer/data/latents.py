@@ -47,6 +47,7 @@ class Encoding:
     class_names: tuple[str, ...] | None
     rows_per_shard: int
     format: int = FORMAT
+    crop: str = "centre"
 
     @property
     def labels(self) -> bool:
@@ -77,6 +78,11 @@ class Encoding:
                 existing, requested = (value if len(str(value)) <= 80 else f"{str(value)[:77]}..." for value in pair)
                 return f"{item.name} = {existing!r} there, {requested!r} asked for"
         return None
+
+
+def encoding_fields(encoding: Encoding) -> dict[str, Any]:
+    """An encoding's fields for JSON; a crop of `centre` is left out, as in folders that are older than the field."""
+    return {name: value for name, value in asdict(encoding).items() if (name, value) != ("crop", "centre")}
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class Manifest:
     @property
     def sha256(self) -> str:
         """Of all latents, and of how they were made."""
-        return hashlib.sha256(json.dumps([asdict(self.encoding), self.shards], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([encoding_fields(self.encoding), self.shards], sort_keys=True).encode()).hexdigest()
 
 
 class ShardWriter:
@@ -262,7 +268,7 @@ def read_encoding(folder: Path) -> Encoding | None:
 
 def write_encoding(folder: Path, encoding: Encoding) -> None:
     """Write what is encoded into a folder, before the first shard."""
-    _write_json(folder / "encoding.json", asdict(encoding))
+    _write_json(folder / "encoding.json", encoding_fields(encoding))
 
 
 def write_shard(folder: Path, shard: Shard) -> None:

@@ -20,7 +20,7 @@ from madformer.config import DataConfig, ExperimentConfig
 from madformer.data.image_files import load_square
 from madformer.data.latents import ShardReader
 from madformer.data.order import BatchIndex
-from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer
+from madformer.data.prompts import PromptTokenizer
 from madformer.data.sources import ImageSource, Row, load_digits
 from madformer.errors import BadImage, ConfigError, DataError, InputError
 from madformer.randomness import keyed_generator
@@ -80,7 +80,7 @@ class Captions:
         """
         if config.model.text is None:
             return Captions(None)
-        use_text = has_texts and config.data.class_names is None
+        use_text = has_texts and config.data.class_names is None and config.data.prompts == "names"
         if not use_text and class_prompts is None:
             remedy = "set data.class_names, data.text_column or data.label_column, or take images that have some"
             raise ConfigError(f"{source}: neither texts nor named classes for a model with text: {remedy}")
@@ -118,8 +118,9 @@ class Samples(Protocol):
 class DigitSamples:
     """scikit-learn's digits, in memory, as they are."""
 
-    def __init__(self, split: str) -> None:
+    def __init__(self, split: str, class_prompts: Sequence[str]) -> None:
         self._images_NCYX, self._labels_N = load_digits(split)
+        self._prompts = class_prompts
 
     def __len__(self) -> int:
         return len(self._images_NCYX)
@@ -127,7 +128,7 @@ class DigitSamples:
     def read(self, samples: np.ndarray, flipped_B: np.ndarray) -> tuple[Batch, list[str]]:
         """Digits, never mirrored."""
         numbers = torch.from_numpy(samples)
-        return {"latents": self._images_NCYX[numbers]}, [DIGIT_NAMES[label] for label in self._labels_N[numbers].tolist()]
+        return {"latents": self._images_NCYX[numbers]}, [self._prompts[label] for label in self._labels_N[numbers].tolist()]
 
 
 class ShardSamples:
@@ -177,7 +178,7 @@ class ImageReader:
         images, skipped = list[DecodedImage](), list[tuple[str, str]]()
         for rows in candidates:
             broken: list[tuple[str, str]] = []
-            image = next(skip_broken(decode_rows(rows, self.image_size), self.data, broken), None)
+            image = next(skip_broken(decode_rows(rows, self.image_size, self.data.crop), self.data, broken), None)
             if image is None:
                 raise DataError(
                     f"{self.data.source}: {len(broken)} images one after the other are broken: {_list_broken(broken)}"
@@ -256,13 +257,15 @@ class BrokenImage(NamedTuple):
     flaw: str
 
 
-def decode_rows(rows: Iterable[Row], size: int, workers: int = 0, queue_size: int = 0) -> Iterator[DecodedImage | BrokenImage]:
-    """Decode rows in their order, with `workers` threads and at most `queue_size` images waiting.
+def decode_rows(
+    rows: Iterable[Row], size: int, crop: str, workers: int = 0, queue_size: int = 0
+) -> Iterator[DecodedImage | BrokenImage]:
+    """Decode rows in their order to squares (`data.crop`), with `workers` threads and at most `queue_size` images waiting.
 
     Raises:
         InputError: an image is there, but cannot be read now.
     """
-    return prefetch(partial(_decode, size=size), rows, workers, queue_size)
+    return prefetch(partial(_decode, size=size, crop=crop), rows, workers, queue_size)
 
 
 def skip_broken(
@@ -296,9 +299,9 @@ def _list_broken(broken: Sequence[tuple[str, str]]) -> str:
     return "; ".join(f"{key}: {flaw}" for key, flaw in broken[:3]) + ("; ..." if len(broken) > 3 else "")
 
 
-def _decode(row: Row, size: int) -> DecodedImage | BrokenImage:
+def _decode(row: Row, size: int, crop: str) -> DecodedImage | BrokenImage:
     try:
-        return DecodedImage(row, load_square(row.read(), size))
+        return DecodedImage(row, load_square(row.read(), size, crop))
     except BadImage as error:
         return BrokenImage(row.key, str(error))
 

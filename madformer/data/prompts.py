@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from madformer.config import TextConfig
-from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY
+from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY, DataConfig
 from madformer.config.validation import require
 from madformer.errors import ConfigError, InputError
 from madformer.lookup import list_files
@@ -46,28 +46,39 @@ _CACHE_SIZE = 10_000
 class PromptTokenizer:
     """Prompts to token ids, by several threads at once.
 
-    A tokenizer's own special tokens (beginning or end of a text, separators) are not added: the model learns its embeddings
-    from scratch, so that a token which is the same in every prompt would tell it nothing, and the null text of guidance has
-    to be padding alone. Nor are they read from a prompt: `<pad>` or `<|end_of_text|>` in a prompt is text like any other.
+    A tokenizer's own special tokens (beginning or end of a text, separators) are not added, but for a BOS token that is asked
+    for: the model learns its embeddings from scratch, so that a token which is the same in every prompt would tell it nothing,
+    and the null text of guidance has to be padding alone. Nor are they read from a prompt: `<pad>` or `<|end_of_text|>` in a
+    prompt is text like any other.
 
     Args:
         name: `builtin`, or a hub id or folder of transformers. What the hub's cache holds is used without asking the hub.
         text: Length of prompts, vocabulary and padding of the model.
+        bos: whether prompts begin with the BOS token.
+        padding_side: `right` or `left`.
 
     Raises:
-        ConfigError: the tokenizer cannot be had, has tokens beyond `text.vocab_size`, or uses `text.pad_token_id` in text.
+        ConfigError: the tokenizer cannot be had, has tokens beyond `text.vocab_size`, uses `text.pad_token_id` in text, or
+            has no BOS token.
     """
 
-    def __init__(self, name: str, text: TextConfig) -> None:
+    def __init__(self, name: str, text: TextConfig, bos: bool = False, padding_side: str = "right") -> None:
         # Prompts are few and short, and several threads tokenize already.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._backend = _Builtin() if name == BUILTIN else _Pretrained(name)
-        self._text = text
+        self._text, self._padding_side = text, padding_side
         self._cache: dict[str, Tensor] = {}
         _check_fit(name, self._backend, text)
+        require(not bos or self._backend.bos is not None, "data.bos", bos, f"data.tokenizer={name} has no BOS token")
+        self._start = [self._backend.bos] if bos else []
+
+    @staticmethod
+    def of(data: DataConfig, text: TextConfig) -> PromptTokenizer:
+        """The tokenizer of an experiment."""
+        return PromptTokenizer(data.tokenizer, text, data.bos, data.padding_side)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids of B prompts, [B, `text.length`] int64, cut or padded on the right; an empty prompt is the null text."""
+        """Token ids of B prompts, [B, `text.length`] int64, cut at the end or padded; an empty prompt is the null text."""
         if not prompts:
             return torch.empty((0, self._text.length), dtype=torch.int64)
         misses = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
@@ -77,24 +88,29 @@ class PromptTokenizer:
         return torch.stack([rows[prompt] if prompt in rows else self._cache[prompt] for prompt in prompts])
 
     def _pad(self, ids: Sequence[int]) -> Tensor:
-        row_T = torch.full((self._text.length,), self._text.pad_token_id)
-        row_T[: len(ids)] = torch.tensor(ids[: self._text.length], dtype=torch.int64)
-        return row_T
+        row = [*self._start, *ids][: self._text.length] if ids else []
+        padding = [self._text.pad_token_id] * (self._text.length - len(row))
+        return torch.tensor(row + padding if self._padding_side == "right" else padding + row)
 
 
-def class_prompts(class_names: str | None, from_source: Sequence[str] | None) -> tuple[str, ...] | None:
+def class_prompts(
+    class_names: str | None, from_source: Sequence[str] | None, kind: Literal["names", "numbers"] = "names"
+) -> tuple[str, ...] | None:
     """Prompts of the classes, by label.
 
     Args:
         class_names: `data.class_names`: `imagenet`, a text file (UTF-8) with one name a line, or None for the source's.
         from_source: What the data set itself calls its classes, None if it does not.
+        kind: `data.prompts`: the names, or the labels in digits.
 
     Raises:
         ConfigError: no such file, or it has a blank or repeated line.
     """
-    if class_names is None:
-        return None if from_source is None else tuple(from_source)
-    return imagenet_classes() if class_names == IMAGENET else _read_names(class_names)
+    if class_names is not None:
+        from_source = imagenet_classes() if class_names == IMAGENET else _read_names(class_names)
+    if from_source is None:
+        return None
+    return tuple(from_source) if kind == "names" else tuple(map(str, range(len(from_source))))
 
 
 def parse_classes(text: str, prompts: Sequence[str]) -> list[int]:
@@ -167,6 +183,7 @@ class _Builtin:
     size = BUILTIN_VOCABULARY
     special_ids = frozenset({0})
     pad = 0
+    bos: int | None = None
 
     def ids(self, prompts: Sequence[str]) -> list[list[int]]:
         encodings = _builtin_tokenizer().encode_batch(list(prompts), add_special_tokens=False)
@@ -197,6 +214,7 @@ class _Pretrained:
         self.special_ids = _special_ids(self._tokenizer)
         self.size = 1 + max(self._tokenizer.get_vocab().values())
         pad_id = self._tokenizer.pad_token_id
+        self.bos: int | None = self._tokenizer.bos_token_id
         self.pad: int = pad_id if pad_id in self.special_ids else min(self.special_ids, default=self.size)
 
     def ids(self, prompts: Sequence[str]) -> list[list[int]]:

@@ -19,7 +19,7 @@ from madformer.config.experiment import check_data, has_held_out, held_out_data
 from madformer.data.codec import build_codec, require_fit
 from madformer.data.image_files import to_unit
 from madformer.data.loader import Captions, batched, decode_rows, skip_broken
-from madformer.data.prompts import DIGIT_NAMES
+from madformer.data.prompts import DIGIT_NAMES, class_prompts
 from madformer.data.sources import ImageSource, Row, load_digits, open_source
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.sampling import known_classes
@@ -118,7 +118,8 @@ def explain_errors() -> Iterator[None]:
 def _read_digits(config: ExperimentConfig, data: DataConfig, images: int) -> tuple[Tensor, list[str]]:
     images_NCYX, labels_N = load_digits(data.split)
     rows_M = torch.randperm(len(labels_N), generator=_generator(config))[:images]
-    return images_NCYX[rows_M], [DIGIT_NAMES[label] for label in labels_N[rows_M].tolist()]
+    prompts = class_prompts(None, DIGIT_NAMES, data.prompts) or ()
+    return images_NCYX[rows_M], [prompts[label] for label in labels_N[rows_M].tolist()]
 
 
 def _read_images(
@@ -128,7 +129,7 @@ def _read_images(
     require_fit(codec, config.model)
     caption, captions = _captions(config, checkpoint, source), list[str]()
     rows, size = _spread_rows(source, _generator(config)), config.model.latent_size * codec.downsampling
-    decoded = decode_rows(rows, size, data.workers, queue_size=data.codec_batch_size + data.workers)
+    decoded = decode_rows(rows, size, data.crop, data.workers, queue_size=data.codec_batch_size + data.workers)
     good_images = itertools.islice(skip_broken(decoded, data, []), images)
     latents_BChw = [torch.empty(0, codec.latent_channels, config.model.latent_size, config.model.latent_size)]
     for batch in batched(good_images, data.codec_batch_size):
@@ -159,7 +160,7 @@ def _captions(config: ExperimentConfig, checkpoint: Path, source: ImageSource) -
 
     The data set's own class names go before the run's: a folder that lacks some classes numbers them otherwise.
     """
-    names = source.class_names
+    names = class_prompts(None, source.class_names, config.data.prompts)
     if source.has_labels and config.model.text and (config.data.class_names is not None or names is None):
         names = known_classes(config, checkpoint)
     return Captions.of(config, names, source.has_texts, source.name)

@@ -39,9 +39,6 @@ from madformer.runs.files import atomic_write
 KEPT = 50_000
 """Images of a reference whose features are kept, chosen by chance but always the same ones: as many as are usually sampled."""
 
-CROP = "centre"
-"""Images are cut as in training: the largest square in the middle."""
-
 METADATA = "madformer"
 """Key of the description in a file's metadata."""
 
@@ -104,7 +101,7 @@ def find_reference(
     for path in given:
         reference = load_reference(path)
         if reference.described["network"]["sha256"] == network.sha256:
-            _require_same(path, reference, image_size, source_sha256)
+            _require_same(path, reference, image_size, config.data.crop, source_sha256)
             return reference
     if given:
         files = ", ".join(map(str, given))
@@ -182,7 +179,7 @@ def _open(config: ExperimentConfig, image_size: int, expected_sha256: str | None
     broken: list[tuple[str, str]] = []
 
     def read(unit: int) -> Iterator[Tensor]:
-        decoded = decode_rows(source.rows(unit), image_size, data.workers, queue_size=64 + data.workers)
+        decoded = decode_rows(source.rows(unit), image_size, data.crop, data.workers, queue_size=64 + data.workers)
         for batch in batched(skip_broken(decoded, data, broken), config.evaluation.batch_size):
             yield to_unit(torch.stack([image.pixels_CYX for image in batch]))
 
@@ -236,7 +233,7 @@ def _gather(folder: Path) -> tuple[Moments, Tensor]:
 
 def _describe(config: ExperimentConfig, image_size: int, network: FeatureNetwork, source_sha256: str) -> dict[str, Any]:
     """All that makes a reference what it is, but the number of images."""
-    decides = [source_sha256, config.data.image_column, image_size, CROP, network.sha256]
+    decides = [source_sha256, config.data.image_column, image_size, config.data.crop, network.sha256]
     return {
         "source": config.data.source,
         "subset": config.data.subset,
@@ -244,7 +241,7 @@ def _describe(config: ExperimentConfig, image_size: int, network: FeatureNetwork
         "source_sha256": source_sha256,
         "image_column": config.data.image_column,
         "image_size": image_size,
-        "crop": CROP,
+        "crop": config.data.crop,
         "network": {"name": network.name, "label": network.label, "sha256": network.sha256, "width": network.width},
         "sha256": hashlib.sha256(json.dumps(decides).encode()).hexdigest(),
         "version": __version__,
@@ -261,10 +258,10 @@ def _find(folder: Path, described: dict[str, Any]) -> Path:
     return folder / name
 
 
-def _require_same(path: Path, reference: Reference, image_size: int, source_sha256: str | None) -> None:
+def _require_same(path: Path, reference: Reference, image_size: int, crop: str, source_sha256: str | None) -> None:
     pairs = [
         ("pixels along a side", reference.described["image_size"], image_size),
-        ("crop", reference.described["crop"], CROP),
+        ("crop", reference.described["crop"], crop),
         ("SHA-256 of the images", reference.described["source_sha256"][:12], source_sha256 and source_sha256[:12]),
     ]
     for what, theirs, ours in pairs:

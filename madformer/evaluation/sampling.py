@@ -85,7 +85,7 @@ def tokenize(config: ExperimentConfig, prompts: Sequence[str], guidance: float =
     """
     if config.model.text is None or not (any(prompts) or guidance != 1):
         return None
-    return PromptTokenizer(config.data.tokenizer, config.model.text)(prompts)
+    return PromptTokenizer.of(config.data, config.model.text)(prompts)
 
 
 def known_classes(config: ExperimentConfig, checkpoint: Path) -> tuple[str, ...] | None:
@@ -93,7 +93,10 @@ def known_classes(config: ExperimentConfig, checkpoint: Path) -> tuple[str, ...]
     recorded = load_checkpoint(checkpoint).get(DATA, {}).get(CLASS_PROMPTS)
     if recorded is not None:
         return tuple(recorded)
-    return DIGIT_NAMES if config.data.source == DIGITS else class_prompts(config.data.class_names, None)
+    data = config.data
+    if data.source == DIGITS:
+        return class_prompts(None, DIGIT_NAMES, data.prompts)
+    return class_prompts(data.class_names, None, data.prompts)
 
 
 def inference_devices(config: ExperimentConfig, count: int | None) -> list[str]:

@@ -5,7 +5,7 @@ Tensor names carry shape suffixes, everywhere in this package:
     B batch            L blocks (AR length)     S tokens in a block    T text tokens       V vocabulary
     D model width      H query heads            G key/value heads      K head width
     C latent channels  Y, X rows, columns of a block's latents         y, x of its tokens  h, w of an image's latents
-    P tokens of a tower (positions): L * S, J * S or T                 M keys of some query
+    P tokens of a tower (positions): L * S, J * S or T                 M keys of some query  A axes of positions
     U blocks in the U-Net, B * L                J clean blocks whose embedding is read: L, L - 1 or 0
 
 With k noise draws per image, noisy tensors have batch B * k; image b's draws are at b * k .. b * k + k - 1.

@@ -31,7 +31,7 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     parts |= {f"{tower}_tower": config.depth * _tower_parameters(config) for tower in towers}
     if config.text is not None:
         parts["text_embedding"] = config.text.vocab_size * config.width
-        parts["text_head"] = (config.text.vocab_size + 1) * config.width
+        parts["text_head"] = (config.text.vocab_size + config.text.final_norm) * config.width
     return parts
 
 

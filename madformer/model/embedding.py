@@ -43,8 +43,10 @@ def token_positions(config: ModelConfig, device: torch.device | str | None = Non
     return rearrange(to_blocks(grid, config.ar_length), "1 l rc y x -> l (y x) rc")
 
 
-def text_positions(tokens: int, device: torch.device | str | None = None) -> Tensor:
-    """Token j of T sits at (j - T, j - T), before the image's origin: [T, 2]."""
+def text_positions(tokens: int, device: torch.device | str | None = None, form: str = "axial") -> Tensor:
+    """Token j of T sits at (j - T, j - T), before the image's origin: [T, 2]; `released`: at j of its own axis, [T, 1]."""
+    if form == "released":
+        return torch.arange(tokens, device=device)[:, None]
     return torch.arange(-tokens, 0, device=device)[:, None].expand(tokens, 2)
 
 
@@ -288,7 +290,7 @@ class TextInterface(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, width)
-        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.norm = nn.RMSNorm(width, eps=1e-5) if config.final_norm else nn.Identity()
         self.head = nn.Linear(width, config.vocab_size, bias=False)
 
     def logits(self, x_BTD: Tensor) -> Tensor:

@@ -39,24 +39,25 @@ def _pairs(x_K: Tensor, form: str) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def rope(positions_P2: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
-    """Angles for tokens at (row, column) positions.
+def rope(positions_PA: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
+    """Angles for tokens at positions on two axes (row, column), or on one: the released code's text.
 
     `axial`: each axis rotates within its half of the head, frequencies 10000 ** (-2k / axis_dim), so that scores depend
     on relative position alone. `released`: the released code's angles, whose pairs straddle the two axes; for its
-    checkpoints only.
+    checkpoints only. A single axis has the whole head and the frequencies of `axial`.
     """
-    axis_dim = config.head_width // 2
-    exact = torch.float32 if positions_P2.device.type == "mps" else torch.float64
-    steps = torch.arange(axis_dim // 2, dtype=exact, device=positions_P2.device)
-    if config.rope == "axial":
+    axes = positions_PA.shape[-1]
+    axis_dim = config.head_width // axes
+    exact = torch.float32 if positions_PA.device.type == "mps" else torch.float64
+    steps = torch.arange(axis_dim // 2, dtype=exact, device=positions_PA.device)
+    if config.rope == "axial" or axes == 1:
         frequencies = 10_000.0 ** (-2 * steps / axis_dim)
     else:
         side = config.block_rows * config.token_rows
         base = (int(8 * side / math.pi) // 100 + 1) * 100.0
         frequencies = base ** (-steps / max(axis_dim // 2 - 1, 1))
-    angles_P2f = positions_P2[..., None].to(exact) * frequencies
-    angles_PK = torch.cat([angles_P2f, angles_P2f], dim=-1).flatten(-2)
+    angles_PAf = positions_PA[..., None].to(exact) * frequencies
+    angles_PK = torch.cat([angles_PAf, angles_PAf], dim=-1).flatten(-2)
     first, second = _pairs(angles_PK.sin(), config.rope)
     sin_PK = torch.stack([-first, second], dim=-2).flatten(-3)
     return Rope(angles_PK.cos().to(dtype)[:, None], sin_PK.to(dtype)[:, None], config.rope)

@@ -165,8 +165,9 @@ class MADFormer(nn.Module):
         if key not in self._rope_tables:
             # They must serve training, also if validation under inference mode comes first.
             with torch.inference_mode(False):
-                positions = (text_positions(text_tokens, device), token_positions(self.config, device).flatten(0, 1))
-                text, image = (rope(positions_P2, self.config, self.stream_dtype) for positions_P2 in positions)
+                text_PA = text_positions(text_tokens, device, self.config.rope)
+                positions = (text_PA, token_positions(self.config, device).flatten(0, 1))
+                text, image = (rope(positions_PA, self.config, self.stream_dtype) for positions_PA in positions)
             self._rope_tables[key] = text, image
         text, image = self._rope_tables[key]
         clean = image if clean_blocks is None else image.part(0, clean_blocks * self.config.block_tokens)

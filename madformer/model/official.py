@@ -1,7 +1,8 @@
-"""Checkpoints of the released MADFormer code: import and export of its state dict.
+"""Checkpoints of the released MADFormer code: import and export of its state dicts.
 
-Sizes are read from the shapes. The rest is constant in the released code: 8 group-norm groups, 8 U-Net heads, epsilon
-prediction, its own RoPE, and clean blocks embedded with the noisy block's timestep.
+The code has two branches: `main` (FFHQ, no text) and `imagenet` (a text tower, token embeddings and a head). A state dict's
+names tell which one it is of, its shapes the sizes. The rest is constant in the released code: 8 group-norm groups, 8 U-Net
+heads, epsilon prediction, its own RoPE, and clean blocks embedded with the noisy block's timestep.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from madformer.config import ModelConfig, UNetConfig
+from madformer.config import ModelConfig, TextConfig, UNetConfig
+from madformer.model.layer_plan import TOWERS
 from madformer.model.madformer import MADFormer
 
 _LAYER_NAMES = {
@@ -29,7 +31,14 @@ _LAYER_NAMES = {
 }
 """Released module of a layer -> our module of a tower; {} or the end is the tower's number."""
 
-_TOWER_NUMBERS = {"clean": 0, "noise": 1}
+_TEXT_NAMES = [("embed_tokens.weight", "text.embedding.weight"), ("lm_head.weight", "text.head.weight")]
+"""Names of the `imagenet` branch alone."""
+
+_PROMPT_TOKENS = 2
+"""BOS and a class number."""
+
+_LLAMA_EOS = 128_001
+"""Padding of prompts: the end-of-text token of Llama 3."""
 
 _RELEASED_FIELDS = {
     "rope": "released",
@@ -50,15 +59,14 @@ def from_released(
     use_condition: bool = True,
     local_denoising: bool = False,
 ) -> MADFormer:
-    """A model with released weights; the weights do not hold the switches, so give them.
+    """A model with released weights, of either branch; the weights do not hold the switches, so give them.
 
     Args:
-        state_dict: parameters by released name, as in a checkpoint's `model` or `ema`.
+        state_dict: parameters by released name, as in a checkpoint's `model` or `ema`. They are copied.
 
     Raises:
         ValueError: not a released state dict, or switches that contradict its sizes.
     """
-    _check_tensors(state_dict)
     config = released_config(
         state_dict,
         diffusion_depth=diffusion_depth,
@@ -67,43 +75,61 @@ def from_released(
         use_condition=use_condition,
         local_denoising=local_denoising,
     )
+    weights = {name: tensor.clone() for name, tensor in rename_released(state_dict, config).items()}
     with torch.device("meta"):
         model = MADFormer(config)
-    names, known = _names(config), dict(_names(config, all_towers=True))
-    if missing := [released_name for released_name, _ in names if released_name not in state_dict]:
-        raise ValueError(f"released state dict lacks {len(missing)} tensors, the first is {missing[0]!r}")
-    if unknown := [released_name for released_name in state_dict if released_name not in known]:
-        raise ValueError(f"released state dict has {len(unknown)} tensors too many for its sizes, the first is {unknown[0]!r}")
-    weights, parameters = {}, model.state_dict()
-    for released_name, name in names:
-        tensor = state_dict[released_name].squeeze(0) if name == "boi_SD" else state_dict[released_name]
-        if tensor.shape != parameters[name].shape:
-            raise ValueError(f"{released_name} has shape {tuple(tensor.shape)}: must be {tuple(parameters[name].shape)}")
-        weights[name] = tensor.detach().clone()
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True)
 
 
 def to_released(model: MADFormer) -> dict[str, Tensor]:
-    """The state dict in released names. A parameter set that several towers share is copied for each.
+    """The state dict in released names, copied. A parameter set that several towers share is copied for each.
 
     Raises:
         ValueError: the model does something that the released code cannot.
     """
-    config = model.config
-    sizes = {"text": None, "kv_heads": config.num_heads, "head_width": 64}
+    return {name: tensor.clone() for name, tensor in rename_ours(model.state_dict(), model.config).items()}
+
+
+def rename_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Released weights by our names, for a model of `config` (`released_config`). They share memory with those given.
+
+    Raises:
+        ValueError: tensors are missing, of other shapes, or too many.
+    """
+    names, known, shapes = _names(config), dict(_names(config, all_towers=True)), _shapes(config)
+    if missing := [released_name for released_name, _ in names if released_name not in state_dict]:
+        raise ValueError(f"released state dict lacks {len(missing)} tensors, the first is {missing[0]!r}")
+    if unknown := [released_name for released_name in state_dict if released_name not in known]:
+        raise ValueError(f"released state dict has {len(unknown)} tensors too many for its sizes, the first is {unknown[0]!r}")
+    weights = {}
+    for released_name, name in names:
+        tensor = state_dict[released_name].squeeze(0) if name == "boi_SD" else state_dict[released_name]
+        if tensor.shape != shapes[name]:
+            raise ValueError(f"{released_name} has shape {tuple(tensor.shape)}: must be {tuple(shapes[name])}")
+        weights[name] = tensor.detach()
+    return weights
+
+
+def rename_ours(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A model's weights by released names, the inverse of `rename_released`. They share memory with those given.
+
+    Raises:
+        ValueError: the model does something that the released code cannot.
+    """
     rules: list[tuple[str, object, str, object]] = [
-        ("model", config, name, value) for name, value in {**_RELEASED_FIELDS, **sizes}.items()
+        ("model", config, name, value)
+        for name, value in {**_RELEASED_FIELDS, "kv_heads": config.num_heads, "head_width": 64}.items()
     ]
     rules += [("model.unet", config.unet, name, value) for name, value in _UNET_CONSTANTS.items()]
+    rules += [("model.text", config.text, "final_norm", False)] if config.text else []
     for section, fields, name, value in rules:
         if getattr(fields, name) != value:
             raise ValueError(f"{section}.{name} = {getattr(fields, name)!r}: the released code knows {value!r} alone")
     if len(set(config.unet.channels[1:])) > 1:
         raise ValueError(f"model.unet.channels = {config.unet.channels}: the released code needs equal levels after the first")
-    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    weights["boi_SD"] = weights["boi_SD"][None]
-    return {released_name: weights[name].clone() for released_name, name in _names(config, all_towers=True)}
+    weights = {**state_dict, "boi_SD": state_dict["boi_SD"][None]}
+    return {released_name: weights[name].detach() for released_name, name in _names(config, all_towers=True)}
 
 
 def released_config(state_dict: Mapping[str, Tensor], *, ar_length: int, **switches: int | bool) -> ModelConfig:
@@ -112,6 +138,7 @@ def released_config(state_dict: Mapping[str, Tensor], *, ar_length: int, **switc
     Raises:
         ValueError: not a released state dict, or switches that contradict its sizes.
     """
+    _check_tensors(state_dict)
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     rows = math.isqrt(ar_length) if isinstance(ar_length, int) and ar_length > 0 else 1  # else ModelConfig refuses it
     try:
@@ -129,6 +156,7 @@ def released_config(state_dict: Mapping[str, Tensor], *, ar_length: int, **switc
             num_heads=width // head_width,
             ffn_width=shapes["blocks.0.mlp_list.1.gate_proj.weight"][0],
             unet=_released_unet(shapes, levels),
+            text=_released_text(shapes),
             **_RELEASED_FIELDS,  # type: ignore[arg-type]
             **switches,  # type: ignore[arg-type]
         )
@@ -159,6 +187,15 @@ def _released_unet(shapes: Mapping[str, tuple[int, ...]], levels: int) -> UNetCo
     )
 
 
+def _released_text(shapes: Mapping[str, tuple[int, ...]]) -> TextConfig | None:
+    """Text of the `imagenet` branch; None: the state dict is of `main`."""
+    if _TEXT_NAMES[0][0] not in shapes:
+        return None
+    vocab_size = shapes[_TEXT_NAMES[0][0]][0]
+    pad = min(_LLAMA_EOS, vocab_size - 1)
+    return TextConfig(vocab_size, length=_PROMPT_TOKENS, pad_token_id=pad, dropout=0.0, final_norm=False)
+
+
 def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
     """One more than the largest number that the pattern finds at the start of a name."""
     found = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
@@ -167,18 +204,24 @@ def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
     return max(found) + 1
 
 
+def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in MADFormer(config).state_dict().items()}
+
+
 def _names(config: ModelConfig, all_towers: bool = False) -> list[tuple[str, str]]:
     """(released name, our name) of every parameter; `all_towers`: also of released towers that our model lacks."""
-    with torch.device("meta"):
-        unet = [name for name in MADFormer(config).state_dict() if name.startswith(("downsampler.", "upsampler."))]
-    names = [("boi_block", "boi_SD"), *((name, name) for name in unet)]
-    towers = ("clean", "noise") if config.use_clean_blocks else ("noise",)
+    unet = [name for name in _shapes(config) if name.startswith(("downsampler.", "upsampler."))]
+    names = [("boi_block", "boi_SD"), *((name, name) for name in unet), *(_TEXT_NAMES if config.text else [])]
+    released_towers = TOWERS if config.text else TOWERS[1:]
+    towers = tuple(tower for tower in released_towers if tower != "clean" or config.use_clean_blocks)
     for layer in range(config.depth):
-        for tower in _TOWER_NUMBERS if all_towers else towers:
+        for number, tower in enumerate(released_towers):
+            if tower not in towers and not all_towers:
+                continue
             source = "shared" if config.parameter_sets == "shared" else tower if tower in towers else "noise"
             for released_name, name in _LAYER_NAMES.items():
-                number = str(_TOWER_NUMBERS[tower])
-                module = released_name.replace("{}", number) if "{}" in released_name else f"{released_name}.{number}"
+                module = released_name.format(number) if "{}" in released_name else f"{released_name}.{number}"
                 for kind in ("weight", "bias") if name in ("qkv", "out") else ("weight",):
                     names.append((f"blocks.{layer}.{module}.{kind}", f"layers.{layer}.towers.{source}.{name}.{kind}"))
     return names

@@ -24,7 +24,7 @@ from madformer.errors import InputError
 from madformer.runs.files import atomic_write
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from madformer.model import MADFormer
 
@@ -171,6 +171,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def load_weights(path: Path, weights: Weights = "ema") -> dict[str, Tensor]:
+    """A checkpoint's weights by their names in the model, on the CPU and mapped from the file.
+
+    Raises:
+        InputError: no such file, or torn.
+    """
+    checkpoint = load_checkpoint(path)
+    if weights == "ema":
+        return dict(checkpoint[EMA])
+    return {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in checkpoint["state_dict"].items()}
+
+
 def load_model(path: Path, config: ExperimentConfig, weights: Weights = "ema") -> MADFormer:
     """The model of a checkpoint, on the CPU, in evaluation mode.
 
@@ -181,10 +193,7 @@ def load_model(path: Path, config: ExperimentConfig, weights: Weights = "ema") -
 
     from madformer.model import MADFormer
 
-    checkpoint = load_checkpoint(path)
-    state = checkpoint[EMA]
-    if weights == "model":
-        state = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in checkpoint["state_dict"].items()}
+    state = load_weights(path, weights)
     with torch.device("meta"):
         model = MADFormer(config.model)
     try:

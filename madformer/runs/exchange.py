@@ -1,20 +1,27 @@
-"""Import and export of weights: checkpoints of the released code, safetensors."""
+"""Import and export of weights: checkpoints of the released code, safetensors. Files are mapped, no tensor is copied."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from madformer.config import (
+    DataConfig,
     EvaluationConfig,
     ExperimentConfig,
     LossConfig,
@@ -26,31 +33,61 @@ from madformer.config import (
 )
 from madformer.config.data import DIGITS, PIXELS
 from madformer.config.identity import to_yaml
-from madformer.config.loading import build
-from madformer.errors import InputError
+from madformer.config.loading import build, read_value
+from madformer.errors import ConfigError, InputError
+from madformer.lookup import find_file
 from madformer.model import MADFormer, cost
-from madformer.model.official import from_released
+from madformer.model.official import released_config, rename_ours, rename_released
 from madformer.runs.checkpoints import (
     EMA,
     MODEL_PREFIX,
     Weights,
     checkpoint_path,
-    load_model,
+    load_weights,
     newest_intact,
     parse_weights,
     save_checkpoint,
 )
 from madformer.runs.files import atomic_write, write_text
 
-_SWITCHES = ("clear_clean", "clear_cond", "denoising_mlp", "diff_depth", "ar_len")
-"""Keys that a released checkpoint's `args` must hold: the weights do not show these switches."""
+HUB_FILE = "ckpts.pt"
+"""The checkpoint in the authors' repository on the hub, `JunhaoC/MADFormer-FFHQ`."""
+
+_RELEASED = (".pt", ".pth", ".ckpt")
+_SAFETENSORS = ".safetensors"
+
+_BOI = "boi_block"
+"""A tensor of every released state dict, and of none of ours."""
+
+_SWITCHES = {
+    "clear_clean": ("use_clean_blocks", True),
+    "clear_cond": ("use_condition", True),
+    "denoising_mlp": ("local_denoising", False),
+    "diff_depth": ("diffusion_depth", False),
+    "ar_len": ("ar_length", False),
+}
+"""What weights do not show: key of a released checkpoint's `args` -> field of the model, and whether it is negated."""
 
 _PAPER_STEPS = (19, 49, 99, 199)
 """The paper's budgets 280, 700, 1400, 2800 at D = 14 of 28 (Figure 4)."""
 
+CLASS_NUMBERS = DataConfig(
+    class_names="imagenet",
+    prompts="numbers",
+    tokenizer="meta-llama/Llama-3.2-1B",
+    bos=True,
+    padding_side="left",
+    crop="top_left",
+    batch_size=256,
+)
+"""Images and prompts as the released `imagenet` branch has them."""
+
 
 def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) -> None:
-    """Make a run from a released checkpoint or an exported file.
+    """Make a run from a released checkpoint or an exported file; its configuration remembers the file's SHA-256.
+
+    Args:
+        source: a file, or `owner/name` of the hub, whose `ckpts.pt` is taken.
 
     Raises:
         InputError: no such file, another format, weights that contradict the switches, or a folder that is in use.
@@ -58,15 +95,16 @@ def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) 
     requested = parse_weights(weights)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise InputError(f"{run}: exists already; name a new folder")
-    if not source.is_file():
-        raise InputError(f"{source}: no such file")
-    if source.suffix == ".safetensors":
-        model, config = _read_exported(source)
+    file = _find(source)
+    content = _read(file, requested)
+    if _is_released(content):
+        state, config = _convert(file, content, requested, overrides)
     else:
-        model = _read_released(source, requested)
-        config = _experiment(model.config)
+        state, config = _check_exported(file, content)
     config = _adopt(config, run, overrides)
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    _require_shapes(state, config.model, str(run))
+    with file.open("rb") as opened:
+        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     checkpoint = {
         "state_dict": {MODEL_PREFIX + name: tensor for name, tensor in state.items()},
         EMA: state,
@@ -74,33 +112,129 @@ def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) 
         "config_hash": config_hash(config),
     }
     save_checkpoint(checkpoint, checkpoint_path(run, 0))
-    write_config(config, run)
-    print(f"{run}: {sum(tensor.numel() for tensor in state.values()):,} parameters of {source}")
+    write_config(config, run, imported={"source": str(source), "sha256": sha256, "weights": weights})
+    print(f"{run}: {sum(tensor.numel() for tensor in state.values()):,} parameters of {source} (SHA-256 {sha256[:12]})")
 
 
 def export_run(run: Path, out: Path, weights: str) -> None:
-    """Write a run's newest weights as safetensors, and the configuration as a YAML file next to it.
+    """Write a run's newest weights: as safetensors, with the configuration as a YAML file next to it; or in released form.
+
+    Args:
+        out: `.safetensors`, or `.pt` for a checkpoint that the released code reads.
 
     Raises:
-        InputError: no run, no intact checkpoint, or a file name with another ending.
+        InputError: no run, no intact checkpoint, another ending, or a model that the released code cannot have.
     """
-    config = load_run(run)
-    if out.suffix != ".safetensors":
-        raise InputError(f"--out {out}: must end in .safetensors")
+    config, requested = load_run(run), parse_weights(weights)
+    if out.suffix not in (_SAFETENSORS, ".pt"):
+        raise InputError(f"--out {out}: must end in .safetensors, or in .pt for the released form")
     checkpoint = newest_intact(run)
     if checkpoint is None:
         raise InputError(f"{run}: no intact checkpoint")
-    model = load_model(checkpoint, config, parse_weights(weights))
-    with atomic_write(out) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
-    write_text(out.with_suffix(".yaml"), to_yaml(config))
-    print(f"{out}, {out.with_suffix('.yaml')}: {weights} weights of {checkpoint}")
+    state = load_weights(checkpoint, requested)
+    if out.suffix == _SAFETENSORS:
+        with atomic_write(out) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+        write_text(out.with_suffix(".yaml"), to_yaml(config))
+        print(f"{out}, {out.with_suffix('.yaml')}: {weights} weights of {checkpoint}")
+        return
+    try:
+        renamed = rename_ours(state, config.model)
+    except ValueError as error:
+        raise InputError(f"{run}: {error}; export it as .safetensors") from error
+    values = {name: (getattr(config.model, field), negated) for name, (field, negated) in _SWITCHES.items()}
+    args = {name: not value if negated else value for name, (value, negated) in values.items()}
+    save_checkpoint({weights: renamed, "args": argparse.Namespace(**args)}, out)
+    print(f"{out}: {weights} weights of {checkpoint}, by the released names")
+
+
+def _find(source: Path) -> Path:
+    if source.is_file():
+        return source
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or source.suffix in (*_RELEASED, _SAFETENSORS):
+        raise InputError(f"{source}: no such file")
+    try:
+        return find_file(str(source), HUB_FILE)
+    except InputError as error:
+        raise InputError(
+            f"{source}: cannot be had: {error}; download its {HUB_FILE} elsewhere, and import that file"
+        ) from error
+
+
+def _read(file: Path, weights: Weights) -> Mapping[str, Any]:
+    """A file's content: tensors by name, alone or as an entry of a checkpoint."""
+    if file.suffix == _SAFETENSORS:
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise InputError(f"{file}: not the weights of a model: torn, or no safetensors file: {error}") from error
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the one class in it; nothing else is unpickled
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+            raise InputError(f"{file}: no checkpoint that torch reads: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, Mapping) or not (_is_released(content) or {weights, "args"} <= content.keys()):
+        raise InputError(f"{file}: no released checkpoint: it must hold {weights} and args")
+    return content
+
+
+def _is_released(content: Mapping[str, Any]) -> bool:
+    return _BOI in content or "args" in content
+
+
+def _convert(
+    file: Path, content: Mapping[str, Any], weights: Weights, overrides: Sequence[str]
+) -> tuple[dict[str, Tensor], ExperimentConfig]:
+    """A released state dict by our names, and an experiment around its model."""
+    args = content.get("args", {})
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, Mapping):
+        raise InputError(f"{file}: no released checkpoint: its args are a {type(args).__name__}")
+    known = {name: entry for name, entry in _SWITCHES.items() if name in args}
+    switches = {field: not args[name] if negated else args[name] for name, (field, negated) in known.items()}
+    switches |= _overridden_switches(overrides)
+    if missing := [(name, field) for name, (field, _) in _SWITCHES.items() if field not in switches]:
+        remedy = f"say {' '.join(f'model.{field}=...' for _, field in missing)}"
+        raise InputError(f"{file}: its args lack {', '.join(name for name, _ in missing)}: {remedy}")
+    state = content if _BOI in content else content[weights]
+    try:
+        model = released_config(state, **switches)
+        return rename_released(state, model), _experiment(model)
+    except ValueError as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+def _overridden_switches(overrides: Sequence[str]) -> dict[str, Any]:
+    fields, switches = {field for field, _ in _SWITCHES.values()}, {}
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name.removeprefix("model.") in fields and name.startswith("model."):
+            try:
+                switches[name.removeprefix("model.")] = read_value(value)
+            except (yaml.YAMLError, OmegaConfBaseException) as error:
+                raise ConfigError(f"override {override}: {' '.join(str(error).split())}") from error
+    return switches
+
+
+def _check_exported(file: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ExperimentConfig]:
+    config = load_experiment(file.with_suffix(".yaml"))
+    _require_shapes(state, config.model, f"{file}: not the weights of {file.with_suffix('.yaml')}")
+    return dict(state), config
+
+
+def _require_shapes(state: Mapping[str, Tensor], model: ModelConfig, where: str) -> None:
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in MADFormer(model).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise InputError(f"{where}: {name} has shape {found.get(name)}, the configuration's model {expected.get(name)}")
 
 
 def _adopt(config: ExperimentConfig, run: Path, overrides: Sequence[str]) -> ExperimentConfig:
     """The configuration of the imported run; a model of the size of digits gets the digits as its data."""
     model = config.model
-    if config.data.source is None and (model.latent_channels, model.latent_size, model.text) == (1, 8, None):
+    if config.data.source is None and (model.latent_channels, model.latent_size) == (1, 8):
         data = replace(config.data, source=DIGITS, codec=PIXELS)
         evaluation = replace(config.evaluation, feature_networks=("digits",))
         config = replace(config, data=data, evaluation=evaluation)
@@ -109,44 +243,10 @@ def _adopt(config: ExperimentConfig, run: Path, overrides: Sequence[str]) -> Exp
 
 
 def _experiment(model: ModelConfig) -> ExperimentConfig:
-    """An experiment around a released model: losses that it can have, budgets of the paper's numbers of steps."""
-    loss = LossConfig() if model.use_condition else LossConfig(lambda_hidden=0)
+    """An experiment around a released model: its branch's losses and data, budgets of the paper's numbers of steps."""
+    loss = LossConfig(lambda_image=1.0, lambda_text=0.0, lambda_hidden=0.1 if model.use_condition else 0.0)
     budgets = tuple(cost.nfe(model, steps) for steps in _PAPER_STEPS)
-    return ExperimentConfig(model=model, loss=loss, evaluation=EvaluationConfig(nfe=budgets))
-
-
-def _read_released(source: Path, weights: Weights) -> MADFormer:
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the one class in it; nothing else is unpickled
-        try:
-            checkpoint = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
-        except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
-            raise InputError(f"{source}: no checkpoint that torch reads: {str(error).splitlines()[0]}") from error
-    if not isinstance(checkpoint, Mapping) or not {weights, "args"} <= checkpoint.keys():
-        raise InputError(f"{source}: no released checkpoint: it must hold {weights} and args")
-    args = vars(checkpoint["args"]) if isinstance(checkpoint["args"], argparse.Namespace) else checkpoint["args"]
-    if missing := [name for name in _SWITCHES if name not in args]:
-        raise InputError(f"{source}: its args lack {', '.join(missing)}")
-    try:
-        return from_released(
-            checkpoint[weights],
-            diffusion_depth=args["diff_depth"],
-            ar_length=args["ar_len"],
-            use_clean_blocks=not args["clear_clean"],
-            use_condition=not args["clear_cond"],
-            local_denoising=args["denoising_mlp"],
-        )
-    except ValueError as error:
-        raise InputError(f"{source}: {error}") from error
-
-
-def _read_exported(source: Path) -> tuple[MADFormer, ExperimentConfig]:
-    config = load_experiment(source.with_suffix(".yaml"))
-    with torch.device("meta"):
-        model = MADFormer(config.model)
-    try:
-        model.load_state_dict(load(source.read_bytes()), assign=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise InputError(
-            f"{source}: not the weights of {source.with_suffix('.yaml')}: {str(error).splitlines()[-1]}"
-        ) from error
-    return model, config
+    if model.text is None:
+        return ExperimentConfig(model=model, loss=loss, evaluation=EvaluationConfig(nfe=budgets))
+    evaluation = EvaluationConfig(nfe=budgets, num_samples=50_000)
+    return ExperimentConfig(model=model, loss=loss, data=CLASS_NUMBERS, evaluation=evaluation)

@@ -1,5 +1,6 @@
 """Encoding: what the shards hold, that it goes on where it stopped, and what it refuses."""
 
+import hashlib
 import json
 import os
 import re
@@ -162,6 +163,22 @@ def test_another_column_is_another_encoding(tmp_path):
     encode(experiment(tmp_path, latents=tmp_path / "latents", image_column="image"))
     with pytest.raises(InputError, match="holds other latents: image_column = 'image' there, 'mask' asked for"):
         encode(experiment(tmp_path, latents=tmp_path / "latents", image_column="mask"))
+
+
+def test_another_crop_is_another_encoding(tmp_path):
+    write_parquet(tmp_path / "pictures.parquet", rows=5)
+    centre, corner = (tmp_path / name for name in ("centre", "corner"))
+    encode(experiment(tmp_path, latents=centre))
+    with pytest.raises(InputError, match="holds other latents: crop = 'centre' there, 'top_left' asked for"):
+        encode(experiment(tmp_path, latents=centre, crop="top_left"))
+    encode(experiment(tmp_path, latents=corner, crop="top_left"))
+    means = [reader.read("mean", rows) for reader, rows in map(read_all, (centre, corner))]
+    assert means[0].shape == means[1].shape and not np.array_equal(*means)
+    # What lies on disks has no such field, and keeps its hash.
+    encoding, manifest = json.loads((centre / "encoding.json").read_text()), read_manifest(centre)
+    assert "crop" not in encoding and read_manifest(corner).encoding.crop == "top_left"
+    before = json.dumps([encoding, manifest.shards], sort_keys=True).encode()
+    assert manifest.sha256 == hashlib.sha256(before).hexdigest()
 
 
 def test_other_latents_are_not_mixed_in(tmp_path):

@@ -67,6 +67,16 @@ def test_an_image_of_the_right_size_is_left_as_it_is():
     assert np.array_equal(load_square(as_bytes(Image.fromarray(wide)), 16).permute(1, 2, 0), wide[:, 7:23])
 
 
+def test_the_top_left_square_is_scaled_by_lanczos():
+    """As the released code's branch for ImageNet prepares images."""
+    pixels = noise(61, 40)
+    expected = Image.fromarray(pixels[:, :40]).resize((16, 16), Image.Resampling.LANCZOS)
+    square = square_image(Image.fromarray(pixels), 16, "top_left")
+    assert square.dtype == torch.uint8 and np.array_equal(square.permute(1, 2, 0), np.array(expected))
+    assert not torch.equal(square, square_image(Image.fromarray(pixels), 16))
+    assert np.array_equal(load_square(as_bytes(Image.fromarray(pixels)), 40, "top_left").permute(1, 2, 0), pixels[:, :40])
+
+
 def test_a_thread_of_pixels_is_refused():
     with pytest.raises(BadImage, match="60000 x 1 pixels: too thin for a square of 256"):
         square_image(Image.new("RGB", (60_000, 1)), 256)

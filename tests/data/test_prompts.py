@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from madformer.config import TextConfig
+from madformer.config import DataConfig, TextConfig
 from madformer.config.data import BUILTIN_VOCABULARY
 from madformer.data import prompts
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts, parse_classes
@@ -165,6 +165,30 @@ def test_prompts_are_cut_and_padded_on_the_right(builtin):
 # Tokenizers of transformers
 
 
+def test_class_numbers_with_bos_are_padded_on_the_left(folder):
+    """As in the released code's branch for ImageNet: BOS and the number, short prompts filled in front."""
+    pad, bos = 0, BUILTIN_VOCABULARY
+    text = TextConfig(vocab_size=BUILTIN_VOCABULARY + 1, length=5, pad_token_id=pad)
+    numbers = class_prompts("imagenet", None, "numbers")
+    assert numbers[:2] == ("0", "1") and numbers[999] == "999" and len(numbers) == 1000
+    tokenizer = PromptTokenizer(str(folder), text, bos=True, padding_side="left")
+    plain = PromptTokenizer("builtin", text)
+    ids = [token for token in plain(["207"])[0].tolist() if token != pad]
+    assert tokenizer(["207"])[0].tolist() == [pad] * (4 - len(ids)) + [bos, *ids]
+    assert torch.equal(tokenizer([""]), null_text(text, 1))
+    assert tokenizer(["tench " * 40])[0].tolist() == [bos, *plain(["tench " * 40])[0, :4].tolist()]
+
+
+def test_a_tokenizer_without_bos_is_refused(folder, tmp_path):
+    with pytest.raises(ConfigError, match="^data.bos = True: data.tokenizer=builtin has no BOS token$"):
+        DataConfig(tokenizer="builtin", bos=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": None}))
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    with pytest.raises(ConfigError, match="^data.bos = True: data.tokenizer=.* has no BOS token$"):
+        PromptTokenizer(str(tmp_path), TextConfig(vocab_size=BUILTIN_VOCABULARY + 1, length=4, pad_token_id=0), bos=True)
+
+
 def test_a_folder_gives_the_text_s_tokens_alone(folder, builtin):
     text = TextConfig(vocab_size=BUILTIN_VOCABULARY + 1, length=16, pad_token_id=0)
     texts = ["tench", "", "crane (bird)", "<bos>", "<pad>", "tench " * 400]
@@ -225,7 +249,7 @@ def test_a_misspelt_folder():
 
 ASK = """
 import sys, time
-from madformer.config import TextConfig
+from madformer.config import DataConfig, TextConfig
 from madformer.errors import ConfigError
 from madformer.data.prompts import PromptTokenizer
 for name in sys.argv[1:]:
@@ -283,7 +307,7 @@ def test_pickled_tokenizers_do_the_same(folder):
 FORK = """
 import os, sys, torch
 from torch.utils.data import DataLoader
-from madformer.config import TextConfig
+from madformer.config import DataConfig, TextConfig
 from madformer.data.prompts import PromptTokenizer
 for name in sys.argv[1:]:
     tokenizer = PromptTokenizer(name, TextConfig(vocab_size=2049, length=8, pad_token_id=0))

@@ -94,8 +94,10 @@ def test_another_size_network_or_data_set_is_another_reference(tmp_path):
     sha256 = open_source(config.data).fingerprint
     found = [find_reference(network, config, size, sha256) for network, size in ((one, 16), (one, 8), (two, 16))]
     part = pictures(tmp_path, split="train[:50%]")
+    found.append(find_reference(one, pictures(tmp_path, crop="top_left"), 16, sha256))
     found.append(find_reference(one, part, 16, None))
-    assert len({reference.described["sha256"] for reference in found}) == len(kept(config)) == 4
+    assert len({reference.described["sha256"] for reference in found}) == len(kept(config)) == 5
+    assert [reference.described["crop"] for reference in found[2:4]] == ["centre", "top_left"]
     assert found[-1].moments.count == 149
 
 

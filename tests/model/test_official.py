@@ -1,40 +1,23 @@
-"""The same numbers as the released code, and its checkpoints in and out."""
+"""The same numbers as the released code, of both branches, and its checkpoints in and out."""
+
+import itertools
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from einops import rearrange
-from safetensors.torch import load_file
 
+from benchmarks.parity import BRANCHES, VARIANTS, compare, reference, weights
 from madformer.config import UNetConfig
 from madformer.model.embedding import Downsampler
 from madformer.model.generation import generate
 from madformer.model.official import from_released, to_released
-from tests.conftest import ROOT, build, tiny
+from tests.conftest import build, tiny
+from tests.model import released
 
-REFERENCE = load_file(ROOT / "tests/data/released_code_tiny.safetensors")
-WEIGHTS = {name.removeprefix("weights/"): tensor for name, tensor in REFERENCE.items() if name.startswith("weights/")}
-VARIANTS = {
-    "default": {},
-    "all_diffusion": {"diffusion_depth": 3},
-    "mostly_ar": {"diffusion_depth": 1},
-    "no_condition": {"use_condition": False},
-    "no_clean_blocks": {"use_clean_blocks": False},
-    "local_denoising": {"local_denoising": True},
-    "local_denoising_no_clean_blocks": {"local_denoising": True, "use_clean_blocks": False},
-}
-SCHEDULERS = {
-    "ddim5": lambda: DDIMScheduler(clip_sample=False),
-    "dpm5": lambda: DPMSolverMultistepScheduler.from_config(DDIMScheduler().config),
-}
+WEIGHTS, TEXT_WEIGHTS = (weights(reference(branch)) for branch in BRANCHES)
 
 
-def load(**switches):
-    return from_released(WEIGHTS, **{"diffusion_depth": 2, "ar_length": 4, **switches})
-
-
-def as_blocks(x):
-    return rearrange(x, "b l (y x) c -> b l c y x", y=8)
+def load(state_dict=WEIGHTS, **switches):
+    return from_released(state_dict, **{"diffusion_depth": 2, "ar_length": 4, **switches})
 
 
 def assert_same(ours, reference):
@@ -42,23 +25,34 @@ def assert_same(ours, reference):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_forward_is_the_released_code_s(variant):
-    clean, noisy = as_blocks(REFERENCE["input/clean"]), as_blocks(REFERENCE["input/noisy"])
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_every_tensor_is_the_released_code_s(branch, variant):
+    differences = {row.tensor: row.difference for row in compare(branch, variant)}
+    assert len(differences) >= 2 and max(differences.values()) < 1e-5, differences
+
+
+@pytest.mark.parametrize(
+    ("text_tokens", "switches"), [*itertools.product((0, 1), VARIANTS.values()), (5, {})], ids=lambda value: str(value)
+)
+def test_other_shapes_are_as_the_released_code_is_described(text_tokens, switches):
+    """Nine blocks, three heads, prompts of one token and of five: forward and sampling, against a second implementation."""
+    state_dict = released.random_weights(text_tokens, width=192, ffn_width=40, depth=3, vocab_size=23 if text_tokens else 0)
+    options = {"diffusion_depth": 2, "ar_length": 9, **switches}
+    model = from_released(state_dict, **options).double()
+    theirs = released.Released(state_dict, **options)
+    clean, noisy, noise = torch.randn(3, 2, 9, 4, 4, 4, dtype=torch.float64)
+    t = torch.randint(1000, (2, 9))
+    text = torch.randint(23, (2, text_tokens)) if text_tokens else None
     with torch.no_grad():
-        out = load(**VARIANTS[variant])(clean, noisy, REFERENCE["input/timesteps"])
-    assert_same(out.denoised_BLCYX, REFERENCE[f"{variant}/forward/denoised"])
-    if f"{variant}/forward/clean_tower" in REFERENCE:
-        assert_same(out.clean_tower_BLCYX, REFERENCE[f"{variant}/forward/clean_tower"])
-    else:
-        assert out.clean_tower_BLCYX is None
+        out, expected = model(clean, noisy, t, text=text), theirs.forward(clean, noisy, t, text)
+        sampled, wanted = (run(text, noise) for run in (lambda *inputs: sample(model, *inputs), theirs.sample))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(getattr(out, name), tensor, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(sampled, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", SCHEDULERS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_samples_are_the_released_code_s(variant, sampler):
-    noise = as_blocks(REFERENCE["input/initial_noise"])
-    sample = generate(load(**VARIANTS[variant]), SCHEDULERS[sampler](), steps=5, initial_noise_BLCYX=noise)
-    assert_same(sample, as_blocks(REFERENCE[f"{variant}/sample/{sampler}"]))
+def sample(model, text, noise):
+    return generate(model, released.scheduler(), steps=2, text=text, initial_noise_BLCYX=noise)
 
 
 def test_sizes_are_read_from_the_shapes():

@@ -1,29 +1,42 @@
 """Weights from the released code become runs; runs become files; files become runs again."""
 
 import argparse
+import hashlib
+import json
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from madformer.config import load_run
+from madformer.config import ModelConfig, TextConfig, UNetConfig, load_run
+from madformer.config.data import BUILTIN_VOCABULARY
+from madformer.data import prompts
+from madformer.data.image_files import read_settings
 from madformer.errors import InputError
-from madformer.model.official import from_released
+from madformer.model import MADFormer
+from madformer.model.official import from_released, to_released
 from madformer.runs.checkpoints import checkpoint_path, load_model
 from madformer.runs.exchange import export_run, import_run
+from tests.conftest import HUB
 from tests.data.vaes import KL
-from tests.model.test_official import WEIGHTS
+from tests.hub import fill_cache
+from tests.model.test_official import TEXT_WEIGHTS, WEIGHTS
 from tests.tiny_runs import command, differences, perform
 
 SWITCHES = {"clear_clean": False, "clear_cond": False, "denoising_mlp": False, "diff_depth": 2, "ar_len": 4}
 
 
-def released(path, **changes):
+def released(path, weights=WEIGHTS, **changes):
     """A file as the released code saves it."""
     args = {**SWITCHES, "lr": 3e-4, **changes}
-    ema = {name: tensor + 0.01 for name, tensor in WEIGHTS.items()}
-    torch.save({"model": dict(WEIGHTS), "ema": ema, "opt": {}, "lrs": {}, "args": argparse.Namespace(**args)}, path)
+    ema = {name: tensor + 0.01 for name, tensor in weights.items()}
+    torch.save({"model": dict(weights), "ema": ema, "opt": {}, "lrs": {}, "args": argparse.Namespace(**args)}, path)
     return path
 
 
@@ -62,6 +75,113 @@ def test_the_way_there_and_back(tmp_path):
     images = [Image.open(tmp_path / f"samples/{index:06d}.png") for index in (0, 1)]
     assert "samples of" in printed and [image.size for image in images] == [(side, side)] * 2
     assert images[0].tobytes() != images[1].tobytes()
+
+
+BRANCHES = pytest.mark.parametrize("weights", [WEIGHTS, TEXT_WEIGHTS], ids=["main", "imagenet"])
+
+
+@BRANCHES
+def test_a_released_checkpoint_comes_out_as_it_went_in(weights, tmp_path):
+    switches = {"clear_clean": True, "denoising_mlp": True, "diff_depth": 1}
+    import_run(released(tmp_path / "released.pt", weights, **switches), tmp_path / "run", "model", [])
+    export_run(tmp_path / "run", tmp_path / "out.pt", "ema")
+    content = torch.load(tmp_path / "out.pt", weights_only=False)
+    assert vars(content["args"]) == {**SWITCHES, **switches}
+    kept = [name for name in weights if "list." not in name]  # of towers, the clean one is not there
+    assert content["ema"].keys() == weights.keys()
+    assert differences({name: content["ema"][name] for name in kept}, {name: weights[name] for name in kept}) == []
+    import_run(tmp_path / "out.pt", tmp_path / "again", "ema", [])
+    one, other = (torch.load(checkpoint_path(tmp_path / name, 0), weights_only=True) for name in ("run", "again"))
+    assert differences(one, other) == []
+
+
+@BRANCHES
+def test_bare_weights_take_their_switches_from_overrides(weights, tmp_path):
+    save_file(dict(weights), tmp_path / "bare.safetensors")
+    names = {"ar_length": 4, "diffusion_depth": 1, "use_clean_blocks": True, "use_condition": False, "local_denoising": False}
+    switches = [f"model.{name}={str(value).lower()}" for name, value in names.items()]
+    with pytest.raises(InputError, match=r"bare\.safetensors: its args lack diff_depth: say model\.diffusion_depth=\.\.\.$"):
+        import_run(tmp_path / "bare.safetensors", tmp_path / "run", "ema", [switches[0], *switches[2:]])
+    import_run(tmp_path / "bare.safetensors", tmp_path / "run", "ema", switches)
+    config = load_run(tmp_path / "run")
+    assert {name: getattr(config.model, name) for name in names} == names
+    expected = from_released(weights, **names).state_dict()
+    assert differences(dict(expected), dict(load_model(checkpoint_path(tmp_path / "run", 0), config).state_dict())) == []
+
+
+@BRANCHES
+def test_released_habits_are_frozen(weights, tmp_path):
+    file = released(tmp_path / "released.pt", weights)
+    import_run(file, tmp_path / "run", "ema", [])
+    config = load_run(tmp_path / "run")
+    model, loss, data = config.model, config.loss, config.data
+    assert (model.prediction_type, model.timestep_embedding, model.clean_timestep) == ("epsilon", "raw", "released")
+    assert (model.rope, loss.lambda_image, loss.lambda_hidden) == ("released", 1, 0.1)
+    if weights is TEXT_WEIGHTS:
+        assert (data.prompts, data.bos, data.padding_side, data.crop) == ("numbers", True, "left", "top_left")
+        assert (model.text.vocab_size, model.text.length, model.text.final_norm, loss.lambda_text) == (64, 2, False, 0)
+    else:
+        assert model.text is None and data.crop == "centre"
+    header = OmegaConf.load(tmp_path / "run/config.yaml").frozen
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert header.imported == {"source": str(file), "sha256": sha256, "weights": "ema"}
+
+
+@pytest.mark.parametrize("override", ["model.depth=2", "model.ffn_width=64", "model.text={}"])
+def test_overrides_that_do_not_fit_the_weights_are_refused(override, tmp_path):
+    with pytest.raises(InputError, match=r"has shape .*, the configuration's model "):
+        import_run(released(tmp_path / "released.pt"), tmp_path / "run", "ema", [override, "model.diffusion_depth=2"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_hub_is_asked_by_name(tmp_path, cache):
+    (tmp_path / "files").mkdir()
+    file = released(tmp_path / "files/ckpts.pt")
+    printed = perform(command("import", "JunhaoC/MADFormer-FFHQ", "--out", tmp_path / "run"), status=2)
+    assert printed.startswith("madformer: JunhaoC/MADFormer-FFHQ: cannot be had: no such folder, and it is not in the cache")
+    assert len(printed.splitlines()) == 1 and printed.endswith("; download its ckpts.pt elsewhere, and import that file\n")
+    fill_cache(cache, tmp_path / "files", name="MADFormer")
+    import_run(Path("owner/MADFormer"), tmp_path / "run", "ema", [])
+    imported = OmegaConf.load(tmp_path / "run/config.yaml").frozen.imported
+    assert imported.source == "owner/MADFormer" and imported.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["nowhere.pt", "a/nowhere.pt", "a/b/c", "nowhere"])
+def test_a_file_that_is_missing_is_not_looked_for_on_the_hub(name, tmp_path):
+    with pytest.raises(InputError, match=f"^{name}: no such file$"):
+        import_run(Path(name), tmp_path / "run", "ema", [])
+
+
+def bos_tokenizer(folder):
+    """The builtin tokenizer with a BOS token and one that ends a text."""
+    tokenizer = Tokenizer.from_file(str(Path(prompts.__file__).with_name(prompts.BUILTIN_FILE)))
+    tokenizer.add_special_tokens(["<bos>", "<eos>"])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("branch", ["main", "imagenet"])
+def test_an_imported_run_is_evaluated_sampled_tuned_and_reported(branch, tmp_path):
+    """Random weights of a released model of the digits' size, in files as the released code saves them."""
+    text = TextConfig(BUILTIN_VOCABULARY + 2, length=2, pad_token_id=BUILTIN_VOCABULARY + 1, dropout=0, final_norm=False)
+    habits = {"rope": "released", "prediction_type": "epsilon", "clean_timestep": "released"}
+    unet = UNetConfig(channels=(8, 16), layers=(1, 1), attention=(False, True))
+    sizes = {"latent_channels": 1, "latent_size": 8, "ar_length": 4, "depth": 3, "diffusion_depth": 2}
+    sizes |= {"width": 64, "num_heads": 1, "ffn_width": 24, "unet": unet, "text": text if branch == "imagenet" else None}
+    torch.manual_seed(0)
+    weights = to_released(MADFormer(ModelConfig(**sizes, **habits)))
+    file, run = released(tmp_path / "ckpts.pt", weights), tmp_path / "runs/imported"
+    tokenizer = [f"data.tokenizer={bos_tokenizer(tmp_path / 'tokenizer')}"] if branch == "imagenet" else []
+    settings = [f"evaluation.references={HUB.name}/references", "evaluation.num_samples=16", "evaluation.nfe=[5,7]"]
+    perform(command("import", file, "--out", run, *settings, *tokenizer))
+    perform(command("evaluate", run))
+    perform(command("tune", run, "--nfe", "5", "--tries", "2", "evaluation.num_samples=8"))
+    perform(command("sample", run, "--num", 2, "--steps", 1, "--out", tmp_path / "samples", *["--classes=7"] * len(tokenizer)))
+    assert read_settings(tmp_path / "samples/000000.png")["prompt"] == ("7" if tokenizer else "")
+    printed = perform(command("report", run, "--out", tmp_path / "report"))
+    assert "imported" in printed and (tmp_path / "report/report.md").is_file()
+    points = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert {point["nfe"] for point in points} >= {5, 7}
 
 
 def test_a_codec_that_cannot_be_had_is_one_line_before_anything_is_sampled(tmp_path):
