@@ -1,4 +1,4 @@
-"""Open any source of images with the `datasets` library, and find its columns of images, labels and texts."""
+"""Open any source of images, with the `datasets` library where it is no folder of image files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,21 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madformer.config import DataConfig
-from madformer.data.source_files import ARCHIVES, IMAGES, NAME, TABLES, Files, find_files, image_table, relative
+from madformer.config.data import WHOLE
+from madformer.data.source_files import HUB, IMAGES, NAME, TABLES, Files, find_files, image_table, relative
 from madformer.errors import ConfigError, InputError
 from madformer.lookup import describe, list_files
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features, IterableDataset
 
-__all__ = ["Columns", "DatasetSplit", "explain_errors", "find_columns", "open_split", "silence_datasets"]
+__all__ = ["LABEL_NAMES", "TEXT_NAMES", "DatasetSplit", "explain_errors", "open_split", "silence_datasets"]
 
-IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "images", "picture", "photo")
 LABEL_NAMES = ("label", "labels", "cls", "class", "class_id", "fine_label", "target")
 TEXT_NAMES = ("text", "caption", "txt", "prompt", "captions", "description")
-
-WHOLE = ("train", "validation", "test")
-"""Splits that all mean the whole of files, which have none."""
 
 MANY_SAMPLES, FIRST_SAMPLES = 1000, 16
 """Samples of WebDataset that tell its columns: of the first tar, and of each other one or of one at an address."""
@@ -55,17 +52,6 @@ class DatasetSplit:
     """Number of rows that the data set states."""
     left_out: Mapping[str, list[str]] = field(default_factory=dict)
     """Names of files that are not read, by reason."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of a data set's columns."""
-
-    image: str
-    label: str | None
-    text: str | None
-    class_names: tuple[str, ...] | None
-    """Names of the label's classes, if the data set gives them."""
 
 
 def open_split(data: DataConfig) -> DatasetSplit:
@@ -106,36 +92,12 @@ def open_split(data: DataConfig) -> DatasetSplit:
     else:
         builder.download_and_prepare()
         dataset = builder.as_dataset(split=data.split)
-    if isinstance(builder, ImageFolder):
-        dataset = _with_names(dataset)
+        if isinstance(builder, ImageFolder):  # archives, of which the copies have other names
+            paths = dataset.data.column("image").combine_chunks().field("path").to_pylist()
+            dataset = dataset.add_column(NAME, relative(paths))
     info = (builder.info.splits or {}).get(data.split)
     rows = info.num_examples if info else None
     return DatasetSplit(dataset, split_files, _revision(builder), data.split, rows or None, files.left_out)
-
-
-def find_columns(features: Features, data: DataConfig) -> Columns:
-    """Columns that `data` names; the rest is found by type, then by name.
-
-    Raises:
-        ConfigError: none or several may hold the images, or one that is named is not there or of another type.
-    """
-    import datasets
-
-    images = _candidates("image_column", features, data, IMAGE_NAMES, datasets.Image, _holds_images)
-    if len(images) != 1:
-        problem = f"{' and '.join(images)} hold images" if images else "no column holds images"
-        columns = _list(features)
-        raise ConfigError(f"data.image_column = None: {problem}; name one of data.source = {data.source!r}: {columns}")
-    labels = _candidates("label_column", features, data, LABEL_NAMES, datasets.ClassLabel, _holds_labels)
-    if len(labels) > 1:  # attributes rather than the class
-        labels = [name for name in LABEL_NAMES if name in labels]
-    if data.label_column is None:  # strings are numbers in WebDataset's column only
-        labels = [name for name in labels if name == "cls" or "int" in features[name].dtype]
-    texts = _candidates("text_column", features, data, TEXT_NAMES, None, _holds_texts)
-    label = next(iter(labels), None)
-    classes = features[label] if label else None
-    class_names = tuple(classes.names) if isinstance(classes, datasets.ClassLabel) else None
-    return Columns(images[0], label, next(iter(texts), None), class_names)
 
 
 @contextmanager
@@ -221,18 +183,6 @@ def _open_images(files: Files, data: DataConfig, builder: DatasetBuilder | None 
     return DatasetSplit(_select(tables, data.split), split_files, split=data.split, left_out=files.left_out)
 
 
-def _with_names(dataset: Dataset | IterableDataset) -> Dataset:
-    """Images of archives as a table of addresses, with their names within the archives."""
-    from datasets import Dataset
-
-    if not isinstance(dataset, Dataset):
-        rows = [row for batch in dataset.decode(False).iter(batch_size=256) for row in zip(*batch.values(), strict=True)]
-        columns = dict(zip(dataset.features, map(list, zip(*rows, strict=True)), strict=True))
-        dataset = Dataset.from_dict(columns, features=dataset.features)
-    paths = dataset.data.column("image").combine_chunks().field("path").to_pylist()
-    return dataset.add_column(NAME, relative(paths))
-
-
 def _has_card(folder: Path) -> bool:
     """Whether a README.md says, in the hub's notation, which files belong to which subset and split."""
     import yaml
@@ -259,7 +209,7 @@ def _known_builder(data: DataConfig) -> DatasetBuilder:
     try:
         if local.is_dir():
             return _load_builder(data, str(local.resolve()))
-        if hub := re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?/?", source):
+        if hub := re.fullmatch(HUB, source):
             return _hub_builder(data, hub[1], hub[2])
         if _may_be_on_the_hub(source):
             return _hub_builder(data, source, None)
@@ -324,45 +274,46 @@ def _cached_builder(data: DataConfig, name: str) -> DatasetBuilder | None:
 
 
 def _files_builder(data: DataConfig, files: Files) -> DatasetBuilder:
-    """Reader of tables, or of archives of images."""
+    """Reader of tables."""
     from datasets.data_files import DataFilesDict
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
     escaped = {split: [glob.escape(path) for path in paths] for split, paths in files.splits.items()}
     data_files = DataFilesDict.from_patterns(escaped)
-    if files.kind == ARCHIVES:
-        return ImageFolder(data_files=data_files)
+    paths = [path for paths in files.splits.values() for path in paths]
+    features = _tar_features(data, paths) if files.kind == "webdataset" else None  # part of the name of a copy
     # Files are read as those of a folder without a README, which would have its say: this package's.
-    return _load_builder(data, str(Path(__file__).parents[1]), data_files=data_files)
+    return _load_builder(data, str(Path(__file__).parents[1]), data_files=data_files, features=features)
 
 
 def _set_samples(builder: Any, data: DataConfig, tars: list[str]) -> None:
     """Let a reader of WebDataset take samples that lack columns or hold images of several formats.
 
-    Left alone, it knows columns from the first five samples only, which must all have the same ones, and drops later ones.
+    Left alone, it demands that the first five samples have the same columns, and drops what later ones have besides.
     """
+    from datasets import Image
+
+    builder.info.features = features = builder.info.features or _tar_features(data, tars)
+    images = [column for column, kind in features.items() if isinstance(kind, Image)]
+    main = images[0] if len(images) == 1 else None
+    builder._get_pipeline_from_tar = partial(_samples, dict.fromkeys(features), main)
+
+
+def _tar_features(data: DataConfig, tars: list[str]) -> Features:
+    """Columns of images, labels and texts; one for all images if every sample has one, in whatever format."""
     from datasets import Features, Image, Value
 
-    features = builder.info.features
-    if not features:
-        named = {data.image_column, data.label_column, data.text_column} - {None}
-        samples = [columns for tar in tars for columns in _sample_columns(tar, many=tar == tars[0])]
-        columns = dict.fromkeys(column for sample in samples for column in sample)
-        images = [column for column in columns if _is_image(column)]
-        if data.image_column is None and all(sum(map(_is_image, sample)) < 2 for sample in samples):
-            images = images[:1]
-        else:
-            images = [column for column in images if data.image_column in (None, column)]
-        kinds = {
-            column: Value("int64" if column in _NUMBERS else "string" if column in TEXT_NAMES else "binary")
-            for column in columns
-        }
-        kinds = {column: kind for column, kind in kinds.items() if column in {*LABEL_NAMES, *TEXT_NAMES, *named}}
-        features = {**kinds, **dict.fromkeys(images, Image()), "__key__": Value("string"), "__url__": Value("string")}
-        builder.info.features = Features(features)
-    images = [column for column, kind in features.items() if isinstance(kind, Image)]
-    main = images[0] if len(images) == 1 and data.image_column is None else None
-    builder._get_pipeline_from_tar = partial(_samples, dict.fromkeys(features), main)
+    _require_whole(data, tars)
+    samples = [columns for tar in tars for columns in _sample_columns(tar, many=tar == tars[0])]
+    named = [column for column in (data.image_column, data.label_column, data.text_column) if column]
+    columns = list(dict.fromkeys([*(column for sample in samples for column in sorted(sample)), *named]))
+    images = [column for column in columns if _is_image(column)]
+    if data.image_column is None and all(sum(map(_is_image, sample)) < 2 for sample in samples):
+        images = images[:1]
+    kinds = {column: "int64" if column in _NUMBERS else "string" if column in TEXT_NAMES else "binary" for column in columns}
+    others = {
+        column: Value(kind) for column, kind in kinds.items() if column in {*LABEL_NAMES, *TEXT_NAMES, *named} - {*images}
+    }
+    return Features({**others, **dict.fromkeys(images, Image()), "__key__": Value("string"), "__url__": Value("string")})
 
 
 def _sample_columns(tar: str, many: bool) -> Iterator[set[str]]:
@@ -457,40 +408,3 @@ def _require_whole(data: DataConfig, files: list[str]) -> None:
             content.seek(max(0, content.seek(0, os.SEEK_END) - len(end)))
             if content.read() != end:
                 raise ConfigError(f"data.source = {data.source!r}: {file} is cut off, or of another kind: its end is missing")
-
-
-def _candidates(
-    field: str,
-    features: Features,
-    data: DataConfig,
-    names: tuple[str, ...],
-    feature_type: type | None,
-    is_legal: Callable[[Any], bool],
-) -> list[str]:
-    column = getattr(data, field)
-    if column is None:
-        typed = [name for name, feature in features.items() if feature_type is not None and isinstance(feature, feature_type)]
-        return typed or [name for name in names if name in features and is_legal(features[name])]
-    if column not in features or not is_legal(features[column]):
-        problem = "no such column, or of another type"
-        raise ConfigError(f"data.{field} = {column!r}: {problem}; data.source = {data.source!r} has {_list(features)}")
-    return [column]
-
-
-def _list(features: Features) -> str:
-    return ", ".join(f"{name} ({getattr(feature, 'dtype', type(feature).__name__)})" for name, feature in features.items())
-
-
-def _holds_images(feature: Any) -> bool:
-    import datasets
-
-    is_struct = isinstance(feature, dict) and "bytes" in feature
-    return isinstance(feature, datasets.Image) or is_struct or getattr(feature, "dtype", "") in ("binary", "large_binary")
-
-
-def _holds_labels(feature: Any) -> bool:
-    return re.fullmatch(r"u?int\d+|string|binary", getattr(feature, "dtype", "")) is not None
-
-
-def _holds_texts(feature: Any) -> bool:
-    return getattr(feature, "dtype", "") in ("string", "large_string")

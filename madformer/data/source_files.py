@@ -9,7 +9,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -28,7 +28,7 @@ NAME = "__name__"
 """Column with the name of an image within its source."""
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-IMAGES, ARCHIVES = "images", "archives"
+IMAGES = "images"
 READABLE = ".parquet, .arrow, .tar (WebDataset), and image files (.jpg, .png, .webp ...)"
 METADATA = {"metadata.csv": "csv", "metadata.jsonl": "json", "metadata.parquet": "parquet"}
 SPLITS = {
@@ -37,6 +37,9 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """Names of folders and words in the names of tables that tell a split, as on the hub."""
+
+HUB = r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?/?"
+"""Address of a whole data set of the hub: its name and revision."""
 
 ENDS = 2**16
 """Bytes at each end of a file that its fingerprint covers."""
@@ -49,7 +52,7 @@ class Files:
     """What a source holds."""
 
     kind: str
-    """`IMAGES`, `ARCHIVES` of images, or datasets' name of a kind of table."""
+    """`IMAGES`, or datasets' name of a kind of table."""
     splits: dict[str, list[str]]
     """Paths or addresses in order, by split; of images also metadata files."""
     has_splits: bool = True
@@ -70,7 +73,7 @@ def find_files(data: DataConfig) -> Files | None:
         root = str(local.resolve())
         return _arrange(data, root, [f"{root}/{name}" for name in _walk(data, root, left_out)], left_out, is_folder=True)
     if "://" in source:
-        return _find_remote(data, source)
+        return None if re.fullmatch(HUB, source) else _find_remote(data, source)
     if local.is_file():  # not resolved: links would rename the files
         return _arrange(data, "", [os.path.abspath(local)], left_out, is_folder=False)  # noqa: PTH100
     if glob.has_magic(source):
@@ -108,12 +111,11 @@ def _find_remote(data: DataConfig, url: str) -> Files:
     return _arrange(data, root, addresses, left_out, is_folder)
 
 
-def _walk(data: DataConfig, root: str, left_out: dict[str, list[str]]) -> Iterator[str]:
-    """Names of all files below a folder, in the order of their paths; links are followed, each folder is read once."""
-    seen, names = set[tuple[int, int]](), list[str]()
-    folders = [""]
-    while folders:
-        folder = folders.pop()
+def _walk(data: DataConfig, root: str, left_out: dict[str, list[str]]) -> list[str]:
+    """Names of all files below a folder, sorted; links are followed, and each folder is read once."""
+    names, folders, links, seen = list[str](), [""], list[str](), set[tuple[int, int]]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)  # a folder goes before links to it
         try:
             status = Path(root, folder).stat()
             entries = sorted(os.scandir(Path(root, folder)), key=lambda entry: entry.name)
@@ -123,7 +125,6 @@ def _walk(data: DataConfig, root: str, left_out: dict[str, list[str]]) -> Iterat
             left_out.setdefault("links to folders that are read already", []).append(folder)
             continue
         seen.add((status.st_dev, status.st_ino))
-        below = []
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.name.startswith((".", "__")):
@@ -134,13 +135,12 @@ def _walk(data: DataConfig, root: str, left_out: dict[str, list[str]]) -> Iterat
                         f"data.source = {data.source!r}: the folder {_shown(name)} has no name in UTF-8: rename it"
                     )
             elif entry.is_dir():
-                below.append(name)
+                (links if entry.is_symlink() else folders).append(name)
             elif entry.is_file():
                 names.append(name)
             else:  # a link to nothing, a socket
-                left_out.setdefault("no files", []).append(name)
-        folders += below[::-1]
-    yield from sorted(names)
+                left_out.setdefault("neither files nor folders", []).append(name)
+    return sorted(names)
 
 
 def _is_text(name: str, left_out: dict[str, list[str]]) -> bool:
@@ -193,7 +193,8 @@ def _arrange(data: DataConfig, root: str, paths: list[str], left_out: dict[str, 
     splits: dict[str, list[str]] = {}
     for path, split in zip(files, split_of(data, root, [path.removeprefix(f"{root}/") for path in files]), strict=True):
         splits.setdefault(split, []).append(path)
-    return Files(kind, splits, left_out=left_out)
+    usual = {split: splits[split] for split in SPLITS.values() if split in splits}
+    return Files(kind, usual | splits, left_out=left_out)
 
 
 def _kind(path: str) -> str | None:
@@ -202,11 +203,11 @@ def _kind(path: str) -> str | None:
     name, ending = PurePosixPath(path).name, PurePosixPath(path).suffix.lower()
     if name in METADATA:
         return "metadata"
-    return TABLES.get(ending) or (IMAGES if ending in ImageFolder.EXTENSIONS else ARCHIVES if ending == ".zip" else None)
+    return TABLES.get(ending) or (IMAGES if ending in ImageFolder.EXTENSIONS else None)
 
 
 def _splits_of_images(data: DataConfig, root: str, names: list[str]) -> Iterable[str]:
-    """The split of each image: what its top folder is called, if all top folders are called like splits; else all are `train`."""
+    """The split of each image: what its top folder is called, if all of those are called like splits; else all are `train`."""
     folders = [name.split("/")[:-1] for name in names]
     if all(path and path[0] in SPLITS for path in folders):
         return [SPLITS[path[0]] for path in folders]
@@ -325,7 +326,7 @@ def _described_images(files: Files, split: str, data: DataConfig) -> Any:
     table = pa.concat_tables(tables, promote_options="permissive")
     listed = table["image"].to_pylist()
     if missing := sorted(images - set(listed)):
-        files.left_out["in no metadata file"] = missing
+        files.left_out["in no metadata file"] = relative(missing)
     return table.append_column(NAME, pa.array(relative(listed), pa.string()))
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -20,19 +21,41 @@ import torch
 from torch import Tensor
 
 from madformer.config import DataConfig
-from madformer.data.open_dataset import Columns, DatasetSplit, explain_errors, find_columns, open_split, silence_datasets
+from madformer.data.open_dataset import LABEL_NAMES, TEXT_NAMES, DatasetSplit, explain_errors, open_split, silence_datasets
 from madformer.data.source_files import NAME, hash_files, relative
 from madformer.errors import BadImage, ConfigError, InputError
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset, Features, IterableDataset
 
-__all__ = ["ROWS_PER_SHARD", "ImageSource", "Row", "digits_sha256", "load_digits", "open_source"]
+__all__ = [
+    "ROWS_PER_SHARD",
+    "ImageSource",
+    "Row",
+    "digits_sha256",
+    "find_columns",
+    "list_classes",
+    "load_digits",
+    "open_source",
+]
+
+IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "images", "picture", "photo")
 
 ROWS_PER_SHARD = 256
 """Rows of one unit of a source that is not streamed."""
 
 _KEY, _URL = "__key__", "__url__"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a data set's columns."""
+
+    image: str
+    label: str | None
+    text: str | None
+    class_names: tuple[str, ...] | None
+    """Names of the label's classes, if the data set gives them."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +132,21 @@ class ImageSource:
             parts = [revision] if revision else hash_files(self._files)
         return hashlib.sha256(json.dumps([parts, split, subset]).encode()).hexdigest()
 
-    @property
-    def summary(self) -> str:
-        """One line: images, classes, and what is left out, with names."""
-        rows = "images" if self.expected_rows is None else f"{self.expected_rows:,} images"
-        return f"{self.name}: {rows}, {list_classes(self.class_names)}{_list_left_out(self.left_out)}"
+    def summarise(self, rows: int | None = None, broken: int = 0, unlabelled: int = 0) -> str:
+        """One line: images, classes, and what is left out, with names.
+
+        Args:
+            rows: images that were read; None: none yet, count those that are there.
+            broken: images that could not be read.
+            unlabelled: images without a class, of a source that has classes.
+        """
+        count = self.expected_rows if rows is None else rows
+        parts = ["images" if count is None else f"{count:,} images", list_classes(self.class_names, self.has_labels)]
+        parts += [f"{unlabelled:,} images without a class"] if unlabelled else []
+        left_out = [f"{broken:,} broken"] if broken else []
+        for reason, names in self.left_out.items():
+            left_out.append(f"{len(names):,} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+        return f"{self.name}: {', '.join(parts)}{'; left out: ' if left_out else ''}{', '.join(left_out)}"
 
     @property
     def last_label(self) -> int | None:
@@ -229,19 +262,11 @@ def open_source(data: DataConfig) -> ImageSource:
         return ImageSource(data, replace(split, dataset=dataset), columns)
 
 
-def list_classes(names: Sequence[str] | None) -> str:
+def list_classes(names: Sequence[str] | None, has_labels: bool) -> str:
     """How many classes there are and what the first ones are called, for messages."""
     if names is None:
-        return "no named classes"
+        return "classes without names" if has_labels else "no classes"
     return f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-
-
-def _list_left_out(left_out: Mapping[str, Sequence[str]]) -> str:
-    counts = [
-        f"{len(names):,} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for reason, names in left_out.items()
-    ]
-    return f"; left out: {', '.join(counts)}" if counts else ""
 
 
 def _repeated_paths(table: Dataset, image: str) -> frozenset[int]:
@@ -266,6 +291,68 @@ def _tar_names(dataset: Dataset | IterableDataset, files: list[str]) -> dict[str
         return None
     names = relative(files if len(files) == len(addresses) else addresses)
     return {address: name.removesuffix(".tar") for address, name in zip(addresses, names, strict=True)}
+
+
+def find_columns(features: Features, data: DataConfig) -> Columns:
+    """Columns that `data` names; the rest is found by type, then by name.
+
+    Raises:
+        ConfigError: none or several may hold the images, or one that is named is not there or of another type.
+    """
+    import datasets
+
+    images = _candidates("image_column", features, data, IMAGE_NAMES, datasets.Image, _holds_images)
+    if len(images) != 1:
+        problem = f"{' and '.join(images)} hold images" if images else "no column holds images"
+        columns = _list(features)
+        raise ConfigError(f"data.image_column = None: {problem}; name one of data.source = {data.source!r}: {columns}")
+    labels = _candidates("label_column", features, data, LABEL_NAMES, datasets.ClassLabel, _holds_labels)
+    if len(labels) > 1:  # attributes rather than the class
+        labels = [name for name in LABEL_NAMES if name in labels]
+    if data.label_column is None:  # strings are numbers in WebDataset's column only
+        labels = [name for name in labels if name == "cls" or "int" in features[name].dtype]
+    texts = _candidates("text_column", features, data, TEXT_NAMES, None, _holds_texts)
+    label = next(iter(labels), None)
+    classes = features[label] if label else None
+    class_names = tuple(classes.names) if isinstance(classes, datasets.ClassLabel) else None
+    return Columns(images[0], label, next(iter(texts), None), class_names)
+
+
+def _candidates(
+    field: str,
+    features: Features,
+    data: DataConfig,
+    names: tuple[str, ...],
+    feature_type: type | None,
+    is_legal: Callable[[Any], bool],
+) -> list[str]:
+    column = getattr(data, field)
+    if column is None:
+        typed = [name for name, feature in features.items() if feature_type is not None and isinstance(feature, feature_type)]
+        return typed or [name for name in names if name in features and is_legal(features[name])]
+    if column not in features or not is_legal(features[column]):
+        problem = "no such column, or of another type"
+        raise ConfigError(f"data.{field} = {column!r}: {problem}; data.source = {data.source!r} has {_list(features)}")
+    return [column]
+
+
+def _list(features: Features) -> str:
+    return ", ".join(f"{name} ({getattr(feature, 'dtype', type(feature).__name__)})" for name, feature in features.items())
+
+
+def _holds_images(feature: Any) -> bool:
+    import datasets
+
+    is_struct = isinstance(feature, dict) and "bytes" in feature
+    return isinstance(feature, datasets.Image) or is_struct or getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+
+def _holds_labels(feature: Any) -> bool:
+    return re.fullmatch(r"u?int\d+|string|binary", getattr(feature, "dtype", "")) is not None
+
+
+def _holds_texts(feature: Any) -> bool:
+    return getattr(feature, "dtype", "") in ("string", "large_string")
 
 
 @cache

@@ -26,6 +26,7 @@ from madformer.evaluation.tensorboard import copy_events, drop_orphans
 from madformer.model.memory import check_memory
 from madformer.parallel import find_devices
 from madformer.runs.checkpoints import (
+    DATA,
     TRAINED_BY,
     checkpoint_path,
     checkpoint_step,
@@ -70,7 +71,8 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
             _begin_branch(config, module_class, branch)
         checkpoint = _newest_checkpoint(config, module_class, begins_as_branch)
         step = checkpoint_step(checkpoint) if checkpoint else 0
-        if step >= config.trainer.max_steps:
+        if checkpoint and step >= config.trainer.max_steps:
+            data.load_state_dict(load_checkpoint(checkpoint)[DATA])  # these images, or others in their place
             _print(f"{run}: trained already, {config.trainer.max_steps} steps")
             return run
         if _rank() == 0:
@@ -81,6 +83,7 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
         goal = f"{config.trainer.max_steps} steps (config hash {config_hash(config)})"
         origin = f"branching from {branch}" if begins_as_branch else "resuming"
         _print(f"{run}: {f'{origin} after step {step} of' if step else 'training'} {goal}")
+        _print(f"  {data.summary}")
         _fit(trainer, checkpoints, module_class(config), data, checkpoint)
     _print(f"{run}: trained, {config.trainer.max_steps} steps")
     return run
