@@ -114,7 +114,7 @@ def require_same_weights(existing: ExperimentConfig, requested: ExperimentConfig
     if difference := _first_difference(existing, requested, but):
         remedy = "give another name, or delete it"
         if difference.startswith("data.source "):
-            remedy = f"give another name, or, if these are the same images, --resume {run} data.source={requested.data.source}"
+            remedy = f"give another name, or, if these are the same images, madformer train --resume {run} data.source={requested.data.source}"
         raise InputError(f"{run} is a run of another experiment: {difference}; {remedy}")
 
 
@@ -160,14 +160,14 @@ def run_hash(config: ExperimentConfig) -> str:
     return read_config_hash(config.run_dir) or config_hash(config)
 
 
-def require_same_run(config: ExperimentConfig) -> None:
+def require_same_run(config: ExperimentConfig, but: str = "") -> None:
     """Refuse to go on with the run in an experiment's folder if this version would have trained other weights.
 
     Raises:
         InputError: the first field that differs, with both values; or the run is outdated.
     """
     run = config.run_dir
-    require_same_weights(load_run(run), config, str(run))
+    require_same_weights(load_run(run), config, str(run), but)
     if is_outdated(run):
         change = "version 0.1.0 trained it with auxiliary outputs at timestep 0, which broke the denoiser there"
         raise InputError(f"{run}: {change}; train it anew under another name, or delete it")

@@ -18,7 +18,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from madformer.config import ExperimentConfig, TrainerConfig, config_hash, write_config
+from madformer.config import ExperimentConfig, TrainerConfig, write_config
+from madformer.config.identity import run_hash
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.order import BatchShard
 from madformer.errors import InputError, Interrupted
@@ -80,7 +81,7 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
                 write_config(config, run)
             drop_orphans(run, step)
             drop_previews(run, step)
-        goal = f"{config.trainer.max_steps} steps (config hash {config_hash(config)})"
+        goal = f"{config.trainer.max_steps} steps (config hash {run_hash(config)})"
         origin = f"branching from {branch}" if begins_as_branch else "resuming"
         _print(f"{run}: {f'{origin} after step {step} of' if step else 'training'} {goal}")
         _print(f"  {data.summary}")
