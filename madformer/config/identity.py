@@ -114,7 +114,8 @@ def require_same_weights(existing: ExperimentConfig, requested: ExperimentConfig
     if difference := _first_difference(existing, requested, but):
         remedy = "give another name, or delete it"
         if difference.startswith("data.source "):
-            remedy = f"give another name, or, if these are the same images, madformer train --resume {run} data.source={requested.data.source}"
+            moved = f"madformer train --resume {run} data.source={requested.data.source}"
+            remedy = f"give another name, or, if these are the same images, {moved}"
         raise InputError(f"{run} is a run of another experiment: {difference}; {remedy}")
 
 

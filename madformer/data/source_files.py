@@ -267,7 +267,7 @@ def image_table(files: Files, split: str, class_names: tuple[str, ...] | None, d
     else:
         folders = {name: [path.split("/")[:-1] for path in paths] for name, paths in images.items()}
         depths = {name: {len(path) for path in paths} for name, paths in folders.items()}
-        if len(depths[split]) > 1 and files.has_splits:
+        if len(depths[split]) > 1 and files.kind == IMAGES and files.has_splits:
             _refuse_depths(data, images[split])
         flat = {name: {path[-1] for path in paths} for name, paths in folders.items() if len(depths[name]) == 1}
         classes = sorted(set().union(*(found for found in flat.values() if len(found) > 1)))

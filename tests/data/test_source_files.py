@@ -1,13 +1,21 @@
 """What a folder says is true: its splits and classes, what is left out of it, and what is refused because it is ambiguous."""
 
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from madformer.errors import ConfigError
-from tests.data.layouts import all_rows, source_of, write_layout, write_tar
-from tests.pictures import as_bytes, picture, write_parquet, write_tars
+from madformer.config import config_hash, load_run, write_config
+from madformer.config.experiment import has_held_out
+from madformer.config.identity import run_hash
+from madformer.data.datamodule import LatentDataModule
+from madformer.data.encode import encode
+from madformer.errors import ConfigError, InputError
+from madformer.runs.folder import require_no_other_run
+from tests.data.layouts import all_rows, source_of, write_layout, write_raw, write_tar
+from tests.pictures import as_bytes, experiment, picture, write_parquet, write_tars
 
 pytestmark = pytest.mark.usefixtures("local_cache")
 
@@ -214,3 +222,70 @@ def test_counts_and_classes_in_one_line(tmp_path):
     ]
     source = source_of(tmp_path / "c")
     assert "2 images, 2 classes (cat, dog), 1 images without a class; left out: 1 broken, 1 .svg" in source.summarise(2, 1, 1)
+
+
+# Images that move
+
+
+def test_images_may_move_and_others_in_their_place_are_refused(tmp_path):
+    folder = fill(tmp_path / "photos", *CATS_AND_DOGS)
+    config = experiment(tmp_path, source=folder, latents=tmp_path / "latents")
+    encode(config)
+    moved, other = shutil.copytree(folder, tmp_path / "elsewhere/pictures"), shutil.copytree(folder, tmp_path / "other")
+    (other / "cat/1.png").write_bytes(as_bytes(picture(7)))
+    before = (tmp_path / "latents/manifest.json").read_bytes()
+    encode(experiment(tmp_path, source=moved, latents=tmp_path / "latents"))
+    assert (tmp_path / "latents/manifest.json").read_bytes() == before
+    with pytest.raises(InputError, match="holds other latents: source_sha256"):
+        encode(experiment(tmp_path, source=other, latents=tmp_path / "latents"))
+    LatentDataModule(experiment(tmp_path, source=f"{moved}/", latents=tmp_path / "latents"))
+    with pytest.raises(InputError, match=rf"made with data\.source = {folder}, the experiment has {other}"):
+        LatentDataModule(experiment(tmp_path, source=other, latents=tmp_path / "latents"))
+
+
+def test_a_run_goes_on_where_its_images_are_now(tmp_path):
+    folder = fill(tmp_path / "photos", *CATS_AND_DOGS)
+    config = experiment(tmp_path, source=folder)
+    write_config(config, config.run_dir)
+    state = LatentDataModule(config).state_dict()
+    moved, other = shutil.copytree(folder, tmp_path / "moved"), shutil.copytree(folder, tmp_path / "other")
+    (other / "dog/1.png").write_bytes(as_bytes(picture(7)))
+    resumed = load_run(config.run_dir, [f"data.source={moved}"])
+    LatentDataModule(resumed).load_state_dict(state)
+    assert run_hash(resumed) == config_hash(config) != config_hash(resumed)
+    with pytest.raises(InputError, match="the source that this run was trained on"):
+        LatentDataModule(load_run(config.run_dir, [f"data.source={other}"])).load_state_dict(state)
+    require_no_other_run(resumed, but="data.source")
+    require_no_other_run(replace(config, data=replace(config.data, source=f"{folder}/")))
+    with pytest.raises(
+        InputError, match=rf"if these are the same images, madformer train --resume {config.run_dir} data\.source="
+    ):
+        require_no_other_run(resumed)
+
+
+def test_a_class_without_a_name_shows_before_training(tmp_path):
+    write_raw(tmp_path / "a.parquet", {"image": [as_bytes(picture(0))] * 4, "label": [0, None, 7, 1]})
+    (tmp_path / "names.txt").write_text("".join(f"name {number}\n" for number in range(7)))
+    text = ("model.text.length=3", "model.text.vocab_size=2048", "model.text.pad_token_id=0", "data.tokenizer=builtin")
+    config = experiment(tmp_path, *text, source=tmp_path / "a.parquet", class_names=tmp_path / "names.txt")
+    with pytest.raises(InputError, match="7 names, but there is an image of class 7"):
+        LatentDataModule(config)
+    with (tmp_path / "names.txt").open("a") as file:
+        file.write("name 7\n")
+    assert LatentDataModule(config).summary.endswith("4 images, classes without names")
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "held_out", "expected"),
+    [
+        ("faces.parquet", "train", {"held_out_split": "test"}, False),
+        ("/data/*.tar", "train", {"held_out_split": "validation[:10%]"}, False),
+        ("s3://bucket/a.parquet", "train[:80%]", {"held_out_split": "test[80%:]"}, True),
+        ("faces.parquet", "train", {"held_out_source": "others.parquet", "held_out_split": "test"}, True),
+        ("owner/name", "train", {"held_out_split": "test"}, True),
+        ("folder", "train", {"held_out_split": "test"}, True),
+    ],
+)
+def test_splits_of_a_file_are_not_held_out_from_each_other(source, split, held_out, expected, tmp_path):
+    config = experiment(tmp_path, source=source, split=split)
+    assert has_held_out(replace(config, evaluation=replace(config.evaluation, **held_out))) is expected
