@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -41,8 +42,8 @@ SPLITS = {
 HUB = r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?/?"
 """Address of a whole data set of the hub: its name and revision."""
 
-ENDS = 2**16
-"""Bytes at each end of a file that its fingerprint covers."""
+PIECE = 2**14
+"""Bytes at the start, in the middle and at the end of a file that its fingerprint covers."""
 
 THREADS = 16
 
@@ -170,8 +171,7 @@ def _arrange(data: DataConfig, root: str, paths: list[str], left_out: dict[str, 
         if kind := _kind(path):
             kinds.setdefault(kind, []).append(path)
         else:
-            ending = PurePosixPath(path).suffix.lower()
-            left_out.setdefault(ending or "without ending", []).append(path.removeprefix(f"{root}/"))
+            left_out.setdefault(_ending(path.rpartition("/")[2]) or "without ending", []).append(path.removeprefix(f"{root}/"))
     metadata = kinds.pop("metadata", [])
     if not kinds:
         raise ConfigError(f"data.source = {data.source!r}: holds nothing readable; known are {READABLE}")
@@ -198,12 +198,20 @@ def _arrange(data: DataConfig, root: str, paths: list[str], left_out: dict[str, 
 
 
 def _kind(path: str) -> str | None:
+    name = path.rpartition("/")[2]
+    ending = _ending(name)
+    return "metadata" if name in METADATA else TABLES.get(ending) or (IMAGES if ending in _image_endings() else None)
+
+
+def _ending(name: str) -> str:
+    return "".join(name.rpartition(".")[1:]).lower() if "." in name else ""
+
+
+@cache
+def _image_endings() -> frozenset[str]:
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-    name, ending = PurePosixPath(path).name, PurePosixPath(path).suffix.lower()
-    if name in METADATA:
-        return "metadata"
-    return TABLES.get(ending) or (IMAGES if ending in ImageFolder.EXTENSIONS else None)
+    return frozenset(ImageFolder.EXTENSIONS)
 
 
 def _splits_of_images(data: DataConfig, root: str, names: list[str]) -> Iterable[str]:
@@ -265,17 +273,18 @@ def image_table(files: Files, split: str, class_names: tuple[str, ...] | None, d
         table = _described_images(files, split, data)
         kinds = Features.from_arrow_schema(table.drop_columns("image").schema)
     else:
-        folders = {name: [path.split("/")[:-1] for path in paths] for name, paths in images.items()}
-        depths = {name: {len(path) for path in paths} for name, paths in folders.items()}
+        folders = {name: [path.rsplit("/", 2)[-2] for path in paths] for name, paths in images.items()}
+        depths = {name: {path.count("/") for path in paths} for name, paths in images.items()}
         if len(depths[split]) > 1 and files.kind == IMAGES and files.has_splits:
             _refuse_depths(data, images[split])
-        flat = {name: {path[-1] for path in paths} for name, paths in folders.items() if len(depths[name]) == 1}
+        flat = {name: set(parents) for name, parents in folders.items() if len(depths[name]) == 1}
         classes = sorted(set().union(*(found for found in flat.values() if len(found) > 1)))
         columns: dict[str, Any] = {NAME: relative(images[split])}
         kinds = Features({NAME: Value("string")})
         if split in flat and flat[split] <= set(classes):
             kinds["label"] = ClassLabel(names=list(class_names or classes))
-            columns["label"] = [kinds["label"].str2int(path[-1]) for path in folders[split]]
+            numbers = {name: kinds["label"].str2int(name) for name in flat[split]}
+            columns["label"] = [numbers[name] for name in folders[split]]
         table = pa.table(columns).append_column("image", pa.array(images[split], pa.string()))
     paths = table["image"].combine_chunks()
     fields = {"bytes": pa.nulls(len(paths), pa.binary()), "path": paths}
@@ -332,45 +341,44 @@ def _described_images(files: Files, split: str, data: DataConfig) -> Any:
 
 def relative(paths: list[str]) -> list[str]:
     """Names within the paths' common folder."""
-    parts = [path.split("/") for path in paths]
-    first, last = min(names[:-1] for names in parts), max(names[:-1] for names in parts)
+    folders = [folder.split("/") for folder in {path.rpartition("/")[0] for path in paths}]
+    first, last = min(folders), max(folders)
     depth = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
-    return ["/".join(names[depth:]) for names in parts]
+    length = sum(len(part) + 1 for part in first[:depth])
+    return [path[length:] for path in paths]
 
 
 # ---- Fingerprints
 
 
 def hash_files(paths: list[str]) -> list[list[Any]]:
-    """Name within their common folder, size, and SHA-256 of the first and last `ENDS` bytes of each file, sorted.
+    """Name within their common folder, size, and SHA-256 of three pieces of each file, sorted.
 
-    Metadata files are covered whole, and of images at an address the size alone: a request for each would take hours.
+    Small files and metadata files are covered whole, and of images at an address the size alone: requests would take hours.
     """
     with ThreadPoolExecutor(THREADS) as threads:
-        hashes = list(threads.map(_hash_ends, paths))
+        hashes = list(threads.map(_hash_pieces, paths))
     return sorted([name, *found] for name, found in zip(relative(paths), hashes, strict=True))
 
 
-def _hash_ends(path: str) -> tuple[int, str]:
+def _hash_pieces(path: str) -> tuple[int, str]:
     if "://" in path:
         from fsspec.core import url_to_fs
 
         filesystem, place = url_to_fs(path)
-        size = filesystem.size(place)
-        if _kind(path) == IMAGES:
-            return size, ""
-        whole = size <= 2 * ENDS or _kind(path) == "metadata"
-        ends = (
-            [filesystem.cat_file(place)]
-            if whole
-            else [filesystem.cat_file(place, end=ENDS), filesystem.cat_file(place, start=size - ENDS)]
-        )
-        return size, hashlib.sha256(b"".join(ends)).hexdigest()
+        size, is_image = filesystem.size(place), _kind(path) == IMAGES
+        parts = [] if is_image else [filesystem.cat_file(place, start, end) for start, end in _pieces(path, size)]
+        return size, hashlib.sha256(b"".join(parts)).hexdigest()
     try:
         with Path(path).open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            whole = size <= 2 * ENDS or _kind(path) == "metadata"
-            content = file.readall() if whole else os.pread(file.fileno(), ENDS, 0) + os.pread(file.fileno(), ENDS, size - ENDS)
-            return size, hashlib.sha256(content).hexdigest()
+            parts = [os.pread(file.fileno(), end - start, start) for start, end in _pieces(path, size)]
+            return size, hashlib.sha256(b"".join(parts)).hexdigest()
     except (FileNotFoundError, PermissionError):
         return 0, ""  # a broken image, skipped where it is met
+
+
+def _pieces(path: str, size: int) -> list[tuple[int, int]]:
+    if size <= 3 * PIECE or _kind(path) == "metadata":
+        return [(0, size)]
+    return [(start, start + PIECE) for start in (0, (size - PIECE) // 2, size - PIECE)]

@@ -96,6 +96,11 @@ def test_an_ambiguous_folder_is_refused_with_a_way_to_read_it(names, said, tmp_p
     assert pattern.endswith("/**") and source_of(pattern).num_rows == len(inside) > 1
 
 
+def test_names_begin_behind_the_common_folder(tmp_path):
+    fill(tmp_path, "a/b/1.png", "a/b-c/1.png", "a/b c/1.png")
+    assert [key for key, _ in found(tmp_path)] == ["b c/1.png", "b-c/1.png", "b/1.png"]
+
+
 def test_what_is_no_image_or_no_name_is_left_out_counted_and_named(tmp_path):
     fill(tmp_path, *CATS_AND_DOGS, "cat/3.HEIC", "cat/4.heic", "._1.png", "__MACOSX/1.png", "dog/a [2].png", "dog/b %20#.png")
     (tmp_path / "dog/gone.png").symlink_to("nowhere.png")

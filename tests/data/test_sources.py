@@ -158,7 +158,7 @@ def test_fingerprints_are_of_content_and_names_within_the_source(tmp_path, memor
     assert len({first, renamed, added, source_of(tmp_path / "one").fingerprint}) == 4
 
 
-@pytest.mark.parametrize("place", ["head", "tail", "captions"])
+@pytest.mark.parametrize("place", ["start", "middle", "end", "captions"])
 def test_other_content_of_the_same_size_and_time_has_another_fingerprint(place, tmp_path):
     folder = write_folder(tmp_path / "data")
     large = as_bytes(picture(0, (400, 300)), "BMP")
@@ -169,8 +169,8 @@ def test_other_content_of_the_same_size_and_time_has_another_fingerprint(place, 
     first = source_of(folder).fingerprint
     changed = folder / ("metadata.csv" if place == "captions" else "cat/large.bmp")
     before, content = changed.stat(), bytearray(changed.read_bytes())
-    assert len(large) > 2 * source_files.ENDS
-    content[{"head": 60, "tail": -60, "captions": -3}[place]] ^= 1
+    assert len(large) > 3 * source_files.PIECE
+    content[{"start": 60, "middle": len(content) // 2, "end": -60, "captions": -3}[place]] ^= 1
     changed.write_bytes(content)
     os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert source_of(folder).fingerprint != first
