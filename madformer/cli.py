@@ -74,7 +74,7 @@ def train(
         raise InputError("nothing to train: give an EXPERIMENT.yaml, or --resume RUN")
     from madformer.runs.folder import require_no_other_run
 
-    require_no_other_run(config)
+    require_no_other_run(config, but="data.source" if resume is not None else "")  # the checkpoint knows the images
     if branch is not None:
         from madformer.runs.checkpoints import require_trunk
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from madformer.config.validation import require, require_at_least, require_types, setting
@@ -21,6 +22,16 @@ BUILTIN_VOCABULARY = 2048
 """Tokens of the builtin tokenizer; token 0 is padding."""
 
 
+WHOLE = ("train", "validation", "test")
+"""Splits that all mean the whole of files, which have none."""
+
+
+def names_files(source: str) -> bool:
+    """Whether a source is files that are named themselves, or by a pattern, as far as its form tells."""
+    is_pattern = set(source) & set("*?[") and not Path(source).expanduser().is_dir()
+    return bool(is_pattern) or Path(source).suffix in (".parquet", ".arrow", ".tar")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Training data: image source, codec, latents, prompts and batch size."""
@@ -31,7 +42,8 @@ class DataConfig:
     subset: str | None = None
     """Configuration of a data set on the hub that has several."""
     split: str = "train"
-    """Part of the data set, or a slice of one, such as `train[:90%]`."""
+    """Part of the data set, or a slice of one, such as `train[:90%]`. Files have no parts: `train`, `validation` and `test` all
+    mean the whole."""
     streaming: bool = False
     """true: read the source in order, without a local copy. false: make a local copy, which can be read in any order."""
     image_column: str | None = None

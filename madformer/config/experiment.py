@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY, DIGITS, PIXELS, DataConfig
+from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY, DIGITS, PIXELS, WHOLE, DataConfig, names_files
 from madformer.config.evaluation import EvaluationConfig, listed_timesteps
 from madformer.config.model import ModelConfig
 from madformer.config.training import OptimizerConfig, TrainerConfig
@@ -126,7 +126,11 @@ def has_held_out(config: ExperimentConfig) -> bool:
     if not names_held_out(config.evaluation):
         return False
     data = held_out_data(config)
-    return data.source != config.data.source or not _share_rows(data.split, config.data.split)
+    one, other = (
+        re.sub(rf"\b({'|'.join(WHOLE)})\b", "train", split) if names_files(str(data.source)) else split
+        for split in (data.split, config.data.split)
+    )
+    return data.source != config.data.source or not _share_rows(one, other)
 
 
 def names_held_out(evaluation: EvaluationConfig) -> bool:

@@ -95,6 +95,8 @@ def to_yaml(config: ExperimentConfig, origin: Mapping[str, Any] | None = None) -
 def load_run(run: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """A run's configuration under its present path, with overrides that do not change its weights.
 
+    Its images may have moved (`data.source`): whoever reads them compares their fingerprint with the checkpoint's.
+
     Raises:
         InputError: the folder is no run, or an override would change the weights.
     """
@@ -102,19 +104,23 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig
     if not path.is_file():
         raise InputError(f"{run}: not a run: it has no {path.name}")
     config = load_experiment(path, overrides)
-    require_same_weights(load_experiment(path), config, str(run))
+    require_same_weights(load_experiment(path), config, str(run), but="data.source")
     folder = path.parent.resolve()
     return replace(config, name=folder.name, output_dir=str(path.parent.parent if path.parent.name else folder.parent))
 
 
-def require_same_weights(existing: ExperimentConfig, requested: ExperimentConfig, run: str) -> None:
+def require_same_weights(existing: ExperimentConfig, requested: ExperimentConfig, run: str, but: str = "") -> None:
     """Refuse to go on with a run under a configuration that would have trained other weights.
 
     Raises:
         InputError: the first field that differs, with both values.
     """
-    if difference := _first_difference(existing, requested):
-        raise InputError(f"{run} is a run of another experiment: {difference}; give another name, or delete it")
+    if difference := _first_difference(existing, requested, but):
+        remedy = "give another name, or delete it"
+        if difference.startswith("data.source "):
+            moved = f"madformer train --resume {run} data.source={requested.data.source}"
+            remedy = f"give another name, or, if these are the same images, {moved}"
+        raise InputError(f"{run} is a run of another experiment: {difference}; {remedy}")
 
 
 def require_same_trunk(trunk: ExperimentConfig, branch: ExperimentConfig, run: str) -> None:
@@ -140,7 +146,8 @@ def _first_difference(existing: ExperimentConfig, requested: ExperimentConfig, b
     """The first trained field that differs, with both values."""
     before, after = (_collect(config, leave_out_neutral=False) for config in (existing, requested))
     for name in sorted((before.keys() | after.keys()) - {but}):
-        if before.get(name) != after.get(name):
+        pair = before.get(name), after.get(name)
+        if pair[0] != pair[1] and not (name == "data.source" and Path(str(pair[0])) == Path(str(pair[1]))):
             return f"{name} = {before.get(name)!r} there, {after.get(name)!r} asked for"
     return None
 
@@ -154,19 +161,18 @@ def is_outdated(run: Path) -> bool:
 
 
 def run_hash(config: ExperimentConfig) -> str:
-    """The hash of the configuration that a run was trained with: an outdated run keeps its own."""
-    run = config.run_dir
-    return (is_outdated(run) and read_config_hash(run)) or config_hash(config)
+    """The hash of the configuration that a run was trained with, also by an earlier version, or on images that have moved."""
+    return read_config_hash(config.run_dir) or config_hash(config)
 
 
-def require_same_run(config: ExperimentConfig) -> None:
+def require_same_run(config: ExperimentConfig, but: str = "") -> None:
     """Refuse to go on with the run in an experiment's folder if this version would have trained other weights.
 
     Raises:
         InputError: the first field that differs, with both values; or the run is outdated.
     """
     run = config.run_dir
-    require_same_weights(load_run(run), config, str(run))
+    require_same_weights(load_run(run), config, str(run), but)
     if is_outdated(run):
         change = "version 0.1.0 trained it with auxiliary outputs at timestep 0, which broke the denoiser there"
         raise InputError(f"{run}: {change}; train it anew under another name, or delete it")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from madformer.data.loader import (
 )
 from madformer.data.order import BatchIndex, BatchSampler, BatchShard, SampleOrder
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts
-from madformer.data.sources import ImageSource, Row, digits_sha256, open_source
+from madformer.data.sources import ImageSource, Row, digits_sha256, list_classes, open_source
 from madformer.errors import ConfigError, InputError
 from madformer.randomness import keyed_generator
 from madformer.runs.checkpoints import CLASS_PROMPTS
@@ -71,6 +71,8 @@ class LatentDataModule(pl.LightningDataModule):
         self.codec: Codec | None = None
         self.class_prompts: tuple[str, ...] | None = None
         """Prompts of the classes, by label, if there are classes."""
+        self.summary = ""
+        """One line: how many images and classes there are, and what is left out."""
         self._skipped_file = config.run_dir / "skipped.txt"
         """Broken images of the source, so far; also those of before a restart."""
         self._epoch_size: int | None = None
@@ -79,6 +81,7 @@ class LatentDataModule(pl.LightningDataModule):
         if data.source == DIGITS:
             self.class_prompts = class_prompts(None, DIGIT_NAMES, data.prompts)
             self._samples = DigitSamples(data.split, self.class_prompts or ())
+            self.summary = f"{DIGITS}: {len(self._samples):,} images, {list_classes(DIGIT_NAMES, True)}"
             self._fingerprint["source"] = digits_sha256(data.split)
         elif data.latents is not None:
             self._samples = self._open_shards(Path(data.latents))
@@ -203,6 +206,9 @@ class LatentDataModule(pl.LightningDataModule):
         self._source = open_source(self.config.data)
         source = self._source
         self._set_captions(source.has_labels, source.class_names, source.has_texts, name)
+        self.summary = source.summarise()
+        if self._captions.class_prompts is not None:
+            self._captions(source.last_label, None)  # a class without a name shows now; of a stream, when it is met
         self._fingerprint["source"] = self._source.fingerprint
 
     def _open_shards(self, folder: Path) -> ShardSamples:
@@ -210,6 +216,9 @@ class LatentDataModule(pl.LightningDataModule):
         self._require_same_encoding(folder, manifest)
         encoding = manifest.encoding
         self._set_captions(encoding.labels, encoding.class_names, encoding.texts, str(folder))
+        skipped = f"; left out: {manifest.skipped:,} broken" if manifest.skipped else ""
+        classes = list_classes(encoding.class_names, encoding.labels)
+        self.summary = f"{folder}: {manifest.rows:,} images of {encoding.source}, {classes}{skipped}"
         self._fingerprint |= {"latents": manifest.sha256, "source": encoding.source_sha256}
         reader = ShardReader(folder, manifest)
         if encoding.labels and self._captions.class_prompts is not None:
@@ -236,7 +245,7 @@ class LatentDataModule(pl.LightningDataModule):
             ("data.split", encoding.split, data.split),
             ("data.subset", encoding.subset, data.subset),
         ]
-        if data.source is not None:
+        if not self._same_images(manifest):
             pairs.insert(0, ("data.source", encoding.source, data.source))
         for column in ("image_column", "label_column", "text_column"):
             if getattr(data, column) is not None:
@@ -250,6 +259,18 @@ class LatentDataModule(pl.LightningDataModule):
                 raise InputError(f"{folder}: {problem}: set {field}={theirs}, or encode into another folder (data.latents)")
         if data.flip and not encoding.flip:
             raise InputError(f"{folder}: made without mirrored images: set data.flip=false, or encode into another folder")
+
+    def _same_images(self, manifest: Manifest) -> bool:
+        """Whether the latents are of the images that the experiment names, which may have moved."""
+        encoding, data = manifest.encoding, self.config.data
+        if data.source in (None, encoding.source):
+            return True
+        try:
+            return (
+                open_source(replace(data, split=encoding.split, subset=encoding.subset)).fingerprint == encoding.source_sha256
+            )
+        except ConfigError:
+            return False
 
     def _same_codec(self, manifest: Manifest) -> bool:
         """Whether the experiment's codec made the latents. A codec of another name may be the same one, moved.

@@ -63,7 +63,7 @@ def encode(config: ExperimentConfig) -> None:
     encoding = _describe(config, source, codec)
     rank = cluster_rank()
     with claim_folder(folder, "encode", rank or 0):
-        _begin(folder, encoding)
+        encoding = _begin(folder, encoding)
         count = sum(shard.seen for shard in read_shards(folder).values())
         with ProgressDisplay("encoded", "images", source.expected_rows, count, silent=bool(rank)) as display:
             share_out(encode_share, (data, encoding), devices, display, count)
@@ -167,8 +167,8 @@ def _is_stochastic(codec: Codec) -> bool:
     return bool(codec.encode(noise_BCYX.to(codec.device))[1].any())
 
 
-def _begin(folder: Path, encoding: Encoding) -> None:
-    """Write what is encoded here, or check that it is what was encoded before.
+def _begin(folder: Path, encoding: Encoding) -> Encoding:
+    """Write what is encoded here, or check that it is what was encoded before, perhaps from images that have moved since.
 
     Raises:
         InputError: the folder holds other latents.
@@ -176,10 +176,11 @@ def _begin(folder: Path, encoding: Encoding) -> None:
     existing = read_encoding(folder)
     if existing is None:
         write_encoding(folder, encoding)
-    elif difference := existing.describe_difference(encoding):
+    elif difference := existing.describe_difference(replace(encoding, source=existing.source)):
         raise InputError(f"{folder}: holds other latents: {difference}; name another folder (data.latents), or delete it")
     if cluster_rank() is None:
         _remove_temporary_files(folder)
+    return existing or encoding
 
 
 def _finish(folder: Path, encoding: Encoding, source: ImageSource, codec: Codec) -> None:
@@ -198,7 +199,7 @@ def _finish(folder: Path, encoding: Encoding, source: ImageSource, codec: Codec)
     existing = read_manifest(folder) if (folder / "manifest.json").is_file() else None
     if existing is None or (existing.sha256, existing.skipped) != (manifest.sha256, manifest.skipped):
         write_manifest(folder, replace(manifest, reconstruction=_reconstruct(folder, manifest, source, codec)))
-    _report(folder, read_manifest(folder))
+    _report(folder, read_manifest(folder), source)
 
 
 def _remove_temporary_files(folder: Path) -> None:
@@ -226,10 +227,12 @@ def _reconstruct(folder: Path, manifest: Manifest, source: ImageSource, codec: C
     return {"psnr": round(float(psnr), 3), "images": len(keys)}
 
 
-def _report(folder: Path, manifest: Manifest) -> None:
+def _report(folder: Path, manifest: Manifest, source: ImageSource) -> None:
     encoding = manifest.encoding
+    unlabelled = int((ShardReader(folder, manifest).labels < 0).sum()) if encoding.labels else 0
     shape = " x ".join(map(str, encoding.latent_shape))
     lines = [f"{folder}: {manifest.rows} latents {shape} of {encoding.source}, {len(manifest.shards)} shards"]
+    lines.append(f"  {source.summarise(manifest.rows, manifest.skipped, unlabelled)}")
     if manifest.skipped:
         lines.append(f"  skipped: {manifest.skipped} broken images, named in {folder / 'skipped.txt'}")
     if quality := manifest.reconstruction:

@@ -1,4 +1,4 @@
-"""Open any source of images with the `datasets` library, and find its columns of images, labels and texts."""
+"""Open any source of images, with the `datasets` library where it is no folder of image files."""
 
 from __future__ import annotations
 
@@ -7,27 +7,34 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madformer.config import DataConfig
+from madformer.config.data import WHOLE
+from madformer.data.source_files import HUB, IMAGES, NAME, TABLES, Files, find_files, image_table, relative
 from madformer.errors import ConfigError, InputError
 from madformer.lookup import describe, list_files
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features, IterableDataset
 
-__all__ = ["Columns", "DatasetSplit", "explain_errors", "find_columns", "open_split", "silence_datasets"]
+__all__ = ["LABEL_NAMES", "TEXT_NAMES", "DatasetSplit", "explain_errors", "open_split", "silence_datasets"]
 
-IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "images", "picture", "photo")
 LABEL_NAMES = ("label", "labels", "cls", "class", "class_id", "fine_label", "target")
 TEXT_NAMES = ("text", "caption", "txt", "prompt", "captions", "description")
 
-_TABLES = {"parquet": ".parquet", "arrow": ".arrow", "webdataset": ".tar"}
-_READABLE = ".parquet, .arrow, .tar (WebDataset), and image files (.jpg, .png, .webp ...)"
+MANY_SAMPLES, FIRST_SAMPLES = 1000, 16
+"""Samples of WebDataset that tell its columns: of the first tar, and of each other one or of one at an address."""
+
+_NUMBERS = ("cls", "cls2", "index", "inx", "id")
+"""Columns of WebDataset that `datasets` reads as integers."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +46,12 @@ class DatasetSplit:
     """Paths or addresses of the data; empty: known to the hub's cache alone."""
     revision: str | None = None
     """Commit of a data set of the hub, with its name."""
-    is_image_folder: bool = False
+    split: str = "train"
+    """The part that was asked for; of files, which have no splits, a slice of `train`."""
     expected_rows: int | None = None
     """Number of rows that the data set states."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of a data set's columns."""
-
-    image: str
-    label: str | None
-    text: str | None
-    class_names: tuple[str, ...] | None
-    """Names of the label's classes, if the data set gives them."""
+    left_out: Mapping[str, list[str]] = field(default_factory=dict)
+    """Names of files that are not read, by reason."""
 
 
 def open_split(data: DataConfig) -> DatasetSplit:
@@ -63,15 +62,25 @@ def open_split(data: DataConfig) -> DatasetSplit:
         Exception: whatever datasets, a file system or a file format raises; `explain_errors` makes a ConfigError of it.
     """
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     folder = Path(str(data.source)).expanduser()
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _open_saved(folder, data)
-    builder = _find_builder(data)
-    files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
-    names = _split_names(data, list(files or builder.info.splits or {}))
-    split_files = [file for name in names for file in files.get(name, [])]
+    found = None if _has_card(folder) else _find_files(data)
+    if found is not None and found.kind == IMAGES:
+        return _open_images(found, data)
+    builder = _known_builder(data) if found is None else _files_builder(data, found)
+    files = found or Files("", {str(split): list(names) for split, names in (builder.config.data_files or {}).items()})
+    if isinstance(builder, ImageFolder) and not any(file.endswith(".zip") for names in files.splits.values() for file in names):
+        return replace(_open_images(files, data, builder), revision=_revision(builder))
+    if not files.has_splits:
+        data = replace(data, split=_whole_split(data))
+    names = _split_names(data, list(files.splits or builder.info.splits or {}))
+    split_files = [file for name in names for file in files.splits.get(name, [])]
     _require_whole(data, split_files)
+    if isinstance(builder, WebDataset) and split_files:
+        _set_samples(builder, data, split_files)
     dataset: Dataset | IterableDataset
     if data.streaming:
         if not split_files:  # a copy has other files than the hub, so its units would be others too
@@ -83,35 +92,12 @@ def open_split(data: DataConfig) -> DatasetSplit:
     else:
         builder.download_and_prepare()
         dataset = builder.as_dataset(split=data.split)
-    revision = f"{builder.repo_id}@{builder.hash}" if builder.repo_id else None
+        if isinstance(builder, ImageFolder):  # archives, of which the copies have other names
+            paths = dataset.data.column("image").combine_chunks().field("path").to_pylist()
+            dataset = dataset.add_column(NAME, relative(paths))
     info = (builder.info.splits or {}).get(data.split)
     rows = info.num_examples if info else None
-    return DatasetSplit(dataset, split_files, revision, isinstance(builder, ImageFolder), rows or None)
-
-
-def find_columns(features: Features, data: DataConfig) -> Columns:
-    """Columns that `data` names; the rest is found by type, then by name.
-
-    Raises:
-        ConfigError: none or several may hold the images, or one that is named is not there or of another type.
-    """
-    import datasets
-
-    images = _candidates("image_column", features, data, IMAGE_NAMES, datasets.Image, _holds_images)
-    if len(images) != 1:
-        problem = f"{' and '.join(images)} hold images" if images else "no column holds images"
-        columns = _list(features)
-        raise ConfigError(f"data.image_column = None: {problem}; name one of data.source = {data.source!r}: {columns}")
-    labels = _candidates("label_column", features, data, LABEL_NAMES, datasets.ClassLabel, _holds_labels)
-    if len(labels) > 1:  # attributes rather than the class
-        labels = [name for name in LABEL_NAMES if name in labels]
-    if data.label_column is None:  # strings are numbers in WebDataset's column only
-        labels = [name for name in labels if name == "cls" or "int" in features[name].dtype]
-    texts = _candidates("text_column", features, data, TEXT_NAMES, None, _holds_texts)
-    label = next(iter(labels), None)
-    classes = features[label] if label else None
-    class_names = tuple(classes.names) if isinstance(classes, datasets.ClassLabel) else None
-    return Columns(images[0], label, next(iter(texts), None), class_names)
+    return DatasetSplit(dataset, split_files, _revision(builder), data.split, rows or None, files.left_out)
 
 
 @contextmanager
@@ -127,6 +113,8 @@ def explain_errors(source: str, file: str | None = None) -> Iterator[None]:
         cause: BaseException = error
         while isinstance(cause, DatasetGenerationError) and cause.__cause__:
             cause = cause.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause from error
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             raise cause from error  # the source is not to blame
         reason = describe(cause)
@@ -161,75 +149,77 @@ def _open_saved(folder: Path, data: DataConfig) -> DatasetSplit:
     content = datasets.load_from_disk(str(folder))
     splits = {str(content.split or "train"): content} if isinstance(content, datasets.Dataset) else dict(content)
     _split_names(data, list(splits))
-    lengths = {name: len(split) for name, split in splits.items()}
-    slices = datasets.ReadInstruction.from_spec(data.split).to_absolute(lengths)
+    dataset = _select(splits, data.split)
+    return DatasetSplit(dataset, [file["filename"] for file in dataset.cache_files], split=data.split)
+
+
+def _select(splits: Mapping[str, Dataset], split: str) -> Dataset:
+    import datasets
+
+    lengths = {name: len(table) for name, table in splits.items()}
+    slices = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     parts = [splits[part.splitname].select(range(lengths[part.splitname])[part.from_ : part.to]) for part in slices]
-    dataset = datasets.concatenate_datasets(parts)
-    return DatasetSplit(dataset, [file["filename"] for file in dataset.cache_files])
+    return datasets.concatenate_datasets(parts)
 
 
-def _find_builder(data: DataConfig) -> DatasetBuilder:
-    """What reads the source, by its form: a folder here, an address, files here, a data set of the hub."""
+def _open_images(files: Files, data: DataConfig, builder: DatasetBuilder | None = None) -> DatasetSplit:
+    """Image files as a table of paths; those at an address are copied, unless they are streamed."""
+    import datasets
+
+    if not files.has_splits:
+        data = replace(data, split=_whole_split(data))
+    names, tables, given = _split_names(data, list(files.splits)), {}, None
+    if builder is not None and "label" in (builder.info.features or {}):  # the data set's card numbers its classes
+        given = tuple(builder.info.features["label"].names)
+    for name in names:
+        tables[name] = image_table(files, name, given, data)
+        paths = tables[name].data.column("image").combine_chunks().field("path").to_pylist()
+        if not data.streaming and "://" in "".join(paths[:1]):
+            copies = datasets.DownloadManager().download(paths)
+            rows = [{"bytes": None, "path": copy} for copy in copies]
+            column = datasets.Image(decode=False)
+            tables[name] = tables[name].remove_columns("image").add_column("image", rows, feature=column)
+    split_files = [file for name in names for file in files.splits[name]]
+    return DatasetSplit(_select(tables, data.split), split_files, split=data.split, left_out=files.left_out)
+
+
+def _has_card(folder: Path) -> bool:
+    """Whether a README.md says, in the hub's notation, which files belong to which subset and split."""
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        return bool((metadata_load(folder / "README.md") or {}).get("configs"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+
+
+def _find_files(data: DataConfig) -> Files | None:
+    files = find_files(data)
+    if files is not None and data.subset is not None:
+        problem = "has none, as no README.md there names any (configs): set data.subset=null"
+        raise ConfigError(f"data.subset = {data.subset!r}: data.source = {data.source!r} {problem}")
+    return files
+
+
+def _known_builder(data: DataConfig) -> DatasetBuilder:
+    """Reader of a folder with a card, or of a data set of the hub."""
     source = str(data.source)
     local = Path(source).expanduser()
     try:
         if local.is_dir():
-            return _folder_builder(data, local.resolve())
-        if hub := re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?/?", source):
+            return _load_builder(data, str(local.resolve()))
+        if hub := re.fullmatch(HUB, source):
             return _hub_builder(data, hub[1], hub[2])
-        if "://" in source:
-            return _files_builder(data, source, _remote_patterns(source))
-        if glob.has_magic(source) or local.is_file():
-            path = os.path.abspath(local)  # noqa: PTH100  # resolving links would rename the files
-            return _files_builder(data, path, {"train": [glob.escape(path) if local.is_file() else path]})
         if _may_be_on_the_hub(source):
             return _hub_builder(data, source, None)
     except FileNotFoundError as error:
-        raise ConfigError(f"data.source = {source!r}: holds nothing readable; known are {_READABLE}") from error
+        raise ConfigError(f"data.source = {source!r}: holds nothing readable") from error
     raise ConfigError(f"data.source = {source!r}: no such file or folder")
 
 
-def _folder_builder(data: DataConfig, folder: Path) -> DatasetBuilder:
-    from datasets.data_files import get_data_patterns
-
-    if (folder / "README.md").exists():  # it may say what belongs to which split and subset
-        return _load_builder(data, str(folder))
-    return _image_folder_builder(data, folder) or _files_builder(data, str(folder), get_data_patterns(str(folder)))
-
-
-def _image_folder_builder(data: DataConfig, folder: Path) -> DatasetBuilder | None:
-    """Reader of a folder of images; None: it holds something else.
-
-    datasets would list it 66 times to find splits (a quarter of an hour for ImageNet), and take a class called `train` for one.
-    Here a folder has splits if that is what all its subfolders are called.
-    """
-    from datasets.data_files import SPLIT_KEYWORDS, DataFilesDict, DataFilesList
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-
-    paths = sorted(_walk(folder))
-    endings = {Path(path).suffix.lower() for path in paths}
-    if data.subset or endings & {*_TABLES.values(), ".zip"} or not endings & {*ImageFolder.EXTENSIONS}:
-        return None
-    names = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
-    paths = [path for path in paths if path.lower().endswith((*ImageFolder.EXTENSIONS, *ImageFolder.METADATA_FILENAMES))]
-    subfolders = [path.removeprefix(f"{folder}/").split("/")[0] for path in paths]
-    has_splits = set(subfolders) <= names.keys()
-    files: dict[str, list[str]] = {}
-    for path, subfolder in zip(paths, subfolders, strict=True):
-        files.setdefault(names[subfolder] if has_splits else "train", []).append(path)
-    data_files = {split: DataFilesList(paths, [_version(path) for path in paths]) for split, paths in files.items()}
-    return ImageFolder(data_files=DataFilesDict(data_files))
-
-
-def _version(path: str) -> tuple[str, ...]:
-    """What makes a cached table of paths, labels and texts out of date."""
-    return (str(Path(path).stat().st_mtime_ns),) if Path(path).name.startswith("metadata.") else ()
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        yield from (f"{root}/{name}" for name in names if not name.startswith("."))
+def _revision(builder: DatasetBuilder) -> str | None:
+    return f"{builder.repo_id}@{builder.hash}" if builder.repo_id else None
 
 
 def _may_be_on_the_hub(source: str) -> bool:
@@ -237,7 +227,7 @@ def _may_be_on_the_hub(source: str) -> bool:
 
     # The names of datasets' own readers would read whatever lies in the working directory.
     is_builder = (Path(datasets.packaged_modules.__file__).parent / source).is_dir()
-    is_file = Path(source).suffix in _TABLES.values()
+    is_file = Path(source).suffix in TABLES
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None and not is_builder and not is_file
 
 
@@ -283,34 +273,115 @@ def _cached_builder(data: DataConfig, name: str) -> DatasetBuilder | None:
         datasets.config.HF_HUB_OFFLINE = offline
 
 
-def _remote_patterns(url: str) -> dict[str, list[str]]:
-    from datasets.data_files import get_data_patterns
-    from fsspec.core import url_to_fs
-
-    filesystem, path = url_to_fs(url)
-    if glob.has_magic(path) or filesystem.isfile(path):
-        return {"train": [url]}
-    if filesystem.isdir(path):
-        return get_data_patterns(url)
-    raise ConfigError(f"data.source = {url!r}: no such file or folder, or it cannot be reached")
-
-
-def _files_builder(data: DataConfig, base: str, patterns: dict[str, list[str]]) -> DatasetBuilder:
-    """Reader of files named one by one, or by patterns; of several kinds of file, the commonest."""
+def _files_builder(data: DataConfig, files: Files) -> DatasetBuilder:
+    """Reader of tables."""
     from datasets.data_files import DataFilesDict
-    from datasets.load import infer_module_for_data_files
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-    files = DataFilesDict.from_patterns(patterns, base_path=base)
-    if not any(files.values()):
-        raise ConfigError(f"data.source = {data.source!r}: no file has such a name")
-    endings = [*_TABLES.values(), *ImageFolder.EXTENSIONS, ".zip"]
-    files = files.filter(extensions=endings, file_names=ImageFolder.METADATA_FILENAMES)
-    kind, _ = infer_module_for_data_files(files, path=base)
-    if kind in _TABLES:
-        files = files.filter(extensions=[_TABLES[kind]])
+    escaped = {split: [glob.escape(path) for path in paths] for split, paths in files.splits.items()}
+    data_files = DataFilesDict.from_patterns(escaped)
+    paths = [path for paths in files.splits.values() for path in paths]
+    features = _tar_features(data, paths) if files.kind == "webdataset" else None  # part of the name of a copy
     # Files are read as those of a folder without a README, which would have its say: this package's.
-    return _load_builder(data, str(Path(__file__).parents[1]), data_files=files)
+    return _load_builder(data, str(Path(__file__).parents[1]), data_files=data_files, features=features)
+
+
+def _set_samples(builder: Any, data: DataConfig, tars: list[str]) -> None:
+    """Let a reader of WebDataset take samples that lack columns or hold images of several formats.
+
+    Left alone, it demands that the first five samples have the same columns, and drops what later ones have besides.
+    """
+    from datasets import Image
+
+    builder.info.features = features = builder.info.features or _tar_features(data, tars)
+    images = [column for column, kind in features.items() if isinstance(kind, Image)]
+    main = images[0] if len(images) == 1 else None
+    builder._get_pipeline_from_tar = partial(_samples, dict.fromkeys(features), main)
+
+
+def _tar_features(data: DataConfig, tars: list[str]) -> Features:
+    """Columns of images, labels and texts; one for all images if every sample has one, in whatever format."""
+    from datasets import Features, Image, Value
+
+    _require_whole(data, tars)
+    samples = [columns for tar in tars for columns in _sample_columns(tar, many=tar == tars[0])]
+    named = [column for column in (data.image_column, data.label_column, data.text_column) if column]
+    columns = list(dict.fromkeys([*(column for sample in samples for column in sorted(sample)), *named]))
+    images = [column for column in columns if _is_image(column)]
+    if data.image_column is None and all(sum(map(_is_image, sample)) < 2 for sample in samples):
+        images = images[:1]
+    kinds = {column: "int64" if column in _NUMBERS else "string" if column in TEXT_NAMES else "binary" for column in columns}
+    others = {
+        column: Value(kind) for column, kind in kinds.items() if column in {*LABEL_NAMES, *TEXT_NAMES, *named} - {*images}
+    }
+    return Features({**others, **dict.fromkeys(images, Image()), "__key__": Value("string"), "__url__": Value("string")})
+
+
+def _sample_columns(tar: str, many: bool) -> Iterator[set[str]]:
+    """Names of the columns of a tar's first samples; of tars at an address only the first is looked at."""
+    import tarfile
+
+    import fsspec
+    from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
+
+    if "://" in tar and not many:
+        return
+    with fsspec.open(tar, "rb") as file, tarfile.open(fileobj=file) as archive:
+        names = (base_plus_ext(member.name) for member in archive if member.isfile())
+        samples = groupby(names, key=itemgetter(0))
+        limit = MANY_SAMPLES if many and "://" not in tar else FIRST_SAMPLES
+        yield from ({column for _, column in sample} for key, sample in islice(samples, limit) if key is not None)
+
+
+def _samples(
+    empty: dict[str, None], main: str | None, tar: str, members: Iterable[tuple[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Samples of a tar, each with all columns.
+
+    Args:
+        empty: the columns.
+        main: the column that takes the only image of a sample, whatever its format; None: images stay in their columns.
+
+    Raises:
+        ConfigError: labels or texts in a column that the first samples lack, or one column twice in a sample.
+    """
+    from datasets.packaged_modules.webdataset.webdataset import DECODERS, base_plus_ext, text_loads
+
+    decoders = {**DECODERS, **dict.fromkeys(TEXT_NAMES, text_loads)}
+    for key, group in groupby(members, key=lambda member: base_plus_ext(member[0])[0]):
+        if key is None:
+            continue
+        sample: dict[str, Any] = {**empty, "__key__": key, "__url__": tar}
+        images = []
+        for name, file in group:
+            column = base_plus_ext(name)[1]
+            if column in empty:
+                if sample[column] is not None:
+                    raise ConfigError(f"{tar}: {name} is there twice: write it once")
+                content = file.read()
+                sample[column] = decoders[column](content) if column in decoders else content
+            elif main and _is_image(column):
+                images.append(file.read())
+            elif column in (*LABEL_NAMES, *TEXT_NAMES):
+                field = "text_column" if column in TEXT_NAMES else "label_column"
+                raise ConfigError(f"{tar}: {name} is of a column that the first samples lack: set data.{field}={column}")
+        if main and sample[main] is None and len(images) == 1:
+            sample[main] = images[0]
+        yield sample
+
+
+def _is_image(column: str) -> bool:
+    from datasets.packaged_modules.webdataset.webdataset import IMAGE_EXTENSIONS
+
+    return column.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def _whole_split(data: DataConfig) -> str:
+    """A split of files that have none, as slices of `train`."""
+    parts = [re.fullmatch(rf"\s*({'|'.join(WHOLE)})\s*(\[.*\])?\s*", part) for part in data.split.split("+")]
+    if not all(parts) or len({part[1] for part in parts if part}) != 1:
+        legal = f"must be train or a slice of it, such as train[:90%]: data.source = {data.source!r} has no splits"
+        raise ConfigError(f"data.split = {data.split!r}: {legal} ({', '.join(WHOLE)} all mean the whole)")
+    return "+".join(f"train{part[2] or ''}" for part in parts if part)
 
 
 def _split_names(data: DataConfig, splits: list[str]) -> list[str]:
@@ -337,40 +408,3 @@ def _require_whole(data: DataConfig, files: list[str]) -> None:
             content.seek(max(0, content.seek(0, os.SEEK_END) - len(end)))
             if content.read() != end:
                 raise ConfigError(f"data.source = {data.source!r}: {file} is cut off, or of another kind: its end is missing")
-
-
-def _candidates(
-    field: str,
-    features: Features,
-    data: DataConfig,
-    names: tuple[str, ...],
-    feature_type: type | None,
-    is_legal: Callable[[Any], bool],
-) -> list[str]:
-    column = getattr(data, field)
-    if column is None:
-        typed = [name for name, feature in features.items() if feature_type is not None and isinstance(feature, feature_type)]
-        return typed or [name for name in names if name in features and is_legal(features[name])]
-    if column not in features or not is_legal(features[column]):
-        problem = "no such column, or of another type"
-        raise ConfigError(f"data.{field} = {column!r}: {problem}; data.source = {data.source!r} has {_list(features)}")
-    return [column]
-
-
-def _list(features: Features) -> str:
-    return ", ".join(f"{name} ({getattr(feature, 'dtype', type(feature).__name__)})" for name, feature in features.items())
-
-
-def _holds_images(feature: Any) -> bool:
-    import datasets
-
-    is_struct = isinstance(feature, dict) and "bytes" in feature
-    return isinstance(feature, datasets.Image) or is_struct or getattr(feature, "dtype", "") in ("binary", "large_binary")
-
-
-def _holds_labels(feature: Any) -> bool:
-    return re.fullmatch(r"u?int\d+|string|binary", getattr(feature, "dtype", "")) is not None
-
-
-def _holds_texts(feature: Any) -> bool:
-    return getattr(feature, "dtype", "") in ("string", "large_string")

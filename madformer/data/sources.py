@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache
-from itertools import takewhile
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +21,41 @@ import torch
 from torch import Tensor
 
 from madformer.config import DataConfig
-from madformer.data.open_dataset import Columns, DatasetSplit, explain_errors, find_columns, open_split, silence_datasets
+from madformer.data.open_dataset import LABEL_NAMES, TEXT_NAMES, DatasetSplit, explain_errors, open_split, silence_datasets
+from madformer.data.source_files import NAME, hash_files, relative
 from madformer.errors import BadImage, ConfigError, InputError
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset, Features, IterableDataset
 
-__all__ = ["ROWS_PER_SHARD", "ImageSource", "Row", "digits_sha256", "load_digits", "open_source"]
+__all__ = [
+    "ROWS_PER_SHARD",
+    "ImageSource",
+    "Row",
+    "digits_sha256",
+    "find_columns",
+    "list_classes",
+    "load_digits",
+    "open_source",
+]
+
+IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "images", "picture", "photo")
 
 ROWS_PER_SHARD = 256
 """Rows of one unit of a source that is not streamed."""
 
-_KEY, _URL, _NAME = "__key__", "__url__", "__name__"
+_KEY, _URL = "__key__", "__url__"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a data set's columns."""
+
+    image: str
+    label: str | None
+    text: str | None
+    class_names: tuple[str, ...] | None
+    """Names of the label's classes, if the data set gives them."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +86,13 @@ class Row:
         if self.path is None:
             raise BadImage("no image")
         try:
-            with fsspec.open(self.path, "rb") as file:
-                return file.read()
+            with fsspec.open(self.path, "rb") if "://" in self.path else Path(self.path).open("rb") as file:
+                content: bytes = file.read()
+                return content
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise BadImage(f"no such file: {self.path}") from None
+        except PermissionError as error:
+            raise BadImage(str(error)) from None
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error}; the same command goes on") from error
 
@@ -79,29 +105,58 @@ class ImageSource:
     file, one of its row groups. Can be read by several threads at once.
     """
 
-    def __init__(
-        self,
-        name: str,
-        dataset: Dataset | IterableDataset,
-        columns: Columns,
-        files: list[str],
-        fingerprint: str,
-        expected_rows: int | None = None,
-    ) -> None:
+    def __init__(self, data: DataConfig, split: DatasetSplit, columns: Columns) -> None:
         from datasets import Dataset, IterableDataset
 
-        self.name = name
+        dataset = split.dataset
+        self.name = str(data.source)
         self.class_names = columns.class_names
-        self.fingerprint = fingerprint
-        self.expected_rows = expected_rows if isinstance(dataset, IterableDataset) else len(dataset)
+        self.left_out = split.left_out
+        """Names of files of the source that are not read, by reason."""
+        self.expected_rows = split.expected_rows if isinstance(dataset, IterableDataset) else len(dataset)
         """Rows in all, of a stream as far as its data set says; None: it does not."""
         self._table = dataset if isinstance(dataset, Dataset) else None
         self._stream = None if isinstance(dataset, Dataset) else dataset
         self.columns = columns
         """Where images, labels and texts are."""
-        self._files = files
-        self._tars = _tar_names(dataset, files)
+        self._files = split.files
+        self._identity = [split.revision, split.split, data.subset]
+        self._tars = _tar_names(dataset, split.files)
         self._repeated = frozenset() if self._table is None else _repeated_paths(self._table, columns.image)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 that tells the images from others: of names, sizes and both ends of files; of the hub's data, the commit."""
+        revision, split, subset = self._identity
+        with explain_errors(self.name):
+            parts = [revision] if revision else hash_files(self._files)
+        return hashlib.sha256(json.dumps([parts, split, subset]).encode()).hexdigest()
+
+    def summarise(self, rows: int | None = None, broken: int = 0, unlabelled: int = 0) -> str:
+        """One line: images, classes, and what is left out, with names.
+
+        Args:
+            rows: images that were read; None: none yet, count those that are there.
+            broken: images that could not be read.
+            unlabelled: images without a class, of a source that has classes.
+        """
+        count = self.expected_rows if rows is None else rows
+        parts = ["images" if count is None else f"{count:,} images", list_classes(self.class_names, self.has_labels)]
+        parts += [f"{unlabelled:,} images without a class"] if unlabelled else []
+        left_out = [f"{broken:,} broken"] if broken else []
+        for reason, names in self.left_out.items():
+            left_out.append(f"{len(names):,} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+        return f"{self.name}: {', '.join(parts)}{'; left out: ' if left_out else ''}{', '.join(left_out)}"
+
+    @property
+    def last_label(self) -> int | None:
+        """The largest class number of a table; None: it has no numbers, or is a stream, whose rows are not known yet."""
+        import pyarrow.compute as pc
+
+        if self._table is None or self.columns.label is None:
+            return None
+        labels = pc.unique(self._table.data.column(self.columns.label)).to_pylist()
+        return max((label for value in labels if (label := self._number(value)) is not None), default=None)
 
     @property
     def has_labels(self) -> bool:
@@ -157,12 +212,12 @@ class ImageSource:
                     yield self._to_row(example, key)
 
     def _file_of(self, unit: int) -> str | None:
-        names = _relative(self._files)
+        names = relative(self._files)
         return names[unit] if len(names) == self.num_units else names[0] if len(names) == 1 else None
 
     def _key(self, example: dict[str, Any], number: str) -> str:
         image = example[self.columns.image] or {"path": None}
-        key = example.get(_NAME) or example.get(_KEY) or image["path"] or number
+        key = example.get(NAME) or example.get(_KEY) or image["path"] or number
         if self._tars is not None:
             key = f"{self._tars.get(example[_URL], Path(example[_URL]).stem)}/{key}"
         return key
@@ -173,16 +228,18 @@ class ImageSource:
         return Row(key, self._to_label(example), text, image["bytes"], image["path"])
 
     def _to_label(self, example: dict[str, Any]) -> int | None:
-        value = example[self.columns.label] if self.columns.label else None
-        if value is None:
+        label = self._number(example[self.columns.label]) if self.columns.label else None
+        if label is None or label < 0 or (self.class_names is not None and label >= len(self.class_names)):
             return None
+        return label
+
+    def _number(self, value: Any) -> int | None:
         try:
-            label = int(value)
+            return None if value is None else int(value)
         except ValueError:
             raise ConfigError(
                 f"data.label_column = {self.columns.label!r}: holds {value!r}, which is no class number"
             ) from None
-        return label if label >= 0 and (self.class_names is None or label < len(self.class_names)) else None
 
 
 def open_source(data: DataConfig) -> ImageSource:
@@ -199,39 +256,17 @@ def open_source(data: DataConfig) -> ImageSource:
     with explain_errors(data.source), silence_datasets():
         split = open_split(data)
         columns = find_columns(split.dataset.features or datasets.Features(), data)
-        names = (columns.image, columns.label, columns.text, _KEY, _URL)
+        names = (columns.image, columns.label, columns.text, NAME, _KEY, _URL)
         dataset = split.dataset.select_columns([name for name in split.dataset.features if name in names])
         dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
-        if split.is_image_folder:
-            dataset = _with_names(dataset, columns.image, split.files)
-        return ImageSource(data.source, dataset, columns, split.files, _fingerprint(data, split), split.expected_rows)
+        return ImageSource(data, replace(split, dataset=dataset), columns)
 
 
-def _with_names(dataset: Dataset | IterableDataset, image: str, files: list[str]) -> Dataset:
-    """A folder of images as a table of addresses, with the images' names within the folder."""
-    import pyarrow.compute as pc
-    from datasets import Dataset
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-
-    if not isinstance(dataset, Dataset):
-        values: dict[str, list[Any]] = {name: [] for name in dataset.features}
-        for batch in dataset.iter(batch_size=ROWS_PER_SHARD):
-            for name, column in batch.items():
-                values[name] += column
-        dataset = Dataset.from_dict(values, features=dataset.features)
-    paths = pc.struct_field(dataset.data.column(image), "path").to_pylist()
-    images = [file for file in files if Path(file).suffix.lower() in ImageFolder.EXTENSIONS]
-    # Copies of remote images have other names than the images, but the same order; unless a list (metadata.csv) gives another.
-    is_listed = any(Path(file).name in ImageFolder.METADATA_FILENAMES for file in files)
-    return dataset.add_column(_NAME, _relative(images if len(images) == len(paths) and not is_listed else paths))
-
-
-def _relative(paths: list[str]) -> list[str]:
-    """Names within the paths' common folder."""
-    parts = [path.split("/") for path in paths]
-    first, last = min(names[:-1] for names in parts), max(names[:-1] for names in parts)
-    depth = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
-    return ["/".join(names[depth:]) for names in parts]
+def list_classes(names: Sequence[str] | None, has_labels: bool) -> str:
+    """How many classes there are and what the first ones are called, for messages."""
+    if names is None:
+        return "classes without names" if has_labels else "no classes"
+    return f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def _repeated_paths(table: Dataset, image: str) -> frozenset[int]:
@@ -239,7 +274,7 @@ def _repeated_paths(table: Dataset, image: str) -> frozenset[int]:
     import pyarrow.compute as pc
 
     paths = pc.struct_field(table.data.column(image), "path")
-    if _NAME in table.features or _KEY in table.features or pc.count_distinct(paths).as_py() == len(paths) - paths.null_count:
+    if NAME in table.features or _KEY in table.features or pc.count_distinct(paths).as_py() == len(paths) - paths.null_count:
         return frozenset()
     first: dict[str, int] = {}
     return frozenset(row for row, path in enumerate(paths.to_pylist()) if path and first.setdefault(path, row) != row)
@@ -254,20 +289,70 @@ def _tar_names(dataset: Dataset | IterableDataset, files: list[str]) -> dict[str
     addresses = dataset.unique(_URL) if isinstance(dataset, Dataset) else files
     if len(addresses) < 2:
         return None
-    names = _relative(files if len(files) == len(addresses) else addresses)
+    names = relative(files if len(files) == len(addresses) else addresses)
     return {address: name.removesuffix(".tar") for address, name in zip(addresses, names, strict=True)}
 
 
-def _fingerprint(data: DataConfig, split: DatasetSplit) -> str:
-    from fsspec.core import url_to_fs
+def find_columns(features: Features, data: DataConfig) -> Columns:
+    """Columns that `data` names; the rest is found by type, then by name.
 
-    if split.revision:
-        parts: list[Any] = [split.revision]
-    else:
-        filesystem, _ = url_to_fs(split.files[0])
-        sizes = filesystem.sizes([filesystem._strip_protocol(file) for file in split.files])
-        parts = sorted(zip(_relative(split.files), sizes, strict=True))
-    return hashlib.sha256(json.dumps([parts, data.split, data.subset]).encode()).hexdigest()
+    Raises:
+        ConfigError: none or several may hold the images, or one that is named is not there or of another type.
+    """
+    import datasets
+
+    images = _candidates("image_column", features, data, IMAGE_NAMES, datasets.Image, _holds_images)
+    if len(images) != 1:
+        problem = f"{' and '.join(images)} hold images" if images else "no column holds images"
+        columns = _list(features)
+        raise ConfigError(f"data.image_column = None: {problem}; name one of data.source = {data.source!r}: {columns}")
+    labels = _candidates("label_column", features, data, LABEL_NAMES, datasets.ClassLabel, _holds_labels)
+    if len(labels) > 1:  # attributes rather than the class
+        labels = [name for name in LABEL_NAMES if name in labels]
+    if data.label_column is None:  # strings are numbers in WebDataset's column only
+        labels = [name for name in labels if name == "cls" or "int" in features[name].dtype]
+    texts = _candidates("text_column", features, data, TEXT_NAMES, None, _holds_texts)
+    label = next(iter(labels), None)
+    classes = features[label] if label else None
+    class_names = tuple(classes.names) if isinstance(classes, datasets.ClassLabel) else None
+    return Columns(images[0], label, next(iter(texts), None), class_names)
+
+
+def _candidates(
+    field: str,
+    features: Features,
+    data: DataConfig,
+    names: tuple[str, ...],
+    feature_type: type | None,
+    is_legal: Callable[[Any], bool],
+) -> list[str]:
+    column = getattr(data, field)
+    if column is None:
+        typed = [name for name, feature in features.items() if feature_type is not None and isinstance(feature, feature_type)]
+        return typed or [name for name in names if name in features and is_legal(features[name])]
+    if column not in features or not is_legal(features[column]):
+        problem = "no such column, or of another type"
+        raise ConfigError(f"data.{field} = {column!r}: {problem}; data.source = {data.source!r} has {_list(features)}")
+    return [column]
+
+
+def _list(features: Features) -> str:
+    return ", ".join(f"{name} ({getattr(feature, 'dtype', type(feature).__name__)})" for name, feature in features.items())
+
+
+def _holds_images(feature: Any) -> bool:
+    import datasets
+
+    is_struct = isinstance(feature, dict) and "bytes" in feature
+    return isinstance(feature, datasets.Image) or is_struct or getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+
+def _holds_labels(feature: Any) -> bool:
+    return re.fullmatch(r"u?int\d+|string|binary", getattr(feature, "dtype", "")) is not None
+
+
+def _holds_texts(feature: Any) -> bool:
+    return getattr(feature, "dtype", "") in ("string", "large_string")
 
 
 @cache

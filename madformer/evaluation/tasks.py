@@ -17,6 +17,7 @@ from madformer.config.identity import is_outdated, run_hash
 from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.diffusion.samplers import spaced_timesteps
+from madformer.errors import ConfigError
 from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_networks
 from madformer.evaluation.held_out import explain_errors
 from madformer.evaluation.measurement import AXES, DEFAULTS, Measurement, Sampling, metric_name
@@ -71,6 +72,9 @@ class Instruments:
             with explain_errors():
                 others = replace(config, data=held_out_data(config))
                 held_out = [find_reference(network, others, size, None) for network in self.networks]
+                if any(reference.described["source_sha256"] == trained_on for reference in held_out):
+                    remedy = "name others, as evaluation.held_out_source=FILE"
+                    raise ConfigError(f"{others.data.source} holds the images that the run was trained on: {remedy}")
         return replace(self, references=tuple(found), held_out=tuple(held_out))
 
 

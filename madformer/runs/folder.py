@@ -72,14 +72,17 @@ def _copy_previews(source: Path, target: Path, step: int) -> None:
         write_text(_previews_path(target), "".join(kept))
 
 
-def require_no_other_run(config: ExperimentConfig) -> None:
+def require_no_other_run(config: ExperimentConfig, but: str = "") -> None:
     """Refuse an experiment whose folder holds another experiment's run.
+
+    Args:
+        but: a field that may differ.
 
     Raises:
         InputError: the first field that differs, with both values.
     """
     if is_run(config.run_dir):
-        require_same_run(config)
+        require_same_run(config, but)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from madformer.config import ExperimentConfig, TrainerConfig, config_hash, write_config
+from madformer.config import ExperimentConfig, TrainerConfig, write_config
+from madformer.config.identity import run_hash
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.order import BatchShard
 from madformer.errors import InputError, Interrupted
@@ -26,6 +27,7 @@ from madformer.evaluation.tensorboard import copy_events, drop_orphans
 from madformer.model.memory import check_memory
 from madformer.parallel import find_devices
 from madformer.runs.checkpoints import (
+    DATA,
     TRAINED_BY,
     checkpoint_path,
     checkpoint_step,
@@ -70,7 +72,8 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
             _begin_branch(config, module_class, branch)
         checkpoint = _newest_checkpoint(config, module_class, begins_as_branch)
         step = checkpoint_step(checkpoint) if checkpoint else 0
-        if step >= config.trainer.max_steps:
+        if checkpoint and step >= config.trainer.max_steps:
+            data.load_state_dict(load_checkpoint(checkpoint)[DATA])  # these images, or others in their place
             _print(f"{run}: trained already, {config.trainer.max_steps} steps")
             return run
         if _rank() == 0:
@@ -78,9 +81,10 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
                 write_config(config, run)
             drop_orphans(run, step)
             drop_previews(run, step)
-        goal = f"{config.trainer.max_steps} steps (config hash {config_hash(config)})"
+        goal = f"{config.trainer.max_steps} steps (config hash {run_hash(config)})"
         origin = f"branching from {branch}" if begins_as_branch else "resuming"
         _print(f"{run}: {f'{origin} after step {step} of' if step else 'training'} {goal}")
+        _print(f"  {data.summary}")
         _fit(trainer, checkpoints, module_class(config), data, checkpoint)
     _print(f"{run}: trained, {config.trainer.max_steps} steps")
     return run

@@ -1,5 +1,6 @@
 """Images of every layout: the same rows copied or streamed, in units that cover everything once, known by a fingerprint."""
 
+import os
 import pickle
 import shutil
 from itertools import chain
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
-from madformer.data import sources
+from madformer.data import source_files, sources
 from madformer.data.image_files import load_square
 from tests.data.layouts import LAYOUTS, all_rows, comparable, source_of, table, write_folder, write_layout, write_raw
 from tests.pictures import as_bytes, picture, write_parquet, write_tars
@@ -138,13 +139,13 @@ def test_a_worker_reads_all_of_a_unit(streaming, tmp_path):
 # Fingerprints
 
 
-def test_fingerprints_are_of_names_and_sizes(tmp_path, memory):
+def test_fingerprints_are_of_content_and_names_within_the_source(tmp_path, memory):
     write_tars(tmp_path / "one", tars=2, rows=2)
     first = source_of(tmp_path / "one").fingerprint
     assert len(first) == 64 and int(first, 16) >= 0
     shutil.copytree(tmp_path / "one", tmp_path / "deep/in/another/folder")
     memory.put(f"{tmp_path / 'one'}/", "memory://bucket/", recursive=True)
-    for address in (tmp_path / "deep", tmp_path / "one/*.tar", "memory://bucket"):
+    for address in (tmp_path / "deep", f"{tmp_path / 'one'}/", tmp_path / "one/*.tar", "memory://bucket"):
         assert source_of(address, streaming=True).fingerprint == first
     (tmp_path / "one/part-0000.tar").touch()
     assert source_of(tmp_path / "one").fingerprint == first
@@ -155,6 +156,24 @@ def test_fingerprints_are_of_names_and_sizes(tmp_path, memory):
     with (tmp_path / "one/part-0003.tar").open("ab") as file:
         file.write(bytes(512))
     assert len({first, renamed, added, source_of(tmp_path / "one").fingerprint}) == 4
+
+
+@pytest.mark.parametrize("place", ["start", "middle", "end", "captions"])
+def test_other_content_of_the_same_size_and_time_has_another_fingerprint(place, tmp_path):
+    folder = write_folder(tmp_path / "data")
+    large = as_bytes(picture(0, (400, 300)), "BMP")
+    (folder / "cat/large.bmp").write_bytes(large)
+    (folder / "metadata.csv").write_text(
+        "file_name,text\ncat/large.bmp,one\n" if place == "captions" else "file_name\ncat/large.bmp\n"
+    )
+    first = source_of(folder).fingerprint
+    changed = folder / ("metadata.csv" if place == "captions" else "cat/large.bmp")
+    before, content = changed.stat(), bytearray(changed.read_bytes())
+    assert len(large) > 3 * source_files.PIECE
+    content[{"start": 60, "middle": len(content) // 2, "end": -60, "captions": -3}[place]] ^= 1
+    changed.write_bytes(content)
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert source_of(folder).fingerprint != first
 
 
 def test_fingerprints_tell_splits_apart(tmp_path):
