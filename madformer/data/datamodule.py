@@ -39,11 +39,10 @@ from madformer.data.loader import (
     batched,
     require_few,
 )
-from madformer.data.order import BatchIndex, BatchSampler, BatchShard, SampleOrder
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts
 from madformer.data.sources import ImageSource, Row, digits_sha256, list_classes, open_source
 from madformer.errors import ConfigError, InputError
-from madformer.randomness import keyed_generator
+from madformer.randomness import BatchIndex, BatchSampler, BatchShard, SampleOrder, keyed_generator
 from madformer.runs.checkpoints import CLASS_PROMPTS
 from madformer.runs.files import append_line
 

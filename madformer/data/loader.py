@@ -19,11 +19,10 @@ from torch import Tensor
 from madformer.config import DataConfig, ExperimentConfig
 from madformer.data.image_files import load_square
 from madformer.data.latents import ShardReader
-from madformer.data.order import BatchIndex
 from madformer.data.prompts import PromptTokenizer
 from madformer.data.sources import ImageSource, Row, load_digits
 from madformer.errors import BadImage, ConfigError, DataError, InputError
-from madformer.randomness import keyed_generator
+from madformer.randomness import BatchIndex, keyed_generator
 
 SECONDS_TO_END = 10
 """How long the end of the program waits for a thread that is stuck, in a file system for instance."""

@@ -21,11 +21,11 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from madformer.config import ExperimentConfig, TrainerConfig, write_config
 from madformer.config.identity import run_hash
 from madformer.data.datamodule import LatentDataModule
-from madformer.data.order import BatchShard
 from madformer.errors import InputError, Interrupted
 from madformer.evaluation.tensorboard import copy_events, drop_orphans
 from madformer.model.memory import check_memory
 from madformer.parallel import find_devices
+from madformer.randomness import BatchShard
 from madformer.runs.checkpoints import (
     DATA,
     TRAINED_BY,

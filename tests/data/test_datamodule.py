@@ -9,10 +9,9 @@ import torch
 from madformer.data import datamodule
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.encode import encode
-from madformer.data.order import BatchShard
 from madformer.data.prompts import PromptTokenizer
 from madformer.errors import ConfigError, InputError
-from madformer.randomness import keyed_generator
+from madformer.randomness import BatchShard, keyed_generator
 from madformer.runs.checkpoints import DATA
 from madformer.training.module import LitMADFormer
 from tests.pictures import CODEC, experiment, moments, write_parquet, write_tars

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from madformer.data.order import BatchSampler, BatchShard, SampleOrder
 from madformer.errors import ConfigError
+from madformer.randomness import BatchSampler, BatchShard, SampleOrder
 
 
 def stream(samples, batch_size, limit, world_size, steps, first_step=0):

@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from madformer.config import DiffusionConfig, LossConfig, ModelConfig, UNetConfig, load_experiment, wanted_outputs
-from madformer.data.order import BatchShard
 from madformer.diffusion.losses import compute_losses
 from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.errors import ConfigError
 from madformer.model import MADFormer, cost, memory
 from madformer.model.generation import generate
+from madformer.randomness import BatchShard
 from madformer.training.train import build_trainer
 from tests.conftest import ROOT, TEXT
 from tests.fake_gpu import CUDA, fake_gpu

@@ -181,9 +181,7 @@ def photographs():
     """32 x 32 tiles of scikit-learn's two photographs, half of each: [N, 3, 32, 32] in [-1, 1]."""
     from sklearn.datasets import load_sample_images
 
-    tiles = [
-        torch.tensor(image).permute(2, 0, 1).unfold(1, 32, 32).unfold(2, 32, 32) for image in load_sample_images().images
-    ]
+    tiles = [torch.tensor(image).permute(2, 0, 1).unfold(1, 32, 32).unfold(2, 32, 32) for image in load_sample_images().images]
     images = torch.cat([tile.permute(1, 2, 0, 3, 4).flatten(0, 1) for tile in tiles]).float() / 127.5 - 1
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
 
