@@ -257,7 +257,8 @@ def _pattern(root: str, pattern: str) -> str:
 def image_table(files: Files, split: str, class_names: tuple[str, ...] | None, data: DataConfig) -> Dataset:
     """The images of a split as a table of paths: `image`, undecoded, `NAME`, and `label` or what metadata files say.
 
-    Folders are classes if the images of a split lie equally deep in several of them. Classes are numbered over all splits.
+    Folders are classes if the images of a split lie equally deep in several of them. Classes are numbered over all splits. Rows
+    are sorted by name, and for a slice by the hashes of names.
 
     Args:
         class_names: the classes in the order of their numbers; None: sorted.
@@ -292,6 +293,9 @@ def image_table(files: Files, split: str, class_names: tuple[str, ...] | None, d
     table = table.set_column(table.column_names.index("image"), "image", structs)
     features = Features({"image": Image(decode=False), **{name: kinds[name] for name in table.column_names if name != "image"}})
     table = table.select(list(features)).cast(features.arrow_schema)
+    if "[" in data.split:  # sorted by name and so by class, a slice would lack classes
+        names = table[NAME].to_pylist()
+        table = table.take(sorted(range(len(names)), key=lambda row: hashlib.sha256(names[row].encode()).digest()))
     return Dataset(table, DatasetInfo(features=features), fingerprint="images")  # else it would hash all paths
 
 

@@ -71,6 +71,15 @@ def test_splits_of_a_folder(tmp_path):
     assert found(tmp_path, split="train[:1]+validation[1:]") == [("cat/1.png", "cat"), ("dog/1.png", "dog")]
 
 
+def test_a_slice_of_a_folder_holds_all_classes(tmp_path):
+    fill(tmp_path, *(f"{name}/{number}.png" for name in ("bird", "cat", "dog") for number in range(20)))
+    held_out, rest, everything = (found(tmp_path, split=split) for split in ("train[70%:]", "train[:70%]", "train"))
+    assert sorted(held_out + rest) == everything and len(held_out) == 18
+    assert {label for _, label in held_out} == {label for _, label in rest} == {"bird", "cat", "dog"}
+    fill(tmp_path / "moved", *(f"{name}/{number}.png" for name in ("bird", "cat", "dog") for number in range(20)))
+    assert found(tmp_path / "moved", split="train[70%:]") == held_out
+
+
 @pytest.mark.parametrize(
     ("names", "said"),
     [
