@@ -30,6 +30,7 @@ SET_BY_SWEEP = {
     "output_dir": "set output_dir of the sweep",
     "evaluation.nfe": "set evaluate.nfe",
     "trainer.devices": "set devices_per_trial",
+    "trainer.threads": "set threads",
     "trainer.num_nodes": "set slurm.nodes_per_trial",
 }
 """Fields of an experiment that the sweep sets itself -> what to do instead."""

@@ -153,7 +153,7 @@ def _overrides(cell: Cell) -> list[str]:
     words = list[str]()
     if is_run(cell.run):
         stored, config = load_run(cell.run), cell.config
-        trainer = {name: getattr(config.trainer, name) for name in ("devices", "checkpoint_steps")}
+        trainer = {name: getattr(config.trainer, name) for name in ("devices", "threads", "checkpoint_steps")}
         changes = {name: value for name, value in trainer.items() if value != getattr(stored.trainer, name)}
         words += [f"trainer.{name}={json.dumps(value)}" for name, value in changes.items()]
         evaluation = asdict(config.evaluation)

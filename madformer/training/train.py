@@ -24,7 +24,7 @@ from madformer.data.order import BatchShard
 from madformer.errors import InputError, Interrupted
 from madformer.evaluation.tensorboard import copy_events, drop_orphans
 from madformer.model.memory import check_memory
-from madformer.parallel import find_devices
+from madformer.parallel import find_devices, limit_threads
 from madformer.runs.checkpoints import (
     TRAINED_BY,
     checkpoint_path,
@@ -186,6 +186,7 @@ def build_trainer(config: ExperimentConfig) -> tuple[pl.Trainer, RunCheckpoints]
     """
     settings = config.trainer
     devices = find_devices(settings)
+    limit_threads(settings, devices[:1])  # Lightning starts a process for each device
     BatchShard.of(config.data.batch_size, config.data.batch_size_per_device, 0, len(devices) * settings.num_nodes)
     if devices[0] != "cpu":
         card = min(map(torch.cuda.get_device_properties, devices), key=lambda properties: properties.total_memory)

@@ -57,6 +57,7 @@ BAD = {
     ),
     "grid.trainer.log_every=[1,2]": "cells d2-log_every1-s0 and d2-log_every2-s0 train the same weights: vary a field that is trained with",
     "grid.trainer.devices=[1,2]": "grid.trainer.devices = [1, 2]: set devices_per_trial",
+    "trainer.threads=2": "overrides.trainer.threads = 2: set threads",
     "trainer.devices=2": "overrides.trainer.devices = 2: set devices_per_trial",
     "trainer.num_nodes=2": "overrides.trainer.num_nodes = 2: set slurm.nodes_per_trial",
     "devices_per_trial=0": "devices_per_trial = 0: must be at least 1",
@@ -189,7 +190,7 @@ def test_a_cell_is_what_its_command_line_says(sweep_file):
         "trainer.max_steps=10", "evaluation.num_samples=8", "evaluation.held_out_split=null", "model.diffusion_depth=4", "optimizer.lr=0.5",
         "model.prediction_type=sample",
         "optimizer.betas=[0.9,0.95]", "seed=0", "name=d4-lr0.5-prediction_typesample-betas0.9x0.95-s0", "output_dir=runs/small",
-        "trainer.devices=1", "evaluation.nfe=[16,24]",
+        "trainer.devices=1", "trainer.threads=1", "evaluation.nfe=[16,24]",
     )  # fmt: skip
 
 
@@ -265,7 +266,7 @@ def test_a_run_of_the_same_weights_is_a_cell_s_run(sweep_file):
     write_config(by_hand, by_hand.run_dir)
     found, other = sweep_cells(load_sweep(sweep_file))
     assert (found.name, found.run, found.config_hash) == ("d2-s0", Path("runs/mine"), cell.config_hash)
-    assert found.overrides[-3:-1] == ("output_dir=runs", "trainer.devices=1") and "name=mine" in found.overrides
+    assert found.overrides[-4:-2] == ("output_dir=runs", "trainer.devices=1") and "name=mine" in found.overrides
     assert other.run == Path("runs/small/d4-s0")
     write_config(cell.config, cell.run)
     assert sweep_cells(load_sweep(sweep_file))[0].run == cell.run, "its own folder comes first"
