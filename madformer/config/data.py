@@ -25,7 +25,7 @@ BUILTIN_VOCABULARY = 2048
 class DataConfig:
     """Training data: image source, codec, latents, prompts and batch size."""
 
-    source: str | None = None
+    source: str | None = setting(None, path="as typed")
     """Images: `digits`; a data set of the Hugging Face hub; files (Parquet, Arrow, WebDataset tars), a pattern of files, a
     folder of files or images, or their hf://, s3:// or https:// address. null: none; training then reads `data.latents`."""
     subset: str | None = None
@@ -49,13 +49,13 @@ class DataConfig:
     """Floating-point type in which the codec computes."""
     codec_batch_size: int = setting(16, new_run=False)
     """Images that the codec encodes or decodes at once."""
-    latents: str | None = setting(None, new_run="presence")  # the folder may move; a checkpoint remembers its content
+    latents: str | None = setting(None, new_run="presence", path=True)  # a checkpoint knows its content
     """Folder of latents: `madformer encode` fills it, training reads it. null: images are encoded while training."""
     flip: bool = False
     """Mirror each training image with probability 1/2. `madformer encode` then stores latents of both versions."""
-    class_names: str | None = None
+    class_names: str | None = setting(None, path=True)
     """Prompts of the classes: `imagenet`, or a text file with one name a line; null: the data set's own names."""
-    tokenizer: str = "meta-llama/Meta-Llama-3-8B"
+    tokenizer: str = setting("meta-llama/Meta-Llama-3-8B", path=True)
     """Turns prompts into tokens, if the model takes text: `builtin`, or a hub id or folder of transformers."""
     workers: int = setting(4, new_run=False)
     """Threads that read ahead for each device. Results do not depend on their number."""

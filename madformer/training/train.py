@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -33,6 +34,7 @@ from madformer.runs.checkpoints import (
     list_checkpoints,
     load_checkpoint,
     newest_intact,
+    require_own,
 )
 from madformer.runs.files import atomic_write, link_or_copy
 from madformer.runs.folder import claim_folder, copy_traces, drop_previews, is_run
@@ -116,7 +118,8 @@ def _newest_checkpoint(
     """The checkpoint to resume from. The first process's choice goes for all (`AtomicCheckpointIO`); it looks at checksums.
 
     Raises:
-        InputError: all checkpoints are torn, or the newest one holds imported weights, or another class has trained it.
+        InputError: all checkpoints are torn, or the newest one holds imported weights, or another class or configuration has
+            trained it.
     """
     run, first = config.run_dir, _rank() == 0
     if begins_as_branch and not first:
@@ -127,7 +130,8 @@ def _newest_checkpoint(
     if path is None and (checkpoints := list_checkpoints(run)):
         raise InputError(f"{run}: none of its {len(checkpoints)} checkpoints is intact; delete them to start anew")
     if path is not None:
-        _require_trainable(load_checkpoint(path), run, module_class)
+        _require_trainable(checkpoint := load_checkpoint(path), run, module_class)
+        require_own(checkpoint, path, config)
     return path
 
 
@@ -234,6 +238,15 @@ def _slurm() -> list[SLURMEnvironment]:
 
 class RunLogger(TensorBoardLogger):
     """Event files in the run's folder, without Lightning's hparams.yaml."""
+
+    @property
+    def log_dir(self) -> str:
+        """The run's folder as it is named; Lightning takes `~` and `$` in it for more than letters."""
+        return str(self._root_dir)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log what is a number: TensorBoard draws NaN and infinity as if they were some."""
+        super().log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step)
 
     def save(self) -> None:
         """Write the log to the disk."""
