@@ -72,12 +72,12 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
             _begin_branch(config, module_class, branch)
         checkpoint = _newest_checkpoint(config, module_class, begins_as_branch)
         step = checkpoint_step(checkpoint) if checkpoint else 0
+        if _rank() == 0 and (checkpoint is None or not is_run(run)):
+            write_config(config, run)
         if step >= config.trainer.max_steps:
             _print(f"{run}: trained already, {config.trainer.max_steps} steps")
             return run
         if _rank() == 0:
-            if checkpoint is None or not is_run(run):
-                write_config(config, run)
             drop_orphans(run, step)
             drop_previews(run, step)
         goal = f"{config.trainer.max_steps} steps (config hash {config_hash(config)})"
