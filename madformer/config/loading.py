@@ -177,7 +177,7 @@ def as_typed(override: str, schema: type) -> str:
     """
     key, _, text = override.partition("=")
     kept = text.startswith(('"', "'")) or "${" in text or text.strip().lower() in ("", "~", "null")
-    return override if kept or not is_text_field(key, schema) else f"{key}={json.dumps(text, ensure_ascii=False)}"
+    return override if kept or not is_text_field(key, schema) else f"{key}={_quoted(text)}"
 
 
 def is_text_field(key: str, schema: type) -> bool:
@@ -273,7 +273,7 @@ def all_keys(schema: type, prefix: str = "") -> Iterator[str]:
 def as_text(value: Any) -> str:
     """A value as written on the command line; `read_value` reads it back."""
     if isinstance(value, str):
-        return value if _reads_back(value) else json.dumps(value, ensure_ascii=False)
+        return value if _reads_back(value) else _quoted(value)
     return repr(value) if isinstance(value, float) else json.dumps(value, separators=(",", ": "))
 
 
@@ -290,6 +290,12 @@ def read_value(text: str) -> Any:
         yaml.YAMLError, OmegaConfBaseException: it is not a value.
     """
     return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload, index]
+
+
+def _quoted(text: str) -> str:
+    """A text as YAML reads it back, with escapes for what it takes for the end of a line."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in quoted)
 
 
 def is_utf8(text: str) -> bool:

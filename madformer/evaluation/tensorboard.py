@@ -118,7 +118,7 @@ def drop_orphans(run: Path, step: int) -> None:
         _copy_steps(path, path, step)
     # TensorBoard reads files in the order of the seconds in their names: after a clock was set back, the next would come first.
     paths, now = sorted(_training_files(run)), int(time.time())
-    if any(_file_time(path) >= now for path in paths):
+    if any(_file_time(path) > now for path in paths):
         for number, path in enumerate(paths):
             rest = path.name.removeprefix(_PREFIX).partition(".")[2]
             path.rename(path.with_name(f"{_PREFIX}{now - len(paths) + number:010d}.{rest}"))

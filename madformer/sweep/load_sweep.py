@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from madformer.config import ExperimentConfig, load_experiment
 from madformer.config.loading import (
+    BASE,
     all_keys,
     as_typed,
     build,
@@ -31,6 +32,7 @@ from madformer.sweep.cells import sweep_cells
 from madformer.sweep.spec import Sweep, require_known
 
 _KEYS = [field.name for field in dataclass_fields(Sweep)]
+_SECTIONS_OF_EXPERIMENTS = {field.name for field in dataclass_fields(ExperimentConfig)} - {*_KEYS}
 _SECTIONS = ("overrides", "grid", "zip", "variants", "evaluate", "search", "decide", "slurm")
 _NESTED = (("search", "space"), ("decide", "seeds"), ("decide", "contrasts"))
 """Keys whose fields can be set one by one."""
@@ -53,7 +55,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     content = read_yaml(path, "sweep", ", ".join(_KEYS))
     try:
         fields = resolve(content)
-        if "experiment" not in fields and (sections := fields.keys() & {"base", *all_keys(ExperimentConfig)} - {*_KEYS}):
+        if "experiment" not in fields and (sections := fields.keys() & {BASE, *_SECTIONS_OF_EXPERIMENTS}):
             raise ConfigError(f"an experiment ({min(sections)}: ...), no sweep; madformer train {path}")
         for key, value in fields.items():
             require(key in _KEYS or key not in all_keys(ExperimentConfig), key, value, "belongs under overrides")

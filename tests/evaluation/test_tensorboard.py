@@ -229,7 +229,7 @@ def test_orphans_of_a_killed_run_vanish(tmp_path, cut):
     assert [step for step, _ in read(tmp_path)["loss"]] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("ahead", [[0], [3600], [-50, 3600], [900, 3600, 86400]])
+@pytest.mark.parametrize("ahead", [[2], [3600], [-50, 3600], [900, 3600, 86400]])
 def test_no_step_is_lost_when_the_clock_is_set_back(ahead, tmp_path):
     """TensorBoard reads event files in the order of the times in their names."""
     for number, seconds in enumerate(ahead):
@@ -328,6 +328,7 @@ PLACEHOLDERS = {
     "DEPTH": "2",
     "METRIC": "(fd|kid|precision|recall|density|coverage)_digits(_held_out)?",
     "NFE": r"\d+",
+    "STEPS": r"\d+",
     "HOW": "unipc",
     "SAMPLES": "ema, 2 steps, seed 0",
 }

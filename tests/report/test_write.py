@@ -79,7 +79,7 @@ def test_another_sweep_of_the_same_name_does_not_overwrite_the_report(grid, here
     for cell in sweep_cells(load_sweep("more/grid.yaml")):
         measure(cell, 20.0)
     with pytest.raises(
-        InputError, match=r"grid/report.json is the report of another sweep of this name, of model.diffusion_depth"
+        InputError, match=r"grid/report.json is the report of another sweep of this name \(model.diffusion_depth\)"
     ):
         report_on(["more/grid.yaml"], None)
     assert (here / "runs/grid/report.md").read_bytes() == before

@@ -80,8 +80,10 @@ BAD = {
     "uniform, power:P with P of at least 1, logsnr, karras:RHO, or list:999/500/0",
     "evaluate.spacings=[list:9/5]": "cell d2-s0: evaluation.spacing = 'list:9/5': its timesteps are 2, "
     "evaluation.nfe = 16 makes 5 steps",
-    "evaluate.guidance_intervals=[100]": "cell d2-s0: evaluation.guidance_interval = '100': "
+    "evaluate.guidance_intervals=['100']": "cell d2-s0: evaluation.guidance_interval = '100': "
     "must be all, or lowest and highest timestep, as in 100/900",
+    "evaluate.guidance_intervals=[100]": "evaluate.guidance_intervals = 100: must be a text, and YAML reads another value: "
+    "put it in quotes",
     "evaluate.tries=0": "evaluate.tries = 0: must be at least 1",
     "evaluate.samplers=ddim": "evaluate.samplers = 'ddim': must be a list of names",
     "evaluate.guidance=[1,2]": "cell d2-s0: evaluation.guidance = 2.0: there is nothing to guide towards: set it to 1, or train a model with text (model.text)",
