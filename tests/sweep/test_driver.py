@@ -73,7 +73,7 @@ def run(sweep_file, *overrides, retry_failed=False, commands=stand_ins):
 def test_the_commands_are_those_that_a_user_would_type(sweep_file):
     cell = sweep_cells(load_sweep(sweep_file))[0]
     assert trial_commands(cell) == [
-        [sys.executable, "-m", "madformer", "train", str(ROOT / "experiments/digits.yaml"), *cell.overrides],
+        [sys.executable, "-m", "madformer", "train", "runs/small/d2-s0/cell.yaml"],
         [sys.executable, "-m", "madformer", "evaluate", "runs/small/d2-s0", "--nfe", "16,24"],
     ]
 
