@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import logging
 import shlex
@@ -318,6 +319,8 @@ def sweep_status(sweep: SweepFile, overrides: Overrides = None, as_json: AsJson 
 
 def main() -> None:
     """Run the command line; exit with 0 when done, 2 for the user's mistake, 130 when interrupted, 1 for all else."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few letters ends no command
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         app()
@@ -326,6 +329,8 @@ def main() -> None:
     except (InputError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         _fail(_describe(error), 2)
     except OSError as error:
+        if error.errno in (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP):
+            _fail(_describe(error), 2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _fail(f"{_describe(error)}; what was complete is kept, the same command goes on", 1)

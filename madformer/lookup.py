@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from madformer.config.validation import expand_path
 from madformer.errors import InputError
 
 __all__ = ["CONFIG", "build_custom", "describe", "find_file", "find_model", "first_line", "list_files", "modules_of"]
@@ -36,6 +37,8 @@ def build_custom(location: str, class_name: str) -> Any:
     Raises:
         InputError: there is no such module, file or class, or it cannot be imported or built; the reason alone.
     """
+    if location.endswith(".py"):
+        location = expand_path("class", location)
     if location.endswith(".py") and not Path(location).is_file():
         raise InputError(f"no such file: {location}")
     try:

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -75,6 +75,14 @@ def find_devices(settings: TrainerConfig) -> list[str]:
     if (settings.devices or 0) > count:
         raise ConfigError(f"trainer.devices = {settings.devices}: there are {count} CUDA devices")
     return [f"cuda:{index}" for index in range(settings.devices or count)]
+
+
+def limit_threads(settings: TrainerConfig, devices: Sequence[str]) -> None:
+    """Give this process as many CPU threads as `trainer.threads` has for all of the `devices` that it computes for."""
+    import torch
+
+    if settings.threads is not None and devices[0] == "cpu":
+        torch.set_num_threads(settings.threads * len(devices))
 
 
 def device_name(device: torch.device) -> str:

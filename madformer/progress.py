@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from madformer.runs.files import write_text
+from madformer.runs.files import to_json, write_text
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_REDRAWS = 0.2
@@ -44,7 +44,7 @@ class ProgressFile:
             return
         self._last_write = time.monotonic()
         entry = {"done": done, "total": total, "per_second": per_second, "time": time.time(), **self._details}
-        write_text(self.path, json.dumps({**read_progress(self.path), label: entry}))
+        write_text(self.path, to_json({**read_progress(self.path), label: entry}))
 
 
 def read_progress(path: Path) -> dict[str, dict[str, Any]]:

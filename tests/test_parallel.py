@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from madformer.config import TrainerConfig
 from madformer.errors import ConfigError, InputError, ProcessKilledError
-from madformer.parallel import cluster_rank, find_devices, share_out
+from madformer.parallel import cluster_rank, find_devices, limit_threads, share_out
 from madformer.progress import ProgressDisplay
 from tests.conftest import ROOT
 from tests.shares import die_in_one, fail_in_one, write_share
@@ -45,6 +45,15 @@ def test_every_share_is_done_and_counts_add_up(processes, tmp_path, monkeypatch)
     lines = sorted(path.read_text() for path in tmp_path.iterdir())
     assert lines == [f"{rank} of {processes} on cpu, {6 // processes} threads" for rank in range(processes)]
     assert display.counts == sorted(display.counts) and display.counts[-1] == 10 + 3 * processes
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_each_process_has_the_threads_of_the_experiment(processes, tmp_path):
+    limit_threads(TrainerConfig(threads=2), ["cuda:0"] * processes)
+    assert torch.get_num_threads() == 1, "threads of a GPU's process are left alone"
+    limit_threads(TrainerConfig(threads=2), ["cpu"] * processes)
+    share_out(write_share, (tmp_path,), ["cpu"] * processes, Counts())
+    assert {path.read_text()[-9:] for path in tmp_path.iterdir()} == {"2 threads"}
 
 
 def test_an_error_arrives_as_it_was_and_stops_the_others(tmp_path):

@@ -36,7 +36,7 @@ def names_files(source: str) -> bool:
 class DataConfig:
     """Training data: image source, codec, latents, prompts and batch size."""
 
-    source: str | None = None
+    source: str | None = setting(None, path="as typed")
     """Images: `digits`; a data set of the Hugging Face hub; files (Parquet, Arrow, WebDataset tars), a pattern of files, a
     folder of files or images, or their hf://, s3:// or https:// address. null: none; training then reads `data.latents`."""
     subset: str | None = None
@@ -61,18 +61,18 @@ class DataConfig:
     """Floating-point type in which the codec computes."""
     codec_batch_size: int = setting(16, new_run=False)
     """Images that the codec encodes or decodes at once."""
-    latents: str | None = setting(None, new_run="presence")  # the folder may move; a checkpoint remembers its content
+    latents: str | None = setting(None, new_run="presence", path=True)  # a checkpoint knows its content
     """Folder of latents: `madformer encode` fills it, training reads it. null: images are encoded while training."""
     flip: bool = False
     """Mirror each training image with probability 1/2. `madformer encode` then stores latents of both versions."""
     crop: Literal["centre", "top_left"] = setting("centre", neutral="centre")
     """Square of an image that is not one. centre: as ADM cuts ImageNet; top_left: the largest one at the top left, scaled by
     Lanczos, as the released code does."""
-    class_names: str | None = None
+    class_names: str | None = setting(None, path=True)
     """Names of the classes: `imagenet`, or a text file with one name a line; null: the data set's own names."""
     prompts: Literal["names", "numbers"] = setting("names", neutral="names")
     """Prompts of the classes: their names, or their numbers in digits, as in the released code."""
-    tokenizer: str = "meta-llama/Meta-Llama-3-8B"
+    tokenizer: str = setting("meta-llama/Meta-Llama-3-8B", path=True)
     """Turns prompts into tokens, if the model takes text: `builtin`, or a hub id or folder of transformers."""
     bos: bool = setting(False, neutral=False)
     """Begin each prompt with the tokenizer's BOS token, as the released code does."""

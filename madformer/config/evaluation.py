@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from madformer.config.validation import is_integer, require, require_at_least, require_types
+from madformer.config.validation import is_integer, require, require_at_least, require_types, setting
 
 SamplerName = Literal["ddim", "ddpm", "dpmsolver++", "unipc"]
 """Samplers by name. All but `ddpm` are deterministic; each evaluates the network once per step."""
@@ -54,9 +54,9 @@ class EvaluationConfig:
     """Networks whose features are compared, all on the same samples: `inception` or `inception:FILE` (FID's),
     `torchscript:FILE`, `hf:MODEL` (of transformers), `digits`, `cifar10`, or a class of your own as `module.path:Class` or
     `file.py:Class`."""
-    references: str = "references"
+    references: str = setting("references", path=True)
     """Folder for statistics of reference images; all runs share it."""
-    held_out_source: str | None = None
+    held_out_source: str | None = setting(None, path="as typed")
     """Source of held-out images, as in `data.source`; null: `data.source` itself."""
     held_out_split: str | None = None
     """Split of the held-out images, as in `data.split`; null: `data.split` itself. Where these are other images than those of

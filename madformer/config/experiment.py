@@ -63,7 +63,7 @@ class ExperimentConfig:
 
     name: str = setting("madformer", new_run=False)
     """Name of the experiment. Its run is the folder output_dir/name."""
-    output_dir: str = setting("runs", new_run=False)
+    output_dir: str = setting("runs", new_run=False, path=True)
     """Folder of runs, relative to the working directory."""
     seed: int = 0
     """Seed of initialisation, data order and training noise."""

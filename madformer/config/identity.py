@@ -18,6 +18,7 @@ from madformer.config.experiment import ExperimentConfig
 from madformer.config.loading import HEADER, load_experiment
 from madformer.config.model import ModelConfig
 from madformer.config.training import decay_start
+from madformer.config.validation import expand_path, is_folder_name
 from madformer.errors import InputError
 from madformer.runs.files import write_text
 
@@ -31,12 +32,8 @@ AUXILIARY_REVISION = "auxiliary outputs at timestep -1000"
 """In the hash of a configuration with an auxiliary loss: version 0.1.0 trained other weights."""
 
 
-def trained_fields(config: ExperimentConfig) -> dict[str, Any]:
-    """Everything that changes the trained weights, as `section.field` -> value, without neutral values (see `setting`)."""
-    return _collect(config, leave_out_neutral=True)
-
-
-def _collect(section: object, leave_out_neutral: bool, prefix: str = "") -> dict[str, Any]:
+def trained_fields(section: object, leave_out_neutral: bool = True, prefix: str = "") -> dict[str, Any]:
+    """Everything that changes the trained weights, as `section.field` -> value; no neutral values (see `setting`)."""
     values: dict[str, Any] = {}
     for field in _fields(section):
         name, value = f"{prefix}{field.name}", getattr(section, field.name)
@@ -46,7 +43,7 @@ def _collect(section: object, leave_out_neutral: bool, prefix: str = "") -> dict
         if not new_run or (leave_out_neutral and value == neutral):
             continue
         if _fields(value):
-            values |= _collect(value, leave_out_neutral, f"{name}.")
+            values |= trained_fields(value, leave_out_neutral, f"{name}.")
         else:
             values[name] = value is not None if new_run == "presence" else _plain(value)
     return values
@@ -100,13 +97,33 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig
     Raises:
         InputError: the folder is no run, or an override would change the weights.
     """
-    path = config_path(Path(run))
+    folder = named_folder(Path(run))
+    path = config_path(folder)
     if not path.is_file():
-        raise InputError(f"{run}: not a run: it has no {path.name}")
+        within = [each.parent for each in sorted(folder.glob(f"*/{path.name}"))]
+        hint = f"; {len(within)} runs are in it, such as {within[0]}" if within else ""
+        raise InputError(f"{run}: not a run{', but a file' if folder.is_file() else f': it has no {path.name}'}{hint}")
+    require_no_move(overrides)
     config = load_experiment(path, overrides)
     require_same_weights(load_experiment(path), config, str(run), but="data.source")
-    folder = path.parent.resolve()
-    return replace(config, name=folder.name, output_dir=str(path.parent.parent if path.parent.name else folder.parent))
+    return replace(config, name=folder.name, output_dir=str(folder.parent))
+
+
+def named_folder(folder: Path) -> Path:
+    """A folder by the name that the user gave it, be it a link; `.`, `..` and `~` have none and are looked up."""
+    folder = folder if folder.exists() else Path(expand_path("folder", str(folder)))
+    return folder if is_folder_name(folder.name) else folder.resolve()
+
+
+def require_no_move(overrides: Sequence[str]) -> None:
+    """Refuse overrides that name another folder for a run.
+
+    Raises:
+        InputError: the first such override.
+    """
+    for override in overrides:
+        if override.partition("=")[0] in ("name", "output_dir"):
+            raise InputError(f"override {override!r}: a run is the folder that you name; leave it out, or move the folder")
 
 
 def require_same_weights(existing: ExperimentConfig, requested: ExperimentConfig, run: str, but: str = "") -> None:
@@ -144,7 +161,7 @@ def branch_limit(trunk: ExperimentConfig, branch: ExperimentConfig) -> int:
 
 def _first_difference(existing: ExperimentConfig, requested: ExperimentConfig, but: str = "") -> str | None:
     """The first trained field that differs, with both values."""
-    before, after = (_collect(config, leave_out_neutral=False) for config in (existing, requested))
+    before, after = (trained_fields(config, leave_out_neutral=False) for config in (existing, requested))
     for name in sorted((before.keys() | after.keys()) - {but}):
         pair = before.get(name), after.get(name)
         if pair[0] != pair[1] and not (name == "data.source" and Path(str(pair[0])) == Path(str(pair[1]))):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin
@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from madformer.config.experiment import ExperimentConfig
-from madformer.config.validation import require, type_hints
+from madformer.config.validation import expand_path, require, type_hints
 from madformer.errors import ConfigError
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.+/-]*")
@@ -57,6 +57,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 def _read_experiment(path: Path, above: Sequence[Path] = ()) -> DictConfig:
     """A file's fields on top of those of its base, or of the defaults; `above` are the files that are based on it."""
     fields = read_yaml(path, "experiment", "sections (model, data, trainer, ...) to fields")
+    if "experiment" in fields:
+        raise ConfigError(f"{path}: a sweep, no experiment; madformer sweep run {path}")
     base = _find_base(fields, path, above)
     below = defaults(ExperimentConfig) if base is None else _read_experiment(base, [*above, path.resolve()])
     for key in {BASE, HEADER} & fields.keys():
@@ -75,7 +77,7 @@ def _find_base(fields: DictConfig, path: Path, above: Sequence[Path]) -> Path | 
     if base is None:
         return None
     require(isinstance(base, str), f"{path}: {BASE}", base, remedy)
-    target = path.parent / base
+    target = path.parent / expand_path(f"{path}: {BASE}", base)
     legal = target.resolve() not in [*above, path.resolve()]
     require(legal, f"{path}: {BASE}", base, "must not be based on this file itself")
     return target
@@ -94,6 +96,9 @@ def read_yaml(path: Path, kind: str, content: str) -> DictConfig:
         FileNotFoundError: there is no such file.
         ConfigError: broken YAML or a broken interpolation, or no mapping.
     """
+    if path.is_dir():
+        is_run = kind == "experiment" and (path / "config.yaml").is_file()
+        raise ConfigError(f"{path}: {f'a run; madformer train --resume {path}' if is_run else f'a folder, no {kind} file'}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such {kind} file")
     try:
@@ -141,13 +146,60 @@ def build(schema: type[T], fields: DictConfig, overrides: Sequence[str] = (), wh
     """
     for override in overrides:
         require("=" in override, "override", override, "must have the form section.field=value")
+        require(is_utf8(override), "override", override, "must be UTF-8")
     try:
-        changes = OmegaConf.from_dotlist(list(overrides))
+        changes = OmegaConf.from_dotlist([as_typed(override, schema) for override in overrides])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"override {list(overrides)}: {' '.join(str(error).split())}") from error
     merged = merge(fields, changes, "override: ")
     with _in_one_line(where):
-        return cast(T, OmegaConf.to_object(merged))
+        return _expand_paths(cast(T, OmegaConf.to_object(merged)))
+
+
+def _expand_paths(config: T, prefix: str = "") -> T:
+    """All fields that are paths, expanded (see `setting`)."""
+    changes: dict[str, Any] = {}
+    for field in dataclass_fields(cast(Any, config)):
+        value, is_path = getattr(config, field.name), field.metadata.get("path", False)
+        if is_dataclass(value):
+            changes[field.name] = _expand_paths(value, f"{prefix}{field.name}.")
+        elif is_path and isinstance(value, str) and "://" not in value:
+            expanded = expand_path(f"{prefix}{field.name}", value)
+            changes[field.name] = value if is_path == "as typed" else expanded
+    changes = {name: value for name, value in changes.items() if value != getattr(config, name)}
+    return replace(cast(Any, config), **changes) if changes else config
+
+
+def as_typed(override: str, schema: type) -> str:
+    """An override in which YAML does not take the text of a text field, such as name=007, for something else.
+
+    Quotes, null and `${...}` keep their meaning.
+    """
+    key, _, text = override.partition("=")
+    kept = text.startswith(('"', "'")) or "${" in text or text.strip().lower() in ("", "~", "null")
+    return override if kept or not is_text_field(key, schema) else f"{key}={_quoted(text)}"
+
+
+def is_text_field(key: str, schema: type) -> bool:
+    """Whether a field holds a text, and no choice."""
+    return _hint(key, schema) in (str, str | None)
+
+
+def is_optional(key: str, schema: type) -> bool:
+    """Whether a field may be null."""
+    return type(None) in get_args(_hint(key, schema))
+
+
+def _hint(key: str, schema: type) -> Any:
+    """The type of a field; None: there is none of that name."""
+    *sections, name = key.split(".")
+    for section in sections:
+        hint = type_hints(schema).get(section)
+        found = [option for option in (hint, *get_args(hint)) if is_dataclass(option)]
+        if not found:
+            return None
+        schema = cast(type, found[0])
+    return type_hints(schema).get(name)
 
 
 @contextmanager
@@ -185,11 +237,23 @@ def _check_section(name: str, fields: Any, section: type, schema: type, where: s
             continue
         for option in filter(is_dataclass, options):
             _check_section(full, value, cast(type, option), schema, where)
+        check_text(f"{where}{full}", value, hint in (str, str | None) or (get_origin(hint) is tuple and options[1] is str))
         if get_origin(hint) is dict:
             require(isinstance(value, Mapping), f"{where}{full}", value, "must be a mapping of fields to values")
         elif get_origin(hint) is tuple:
             legal = isinstance(value, list) or str(value).startswith("${")  # of another field, not resolved yet
             require(legal, f"{where}{full}", value, f"must be a list of {entries[key] or _ENTRIES[options[1]]}")
+
+
+def check_text(name: str, value: Any, is_text: bool = True) -> None:
+    """Refuse a number or a boolean, or a list with one, as the value of a text field: 007 and yes would arrive as 7 and True.
+
+    Raises:
+        ConfigError: the message says how to write it.
+    """
+    for entry in value if is_text and isinstance(value, list) else [value]:
+        legal = not (is_text and isinstance(entry, (bool, int, float)))
+        require(legal, name, entry, "must be a text, and YAML reads another value: put it in quotes")
 
 
 def nearest(key: str, keys: Sequence[str]) -> str:
@@ -209,7 +273,7 @@ def all_keys(schema: type, prefix: str = "") -> Iterator[str]:
 def as_text(value: Any) -> str:
     """A value as written on the command line; `read_value` reads it back."""
     if isinstance(value, str):
-        return value if _reads_back(value) else json.dumps(value)
+        return value if _reads_back(value) else _quoted(value)
     return repr(value) if isinstance(value, float) else json.dumps(value, separators=(",", ": "))
 
 
@@ -226,6 +290,17 @@ def read_value(text: str) -> Any:
         yaml.YAMLError, OmegaConfBaseException: it is not a value.
     """
     return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload, index]
+
+
+def _quoted(text: str) -> str:
+    """A text as YAML reads it back, with escapes for what it takes for the end of a line."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in quoted)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether all letters of a word from the command line could be read in the environment's encoding."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 @cache

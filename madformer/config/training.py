@@ -65,6 +65,8 @@ class TrainerConfig:
     """Kind of device; auto: CUDA if there is a GPU, else the CPU."""
     devices: int | None = setting(None, new_run=False)
     """Devices on each node; null: all of them (on the CPU: one process)."""
+    threads: int | None = setting(None, new_run=False)
+    """CPU threads of each process that computes on the CPU; null: one for each core. A tiny model is fastest with 1."""
     num_nodes: int = setting(1, new_run=False)
     """Number of machines."""
     strategy: Literal["auto", "ddp", "fsdp"] = setting("auto", new_run=False)
@@ -86,8 +88,9 @@ class TrainerConfig:
         require_types("trainer", self)
         positive = ("max_steps", "num_nodes", "checkpoint_every", "keep_checkpoints", "log_every")
         require_at_least(1, "trainer", self, *positive)
-        if self.devices is not None:
-            require_at_least(1, "trainer", self, "devices")
+        for name in ("devices", "threads"):
+            if getattr(self, name) is not None:
+                require_at_least(1, "trainer", self, name)
         legal = all(step >= 1 for step in self.checkpoint_steps)
         require(legal, "trainer.checkpoint_steps", list(self.checkpoint_steps), "must be integers of at least 1")
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Sequence
 from dataclasses import MISSING, field, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from unicodedata import category
 
 from madformer.errors import ConfigError
 
 T = TypeVar("T")
 
 
-def setting(default: T, *, new_run: bool | Literal["presence"] = True, neutral: object = MISSING) -> T:
+def setting(
+    default: T,
+    *,
+    new_run: bool | Literal["presence"] = True,
+    neutral: object = MISSING,
+    path: bool | Literal["as typed"] = False,
+) -> T:
     """A dataclass field whose metadata say how it counts in a run's hash. A field with a plain default always counts.
 
     Args:
@@ -20,8 +28,10 @@ def setting(default: T, *, new_run: bool | Literal["presence"] = True, neutral: 
         new_run: whether another value makes a new run. False: the field does not change the trained weights. "presence": it
             matters only whether there is a value.
         neutral: a value that is left out of the hash. Give one to a field that you add: existing runs then keep their hashes.
+        path: whether `expand_path` applies when it is loaded. "as typed": it applies when the path is opened; the hash has it
+            as it was typed.
     """
-    return field(default=default, metadata={"new_run": new_run, "neutral": neutral})
+    return field(default=default, metadata={"new_run": new_run, "neutral": neutral, "path": path})
 
 
 def require(legal: bool, name: str, value: object, remedy: str) -> None:
@@ -68,5 +78,17 @@ def is_integer(value: object) -> bool:
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether it can be the name of one folder."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\\n\0")
+    """Whether it can be the name of one folder, in any terminal and YAML file: no control characters, at most 255 bytes."""
+    legal = name not in ("", ".", "..") and not set(name) & set("/\\")
+    return legal and not any(category(letter) in ("Cc", "Cs") for letter in name) and len(name.encode()) <= 255
+
+
+def expand_path(name: str, path: str) -> str:
+    """A path with the user's home folder in place of `~`, and variables of the environment in place of `$NAME`.
+
+    Raises:
+        ConfigError: there is no such home folder.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 - Path drops the ./ of ./~
+    require(not expanded.startswith("~"), name, path, f"there is no such home folder; a folder of that name is ./{path}")
+    return expanded

@@ -21,6 +21,7 @@ from madformer import __version__
 from madformer.config import ExperimentConfig, trained_fields
 from madformer.config.evaluation import parse_interval
 from madformer.config.experiment import has_held_out, names_held_out
+from madformer.config.loading import is_optional
 from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.diffusion.samplers import spaced_timesteps
 from madformer.errors import NonFiniteError
@@ -333,9 +334,10 @@ def _versions() -> dict[str, str]:
 
 
 def _hparams(config: ExperimentConfig) -> dict[str, bool | int | float | str]:
-    """Trained fields in the types that TensorBoard shows; lists as text."""
-    scalars = {name: value for name, value in trained_fields(config).items() if value is not None}
-    return {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in scalars.items()}
+    """All trained fields in the types that TensorBoard shows, the same in all runs: lists, and what may be null, as text."""
+    fields = trained_fields(config, leave_out_neutral=False)
+    plain = {name: not is_optional(name, ExperimentConfig) and isinstance(fields[name], (bool, int, float)) for name in fields}
+    return {name: value if plain[name] else "null" if value is None else str(value) for name, value in fields.items()}
 
 
 def _now() -> str:

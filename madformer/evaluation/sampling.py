@@ -22,7 +22,7 @@ from madformer.evaluation.measurement import Sampling
 from madformer.model import MADFormer
 from madformer.model.embedding import to_image
 from madformer.model.generation import BlockSampler, generate
-from madformer.parallel import find_devices
+from madformer.parallel import cluster_rank, find_devices, limit_threads
 from madformer.randomness import sample_seed
 from madformer.runs.checkpoints import CLASS_PROMPTS, DATA, Weights, load_checkpoint, load_model
 
@@ -102,11 +102,15 @@ def known_classes(config: ExperimentConfig, checkpoint: Path) -> tuple[str, ...]
 def inference_devices(config: ExperimentConfig, count: int | None) -> list[str]:
     """Devices that share sampling; None: all GPUs, or one process. A run that was trained on a GPU needs none here.
 
+    On the CPU, this process gets its threads.
+
     Raises:
         ConfigError: fewer are there.
     """
     accelerator: Literal["cpu", "auto"] = "cpu" if config.trainer.accelerator == "cpu" else "auto"
-    return find_devices(replace(config.trainer, accelerator=accelerator, devices=count))
+    devices = find_devices(replace(config.trainer, accelerator=accelerator, devices=count))
+    limit_threads(config.trainer, devices if cluster_rank() is None else devices[:1])
+    return devices
 
 
 def sampling_precision(config: ExperimentConfig, device: torch.device) -> str:

@@ -18,7 +18,7 @@ from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.diffusion.samplers import spaced_timesteps
 from madformer.errors import ConfigError
-from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_networks
+from madformer.evaluation.feature_networks import FeatureNetwork, build_fitting_networks
 from madformer.evaluation.held_out import explain_errors
 from madformer.evaluation.measurement import AXES, DEFAULTS, Measurement, Sampling, metric_name
 from madformer.evaluation.metrics import frechet_bias
@@ -26,7 +26,7 @@ from madformer.evaluation.record import find_tuning
 from madformer.evaluation.reference import Reference, find_reference
 from madformer.evaluation.request import EvaluationRequest
 from madformer.evaluation.sampling import choose_prompts, sampling_precision, tokenize
-from madformer.runs.checkpoints import DATA, checkpoint_step, load_checkpoint, load_model, weights_sha256
+from madformer.runs.checkpoints import DATA, checkpoint_step, load_checkpoint, load_model, require_own, weights_sha256
 
 FEW = 10
 """Samples for each feature, below which the bias of the Fréchet distance is worth a warning."""
@@ -50,12 +50,12 @@ class Instruments:
         """The run's codec and the feature networks, without references: those are costly, mistakes are cheap.
 
         Raises:
-            ConfigError: a codec or network that cannot be had, or a codec that is not the model's.
+            ConfigError: a codec or network that cannot be had, a codec that is not the model's, or a network of other images.
         """
         data = request.config.data
         codec = build_codec(data.codec, data.codec_dtype, device)
         require_fit(codec, request.config.model)
-        return Instruments(codec, build_feature_networks(request.config.evaluation.feature_networks, device))
+        return Instruments(codec, build_fitting_networks(request.config, codec, device))
 
     def with_references(self, request: EvaluationRequest) -> Instruments:
         """With the networks' references, found or computed.
@@ -160,6 +160,7 @@ def source_sha256(checkpoint: Path) -> str | None:
 
 def _tasks_of(request: EvaluationRequest, path: Path, instruments: Instruments) -> Iterator[Task]:
     config, codec = request.config, instruments.codec
+    require_own(load_checkpoint(path), path, config)
     weights = request.samplings[0].weights
     described = {
         "kind": request.kind,

@@ -116,6 +116,18 @@ def drop_orphans(run: Path, step: int) -> None:
     """
     for path in _training_files(run):
         _copy_steps(path, path, step)
+    # TensorBoard reads files in the order of the seconds in their names: after a clock was set back, the next would come first.
+    paths, now = sorted(_training_files(run)), int(time.time())
+    if any(_file_time(path) > now for path in paths):
+        for number, path in enumerate(paths):
+            rest = path.name.removeprefix(_PREFIX).partition(".")[2]
+            path.rename(path.with_name(f"{_PREFIX}{now - len(paths) + number:010d}.{rest}"))
+
+
+def _file_time(path: Path) -> int:
+    """Seconds since 1970 in an event file's name."""
+    digits = path.name.removeprefix(_PREFIX).partition(".")[0]
+    return int(digits) if digits.isdigit() else 0
 
 
 def copy_events(run: Path, branch: Path, step: int) -> None:
@@ -227,7 +239,8 @@ def _diagnostic_events(entry: Point | None) -> Iterator[Event]:
 def _hparam_events(curves: Sequence[RunCurve], hparams: Mapping[str, Scalar], depth: int | None) -> Iterator[Event]:
     """The run's row in the table of hyperparameters: `hparams`, and the main curve's Fréchet distances at its two ends.
 
-    The table would be unreadable with all metrics at all budgets; runs are ranked by the Fréchet distances.
+    The table would be unreadable with all metrics at all budgets; runs are ranked by the Fréchet distances. TensorBoard takes
+    the columns of one run for all: runs of the same budgets share those of NFE, runs of the same steps the others.
     """
     if not curves:
         return
@@ -235,9 +248,10 @@ def _hparam_events(curves: Sequence[RunCurve], hparams: Mapping[str, Scalar], de
     points = _means(main)
     first, last = points[0], points[-1]
     distances = [metric for metric in main.metrics if metric_key(metric) == "fd"] or main.metrics[:1]
-    metrics = {f"{metric}_at_nfe_{point['nfe']}": (metric, point) for metric in distances for point in (first, last)}
+    ends = [(name.format(**point), point) for name in ("nfe_{nfe}", "{steps}_steps") for point in (first, last)]
+    metrics = {f"{metric}_at_{end}": (metric, point) for metric in distances for end, point in ends}
     for tag, (metric, point) in metrics.items():
-        description = f"{metric} at NFE {point['nfe']}; step: training step"
+        description = f"{metric} at NFE {point['nfe']}, {point['steps']} steps; step: training step"
         yield _scalar(point, tag, point["metrics"][metric], point["step"], description)
     infos = [{"name": name, "type": _HPARAM_TYPES[type(value)][0]} for name, value in hparams.items()]
     values = {name: Value(**{_HPARAM_TYPES[type(value)][1]: value}) for name, value in hparams.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from madformer.config import ExperimentConfig, load_run, trained_fields
+from madformer.config.identity import named_folder
 from madformer.errors import InputError
 from madformer.evaluation.measurement import DEPTH, Measurement, Point, Sampling
 from madformer.evaluation.record import (
@@ -71,14 +72,14 @@ def curves_of_runs(runs: Sequence[Path]) -> list[Curve]:
     members: dict[tuple[Path, str], list[tuple[Path, int]]] = {}
     for run in runs:
         config = load_run(run)
-        members.setdefault(_design(run.resolve(), config), []).append((run, config.seed))
+        members.setdefault(_design(_named(run), config), []).append((run, config.seed))
     designs = Counter(path for path, _ in members)
     named: list[tuple[Path, list[tuple[Path, int]]]] = []
     for (path, _), seeds in members.items():
-        members_of = {run.resolve() for run, _ in seeds}
-        taken = designs[path] > 1 or path in {run.resolve() for run in runs} - members_of
+        members_of = {_named(run) for run, _ in seeds}
+        taken = designs[path] > 1 or path in {_named(run) for run in runs} - members_of
         together = len({seed for _, seed in seeds}) == len(seeds) > 1 and not taken
-        named += [(path, seeds)] if together else [(run.resolve(), [(run, seed)]) for run, seed in seeds]
+        named += [(path, seeds)] if together else [(_named(run), [(run, seed)]) for run, seed in seeds]
     labels = _shortest([path for path, _ in named])
     return [Curve(label, run, {}, seed) for label, (_, seeds) in zip(labels, named, strict=True) for run, seed in seeds]
 
@@ -122,6 +123,10 @@ def _is_measured(cell: Cell, budgets: frozenset[int]) -> bool:
     """Whether there is a point of the sweep's budgets, samples and feature networks, however it was sampled."""
     expected, points = cell_measurement(cell, cell.samplings[0]), map(Measurement.of_point, read_points(cell.run))
     return any(point.sampling.nfe in budgets and replace(expected, sampling=point.sampling).matches(point) for point in points)
+
+
+def _named(run: Path) -> Path:
+    return named_folder(run).absolute()
 
 
 def _design(run: Path, config: ExperimentConfig) -> tuple[Path, str]:

@@ -6,6 +6,7 @@ import base64
 import html
 import itertools
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -28,10 +29,13 @@ from madformer.report.points import Curve, Row, common_columns, curves_of_runs, 
 from madformer.report.statistics import Estimate
 from madformer.report.tables import Report, build_report
 from madformer.runs.checkpoints import checkpoint_path
-from madformer.runs.files import atomic_write
+from madformer.runs.files import atomic_write, to_json
+from madformer.runs.folder import is_run
 from madformer.sweep.adaptive import assess
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.spec import Sweep
+
+_log = logging.getLogger(__name__)
 
 _TYPES = {"svg": "image/svg+xml", "png": "image/png"}
 
@@ -243,7 +247,7 @@ def write_report(report: Report, folder: Path, stem: str, against: Sequence[str]
     markdown = report.markdown(links)
     shown = {link: drawn[link] for link in links}
     texts = {f"{stem}.md": markdown, f"{stem}.html": page(report.title, markdown, shown), f"{stem}.csv": report.csv()}
-    texts[f"{stem}.json"] = json.dumps(document(report), indent=1, ensure_ascii=False) + "\n"
+    texts[f"{stem}.json"] = to_json(document(report), indent=1, ensure_ascii=False) + "\n"
     for ending, records in (("contrasts", _contrast_records(verdict)), ("best", _choice_records(verdict.choices))):
         if records:
             texts[f"{stem}-{ending}.csv"] = _csv_of(records)
@@ -322,7 +326,33 @@ def curves_of(sources: Sequence[str | Path]) -> tuple[list[Curve], str, Path, Sw
     if first.suffix in (".yaml", ".yml"):
         sweep = load_sweep(first, list(map(str, sources[1:])))
         return curves_of_sweep(sweep), sweep.name, sweep.folder, sweep
-    return curves_of_runs(list(map(Path, sources))), "Runs side by side", Path("report"), None
+    runs = list(map(Path, sources))
+    if others := [str(run) for run in runs if not is_run(run)]:
+        runs = [run for run in runs if is_run(run)] or runs
+        if len(runs) < len(sources):
+            _log.warning("%s: no runs, left out", ", ".join(others))
+    return curves_of_runs(runs), "Runs side by side", Path("report"), None
+
+
+def _require_own_place(report: Report, folder: Path) -> None:
+    """Refuse to write over the report of another sweep of the same name: one without a common run, or along other axes.
+
+    Raises:
+        InputError: there is one.
+    """
+    path = folder / "report.json"
+    try:
+        former = json.loads(path.read_text(encoding="utf-8"))["designs"]
+        runs, axes = (set(itertools.chain.from_iterable(design[key] for design in former)) for key in ("runs", "axes"))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return
+    own = {axis for group in report.groups for axis in group.axes}
+    is_same = any(str(run) in runs for group in report.groups for run in group.runs) and (own <= axes or axes <= own)
+    if not is_same:
+        remedy = "give this one another name, or name a folder with --out"
+        raise InputError(
+            f"{path} is the report of another sweep of this name ({', '.join(sorted(axes)) or 'no axes'}): {remedy}"
+        )
 
 
 def report_on(
@@ -354,10 +384,12 @@ def report_on(
     if sweep is not None and sweep.decide is not None and sweep.decide.metric != DISTANCE:
         metric = metric or sweep.decide.metric
     report = build_report(curves, title, metric, reference, decided)
+    if sweep is not None and out is None:
+        _require_own_place(report, folder)
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         paths = write_report(report, out or folder, "report", panels, samples)
     if as_json:
-        print(json.dumps(document(report), indent=1, ensure_ascii=False))
+        print(to_json(document(report), indent=1, ensure_ascii=False))
         return
     print(report.markdown())
     print("\n".join(map(str, paths)))

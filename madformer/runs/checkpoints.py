@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from madformer.config import ExperimentConfig, load_run, read_config_hash
-from madformer.config.identity import branch_limit, require_same_trunk
+from madformer.config.identity import branch_limit, read_branch_step, require_same_trunk, run_hash
 from madformer.errors import InputError
 from madformer.runs.files import atomic_write
 
@@ -36,6 +36,9 @@ EMA = "ema"
 
 TRAINED_BY = "trained_by"
 """Key of the name of the LightningModule. The loss of a custom one is in no configuration."""
+
+CONFIG_HASH = "config_hash"
+"""Key of the hash of the configuration that made a checkpoint."""
 
 DATA = "LatentDataModule"
 """Key of the data module's state. Lightning takes the name of the class."""
@@ -181,6 +184,19 @@ def load_weights(path: Path, weights: Weights = "ema") -> dict[str, Tensor]:
     if weights == "ema":
         return dict(checkpoint[EMA])
     return {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in checkpoint["state_dict"].items()}
+
+
+def require_own(checkpoint: Mapping[str, Any], path: Path, config: ExperimentConfig) -> None:
+    """Refuse a checkpoint that another configuration has made than that of its run, or the trunk of its run.
+
+    Raises:
+        InputError: with both hashes.
+    """
+    made_by, own = checkpoint.get(CONFIG_HASH), run_hash(config)
+    if made_by in (None, own) or checkpoint_step(path) == read_branch_step(config.run_dir) > 0:
+        return
+    remedy = "put its own config.yaml back, give another name, or delete checkpoints/"
+    raise InputError(f"{path}: made by another configuration (config hash {made_by}, this one has {own}): {remedy}")
 
 
 def load_model(path: Path, config: ExperimentConfig, weights: Weights = "ema") -> MADFormer:

@@ -32,13 +32,14 @@ from madformer.config import (
     write_config,
 )
 from madformer.config.data import DIGITS, PIXELS
-from madformer.config.identity import to_yaml
+from madformer.config.identity import named_folder, require_no_move, to_yaml
 from madformer.config.loading import build, read_value
 from madformer.errors import ConfigError, InputError
 from madformer.lookup import find_file
 from madformer.model import MADFormer, cost
 from madformer.model.official import released_config, rename_ours, rename_released
 from madformer.runs.checkpoints import (
+    CONFIG_HASH,
     EMA,
     MODEL_PREFIX,
     Weights,
@@ -109,7 +110,7 @@ def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) 
         "state_dict": {MODEL_PREFIX + name: tensor for name, tensor in state.items()},
         EMA: state,
         "global_step": 0,
-        "config_hash": config_hash(config),
+        CONFIG_HASH: config_hash(config),
     }
     save_checkpoint(checkpoint, checkpoint_path(run, 0))
     write_config(config, run, imported={"source": str(source), "sha256": sha256, "weights": weights})
@@ -238,7 +239,8 @@ def _adopt(config: ExperimentConfig, run: Path, overrides: Sequence[str]) -> Exp
         data = replace(config.data, source=DIGITS, codec=PIXELS)
         evaluation = replace(config.evaluation, feature_networks=("digits",))
         config = replace(config, data=data, evaluation=evaluation)
-    config = replace(config, name=run.resolve().name, output_dir=str(run.parent))
+    require_no_move(overrides)
+    config = replace(config, name=named_folder(run).name, output_dir=str(named_folder(run).parent))
     return build(ExperimentConfig, OmegaConf.structured(config), overrides, f"{run}: ")
 
 

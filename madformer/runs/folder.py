@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from madformer.config import ExperimentConfig, require_same_run
 from madformer.config.identity import config_path
 from madformer.errors import InputError
-from madformer.runs.files import append_line, atomic_write, write_text
+from madformer.runs.files import append_line, atomic_write, to_json, write_text
 
 Purpose = Literal["train", "evaluate", "tune", "encode", "sample"]
 """The command that claims a folder."""
@@ -35,7 +35,7 @@ def progress_path(run: Path) -> Path:
 
 def append_preview(run: Path, step: int, metrics: Mapping[str, float]) -> None:
     """Add the metrics of a preview, the main one first."""
-    append_line(_previews_path(run), json.dumps({"step": step, "metrics": dict(metrics)}))
+    append_line(_previews_path(run), to_json({"step": step, "metrics": dict(metrics)}))
 
 
 def read_previews(run: Path) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ def copy_traces(run: Path, branch: Path, step: int) -> None:
 
 def _copy_previews(source: Path, target: Path, step: int) -> None:
     if previews := read_previews(source):
-        kept = (json.dumps(preview) + "\n" for preview in previews if preview["step"] <= step)
+        kept = (to_json(preview) + "\n" for preview in previews if preview["step"] <= step)
         write_text(_previews_path(target), "".join(kept))
 
 

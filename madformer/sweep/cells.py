@@ -148,7 +148,7 @@ class CellMaker:
         labels = (str(value) if key == VARIANT else label(key, value) for key, value in axes.items())
         name = "-".join([*labels, f"s{seed}"])
         values = {**sweep.overrides, **changes, "seed": seed, "name": name, "output_dir": str(sweep.folder)}
-        values |= {"trainer.devices": sweep.devices_per_trial}
+        values |= {"trainer.devices": sweep.devices_per_trial, "trainer.threads": sweep.threads}
         if sweep.launcher == "slurm":
             values |= {"trainer.num_nodes": sweep.slurm.nodes_per_trial}
         try:

@@ -13,13 +13,26 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from madformer.config import ExperimentConfig, load_experiment
-from madformer.config.loading import all_keys, build, check_keys, defaults, merge, read_value, read_yaml, resolve
+from madformer.config.loading import (
+    BASE,
+    all_keys,
+    as_typed,
+    build,
+    check_keys,
+    defaults,
+    is_utf8,
+    merge,
+    read_value,
+    read_yaml,
+    resolve,
+)
 from madformer.config.validation import require
 from madformer.errors import ConfigError
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.spec import Sweep, require_known
 
 _KEYS = [field.name for field in dataclass_fields(Sweep)]
+_SECTIONS_OF_EXPERIMENTS = {field.name for field in dataclass_fields(ExperimentConfig)} - {*_KEYS}
 _SECTIONS = ("overrides", "grid", "zip", "variants", "evaluate", "search", "decide", "slurm")
 _NESTED = (("search", "space"), ("decide", "seeds"), ("decide", "contrasts"))
 """Keys whose fields can be set one by one."""
@@ -42,6 +55,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     content = read_yaml(path, "sweep", ", ".join(_KEYS))
     try:
         fields = resolve(content)
+        if "experiment" not in fields and (sections := fields.keys() & {BASE, *_SECTIONS_OF_EXPERIMENTS}):
+            raise ConfigError(f"an experiment ({min(sections)}: ...), no sweep; madformer train {path}")
         for key, value in fields.items():
             require(key in _KEYS or key not in all_keys(ExperimentConfig), key, value, "belongs under overrides")
         for override in overrides:
@@ -64,7 +79,9 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
 def _apply(fields: dict[str, Any], override: str) -> None:
     """Set one key from the command line: the sweep's own, or else a field of the experiment for every cell."""
     require("=" in override, "override", override, "must have the form key=value")
-    key, text = override.split("=", 1)
+    require(is_utf8(override), "override", override, "must be UTF-8")
+    head = override.split("=", 1)[0].partition(".")[0]
+    key, text = as_typed(override, Sweep if head in _KEYS else ExperimentConfig).split("=", 1)
     head, _, rest = key.partition(".")
     try:
         value = read_value(text)

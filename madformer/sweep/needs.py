@@ -18,6 +18,7 @@ from madformer.config import read_config_hash, require_same_run
 from madformer.config.evaluation import SHIPPED_NETWORKS
 from madformer.config.experiment import has_held_out
 from madformer.config.identity import read_branch_step
+from madformer.config.validation import expand_path
 from madformer.errors import InputError
 from madformer.evaluation.measurement import INCEPTION, Measurement, Sampling
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints, newest_intact, regular_checkpoints
@@ -81,6 +82,8 @@ def _run_needs(cell: Cell) -> Needs:
     if not is_trained(cell):
         first = _first_step(cell)
         return Needs(True, cell.budgets, cell.point_count, waits=first is None, beginning=_beginning(cell, first))
+    if not _has_last_checkpoint(cell):  # it was deleted to save space
+        return Needs(False, (), 0)
     points = cell_points(cell)
     missing = Counter(sampling.nfe for step, sampling in _requested(cell) if (step, sampling) not in points)
     return Needs(False, tuple(budget for budget in cell.budgets if missing[budget]), missing.total())
@@ -203,7 +206,7 @@ def tuned_points(cell: Cell, default: Sampling) -> list[dict[str, Any]] | None:
 
 
 def is_trained(cell: Cell) -> bool:
-    """Whether its last checkpoint is there.
+    """Whether its last checkpoint is there, or has served: all points that are asked of it are recorded.
 
     Raises:
         InputError: its folder holds a run of another experiment.
@@ -213,6 +216,10 @@ def is_trained(cell: Cell) -> bool:
         return False
     if before != cell.config_hash:  # a run of an older version may lack a field and have the same weights
         require_same_run(cell.config)
+    return _has_last_checkpoint(cell) or len(cell_points(cell)) == cell.point_count
+
+
+def _has_last_checkpoint(cell: Cell) -> bool:
     return checkpoint_path(cell.run, cell.max_steps).is_file()
 
 
@@ -220,9 +227,12 @@ def cell_points(cell: Cell) -> dict[tuple[int, Sampling], dict[str, Any]]:
     """The evaluations of a trained cell that its sweep requests: checkpoint's step and sampling -> the newest point."""
     from madformer.evaluation.record import read_points
 
+    points, found = read_points(cell.run), {}
+    if not points:
+        return {}
     measurements = {sampling: cell_measurement(cell, sampling) for sampling in cell.samplings}
-    requested, found = set(_requested(cell)), {}
-    for point in read_points(cell.run):
+    requested = set(_requested(cell))
+    for point in points:
         measured = Measurement.of_point(point)
         key = point["step"], measured.sampling
         if key in requested and point.get("config_hash") == cell.config_hash and measurements[key[1]].matches(measured):
@@ -273,10 +283,19 @@ def cell_progress(cell: Cell) -> list[int]:
 
 
 def _requested(cell: Cell) -> list[tuple[int, Sampling]]:
-    """All points that a trained cell is to have, by its checkpoint's step and the sampling."""
+    """All points that a trained cell is to have, by its checkpoint's step and the sampling.
+
+    If its checkpoints were deleted, those of its last ones that were evaluated.
+    """
+    from madformer.evaluation.record import read_points
+
     steps = [cell.max_steps]
     if cell.inference.checkpoints != "newest":
-        steps = [checkpoint_step(path) for path in regular_checkpoints(cell.config)[-cell.inference.last :]]
+        steps = [checkpoint_step(path) for path in regular_checkpoints(cell.config)]
+        if not _has_last_checkpoint(cell):
+            evaluated = {point["step"] for point in read_points(cell.run) if point.get("config_hash") == cell.config_hash}
+            steps = sorted(evaluated) if cell.max_steps in evaluated else []
+        steps = steps[-cell.inference.last :]
     return [(step, sampling) for sampling in cell.samplings for step in steps]
 
 
@@ -290,7 +309,7 @@ def network_sha256(name: str) -> str | None:
     kind, _, location = name.partition(":")
     published = kind in (INCEPTION, "torchscript", "hf")
     file = location if published else _source_file(name.rpartition(":")[0])
-    if not file or not (path := Path(file).expanduser()).exists():
+    if not file or not (path := Path(expand_path("evaluation.feature_networks", file))).exists():
         return None
     state = path.stat()
     return _built_sha256(name, (state.st_mtime_ns, state.st_size))

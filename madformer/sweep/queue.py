@@ -73,6 +73,8 @@ class CellStatus:
     """Of a failure."""
     failed_attempts: int = 0
     """How often in a row its trials died without progress."""
+    started: float = 0.0
+    """When a running trial has begun, in seconds since 1970."""
 
 
 class Queue:
@@ -292,7 +294,8 @@ def cell_status(trial: FrozenTrial, retries: int, cell: Cell) -> CellStatus:
     if trial.state == TrialState.RUNNING and JOB not in attributes and (OWNER not in attributes or is_dead(attributes[OWNER])):
         return waiting  # its driver has died
     if trial.state != TrialState.FAIL:
-        return CellStatus(_STATE_NAMES[trial.state], failed_attempts=failed_attempts)
+        started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+        return CellStatus(_STATE_NAMES[trial.state], failed_attempts=failed_attempts, started=started)
     kind, reason = attributes.get(KIND, "driver died"), attributes.get(REASON, "")
     if kind == "interrupted" or (KIND not in attributes and JOB in attributes):  # its job goes on without a driver
         return waiting

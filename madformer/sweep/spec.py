@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 
 from madformer.config import ExperimentConfig, load_experiment
 from madformer.config.evaluation import TRIES, SamplerName
-from madformer.config.loading import all_keys, as_text, nearest, require_distinct
-from madformer.config.validation import is_folder_name, is_integer, require
+from madformer.config.loading import all_keys, as_text, check_text, is_text_field, nearest, require_distinct
+from madformer.config.validation import is_folder_name, is_integer, require, setting
 from madformer.errors import ConfigError
 from madformer.evaluation.measurement import AXES, DISTANCE, METRICS, metric_key
 from madformer.sweep.decisions import DEPTH_AXIS, Decide
@@ -30,6 +30,7 @@ SET_BY_SWEEP = {
     "output_dir": "set output_dir of the sweep",
     "evaluation.nfe": "set evaluate.nfe",
     "trainer.devices": "set devices_per_trial",
+    "trainer.threads": "set threads",
     "trainer.num_nodes": "set slurm.nodes_per_trial",
 }
 """Fields of an experiment that the sweep sets itself -> what to do instead."""
@@ -174,7 +175,7 @@ class Sweep:
 
     name: str = ""
     """Name of the sweep. Its runs are in the folder output_dir/name. Default: the file's name."""
-    experiment: str = ""
+    experiment: str = setting("", path=True)
     """The experiment's YAML file, relative to the working directory."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Field -> value, for every cell."""
@@ -211,7 +212,7 @@ class Sweep:
     """Trials at once on this machine; null: `trials_per_device` for each group of GPUs, or as many as the cores allow."""
     threads: int = 1
     """CPU threads of each process on the CPU. The number is fixed, so results do not depend on the machine."""
-    output_dir: str | None = None
+    output_dir: str | None = setting(None, path=True)
     """Folder of sweeps; null: the experiment's."""
 
     def __post_init__(self) -> None:
@@ -257,6 +258,7 @@ class Sweep:
                 remedy = "inference never makes a new cell: set it in overrides, or under evaluate"
                 legal = where == "overrides" or not key.startswith("evaluation")
                 require(legal, f"{where}.{key}", value, remedy)
+                check_text(f"{where}.{key}", value, is_text_field(key, ExperimentConfig))
 
     def _check_axes(self) -> None:
         for where, axes in (("grid", self.grid), ("zip", self.zip)):

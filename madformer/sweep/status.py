@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from madformer.errors import InputError
 from madformer.evaluation.measurement import DEPTH
 from madformer.progress import TextTable, format_duration, print_table, read_progress
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
+from madformer.runs.files import to_json
 from madformer.runs.folder import progress_path, read_previews
 from madformer.sweep.adaptive import assess, wanted_cells
 from madformer.sweep.cells import Cell
@@ -67,11 +67,19 @@ class Row:
     """Of a failure."""
     reason: str = ""
     """Of a failure."""
+    started: float = 0.0
+    """When a running cell's trial has begun, in seconds since 1970."""
+
+    @property
+    def progress(self) -> dict[str, dict[str, Any]]:
+        """What a running cell's trial has written to the progress file; entries of former trials are left out."""
+        entries = read_progress(progress_path(self.cell.run)) if self.state == "running" else {}
+        return {label: entry for label, entry in entries.items() if entry["time"] >= self.started}
 
     @property
     def step(self) -> int:
         """Training steps that are done."""
-        entry = read_progress(progress_path(self.cell.run)).get("step") if self.state == "running" else None
+        entry = self.progress.get("step")
         checkpoints = list_checkpoints(self.cell.run)
         return int(entry["done"]) if entry else checkpoint_step(checkpoints[-1]) if checkpoints else 0
 
@@ -156,7 +164,7 @@ class Watcher:
                 rows.append(Row(cell, need, "done" if need.is_done else "waiting"))
             else:
                 state = "waiting" if status.state == "complete" else status.state
-                rows.append(Row(cell, need, state, status.kind, status.reason))
+                rows.append(Row(cell, need, state, status.kind, status.reason, status.started))
         return rows
 
     def _trials(self) -> list[FrozenTrial]:
@@ -216,14 +224,14 @@ def _totals(overview: Overview) -> str:
 
 def _rate(row: Row) -> str:
     """The rate of a running cell."""
-    entries = read_progress(progress_path(row.cell.run)) if row.state == "running" else {}
+    entries = row.progress
+    silence = time.time() - max([row.started, *(float(entry["time"]) for entry in entries.values())])
+    if row.started and silence > _SILENT_SECONDS:
+        return f"silent for {format_duration(silence)}"
     if not entries:
         return ""
     label = max(entries, key=lambda name: float(entries[name]["time"]))
     entry: Mapping[str, float] = entries[label]
-    silence = time.time() - entry["time"]
-    if silence > _SILENT_SECONDS:
-        return f"silent for {format_duration(silence)}"
     return f"{entry['per_second']:.3g} {'steps' if label == 'step' else 'images'}/s"
 
 
@@ -357,7 +365,7 @@ def print_json(sweep: Sweep, tflops: float | None = None, mfu: float | None = No
         "notes": overview.notes,
     }
     document |= {} if sweep.decide is None else {"contrasts": assess(sweep).records}
-    print(json.dumps({**document, "cells": cells}, indent=1))
+    print(to_json({**document, "cells": cells}, indent=1))
 
 
 def _record(row: Row, estimates: Estimates) -> dict[str, Any]:

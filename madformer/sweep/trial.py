@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 from madformer.config import load_run
+from madformer.config.identity import to_yaml
 from madformer.errors import InputError
 from madformer.evaluation.measurement import AXES, DEPTH
 from madformer.runs.checkpoints import newest_intact
+from madformer.runs.files import write_text
 from madformer.runs.folder import is_run
 from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_needs
@@ -60,6 +62,9 @@ _SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 1.0, 15.0
 _BEGIN = re.compile(rb"^\$ ", re.MULTILINE)
 _TUNE = b" -m madformer tune "
 _END = re.compile(rb"^\[exit status (-?\d+) after ", re.MULTILINE)
+
+CELL = "cell.yaml"
+"""File in a run's folder: the configuration that the sweep was loaded with. Its YAML files may change while it runs."""
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 """Variables of the environment that set the CPU threads of a process."""
@@ -119,7 +124,8 @@ def trial_commands(cell: Cell) -> list[list[str]]:
     if needs.training:
         can_branch = cell.trunk and needs.beginning and newest_intact(cell.trunk.run, limit=cell.branch_step)
         branch = ["--branch", str(cell.trunk.run)] if cell.trunk and can_branch else []
-        commands.append([*madformer, "train", cell.experiment, *cell.overrides, *branch])
+        write_text(cell.run / CELL, to_yaml(cell.config))
+        commands.append([*madformer, "train", str(cell.run / CELL), *branch])
     for options in _budget_options(cell, needs.budgets):
         commands.append([*madformer, "evaluate", str(cell.run), *options, *_inference_options(cell), *_overrides(cell)])
     if needs and not commands:
@@ -153,7 +159,7 @@ def _overrides(cell: Cell) -> list[str]:
     words = list[str]()
     if is_run(cell.run):
         stored, config = load_run(cell.run), cell.config
-        trainer = {name: getattr(config.trainer, name) for name in ("devices", "checkpoint_steps")}
+        trainer = {name: getattr(config.trainer, name) for name in ("devices", "threads", "checkpoint_steps")}
         changes = {name: value for name, value in trainer.items() if value != getattr(stored.trainer, name)}
         words += [f"trainer.{name}={json.dumps(value)}" for name, value in changes.items()]
         evaluation = asdict(config.evaluation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from madformer.config import ExperimentConfig
 from madformer.data.image_files import save_png, to_grid
-from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_networks
+from madformer.evaluation.feature_networks import FeatureNetwork, build_fitting_networks, require_fitting_networks
 from madformer.evaluation.measurement import Sampling, metric_name
 from madformer.evaluation.metrics import FrechetDistance
 from madformer.evaluation.reference import find_reference
@@ -124,11 +125,13 @@ class Preview(Callback):
         self._previewed_step = trainer.global_step
         if self.config.evaluation.preview_every:
             self._distances = list(self._find_distances(trainer))
+        else:
+            require_fitting_networks(self.config, trainer.datamodule.codec)  # type: ignore[attr-defined]
 
     def _find_distances(self, trainer: pl.Trainer) -> Iterator[tuple[FeatureNetwork, FrechetDistance]]:
         data, device = trainer.datamodule, trainer.strategy.root_device  # type: ignore[attr-defined]
         size = self.config.model.latent_size * data.codec.downsampling
-        for network in build_feature_networks(self.config.evaluation.feature_networks, device):
+        for network in build_fitting_networks(self.config, data.codec, device):
             reference = find_reference(network, self.config, size, data.source_sha256)
             yield network, FrechetDistance(reference.moments, device)
 
@@ -172,7 +175,7 @@ class Preview(Callback):
             for batch_BCYX in images_BCYX.split(self.config.evaluation.batch_size):
                 distance.update(network(batch_BCYX).features_BD)
             values[metric_name("fd", network.label)] = distance.compute()
-        return values
+        return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def _show(self, trainer: pl.Trainer, step: int, images_BCYX: Tensor, values: dict[str, float]) -> None:
         if values:
@@ -209,8 +212,9 @@ class RunProgress(Callback):
     ) -> None:
         """Show the step."""
         assert self._display is not None
-        loss: Any = pl_module.last_loss
-        self._display.show(trainer.global_step, lambda: f"loss {float(loss):.4f}")
+        # One device's loss is not that of the batch, and to ask the others is to wait for them: the last logged one has to do.
+        loss: Any = pl_module.last_loss if trainer.world_size == 1 else pl_module.mean_loss
+        self._display.show(trainer.global_step, lambda: "" if loss is None else f"loss {float(loss):.4f}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the terminal, also after an error."""

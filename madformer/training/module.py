@@ -23,7 +23,7 @@ from madformer.model.embedding import drop_text, to_blocks
 from madformer.model.layer import DecoderLayer
 from madformer.model.layer_plan import existing_outputs, layer_plans
 from madformer.randomness import keyed_generator
-from madformer.runs.checkpoints import EMA, TRAINED_BY
+from madformer.runs.checkpoints import CONFIG_HASH, EMA, TRAINED_BY
 from madformer.training.ema import MovingAverage
 from madformer.training.logging import Throughput, block_losses, mean_terms
 
@@ -161,6 +161,8 @@ class LitMADFormer(pl.LightningModule):
         self._restored_ema: dict[str, Tensor] | None = None
         self.last_loss: Tensor | None = None
         """The total loss of the newest micro-batch. To read it is to wait for the device."""
+        self.mean_loss: float | None = None
+        """The total loss of the newest logged step, the mean over micro-batches and devices."""
         self._window: list[tuple[Losses, Tensor]] = []
         self._unchecked: list[tuple[int, Tensor, list[dict[str, Tensor]]]] = []
 
@@ -293,7 +295,7 @@ class LitMADFormer(pl.LightningModule):
         self.require_finite()
         checkpoint[EMA] = self.ema.state_dict()
         self._number_by_model(checkpoint["optimizer_states"][0])
-        checkpoint["config_hash"] = config_hash(self.config)
+        checkpoint[CONFIG_HASH] = config_hash(self.config)
         checkpoint[TRAINED_BY] = type(self).__qualname__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -308,6 +310,7 @@ class LitMADFormer(pl.LightningModule):
 
     def _log_step(self, step: int) -> None:
         values = mean_terms(self._window, self.trainer.strategy.reduce)
+        self.mean_loss = values["loss/total"]
         values |= block_losses(self._window, self.config, self.trainer.strategy.reduce)
         if self.config.model.elastic_depths:
             values[f"loss_depth/{draw_depth(self.config, step - 1)}"] = values["loss/image"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,7 +25,7 @@ from madformer.data.datamodule import LatentDataModule
 from madformer.errors import InputError, Interrupted
 from madformer.evaluation.tensorboard import copy_events, drop_orphans
 from madformer.model.memory import check_memory
-from madformer.parallel import find_devices
+from madformer.parallel import find_devices, limit_threads
 from madformer.randomness import BatchShard
 from madformer.runs.checkpoints import (
     DATA,
@@ -35,6 +36,7 @@ from madformer.runs.checkpoints import (
     list_checkpoints,
     load_checkpoint,
     newest_intact,
+    require_own,
 )
 from madformer.runs.files import atomic_write, link_or_copy
 from madformer.runs.folder import claim_folder, copy_traces, drop_previews, is_run
@@ -72,13 +74,13 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
             _begin_branch(config, module_class, branch)
         checkpoint = _newest_checkpoint(config, module_class, begins_as_branch)
         step = checkpoint_step(checkpoint) if checkpoint else 0
+        if _rank() == 0 and (checkpoint is None or not is_run(run)):
+            write_config(config, run)
         if checkpoint and step >= config.trainer.max_steps:
             data.load_state_dict(load_checkpoint(checkpoint)[DATA])  # these images, or others in their place
             _print(f"{run}: trained already, {config.trainer.max_steps} steps")
             return run
         if _rank() == 0:
-            if checkpoint is None or not is_run(run):
-                write_config(config, run)
             drop_orphans(run, step)
             drop_previews(run, step)
         goal = f"{config.trainer.max_steps} steps (config hash {run_hash(config)})"
@@ -120,7 +122,8 @@ def _newest_checkpoint(
     """The checkpoint to resume from. The first process's choice goes for all (`AtomicCheckpointIO`); it looks at checksums.
 
     Raises:
-        InputError: all checkpoints are torn, or the newest one holds imported weights, or another class has trained it.
+        InputError: all checkpoints are torn, or the newest one holds imported weights, or another class or configuration has
+            trained it.
     """
     run, first = config.run_dir, _rank() == 0
     if begins_as_branch and not first:
@@ -131,7 +134,8 @@ def _newest_checkpoint(
     if path is None and (checkpoints := list_checkpoints(run)):
         raise InputError(f"{run}: none of its {len(checkpoints)} checkpoints is intact; delete them to start anew")
     if path is not None:
-        _require_trainable(load_checkpoint(path), run, module_class)
+        _require_trainable(checkpoint := load_checkpoint(path), run, module_class)
+        require_own(checkpoint, path, config)
     return path
 
 
@@ -190,6 +194,7 @@ def build_trainer(config: ExperimentConfig) -> tuple[pl.Trainer, RunCheckpoints]
     """
     settings = config.trainer
     devices = find_devices(settings)
+    limit_threads(settings, devices[:1])  # Lightning starts a process for each device
     BatchShard.of(config.data.batch_size, config.data.batch_size_per_device, 0, len(devices) * settings.num_nodes)
     if devices[0] != "cpu":
         card = min(map(torch.cuda.get_device_properties, devices), key=lambda properties: properties.total_memory)
@@ -237,6 +242,15 @@ def _slurm() -> list[SLURMEnvironment]:
 
 class RunLogger(TensorBoardLogger):
     """Event files in the run's folder, without Lightning's hparams.yaml."""
+
+    @property
+    def log_dir(self) -> str:
+        """The run's folder as it is named; Lightning takes `~` and `$` in it for more than letters."""
+        return str(self._root_dir)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log what is a number: TensorBoard draws NaN and infinity as if they were some."""
+        super().log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step)
 
     def save(self) -> None:
         """Write the log to the disk."""

@@ -1,6 +1,7 @@
 """Curves in TensorBoard: read back as TensorBoard reads them, and asked of a real server."""
 
 import re
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -11,13 +12,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from torch.utils.tensorboard import RecordWriter, SummaryWriter
 
+from madformer.evaluation.evaluate import _hparams
 from madformer.evaluation.record import record_path
 from madformer.evaluation.tensorboard import drop_orphans, write_curves
 from tests.board import tensorboard, until
 from tests.conftest import ROOT
 from tests.data.test_datamodule import TEXT
 from tests.points import DENOISING, INCEPTION, at, diagnostics, mean, point, recorded, tuned
-from tests.tiny_runs import command, perform, train_command
+from tests.tiny_runs import command, perform, tiny_run, train_command
 
 HPARAMS = {"model.diffusion_depth": 2, "optimizer.lr": 3e-4, "model.rope": "axial", "model.use_condition": True}
 
@@ -51,6 +53,8 @@ def test_tags_steps_and_values_are_exact(tmp_path):
         "fd_digits_vs_seconds": [(4000, 72.25), (5000, 40.0), (32000, 20.5)],
         "fd_digits_at_nfe_16": [(1000, 72.25)],
         "fd_digits_at_nfe_128": [(1000, 20.5)],
+        "fd_digits_at_2_steps": [(1000, 72.25)],
+        "fd_digits_at_16_steps": [(1000, 20.5)],
     }
 
 
@@ -141,9 +145,35 @@ def test_the_table_of_hyperparameters_has_the_frechet_distances_alone(tmp_path):
     write_curves(
         recorded(tmp_path / "many", point(16, 0, metrics={"kid": 1.0, "fid": 2.0, "recall": 3.0, "fd_dinov2": 4.0})), {}
     )
-    assert {tag for tag in read(tmp_path / "many") if "_at_" in tag} == {"fid_at_nfe_16", "fd_dinov2_at_nfe_16"}
+    ends = {"nfe_16", "2_steps"}
+    names = {f"{metric}_at_{end}" for metric in ("fid", "fd_dinov2") for end in ends}
+    assert {tag for tag in read(tmp_path / "many") if "_at_" in tag} == names
     write_curves(recorded(tmp_path / "none", point(16, 0, metrics={"kid": 1.0, "recall": 3.0})), {})
-    assert {tag for tag in read(tmp_path / "none") if "_at_" in tag} == {"kid_at_nfe_16"}
+    assert {tag for tag in read(tmp_path / "none") if "_at_" in tag} == {f"kid_at_{end}" for end in ends}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["optimizer.warmup_steps=null", "optimizer.warmup_steps=3"],
+        ["model.timestep_embedding=raw", "model.timestep_embedding=sinusoidal"],
+        ["data.subset=null", "data.subset=some"],
+        ["model.num_kv_heads=null", "model.num_kv_heads=1", "model.num_kv_heads=2"],
+    ],
+)
+def test_rows_of_a_sweep_by_steps_share_their_columns(values, tmp_path):
+    """TensorBoard takes the columns of the first run for all, and one type for each."""
+    columns, kinds = [], []
+    for number, value in enumerate(values):
+        hparams = _hparams(tiny_run(tmp_path, value))
+        name, _, text = value.partition("=")
+        assert hparams[name] == text
+        kinds.append({key: type(value) for key, value in hparams.items()})
+        run = recorded(tmp_path / str(number), *(point(steps * (8 + number), 9.0, steps=steps) for steps in (2, 4)))
+        write_curves(run, hparams)
+        columns.append({tag for tag in read(run) if tag.endswith("_steps")})
+    assert columns == [{"fd_digits_at_2_steps", "fd_digits_at_4_steps"}] * len(values)
+    assert all(kind == kinds[0] for kind in kinds)
 
 
 def test_a_run_without_evaluations_has_no_curves(tmp_path):
@@ -199,6 +229,20 @@ def test_orphans_of_a_killed_run_vanish(tmp_path, cut):
     assert [step for step, _ in read(tmp_path)["loss"]] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+@pytest.mark.parametrize("ahead", [[2], [3600], [-50, 3600], [900, 3600, 86400]])
+def test_no_step_is_lost_when_the_clock_is_set_back(ahead, tmp_path):
+    """TensorBoard reads event files in the order of the times in their names."""
+    for number, seconds in enumerate(ahead):
+        path = train(tmp_path, range(10 * number + 1, 10 * number + 11))
+        path.rename(tmp_path / f"events.out.tfevents.{int(time.time()) + seconds:010d}.host.{9 - number}")
+    last = 10 * len(ahead)
+    drop_orphans(tmp_path, last)
+    resumed = train(tmp_path, range(last + 1, last + 4))
+    paths = sorted(tmp_path.iterdir())
+    assert paths[-1] == resumed and len(paths) == len(ahead) + 1
+    assert [step for step, _ in read(tmp_path)["loss"]] == list(range(1, last + 4))
+
+
 def test_whole_records_before_a_torn_one_stay(tmp_path):
     path = train(tmp_path, range(1, 4))
     whole = path.read_bytes()
@@ -232,7 +276,7 @@ def test_a_server_shows_the_curves_of_two_runs(tmp_path, options):
         train(tmp_path / f"d{depth}", range(1, 3))
 
     with tensorboard(tmp_path, *options) as board:
-        until(lambda: [len(tags) for tags in board.ask("plugin/scalars/tags").values()] == [23, 23])
+        until(lambda: [len(tags) for tags in board.ask("plugin/scalars/tags").values()] == [25, 25])
         shown = board.ask("plugin/scalars/scalars?run=d4&tag=fd_digits_vs_seconds")
         assert [(step, value) for _, step, value in shown] == [(4000, 76.0), (32000, 24.0)]
 
@@ -240,11 +284,11 @@ def test_a_server_shows_the_curves_of_two_runs(tmp_path, options):
         kinds = {info["name"]: info["type"] for info in experiment["hparamInfos"]}
         assert kinds.keys() == HPARAMS.keys() and kinds["model.use_condition"] == "DATA_TYPE_BOOL"
         metrics = [info["name"]["tag"] for info in experiment["metricInfos"]]
-        assert metrics == ["fd_digits_at_nfe_16", "fd_digits_at_nfe_128"]
+        assert metrics == [f"fd_digits_at_{end}" for end in ("nfe_16", "nfe_128", "2_steps", "16_steps")]
         query = {"allowedStatuses": ["STATUS_SUCCESS"], "colParams": [], "startIndex": 0, "sliceSize": 9}
         table = {group["name"]: group for group in board.ask("plugin/hparams/session_groups", query)["sessionGroups"]}
         assert set(table) == {"d2", "d4"} and table["d4"]["hparams"] == HPARAMS | {"model.diffusion_depth": 4}
-        assert [entry["value"] for entry in table["d4"]["metricValues"]] == [76.0, 24.0]
+        assert [entry["value"] for entry in table["d4"]["metricValues"]] == [76.0, 24.0] * 2
 
         distance, other, errors = board.ask("plugin/custom_scalars/layout")["category"]
         charts = {chart["multiline"]["tag"][0]: chart["title"] for chart in distance["chart"]}
@@ -284,6 +328,7 @@ PLACEHOLDERS = {
     "DEPTH": "2",
     "METRIC": "(fd|kid|precision|recall|density|coverage|memorisation)_digits(_held_out)?",
     "NFE": r"\d+",
+    "STEPS": r"\d+",
     "HOW": "unipc",
     "SAMPLES": "ema, 2 steps, seed 0",
 }

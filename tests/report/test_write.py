@@ -63,3 +63,25 @@ def test_a_search_is_reported_on_run_by_run(here, capsys):
     report_on(["search.yaml"], None)
     printed = capsys.readouterr().out
     assert "| lr0.1 |" in printed and "| lr0.2 |" in printed
+
+
+@pytest.mark.parametrize(
+    "grid", ["{optimizer.lr: [0.1, 0.2]}", "{model.diffusion_depth: [3, 5]}", "{loss.lambda_hidden: [0.2]}"]
+)
+def test_another_sweep_of_the_same_name_does_not_overwrite_the_report(grid, here, capsys):
+    (here / "grid.yaml").write_text(GRID)
+    for cell in sweep_cells(load_sweep("grid.yaml")):
+        measure(cell, 30.0)
+    report_on(["grid.yaml"], None)
+    before = (here / "runs/grid/report.md").read_bytes()
+    (here / "more").mkdir()
+    (here / "more/grid.yaml").write_text(f"{BASE}grid: {grid}\nname: grid\n")
+    for cell in sweep_cells(load_sweep("more/grid.yaml")):
+        measure(cell, 20.0)
+    with pytest.raises(
+        InputError, match=r"grid/report.json is the report of another sweep of this name \(model.diffusion_depth\)"
+    ):
+        report_on(["more/grid.yaml"], None)
+    assert (here / "runs/grid/report.md").read_bytes() == before
+    report_on(["more/grid.yaml"], here / "own")
+    report_on(["grid.yaml"], None)

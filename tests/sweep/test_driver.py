@@ -31,7 +31,7 @@ FOUR = "grid.model.diffusion_depth=[1,2,4,8]"
 def test_the_commands_are_those_that_a_user_would_type(sweep_file):
     cell = sweep_cells(load_sweep(sweep_file))[0]
     assert trial_commands(cell) == [
-        [sys.executable, "-m", "madformer", "train", str(ROOT / "experiments/digits.yaml"), *cell.overrides],
+        [sys.executable, "-m", "madformer", "train", "runs/small/d2-s0/cell.yaml"],
         [sys.executable, "-m", "madformer", "evaluate", "runs/small/d2-s0", "--nfe", "16,24"],
     ]
 

@@ -3,21 +3,24 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from madformer.config import load_run, write_config
 from madformer.evaluation.evaluate import evaluate
-from madformer.evaluation.record import find_tuning, record_path, tuned_curves
+from madformer.evaluation.record import append_point, find_tuning, record_path, tuned_curves
 from madformer.evaluation.request import parse_request
 from madformer.model import MADFormer
 from madformer.report import build_report, curves_of_sweep
 from madformer.runs.checkpoints import EMA, checkpoint_path
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
-from madformer.sweep.needs import cell_needs, main_metrics, network_sha256
+from madformer.sweep.needs import cell_needs, is_trained, main_metrics, network_sha256
 from madformer.sweep.search import objective
 from madformer.sweep.status import print_status
 from madformer.sweep.trial import trial_commands
+from tests.sweep.claimer import train
+from tests.sweep.trial import point
 from tests.tiny_runs import TINY, perform
 
 NETWORK = """
@@ -66,6 +69,35 @@ def test_a_feature_network_whose_code_changes_is_measured_again(sweep_file, tmp_
     assert main_metrics(cell)[5] == before["metrics"], "the first network again: its number is recorded"
     report = build_report(curves_of_sweep(sweep), "small")
     assert [row.quality["fd_brightness"].mean for row in report.rows] == [before["metrics"]["fd_brightness"]]
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["evaluate.seeds=[0,1]"], ["evaluate.samplers=[ddim,ddpm]"], ["grid.model.depth=[4,8]"]]
+)
+def test_checkpoints_that_have_served_may_be_deleted(options, sweep_file):
+    cells = sweep_cells(load_sweep(sweep_file, options))
+    for cell in cells:
+        train(cell)
+        assert cell_needs(cell).points == cell.point_count
+        for sampling in cell.samplings[1:]:
+            append_point(cell.run, point(cell.config, sampling.nfe, sampler=sampling.sampler, seed=sampling.seed))
+        checkpoint_path(cell.run, cell.max_steps).unlink()
+        assert cell_needs(cell).training and not is_trained(cell), "a point is missing"
+        first = cell.samplings[0]
+        append_point(cell.run, point(cell.config, first.nfe, sampler=first.sampler, seed=first.seed))
+        assert cell_needs(cell).is_done and is_trained(cell) and not trial_commands(cell)
+        assert list(main_metrics(cell)) == list(cell.budgets)
+    assert all(cell_needs(cell).training for cell in sweep_cells(load_sweep(sweep_file, [*options, "evaluate.nfe=[16,24,32]"])))
+
+
+def test_the_last_evaluated_checkpoints_may_be_deleted(sweep_file):
+    [cell, _] = sweep_cells(load_sweep(sweep_file, ["evaluate.checkpoints=last2", "trainer.checkpoint_every=3"]))
+    train(cell)
+    for step in (6, 9, 10):
+        for nfe in cell.budgets:
+            append_point(cell.run, point(cell.config, nfe, step=step))
+        checkpoint_path(cell.run, 10).unlink(missing_ok=True)
+        assert cell_needs(cell).is_done is (step == 10)
 
 
 def test_a_cell_is_done_when_its_points_have_the_distances_that_it_asks_for(sweep_file, tmp_path):

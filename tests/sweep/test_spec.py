@@ -58,6 +58,7 @@ BAD = {
     ),
     "grid.trainer.log_every=[1,2]": "cells d2-log_every1-s0 and d2-log_every2-s0 train the same weights: vary a field that is trained with",
     "grid.trainer.devices=[1,2]": "grid.trainer.devices = [1, 2]: set devices_per_trial",
+    "trainer.threads=2": "overrides.trainer.threads = 2: set threads",
     "trainer.devices=2": "overrides.trainer.devices = 2: set devices_per_trial",
     "trainer.num_nodes=2": "overrides.trainer.num_nodes = 2: set slurm.nodes_per_trial",
     "devices_per_trial=0": "devices_per_trial = 0: must be at least 1",
@@ -82,8 +83,10 @@ BAD = {
     "uniform, power:P with P of at least 1, logsnr, karras:RHO, or list:999/500/0",
     "evaluate.spacings=[list:9/5]": "cell d2-s0: evaluation.spacing = 'list:9/5': its timesteps are 2, "
     "evaluation.nfe = 16 makes 5 steps",
-    "evaluate.guidance_intervals=[100]": "cell d2-s0: evaluation.guidance_interval = '100': "
+    "evaluate.guidance_intervals=['100']": "cell d2-s0: evaluation.guidance_interval = '100': "
     "must be all, or lowest and highest timestep, as in 100/900",
+    "evaluate.guidance_intervals=[100]": "evaluate.guidance_intervals = 100: must be a text, and YAML reads another value: "
+    "put it in quotes",
     "evaluate.tries=0": "evaluate.tries = 0: must be at least 1",
     "evaluate.samplers=ddim": "evaluate.samplers = 'ddim': must be a list of names",
     "evaluate.guidance=[1,2]": "cell d2-s0: evaluation.guidance = 2.0: there is nothing to guide towards: set it to 1, or train a model with text (model.text)",
@@ -204,7 +207,7 @@ def test_a_cell_is_what_its_command_line_says(sweep_file):
         "trainer.max_steps=10", "evaluation.num_samples=8", "evaluation.held_out_split=null", "model.diffusion_depth=4", "optimizer.lr=0.5",
         "model.prediction_type=sample",
         "optimizer.betas=[0.9,0.95]", "seed=0", "name=d4-lr0.5-prediction_typesample-betas0.9x0.95-s0", "output_dir=runs/small",
-        "trainer.devices=1", "evaluation.nfe=[16,24]",
+        "trainer.devices=1", "trainer.threads=1", "evaluation.nfe=[16,24]",
     )  # fmt: skip
 
 
@@ -280,7 +283,7 @@ def test_a_run_of_the_same_weights_is_a_cell_s_run(sweep_file):
     write_config(by_hand, by_hand.run_dir)
     found, other = sweep_cells(load_sweep(sweep_file))
     assert (found.name, found.run, found.config_hash) == ("d2-s0", Path("runs/mine"), cell.config_hash)
-    assert found.overrides[-3:-1] == ("output_dir=runs", "trainer.devices=1") and "name=mine" in found.overrides
+    assert found.overrides[-4:-2] == ("output_dir=runs", "trainer.devices=1") and "name=mine" in found.overrides
     assert other.run == Path("runs/small/d4-s0")
     write_config(cell.config, cell.run)
     assert sweep_cells(load_sweep(sweep_file))[0].run == cell.run, "its own folder comes first"

@@ -110,15 +110,29 @@ def test_the_status_says_how_far_each_cell_is(sweep_file, capsys):
     assert any(line.startswith("4 cells: 1 done, 1 failed, 1 running, 1 waiting; about 0:00:0") for line in lines)
 
 
-def test_a_run_that_says_nothing_is_shown_to_be_silent(sweep_file, capsys):
+@pytest.mark.parametrize(
+    ("written", "looked_at", "rate"),
+    [
+        (1, 7201, "silent for 2:00:00"),
+        (-7200, 7200, "silent for 2:00:00"),
+        (-7200, 5, ""),
+        (-9, 100, ""),
+        (1, 5, "2.5 steps/s"),
+    ],
+)
+def test_a_run_that_says_nothing_is_shown_to_be_silent(written, looked_at, rate, sweep_file, capsys, monkeypatch):
+    """Seconds after the start of its trial. What a former trial wrote is not this one's silence."""
     sweep = load_sweep(sweep_file)
     with open_queue(sweep) as queue:
         [trial] = queue.claim(1).trials
         train(trial.cell)
-        entry = {"done": 7, "total": 10, "per_second": 2.5, "time": time.time() - 7200, "devices": 1}
+        start = time.time()
+        entry = {"done": 7, "total": 10, "per_second": 2.5, "time": start + written, "devices": 1}
         progress_path(trial.cell.run).write_text(json.dumps({"step": entry}))
+        monkeypatch.setattr(time, "time", lambda: start + looked_at)
         print_status(sweep)
-    assert rows(capsys.readouterr().out)["d2-s0"][2] == "silent for 2:00:00"
+        monkeypatch.undo()
+    assert rows(capsys.readouterr().out)["d2-s0"][2] == rate
 
 
 def test_the_trials_of_a_dead_driver_are_waiting(sweep_file, capsys, monkeypatch):

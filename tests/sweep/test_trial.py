@@ -8,6 +8,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
+from madformer.config import load_experiment
 from madformer.sweep.cells import Cell, sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.trial import DONE, Outcome, TrialProcesses, failure, last_lines, log_path, read_outcome, trial_commands
@@ -60,6 +61,21 @@ def test_a_diverged_training_says_so(tmp_path, sweep_file):
     assert (outcome.state, outcome.kind) == ("failed", "diverged"), outcome
     assert "is not finite; " in outcome.reason
     assert read_outcome(cell) == outcome
+
+
+@pytest.mark.parametrize("change", ["lr: 0.5", "max_steps: 7", "depth: 6", "name: other"])
+def test_a_trial_trains_what_the_sweep_was_loaded_with(change, sweep_file, tmp_path):
+    """Its files may change, or vanish, while the sweep runs."""
+    experiment = tmp_path / "own.yaml"
+    experiment.write_text(f"base: {DIGITS}\nname: own\n")
+    cell = sweep_cells(load_sweep(sweep_file, [f"experiment={experiment}"]))[0]
+    section = {"lr": "optimizer", "max_steps": "trainer", "depth": "model"}.get(change.partition(":")[0])
+    experiment.write_text(f"base: {DIGITS}\n" + (f"{section}: {{{change}}}\n" if section else f"{change}\n"))
+    sweep_file.unlink()
+    [train, *_] = trial_commands(cell)
+    assert train[3:] == ["train", str(cell.run / "cell.yaml")] and load_experiment(train[4]) == cell.config
+    experiment.unlink()
+    assert load_experiment(trial_commands(cell)[0][4]) == cell.config
 
 
 def test_the_reason_is_the_end_of_what_was_printed(cell):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from madformer.config import ExperimentConfig
+from madformer.config.data import PIXELS
 from madformer.config.evaluation import check_feature_network_name
-from madformer.errors import InputError
+from madformer.config.validation import expand_path
+from madformer.data.codec import Codec
+from madformer.errors import ConfigError, InputError
 from madformer.evaluation.feature_networks.network import FeatureNetwork, Features, build_custom_network, network_error
 from madformer.evaluation.feature_networks.pretrained import build_inception, build_pretrained, build_torchscript
 from madformer.evaluation.feature_networks.shipped import CIFAR10Features, DigitsFeatures, build_cifar10, build_digits
+from madformer.evaluation.measurement import INCEPTION
 
 __all__ = [
     "CIFAR10Features",
@@ -20,7 +26,11 @@ __all__ = [
     "Features",
     "build_feature_network",
     "build_feature_networks",
+    "build_fitting_networks",
+    "require_fitting_networks",
 ]
+
+_log = logging.getLogger(__name__)
 
 
 def build_feature_network(name: str, device: torch.device | str = "cpu") -> FeatureNetwork:
@@ -59,6 +69,42 @@ def build_feature_networks(names: Sequence[str], device: torch.device | str = "c
     return tuple(networks.values())
 
 
+def build_fitting_networks(config: ExperimentConfig, codec: Codec, device: torch.device | str) -> tuple[FeatureNetwork, ...]:
+    """The networks of an experiment, which take images of its size.
+
+    Raises:
+        ConfigError: as `build_feature_networks`; or one does not take them.
+    """
+    networks = build_feature_networks(config.evaluation.feature_networks, device)
+    for network in networks:
+        network.try_images(*_image_shape(config, codec))
+    return networks
+
+
+def require_fitting_networks(config: ExperimentConfig, codec: Codec | None) -> None:
+    """Refuse networks that do not take an experiment's images; those of the hub, and those that are not there yet, may come.
+
+    Raises:
+        ConfigError: the first one that does not.
+    """
+    if codec is None and config.data.codec != PIXELS:
+        return  # training on latents opens none
+    for name in config.evaluation.feature_networks:
+        if name.partition(":")[0] not in (INCEPTION, "hf"):
+            try:
+                network = build_feature_network(name)
+            except ConfigError as error:
+                _log.warning("%s; an evaluation needs it", error)
+            else:
+                network.try_images(*_image_shape(config, codec))
+
+
+def _image_shape(config: ExperimentConfig, codec: Codec | None) -> tuple[int, int]:
+    """Channels of an experiment's images, and pixels along a side."""
+    channels = config.model.latent_channels if config.data.codec == PIXELS else 3
+    return channels, config.model.latent_size * (codec.downsampling if codec else 1)
+
+
 def _build(name: str) -> FeatureNetwork:
     if name == "digits":
         return build_digits()
@@ -66,9 +112,9 @@ def _build(name: str) -> FeatureNetwork:
         return build_cifar10()
     kind, _, location = name.partition(":")
     if kind == "inception":
-        return build_inception(name, Path(location).expanduser() if location else None)
+        return build_inception(name, Path(expand_path("file", location)) if location else None)
     if kind == "torchscript":
-        return build_torchscript(name, Path(location).expanduser())
+        return build_torchscript(name, Path(expand_path("file", location)))
     if kind == "hf":
         return build_pretrained(name, location)
     return build_custom_network(name)

@@ -98,6 +98,20 @@ class FeatureNetwork:
         with _full_precision(self.device):
             return self._module(images_BCYX)
 
+    def try_images(self, channels: int, size: int) -> None:
+        """Refuse to go on if it does not take images of this many channels and pixels along a side.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        try:
+            self(torch.zeros(2, channels, size, size))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # other people's code
+            reason = f"does not take images of {channels} x {size} x {size}: {describe(error)}"
+            raise network_error(self.name, InputError(f"{reason}; name another network")) from error
+
     def _try_images(self) -> int:
         images_BCYX = torch.linspace(-1, 1, 2 * 3 * _PROBE_SIZE**2).reshape(2, 3, _PROBE_SIZE, _PROBE_SIZE)
         try:

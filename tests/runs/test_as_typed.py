@@ -1,0 +1,163 @@
+"""Folders, paths, names and values are those that the user gave, or are refused in one line."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from madformer.config import config_hash, load_experiment, load_run, write_config
+from madformer.errors import InputError
+from madformer.evaluation.feature_networks import require_fitting_networks
+from madformer.report.points import curves_of_runs
+from madformer.runs.checkpoints import EMA, checkpoint_path, load_checkpoint, require_own
+from madformer.runs.files import to_json
+from madformer.sweep.load_sweep import load_sweep
+from madformer.training.train import RunLogger
+from tests.tiny_runs import DIGITS, command, execute, perform, tiny_run
+
+
+@pytest.mark.parametrize("named", ["best", "best/", "./other/../best", "other/inside/..", "other/."])
+def test_a_run_is_the_folder_that_was_named(named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("elsewhere/a", "a", "other"):
+        write_config(tiny_run(tmp_path), Path(name))
+    Path("best").symlink_to("elsewhere/a")
+    Path("other/inside").mkdir()
+    assert load_run(named).run_dir.samefile(named)
+    [curve] = curves_of_runs([Path(named)])
+    assert curve.label == ("best" if "best" in named else "other")
+    for override in ("name=x", "output_dir=y"):
+        with pytest.raises(InputError, match=f"override '{override}': a run is the folder that you name"):
+            load_run(named, [override])
+
+
+def test_a_run_is_the_folder_that_the_user_is_in(tmp_path, monkeypatch):
+    write_config(tiny_run(tmp_path), tmp_path / "mine")
+    (tmp_path / "mine/samples").mkdir()
+    for folder, named in (("mine", "."), ("mine/samples", ".."), ("mine/samples", "../../mine")):
+        monkeypatch.chdir(tmp_path / folder)
+        assert load_run(named).run_dir.samefile(tmp_path / "mine")
+
+
+def test_every_path_is_expanded_when_it_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", "here")
+    typed = {"output_dir": "~/runs", "evaluation.references": "$HOME/r", "data.class_names": "~/$PLACE.txt"}
+    config = load_experiment(DIGITS, [f"{name}={path}" for name, path in typed.items()])
+    assert config.output_dir == f"{tmp_path}/runs" and config.evaluation.references == f"{tmp_path}/r"
+    assert config.data.class_names == f"{tmp_path}/here.txt"
+    shutil.copy(DIGITS, tmp_path / "digits.yaml")
+    (tmp_path / "sweep.yaml").write_text(
+        "{experiment: ~/digits.yaml, output_dir: $PLACE, grid: {seed: [0]}}".replace("seed", "optimizer.lr").replace(
+            "[0]", "[0.1]"
+        )
+    )
+    assert load_sweep(tmp_path / "sweep.yaml").folder == Path("here/sweep")
+    hashes = {config_hash(load_experiment(DIGITS, [f"data.{name}"])) for name in ("split=train", "tokenizer=~/t")}
+    assert len(hashes) == 2
+    for name in ("output_dir", "evaluation.references", "evaluation.held_out_source"):
+        with pytest.raises(InputError, match=f"{name} = '~nobody-of-this-name/x': there is no such home folder"):
+            load_experiment(DIGITS, [f"{name}=~nobody-of-this-name/x"])
+
+
+def test_events_lie_where_the_run_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", "elsewhere")
+    for name in ("$PLACE", "~", "ä b"):
+        logger = RunLogger(save_dir=tmp_path / name, name="", version="")
+        logger.log_metrics({"loss": 1.0, "other": math.nan, "more": math.inf}, 1)
+        assert logger.log_dir == str(tmp_path / name) and list((tmp_path / name).glob("events*"))
+
+
+@pytest.mark.parametrize(
+    "name", ["0x10", "1_000", "12:30:45", "off", "Yes", "1.", ".5", "-0", "a #b", "#1", "[a]", "é", "😀", "a: b"]
+)
+def test_a_text_arrives_as_it_was_typed(name, tmp_path):
+    assert load_experiment(DIGITS, [f"name={name}"]).name == name
+    (tmp_path / "own.yaml").write_text(f"name: {name}\n")
+    try:
+        assert load_experiment(tmp_path / "own.yaml").name == name
+    except InputError as error:
+        assert "\n" not in str(error) and "own.yaml" in str(error)
+    except AssertionError:
+        assert "#" in name, "YAML's comments are no text"
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "tab\there", "a\nb", "x" * 256, "\udcff", "null", ""])
+def test_a_name_that_no_folder_can_have_is_refused_in_one_line(name):
+    with pytest.raises(InputError) as raised:
+        load_experiment(DIGITS, [f"name={name}"])
+    assert "\n" not in str(raised.value)
+
+
+def test_texts_of_sweeps_are_no_numbers(tmp_path):
+    content = {"experiment": str(DIGITS), "grid": {"optimizer.lr": [0.1]}}
+    for change in ({"name": 7}, {"overrides": {"data.subset": True}}, {"grid": {"data.split": ["train", 10]}}):
+        (tmp_path / "sweep.yaml").write_text(json.dumps({**content, **change}))
+        with pytest.raises(InputError, match="must be a text, and YAML reads another value: put it in quotes"):
+            load_sweep(tmp_path / "sweep.yaml")
+    (tmp_path / "sweep.yaml").write_text(json.dumps(content))
+    assert load_sweep(tmp_path / "sweep.yaml", ["name=007"]).name == "007"
+
+
+@pytest.mark.parametrize(
+    "variables", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii", "NO_COLOR": "1"}, {"COLUMNS": "20", "TERM": "dumb"}]
+)
+def test_no_terminal_ends_a_command(variables, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    text = json.dumps({"experiment": str(DIGITS), "grid": {"optimizer.lr": [0.1]}, "name": "größe"})
+    (tmp_path / "sweep.yaml").write_text(text)
+    assert "lr0.1-s0" in execute(command("sweep", "plan", tmp_path / "sweep.yaml", f"output_dir={tmp_path}"))
+
+
+def test_what_is_not_finite_is_never_written_as_a_number():
+    content = {"a": [1.5, math.nan, {"b": (math.inf, -math.inf)}], "c": None}
+    assert json.loads(to_json(content)) == {"a": [1.5, None, {"b": [None, None]}], "c": None}
+
+
+@pytest.mark.parametrize(
+    "change", ["seed=1", "optimizer.lr=0.1", "trainer.max_steps=30", "model.width=32", "loss.lambda_hidden=0"]
+)
+def test_a_checkpoint_is_of_the_configuration_that_made_it(change, tmp_path):
+    config, other = tiny_run(tmp_path), tiny_run(tmp_path, change)
+    path = checkpoint_path(config.run_dir, 6)
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": {}, EMA: {}, "config_hash": config_hash(config), "optimizer_states": []}, path)
+    require_own(load_checkpoint(path), path, config)
+    with pytest.raises(InputError, match=r"step-00000006.ckpt: made by another configuration \(config hash"):
+        require_own(load_checkpoint(path), path, other)
+    write_config(other, other.run_dir, {"step": 6, "run": "trunk"})
+    require_own(load_checkpoint(path), path, other)
+
+
+def test_a_file_of_the_wrong_kind_gets_a_hint(tmp_path):
+    sweep, run = tmp_path / "sweep.yaml", tmp_path / "mine"
+    sweep.write_text(json.dumps({"experiment": str(DIGITS), "grid": {"optimizer.lr": [0.1]}}))
+    write_config(tiny_run(tmp_path), run)
+    hints = {
+        ("train", sweep): f"madformer sweep run {sweep}",
+        ("train", run): f"madformer train --resume {run}",
+        ("sweep", "plan", DIGITS): f"madformer train {DIGITS}",
+        ("sweep", "status", run): "a folder, no sweep file",
+        ("report", DIGITS): f"madformer train {DIGITS}",
+        ("report", run): f"madformer evaluate {run}",
+        ("evaluate", sweep): "not a run, but a file",
+        ("evaluate", tmp_path): f"1 runs are in it, such as {run}",
+    }
+    for words, hint in hints.items():
+        printed = perform(command(*words), status=2)
+        assert hint in printed and len(printed.splitlines()) == 1
+    printed = perform(command("report", run, sweep, tmp_path), status=2)
+    assert f"{sweep}, {tmp_path}: no runs, left out" in printed and f"{run}: no evaluations" in printed
+
+
+@pytest.mark.parametrize("image", [("pixels", 3, 8), ("pixels", 3, 16), ("pixels", 1, 16)])
+def test_a_network_that_does_not_take_the_images_is_refused(image, tmp_path):
+    codec, channels, size = image
+    changes = ["data.source=null", f"data.codec={codec}", f"model.latent_channels={channels}", f"model.latent_size={size}"]
+    with pytest.raises(InputError, match=f"'digits': does not take images of {channels} x {size} x {size}"):
+        require_fitting_networks(tiny_run(tmp_path, *changes, "evaluation.held_out_source=null"), None)
+    require_fitting_networks(tiny_run(tmp_path), None)
