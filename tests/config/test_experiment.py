@@ -157,7 +157,7 @@ BAD = {
     "evaluation.num_samples=1": "evaluation.num_samples = 1: must be an integer of at least 2",
     "evaluation.num_samples=2000000": "evaluation.num_samples = 2000000: must be at most 1,000,000, each has a seed of its own",
     "evaluation.seed=5000": "evaluation.seed = 5000: must be in 0..4000",
-    "evaluation.feature_networks=[inceptoin]": "evaluation.feature_networks = 'inceptoin': must be digits, inception, inception:FILE, ",
+    "evaluation.feature_networks=[inceptoin]": "evaluation.feature_networks = 'inceptoin': must be digits, cifar10, inception, inception:FILE, ",
     "evaluation.feature_networks=[digits,digits]": "evaluation.feature_networks = ['digits', 'digits']: each of them once",
     "evaluation.sampler=heun": "Invalid value 'heun', expected one of ['ddim', 'ddpm', 'dpmsolver++', 'unipc']",
     "evaluation.guidance=1.5": "evaluation.guidance = 1.5: there is nothing to guide towards: set it to 1, or train a model with text",
