@@ -18,7 +18,7 @@ from torch import Tensor
 
 from madformer.config import ExperimentConfig
 from madformer.data.image_files import save_png, to_grid
-from madformer.evaluation.feature_networks import FeatureNetwork, build_fitting_networks, require_fitting_networks
+from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_networks
 from madformer.evaluation.measurement import Sampling, metric_name
 from madformer.evaluation.metrics import FrechetDistance
 from madformer.evaluation.reference import find_reference
@@ -125,13 +125,11 @@ class Preview(Callback):
         self._previewed_step = trainer.global_step
         if self.config.evaluation.preview_every:
             self._distances = list(self._find_distances(trainer))
-        else:
-            require_fitting_networks(self.config, trainer.datamodule.codec)  # type: ignore[attr-defined]
 
     def _find_distances(self, trainer: pl.Trainer) -> Iterator[tuple[FeatureNetwork, FrechetDistance]]:
         data, device = trainer.datamodule, trainer.strategy.root_device  # type: ignore[attr-defined]
         size = self.config.model.latent_size * data.codec.downsampling
-        for network in build_fitting_networks(self.config, data.codec, device):
+        for network in build_feature_networks(self.config.evaluation.feature_networks, device):
             reference = find_reference(network, self.config, size, data.source_sha256)
             yield network, FrechetDistance(reference.moments, device)
 

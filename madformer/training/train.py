@@ -23,6 +23,7 @@ from madformer.config import ExperimentConfig, TrainerConfig, write_config
 from madformer.config.identity import run_hash
 from madformer.data.datamodule import LatentDataModule
 from madformer.errors import InputError, Interrupted
+from madformer.evaluation.feature_networks import require_fitting_networks
 from madformer.evaluation.tensorboard import copy_events, drop_orphans
 from madformer.model.memory import check_memory
 from madformer.parallel import find_devices, limit_threads
@@ -67,6 +68,8 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
     run = config.run_dir
     _silence_lightning()
     data = LatentDataModule(config)
+    if _rank() == 0:
+        require_fitting_networks(config, data.codec)
     trainer, checkpoints = build_trainer(config)
     with claim_folder(run, "train", _rank()):
         begins_as_branch = branch is not None and not list_checkpoints(run)

@@ -31,9 +31,7 @@ def measured(todo, card=CARD):
 def test_the_command_writes_rows_and_traces(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "cases", lambda sizes, cuda: cases(sizes, cuda)[:6])
     out = tmp_path / "gpu.json"
-    gpu.main(
-        ["--size", "digits", "--device", "cpu", "--minutes", "0.3", "--out", str(out), "--trace", str(tmp_path / "traces")]
-    )
+    gpu.main(["--size", "digits", "--device", "cpu", "--minutes", "3", "--out", str(out), "--trace", str(tmp_path / "traces")])
     content = json.loads(out.read_text())
     assert content["torch"] == torch.__version__ and content["card"]
     rows = {row["name"]: row for row in content["rows"]}

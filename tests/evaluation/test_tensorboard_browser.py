@@ -26,6 +26,7 @@ from tests.tiny_runs import TINY, perform
 
 PICTURES = ROOT / "build/browser"
 METRIC = "fd_digits"
+ENDS = ("nfe_{nfe}", "{steps}_steps")
 OUTLIERS = "Ignore outliers in chart scaling"
 
 
@@ -94,8 +95,11 @@ def test_the_server_has_every_curve_and_every_row(board, logdir):
     assert set(rows) == set(runs)
     for run, points in runs.items():
         assert rows[run]["hparams"]["model.diffusion_depth"] == load_run(logdir / run).model.diffusion_depth
-        ends = [points[0]["metrics"][METRIC], points[-1]["metrics"][METRIC]]
-        assert [cell["value"] for cell in rows[run]["metricValues"]] == pytest.approx(ends)
+        ends = {name.format(**point): point["metrics"][METRIC] for name in ENDS for point in (points[0], points[-1])}
+        shown = {cell["name"]["tag"]: cell["value"] for cell in rows[run]["metricValues"]}
+        expected = {f"{METRIC}_at_{end}": value for end, value in ends.items()}
+        assert shown == pytest.approx({tag: expected[tag] for tag in shown})
+        assert {tag for tag in expected if "_nfe_" in tag} <= shown.keys()  # columns of steps are those of one run
 
 
 def assert_drawn(chart: Chart, legend: dict[str, str], curves: dict[str, list[tuple[int, float]]], every_mark: bool) -> None:
