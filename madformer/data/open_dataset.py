@@ -133,8 +133,9 @@ def _select(splits: Mapping[str, Dataset], split: str) -> Dataset:
 
     lengths = {name: len(table) for name, table in splits.items()}
     slices = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-    parts = [splits[part.splitname].select(range(lengths[part.splitname])[part.from_ : part.to]) for part in slices]
-    return datasets.concatenate_datasets(parts)
+    rows = [(part.splitname, range(lengths[part.splitname])[part.from_ : part.to]) for part in slices]
+    # select refuses an empty range that begins at the end
+    return datasets.concatenate_datasets([splits[name].select(part or range(0)) for name, part in rows])
 
 
 def _open_images(files: Files, data: DataConfig, builder: DatasetBuilder | None = None) -> DatasetSplit:

@@ -255,6 +255,8 @@ def open_source(data: DataConfig) -> ImageSource:
         raise ConfigError("data.source = None: must name a data set of the hub, files, or a folder")
     with explain_errors(data.source), silence_datasets():
         split = open_split(data)
+        if isinstance(split.dataset, datasets.Dataset) and not len(split.dataset):
+            raise ConfigError(f"data.split = {data.split!r}: data.source = {data.source!r} has no rows there")
         columns = find_columns(split.dataset.features or datasets.Features(), data)
         names = (columns.image, columns.label, columns.text, NAME, _KEY, _URL)
         dataset = split.dataset.select_columns([name for name in split.dataset.features if name in names])

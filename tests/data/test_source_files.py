@@ -83,6 +83,15 @@ def test_a_slice_of_a_folder_holds_all_classes(tmp_path):
     assert found(tmp_path / "moved", split="train[70%:]") == held_out
 
 
+@pytest.mark.parametrize("split", ["train[:0]", "train[3:]", "train[50%:10%]", "train[7:]+train[:0]"])
+def test_an_empty_slice_is_refused(split, tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.split = .*: data\.source = '.*' has no rows there$"):
+        source_of(fill(tmp_path, *CATS_AND_DOGS), split=split)
+    write_parquet(tmp_path / "cat/a.parquet", rows=3)
+    with pytest.raises(ConfigError):
+        source_of(tmp_path / "cat/a.parquet", split=split)
+
+
 @pytest.mark.parametrize(
     ("names", "said"),
     [
