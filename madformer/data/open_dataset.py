@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from madformer.config import DataConfig
 from madformer.config.data import WHOLE
 from madformer.data.image_files import image_table
-from madformer.data.source_files import HUB, IMAGES, NAME, TABLES, Files, explain_errors, find_files, relative, require_whole
+from madformer.data.source_files import HUB, IMAGES, NAME, Files, explain_errors, find_files, kind_of, relative, require_whole
 from madformer.errors import ConfigError, InputError
 from madformer.lookup import list_files
 
@@ -206,8 +206,7 @@ def _may_be_on_the_hub(source: str) -> bool:
 
     # The names of datasets' own readers would read whatever lies in the working directory.
     is_builder = (Path(datasets.packaged_modules.__file__).parent / source).is_dir()
-    is_file = Path(source).suffix in TABLES
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None and not is_builder and not is_file
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None and not is_builder and not kind_of(source)
 
 
 def _load_builder(data: DataConfig, path: str, **options: Any) -> DatasetBuilder:

@@ -28,7 +28,6 @@ __all__ = [
     "IMAGES",
     "METADATA",
     "NAME",
-    "TABLES",
     "Files",
     "explain_errors",
     "find_files",

@@ -192,6 +192,12 @@ def test_a_pattern_of_several_kinds_is_refused_with_a_pattern_in_the_same_folder
         source_of(tmp_path / "*")
 
 
+@pytest.mark.parametrize("name", ["nobody.png", "photos/nobody.JPG", "nobody.PARQUET"])
+def test_a_file_that_is_not_there_is_no_data_set_of_the_hub(name):
+    with pytest.raises(ConfigError, match=r"no such file or folder$"):
+        source_of(name)
+
+
 def test_the_summary_is_one_line(tmp_path):
     fill(tmp_path, "1.png", "a\nb.txt", "é.txt")
     assert source_of(tmp_path).summarise().endswith(r"left out: 2 .txt (a\nb.txt, é.txt)")
