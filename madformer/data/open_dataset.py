@@ -281,7 +281,7 @@ def _tar_features(data: DataConfig, tars: list[str]) -> Features:
     from datasets import Features, Image, Value
 
     require_whole(data, tars)
-    samples = []
+    samples = list[set[str]]()
     for tar in tars:
         with explain_errors(str(data.source), tar):
             samples += _sample_columns(tar, many=tar == tars[0])
