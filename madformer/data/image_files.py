@@ -1,13 +1,15 @@
-"""Image files: read any format as square RGB images; write tensors as grids and PNG files."""
+"""Image files: a folder of them as a table of paths; read any format as square RGB; write tensors as grids and PNG files."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
+import os
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,11 +18,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from madformer.errors import BadImage
+from madformer.config import DataConfig
+from madformer.data.source_files import IMAGES, METADATA, NAME, Files, kind_of, pattern_in, relative
+from madformer.errors import BadImage, ConfigError
 from madformer.runs.files import atomic_write
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = [
     "decode_image",
+    "image_table",
     "load_square",
     "read_settings",
     "save_png",
@@ -176,3 +184,97 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def image_table(files: Files, split: str, class_names: tuple[str, ...] | None, data: DataConfig) -> Dataset:
+    """The images of a split as a table of paths: `image`, undecoded, `NAME`, and `label` or what metadata files say.
+
+    Folders are classes if the images of a split lie equally deep in several of them. Classes are numbered over all splits. Rows
+    are sorted by name, and for a slice by the hashes of names.
+
+    Args:
+        class_names: the classes in the order of their numbers; None: sorted.
+
+    Raises:
+        ConfigError: images of a folder lie at several depths, or a metadata file does not name its images.
+    """
+    import pyarrow as pa
+    from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, Value
+
+    images = {name: [path for path in paths if kind_of(path) == IMAGES] for name, paths in files.splits.items()}
+    if len(images[split]) < len(files.splits[split]):
+        table = _described_images(files, split, data)
+        kinds = Features.from_arrow_schema(table.drop_columns("image").schema)
+    else:
+        folders = {name: [path.rsplit("/", 2)[-2] for path in paths] for name, paths in images.items()}
+        depths = {name: {path.count("/") for path in paths} for name, paths in images.items()}
+        if len(depths[split]) > 1 and files.kind == IMAGES and files.has_splits:
+            _refuse_depths(data, images[split])
+        flat = {name: set(parents) for name, parents in folders.items() if len(depths[name]) == 1}
+        classes = sorted(set().union(*(found for found in flat.values() if len(found) > 1)))
+        columns: dict[str, Any] = {NAME: relative(images[split])}
+        kinds = Features({NAME: Value("string")})
+        if split in flat and flat[split] <= set(classes):
+            kinds["label"] = ClassLabel(names=list(class_names or classes))
+            numbers = {name: kinds["label"].str2int(name) for name in flat[split]}
+            columns["label"] = [numbers[name] for name in folders[split]]
+        table = pa.table(columns).append_column("image", pa.array(images[split], pa.string()))
+    paths = table["image"].combine_chunks()
+    fields = {"bytes": pa.nulls(len(paths), pa.binary()), "path": paths}
+    structs = pa.StructArray.from_arrays(list(fields.values()), names=list(fields))
+    table = table.set_column(table.column_names.index("image"), "image", structs)
+    features = Features({"image": Image(decode=False), **{name: kinds[name] for name in table.column_names if name != "image"}})
+    table = table.select(list(features)).cast(features.arrow_schema)
+    if "[" in data.split:  # sorted by name and so by class, a slice would lack classes
+        names = table[NAME].to_pylist()
+        table = table.take(sorted(range(len(names)), key=lambda row: hashlib.sha256(names[row].encode()).digest()))
+    return Dataset(table, DatasetInfo(features=features), fingerprint="images")  # else it would hash all paths
+
+
+def _refuse_depths(data: DataConfig, paths: list[str]) -> None:
+    shallow, deep = (pick(paths, key=lambda path: path.count("/")) for pick in (min, max))
+    root = os.path.commonpath([shallow, deep]) if "://" not in shallow else str(data.source).rstrip("/")
+    names = " and ".join(path.removeprefix(f"{root}/") for path in (shallow, deep))
+    levels = "/".join("*" * (deep.removeprefix(f"{root}/").count("/") + 1))
+    remedy = f"name those with classes, as data.source={pattern_in(root, levels)}, or all without: {pattern_in(root, '**')}"
+    raise ConfigError(
+        f"data.source = {data.source!r}: {names} lie at different depths, so that folders are no classes: {remedy}"
+    )
+
+
+def _described_images(files: Files, split: str, data: DataConfig) -> Any:
+    """Rows of the metadata files of a split, as a table of Arrow; images that are in none are left out."""
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.json
+    import pyarrow.parquet
+
+    readers = {"csv": pyarrow.csv.read_csv, "json": pyarrow.json.read_json, "parquet": pyarrow.parquet.read_table}
+    tables, images, listed = [], {path for path in files.splits[split] if kind_of(path) == IMAGES}, list[str]()
+    for path in files.splits[split]:
+        if path in images:
+            continue
+        with fsspec.open(path, "rb") if "://" in path else Path(path).open("rb") as file:
+            table = readers[METADATA[PurePosixPath(path).name]](file)
+        names = table["file_name"].to_pylist() if "file_name" in table.column_names else []
+        folder = path.rpartition("/")[0]
+        addresses = [
+            f"{folder}/{name}" if "://" in path else os.path.normpath(os.path.join(folder, str(name)))  # noqa: PTH118
+            for name in names
+        ]
+        problem = None
+        if not names:
+            problem = "names no images in a column file_name: name them there, relative to it, or give the file another name"
+        elif path.endswith(".csv") and any(map(pa.types.is_binary, table.schema.types)):
+            problem = "is not in UTF-8: save it as UTF-8"
+        elif twice := {*listed} & {*addresses}:
+            problem = f"describes {min(twice)} again, after another metadata file: keep one of them"
+        if problem:
+            raise ConfigError(f"data.source = {data.source!r}: {path} {problem}")
+        listed += addresses
+        tables.append(table.drop_columns("file_name").append_column("image", pa.array(addresses, pa.string())))
+    table = pa.concat_tables(tables, promote_options="permissive")
+    if missing := sorted(images - set(listed)):
+        files.left_out["in no metadata file"] = relative(missing)
+    return table.append_column(NAME, pa.array(relative(listed), pa.string()))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import glob
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from madformer.config import DataConfig
 from madformer.config.data import WHOLE
-from madformer.data.source_files import HUB, IMAGES, NAME, TABLES, Files, find_files, image_table, relative
+from madformer.data.image_files import image_table
+from madformer.data.source_files import HUB, IMAGES, NAME, Files, explain_errors, find_files, kind_of, relative, require_whole
 from madformer.errors import ConfigError, InputError
-from madformer.lookup import describe, list_files
+from madformer.lookup import list_files
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features, IterableDataset
 
-__all__ = ["LABEL_NAMES", "TEXT_NAMES", "DatasetSplit", "explain_errors", "open_split", "silence_datasets"]
+__all__ = ["LABEL_NAMES", "TEXT_NAMES", "DatasetSplit", "open_split", "silence_datasets"]
 
 LABEL_NAMES = ("label", "labels", "cls", "class", "class_id", "fine_label", "target")
 TEXT_NAMES = ("text", "caption", "txt", "prompt", "captions", "description")
@@ -78,7 +77,7 @@ def open_split(data: DataConfig) -> DatasetSplit:
         data = replace(data, split=_whole_split(data))
     names = _split_names(data, list(files.splits or builder.info.splits or {}))
     split_files = [file for name in names for file in files.splits.get(name, [])]
-    _require_whole(data, split_files)
+    require_whole(data, split_files)
     if isinstance(builder, WebDataset) and split_files:
         _set_samples(builder, data, split_files)
     dataset: Dataset | IterableDataset
@@ -98,30 +97,6 @@ def open_split(data: DataConfig) -> DatasetSplit:
     info = (builder.info.splits or {}).get(data.split)
     rows = info.num_examples if info else None
     return DatasetSplit(dataset, split_files, _revision(builder), data.split, rows or None, files.left_out)
-
-
-@contextmanager
-def explain_errors(source: str, file: str | None = None) -> Iterator[None]:
-    """Turn whatever reading a source raises into a ConfigError of one line that names the source, and the file if known."""
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # file systems and formats raise errors of their own libraries
-        cause: BaseException = error
-        while isinstance(cause, DatasetGenerationError) and cause.__cause__:
-            cause = cause.__cause__
-        if isinstance(cause, ConfigError):
-            raise cause from error
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise cause from error  # the source is not to blame
-        reason = describe(cause)
-        if isinstance(cause, ImportError):
-            missing = cause.name or getattr(cause.__cause__, "name", None)
-            reason += f" (pip install {missing})" if missing else ""
-        raise ConfigError(f"data.source = {source!r}: {f'{file}: ' if file else ''}cannot be read: {reason}") from error
 
 
 @contextmanager
@@ -158,8 +133,9 @@ def _select(splits: Mapping[str, Dataset], split: str) -> Dataset:
 
     lengths = {name: len(table) for name, table in splits.items()}
     slices = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-    parts = [splits[part.splitname].select(range(lengths[part.splitname])[part.from_ : part.to]) for part in slices]
-    return datasets.concatenate_datasets(parts)
+    rows = [(part.splitname, range(lengths[part.splitname])[part.from_ : part.to]) for part in slices]
+    # select refuses an empty range that begins at the end
+    return datasets.concatenate_datasets([splits[name].select(part or range(0)) for name, part in rows])
 
 
 def _open_images(files: Files, data: DataConfig, builder: DatasetBuilder | None = None) -> DatasetSplit:
@@ -169,18 +145,21 @@ def _open_images(files: Files, data: DataConfig, builder: DatasetBuilder | None 
     if not files.has_splits:
         data = replace(data, split=_whole_split(data))
     names, tables, given = _split_names(data, list(files.splits)), {}, None
+    split_files = [file for name in names for file in files.splits[name]]
     if builder is not None and "label" in (builder.info.features or {}):  # the data set's card numbers its classes
         given = tuple(builder.info.features["label"].names)
     for name in names:
         tables[name] = image_table(files, name, given, data)
         paths = tables[name].data.column("image").combine_chunks().field("path").to_pylist()
+        split_files += paths  # metadata files may describe images elsewhere
         if not data.streaming and "://" in "".join(paths[:1]):
             copies = datasets.DownloadManager().download(paths)
             rows = [{"bytes": None, "path": copy} for copy in copies]
             column = datasets.Image(decode=False)
             tables[name] = tables[name].remove_columns("image").add_column("image", rows, feature=column)
-    split_files = [file for name in names for file in files.splits[name]]
-    return DatasetSplit(_select(tables, data.split), split_files, split=data.split, left_out=files.left_out)
+    return DatasetSplit(
+        _select(tables, data.split), list(dict.fromkeys(split_files)), split=data.split, left_out=files.left_out
+    )
 
 
 def _has_card(folder: Path) -> bool:
@@ -227,8 +206,7 @@ def _may_be_on_the_hub(source: str) -> bool:
 
     # The names of datasets' own readers would read whatever lies in the working directory.
     is_builder = (Path(datasets.packaged_modules.__file__).parent / source).is_dir()
-    is_file = Path(source).suffix in TABLES
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None and not is_builder and not is_file
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None and not is_builder and not kind_of(source)
 
 
 def _load_builder(data: DataConfig, path: str, **options: Any) -> DatasetBuilder:
@@ -302,8 +280,13 @@ def _tar_features(data: DataConfig, tars: list[str]) -> Features:
     """Columns of images, labels and texts; one for all images if every sample has one, in whatever format."""
     from datasets import Features, Image, Value
 
-    _require_whole(data, tars)
-    samples = [columns for tar in tars for columns in _sample_columns(tar, many=tar == tars[0])]
+    require_whole(data, tars)
+    samples = list[set[str]]()
+    for tar in tars:
+        with explain_errors(str(data.source), tar):
+            samples += _sample_columns(tar, many=tar == tars[0])
+    if not samples:
+        raise ConfigError(f"data.source = {data.source!r}: holds no rows")
     named = [column for column in (data.image_column, data.label_column, data.text_column) if column]
     columns = list(dict.fromkeys([*(column for sample in samples for column in sorted(sample)), *named]))
     images = [column for column in columns if _is_image(column)]
@@ -342,11 +325,12 @@ def _samples(
         main: the column that takes the only image of a sample, whatever its format; None: images stay in their columns.
 
     Raises:
-        ConfigError: labels or texts in a column that the first samples lack, or one column twice in a sample.
+        ConfigError: labels or texts in a column that the first samples lack, or of no number or text; one column twice in a
+            sample, or a sample in pieces.
     """
     from datasets.packaged_modules.webdataset.webdataset import DECODERS, base_plus_ext, text_loads
 
-    decoders = {**DECODERS, **dict.fromkeys(TEXT_NAMES, text_loads)}
+    decoders, has_image = {**DECODERS, **dict.fromkeys(TEXT_NAMES, text_loads)}, dict[str, bool]()
     for key, group in groupby(members, key=lambda member: base_plus_ext(member[0])[0]):
         if key is None:
             continue
@@ -358,7 +342,10 @@ def _samples(
                 if sample[column] is not None:
                     raise ConfigError(f"{tar}: {name} is there twice: write it once")
                 content = file.read()
-                sample[column] = decoders[column](content) if column in decoders else content
+                try:
+                    sample[column] = decoders[column](content) if column in decoders else content
+                except ValueError as error:
+                    raise ConfigError(f"{tar}: {name} is no {'number' if column in _NUMBERS else 'text'}: {error}") from error
             elif main and _is_image(column):
                 images.append(file.read())
             elif column in (*LABEL_NAMES, *TEXT_NAMES):
@@ -366,6 +353,10 @@ def _samples(
                 raise ConfigError(f"{tar}: {name} is of a column that the first samples lack: set data.{field}={column}")
         if main and sample[main] is None and len(images) == 1:
             sample[main] = images[0]
+        whole = any(sample[column] is not None for column in empty if _is_image(column))
+        if not (has_image.get(key, True) and (whole or key not in has_image)):
+            raise ConfigError(f"{tar}: the files of sample {key} do not follow each other: sort the files in it by name")
+        has_image[key] = whole
         yield sample
 
 
@@ -396,15 +387,3 @@ def _split_names(data: DataConfig, splits: list[str]) -> list[str]:
     if data.streaming and data.split not in splits:
         raise ConfigError(f"data.split = {data.split!r}: {legal}; slices need data.streaming=false")
     return list(dict.fromkeys(parts))
-
-
-def _require_whole(data: DataConfig, files: list[str]) -> None:
-    """Look at the ends of local files: tarfile takes what is cut off between two members for the end."""
-    for file in files:
-        end = bytes(1024) if file.endswith(".tar") else b"PAR1" if file.endswith(".parquet") else None
-        if end is None or "://" in file:
-            continue
-        with Path(file).open("rb") as content:
-            content.seek(max(0, content.seek(0, os.SEEK_END) - len(end)))
-            if content.read() != end:
-                raise ConfigError(f"data.source = {data.source!r}: {file} is cut off, or of another kind: its end is missing")

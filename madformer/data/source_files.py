@@ -1,29 +1,42 @@
-"""The files of a source, listed once by the rules of docs/data.md; a folder of images as a table of paths.
+"""The files of a source, listed once by the rules of docs/data.md.
 
 `datasets` would list a folder 66 times to guess splits from words in its paths, and take what it does not guess for nothing.
 """
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from madformer.config import DataConfig
 from madformer.errors import ConfigError
+from madformer.lookup import describe
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-__all__ = ["IMAGES", "NAME", "TABLES", "Files", "find_files", "hash_files", "image_table", "relative"]
+__all__ = [
+    "IMAGES",
+    "METADATA",
+    "NAME",
+    "Files",
+    "explain_errors",
+    "find_files",
+    "hash_files",
+    "kind_of",
+    "pattern_in",
+    "relative",
+    "require_whole",
+]
 
 NAME = "__name__"
 """Column with the name of an image within its source."""
@@ -72,19 +85,19 @@ def find_files(data: DataConfig) -> Files | None:
     local = Path(source).expanduser()
     if local.is_dir():
         root = str(local.resolve())
-        return _arrange(data, root, [f"{root}/{name}" for name in _walk(data, root, left_out)], left_out, is_folder=True)
+        return _arrange(data, root, _once(root, _walk(data, root, left_out), left_out), left_out, is_folder=True)
     if "://" in source:
         return None if re.fullmatch(HUB, source) else _find_remote(data, source)
     if local.is_file():  # not resolved: links would rename the files
-        return _arrange(data, "", [os.path.abspath(local)], left_out, is_folder=False)  # noqa: PTH100
+        path = os.path.abspath(local)  # noqa: PTH100
+        return _arrange(data, path.rpartition("/")[0], [path], left_out, is_folder=False)
     if glob.has_magic(source):
-        found = sorted(path for path in glob.glob(os.path.abspath(local), recursive=True) if Path(path).is_file())  # noqa: PTH100, PTH207
-        folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in found}}  # noqa: PTH120
-        once = {(folders[os.path.dirname(path)], os.path.basename(path)): path for path in reversed(found)}  # noqa: PTH119, PTH120
-        if not found:
+        paths = _match(data, os.path.abspath(local), left_out)  # noqa: PTH100
+        if not paths:
             raise ConfigError(f"data.source = {source!r}: no file has such a name")
-        paths = [path for path in sorted(once.values()) if _is_text(path, left_out)]
-        return _arrange(data, "", paths, left_out, is_folder=False)
+        root = os.path.commonpath([path.rpartition("/")[0] for path in paths])
+        paths = _once(root, [path for path in paths if _is_text(path, left_out)], left_out)
+        return _arrange(data, root, paths, left_out, is_folder=False)
     return None
 
 
@@ -112,9 +125,39 @@ def _find_remote(data: DataConfig, url: str) -> Files:
     return _arrange(data, root, addresses, left_out, is_folder)
 
 
+def _match(data: DataConfig, pattern: str, left_out: dict[str, list[str]]) -> list[str]:
+    """Paths of all files that have such a name; `**` is any depth."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return [path for path in glob.glob(pattern) if Path(path).is_file()]  # noqa: PTH207
+    depth = parts.index("**")  # glob would follow loops of links, and pass over folders that it cannot read
+    roots = [root for root in glob.glob("/".join(parts[:depth]) or "/") if Path(root).is_dir()]  # noqa: PTH207
+    found = [(root, path) for root in roots for path in _walk(data, root, left_out)]
+    return [path for root, path in found if _matches(path[len(root) + 1 :].split("/"), parts[depth:])]
+
+
+def _matches(names: list[str], pattern: list[str]) -> bool:
+    if pattern[:1] == ["**"]:
+        return pattern == ["**"] or any(_matches(names[start:], pattern[1:]) for start in range(len(names)))
+    if not names or not pattern:
+        return names == pattern
+    return fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+
+
+def _once(root: str, paths: list[str], left_out: dict[str, list[str]]) -> list[str]:
+    """Sorted paths of different files; a file goes before links to it."""
+    folders = {folder: os.path.realpath(folder) for folder in {path.rpartition("/")[0] for path in paths}}
+    once: dict[str, str] = {}
+    for is_link, _, path in sorted((os.path.islink(path), path.count("/"), path) for path in paths):  # noqa: PTH114
+        folder, slash, name = path.rpartition("/")
+        if once.setdefault(os.path.realpath(path) if is_link else folders[folder] + slash + name, path) != path:
+            left_out.setdefault("links to files that are read already", []).append(path.removeprefix(f"{root}/"))
+    return sorted(once.values())
+
+
 def _walk(data: DataConfig, root: str, left_out: dict[str, list[str]]) -> list[str]:
-    """Names of all files below a folder, sorted; links are followed, and each folder is read once."""
-    names, folders, links, seen = list[str](), [""], list[str](), set[tuple[int, int]]()
+    """Paths of all files below a folder; links are followed, and each folder is read once."""
+    paths, folders, links, seen = list[str](), [""], list[str](), set[tuple[int, int]]()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)  # a folder goes before links to it
         try:
@@ -128,20 +171,24 @@ def _walk(data: DataConfig, root: str, left_out: dict[str, list[str]]) -> list[s
         seen.add((status.st_dev, status.st_ino))
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself, or to where nobody may look
+                is_folder = is_file = False
             if entry.name.startswith((".", "__")):
                 left_out.setdefault("hidden", []).append(name)
             elif not _is_text(entry.name, left_out):
-                if entry.is_dir():
+                if is_folder:
                     raise ConfigError(
                         f"data.source = {data.source!r}: the folder {_shown(name)} has no name in UTF-8: rename it"
                     )
-            elif entry.is_dir():
+            elif is_folder:
                 (links if entry.is_symlink() else folders).append(name)
-            elif entry.is_file():
-                names.append(name)
+            elif is_file:
+                paths.append(f"{root}/{name}")
             else:  # a link to nothing, a socket
                 left_out.setdefault("neither files nor folders", []).append(name)
-    return sorted(names)
+    return paths
 
 
 def _is_text(name: str, left_out: dict[str, list[str]]) -> bool:
@@ -168,7 +215,7 @@ def _arrange(data: DataConfig, root: str, paths: list[str], left_out: dict[str, 
     """
     kinds: dict[str, list[str]] = {}
     for path in paths:
-        if kind := _kind(path):
+        if kind := kind_of(path):
             kinds.setdefault(kind, []).append(path)
         else:
             left_out.setdefault(_ending(path.rpartition("/")[2]) or "without ending", []).append(path.removeprefix(f"{root}/"))
@@ -177,9 +224,8 @@ def _arrange(data: DataConfig, root: str, paths: list[str], left_out: dict[str, 
         raise ConfigError(f"data.source = {data.source!r}: holds nothing readable; known are {READABLE}")
     if len(kinds) > 1:
         examples = " and ".join(found[0].removeprefix(f"{root}/") for found in kinds.values())
-        remedy = (
-            f"name those to read, as data.source={_pattern(root, '**/*' + PurePosixPath(next(iter(kinds.values()))[0]).suffix)}"
-        )
+        ending = PurePosixPath(next(iter(kinds.values()))[0]).suffix
+        remedy = f"name those to read, as data.source={pattern_in(root, f'**/*{ending}')}"
         raise ConfigError(f"data.source = {data.source!r}: holds files of several kinds ({examples}): {remedy}")
     ((kind, files),) = kinds.items()
     if kind == IMAGES:
@@ -187,6 +233,8 @@ def _arrange(data: DataConfig, root: str, paths: list[str], left_out: dict[str, 
     else:
         for path in metadata:
             left_out.setdefault("beside tables", []).append(path.removeprefix(f"{root}/"))
+    if kind == "parquet":
+        files = _readable(data, root, files, left_out)
     if not is_folder:
         return Files(kind, {"train": files}, has_splits=False, left_out=left_out)
     split_of = _splits_of_images if kind == IMAGES else _splits_of_tables
@@ -197,7 +245,8 @@ def _arrange(data: DataConfig, root: str, paths: list[str], left_out: dict[str, 
     return Files(kind, usual | splits, left_out=left_out)
 
 
-def _kind(path: str) -> str | None:
+def kind_of(path: str) -> str | None:
+    """`IMAGES`, `metadata`, or datasets' name of a kind of table, by the file's name; None: nothing that is read."""
     name = path.rpartition("/")[2]
     ending = _ending(name)
     return "metadata" if name in METADATA else TABLES.get(ending) or (IMAGES if ending in _image_endings() else None)
@@ -217,16 +266,22 @@ def _image_endings() -> frozenset[str]:
 def _splits_of_images(data: DataConfig, root: str, names: list[str]) -> Iterable[str]:
     """The split of each image: what its top folder is called, if all of those are called like splits; else all are `train`."""
     folders = [name.split("/")[:-1] for name in names]
-    if all(path and path[0] in SPLITS for path in folders):
-        return [SPLITS[path[0]] for path in folders]
-    called = sorted({"/".join(path[: level + 1]) for path in folders for level, part in enumerate(path) if part in SPLITS})
-    one_class = len({SPLITS[PurePosixPath(path).name] for path in called}) < 2
-    if not (one_class and all(part not in SPLITS for path in folders for part in path[:-1])):
-        other = next(
-            (path[0] if path else name for path, name in zip(folders, names, strict=True) if not {*path} & {*SPLITS}), None
-        )
+    splits = [[SPLITS.get(part.lower()) for part in path] for path in folders]
+    if all(found and found[0] for found in splits):
+        return [str(found[0]) for found in splits]
+    called = sorted(
+        {
+            "/".join(path[: level + 1])
+            for path, found in zip(folders, splits, strict=True)
+            for level in range(len(path))
+            if found[level]
+        }
+    )
+    one_class = len({split for found in splits for split in found if split}) < 2
+    if not one_class or any(split for found in splits for split in found[:-1]):
+        other = next((name.split("/")[0] for name, found in zip(names, splits, strict=True) if not any(found)), None)
         beside = f", {other} beside it is not" if other else ""
-        remedy = f"name one split, as data.source={root}/{called[0]}, or all images without classes: {_pattern(root, '**')}"
+        remedy = f"name one split, as data.source={root}/{called[0]}, or all images without classes: {pattern_in(root, '**')}"
         raise ConfigError(f"data.source = {data.source!r}: the folder {called[0]} is called like a split{beside}: {remedy}")
     return ["train"] * len(names)
 
@@ -236,111 +291,20 @@ def _splits_of_tables(data: DataConfig, root: str, names: list[str]) -> Iterable
     custom = [re.search(r"(?:^|/)data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\.\w+$", name) for name in names]
     if all(custom):
         return [match[1] for match in custom if match]
-    found = [{SPLITS[word] for word in re.split(r"[^A-Za-z]+", name) if word in SPLITS} for name in names]
+    found = [{SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS} for name in names]
     if not any(found):
         return ["train"] * len(names)
     for name, splits in zip(names, found, strict=True):
         if len(splits) != 1:
             problem = f"names the splits {' and '.join(sorted(splits))}" if splits else "names no split, other files do"
-            remedy = f"name the files to read, as data.source={_pattern(root, '**/*' + PurePosixPath(name).suffix)}"
+            remedy = f"name the files to read, as data.source={pattern_in(root, '**/*' + PurePosixPath(name).suffix)}"
             raise ConfigError(f"data.source = {data.source!r}: {name} {problem}: {remedy}")
     return [split for splits in found for split in splits]
 
 
-def _pattern(root: str, pattern: str) -> str:
+def pattern_in(root: str, pattern: str) -> str:
+    """A pattern of files in a folder, as a shell takes it."""
     return f"'{glob.escape(root)}/{pattern}'"
-
-
-# ---- Images
-
-
-def image_table(files: Files, split: str, class_names: tuple[str, ...] | None, data: DataConfig) -> Dataset:
-    """The images of a split as a table of paths: `image`, undecoded, `NAME`, and `label` or what metadata files say.
-
-    Folders are classes if the images of a split lie equally deep in several of them. Classes are numbered over all splits. Rows
-    are sorted by name, and for a slice by the hashes of names.
-
-    Args:
-        class_names: the classes in the order of their numbers; None: sorted.
-
-    Raises:
-        ConfigError: images of a folder lie at several depths, or a metadata file does not name its images.
-    """
-    import pyarrow as pa
-    from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, Value
-
-    images = {name: [path for path in paths if _kind(path) == IMAGES] for name, paths in files.splits.items()}
-    if len(images[split]) < len(files.splits[split]):
-        table = _described_images(files, split, data)
-        kinds = Features.from_arrow_schema(table.drop_columns("image").schema)
-    else:
-        folders = {name: [path.rsplit("/", 2)[-2] for path in paths] for name, paths in images.items()}
-        depths = {name: {path.count("/") for path in paths} for name, paths in images.items()}
-        if len(depths[split]) > 1 and files.kind == IMAGES and files.has_splits:
-            _refuse_depths(data, images[split])
-        flat = {name: set(parents) for name, parents in folders.items() if len(depths[name]) == 1}
-        classes = sorted(set().union(*(found for found in flat.values() if len(found) > 1)))
-        columns: dict[str, Any] = {NAME: relative(images[split])}
-        kinds = Features({NAME: Value("string")})
-        if split in flat and flat[split] <= set(classes):
-            kinds["label"] = ClassLabel(names=list(class_names or classes))
-            numbers = {name: kinds["label"].str2int(name) for name in flat[split]}
-            columns["label"] = [numbers[name] for name in folders[split]]
-        table = pa.table(columns).append_column("image", pa.array(images[split], pa.string()))
-    paths = table["image"].combine_chunks()
-    fields = {"bytes": pa.nulls(len(paths), pa.binary()), "path": paths}
-    structs = pa.StructArray.from_arrays(list(fields.values()), names=list(fields))
-    table = table.set_column(table.column_names.index("image"), "image", structs)
-    features = Features({"image": Image(decode=False), **{name: kinds[name] for name in table.column_names if name != "image"}})
-    table = table.select(list(features)).cast(features.arrow_schema)
-    if "[" in data.split:  # sorted by name and so by class, a slice would lack classes
-        names = table[NAME].to_pylist()
-        table = table.take(sorted(range(len(names)), key=lambda row: hashlib.sha256(names[row].encode()).digest()))
-    return Dataset(table, DatasetInfo(features=features), fingerprint="images")  # else it would hash all paths
-
-
-def _refuse_depths(data: DataConfig, paths: list[str]) -> None:
-    shallow, deep = (pick(paths, key=lambda path: path.count("/")) for pick in (min, max))
-    root = os.path.commonpath([shallow, deep]) if "://" not in shallow else str(data.source).rstrip("/")
-    names = " and ".join(path.removeprefix(f"{root}/") for path in (shallow, deep))
-    levels = "/".join("*" * (deep.removeprefix(f"{root}/").count("/") + 1))
-    remedy = (
-        f"name the images that have classes, as data.source={_pattern(root, levels)}, or all without: {_pattern(root, '**')}"
-    )
-    raise ConfigError(
-        f"data.source = {data.source!r}: {names} lie at different depths, so that folders are no classes: {remedy}"
-    )
-
-
-def _described_images(files: Files, split: str, data: DataConfig) -> Any:
-    """Rows of the metadata files of a split, as a table of Arrow; images that are in none are left out."""
-    import fsspec
-    import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.json
-    import pyarrow.parquet
-
-    readers = {"csv": pyarrow.csv.read_csv, "json": pyarrow.json.read_json, "parquet": pyarrow.parquet.read_table}
-    tables, images = [], {path for path in files.splits[split] if _kind(path) == IMAGES}
-    for path in files.splits[split]:
-        if path in images:
-            continue
-        with fsspec.open(path, "rb") as file:
-            table = readers[METADATA[PurePosixPath(path).name]](file)
-        if "file_name" not in table.column_names:
-            remedy = "name its images there, relative to it, or give the file another name"
-            raise ConfigError(f"data.source = {data.source!r}: {path} has no column file_name: {remedy}")
-        folder = path.rpartition("/")[0]
-        addresses = [
-            os.path.normpath(f"{folder}/{name}") if "://" not in path else f"{folder}/{name}"
-            for name in table["file_name"].to_pylist()
-        ]
-        tables.append(table.drop_columns("file_name").append_column("image", pa.array(addresses, pa.string())))
-    table = pa.concat_tables(tables, promote_options="permissive")
-    listed = table["image"].to_pylist()
-    if missing := sorted(images - set(listed)):
-        files.left_out["in no metadata file"] = relative(missing)
-    return table.append_column(NAME, pa.array(relative(listed), pa.string()))
 
 
 def relative(paths: list[str]) -> list[str]:
@@ -350,6 +314,72 @@ def relative(paths: list[str]) -> list[str]:
     depth = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
     length = sum(len(part) + 1 for part in first[:depth])
     return [path[length:] for path in paths]
+
+
+# ---- What cannot be read
+
+
+@contextmanager
+def explain_errors(source: str, file: str | None = None) -> Iterator[None]:
+    """Turn whatever reading a source raises into a ConfigError of one line that names the source, and the file if known."""
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # file systems and formats raise errors of their own libraries
+        cause: BaseException = error
+        while isinstance(cause, DatasetGenerationError) and cause.__cause__:
+            cause = cause.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause from error
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise cause from error  # the source is not to blame
+        reason = describe(cause)
+        if isinstance(cause, ImportError):
+            missing = cause.name or getattr(cause.__cause__, "name", None)
+            reason += f" (pip install {missing})" if missing else ""
+        raise ConfigError(f"data.source = {source!r}: {f'{file}: ' if file else ''}cannot be read: {reason}") from error
+
+
+def require_whole(data: DataConfig, files: list[str]) -> None:
+    """Look at the ends of local files: tarfile takes what is cut off between two members for the end."""
+    for file in files:
+        end = bytes(1024) if file.endswith(".tar") else b"PAR1" if file.endswith(".parquet") else None
+        if end is None or "://" in file:
+            continue
+        with Path(file).open("rb") as content:
+            content.seek(max(0, content.seek(0, os.SEEK_END) - len(end)))
+            if content.read() != end:
+                raise ConfigError(f"data.source = {data.source!r}: {file} is cut off, or of another kind: its end is missing")
+
+
+def _readable(data: DataConfig, root: str, paths: list[str], left_out: dict[str, list[str]]) -> list[str]:
+    """Parquet files that have rows, all with the columns of the first one: datasets reads no others."""
+    from datasets.table import CastError, table_cast
+    from pyarrow.parquet import ParquetFile
+
+    require_whole(data, paths)
+    first, readable = None, list[str]()
+    for path in paths:
+        if "://" not in path:
+            with explain_errors(str(data.source), path), ParquetFile(path) as file:
+                rows, schema = file.metadata.num_rows, file.schema_arrow
+            if not rows:
+                left_out.setdefault("without rows", []).append(path.removeprefix(f"{root}/"))
+                continue
+            first = first or (path, schema)
+            try:
+                table_cast(schema.empty_table(), first[1])
+            except (CastError, TypeError, ValueError):
+                columns = [", ".join(f"{field.name} ({field.type})" for field in kind) for kind in (first[1], schema)]
+                problem = f"{first[0]} has the columns {columns[0]}, but {path} {columns[1]}: name files of one kind"
+                raise ConfigError(f"data.source = {data.source!r}: {problem}") from None
+        readable.append(path)
+    if not readable:
+        raise ConfigError(f"data.source = {data.source!r}: holds no rows")
+    return readable
 
 
 # ---- Fingerprints
@@ -370,7 +400,7 @@ def _hash_pieces(path: str) -> tuple[int, str]:
         from fsspec.core import url_to_fs
 
         filesystem, place = url_to_fs(path)
-        size, is_image = filesystem.size(place), _kind(path) == IMAGES
+        size, is_image = filesystem.size(place), kind_of(path) == IMAGES
         parts = [] if is_image else [filesystem.cat_file(place, start, end) for start, end in _pieces(path, size)]
         return size, hashlib.sha256(b"".join(parts)).hexdigest()
     try:
@@ -383,6 +413,6 @@ def _hash_pieces(path: str) -> tuple[int, str]:
 
 
 def _pieces(path: str, size: int) -> list[tuple[int, int]]:
-    if size <= 3 * PIECE or _kind(path) == "metadata":
+    if size <= 3 * PIECE or kind_of(path) == "metadata":
         return [(0, size)]
     return [(start, start + PIECE) for start in (0, (size - PIECE) // 2, size - PIECE)]

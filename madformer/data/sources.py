@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from madformer.config import DataConfig
-from madformer.data.open_dataset import LABEL_NAMES, TEXT_NAMES, DatasetSplit, explain_errors, open_split, silence_datasets
-from madformer.data.source_files import NAME, hash_files, relative
+from madformer.data.open_dataset import LABEL_NAMES, TEXT_NAMES, DatasetSplit, open_split, silence_datasets
+from madformer.data.source_files import NAME, explain_errors, hash_files, relative
 from madformer.errors import BadImage, ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -146,7 +146,8 @@ class ImageSource:
         left_out = [f"{broken:,} broken"] if broken else []
         for reason, names in self.left_out.items():
             left_out.append(f"{len(names):,} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
-        return f"{self.name}: {', '.join(parts)}{'; left out: ' if left_out else ''}{', '.join(left_out)}"
+        line = f"{self.name}: {', '.join(parts)}{'; left out: ' if left_out else ''}{', '.join(left_out)}"
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
     @property
     def last_label(self) -> int | None:
@@ -237,9 +238,8 @@ class ImageSource:
         try:
             return None if value is None else int(value)
         except ValueError:
-            raise ConfigError(
-                f"data.label_column = {self.columns.label!r}: holds {value!r}, which is no class number"
-            ) from None
+            problem = f"holds {value!r}, which is no class number; text is data.text_column"
+            raise ConfigError(f"data.label_column = {self.columns.label!r}: {problem}") from None
 
 
 def open_source(data: DataConfig) -> ImageSource:
@@ -255,6 +255,8 @@ def open_source(data: DataConfig) -> ImageSource:
         raise ConfigError("data.source = None: must name a data set of the hub, files, or a folder")
     with explain_errors(data.source), silence_datasets():
         split = open_split(data)
+        if isinstance(split.dataset, datasets.Dataset) and not len(split.dataset):
+            raise ConfigError(f"data.split = {data.split!r}: data.source = {data.source!r} has no rows there")
         columns = find_columns(split.dataset.features or datasets.Features(), data)
         names = (columns.image, columns.label, columns.text, NAME, _KEY, _URL)
         dataset = split.dataset.select_columns([name for name in split.dataset.features if name in names])

@@ -187,7 +187,7 @@ def test_class_numbers_as_text(streaming, tmp_path):
         source = source_of(write_raw(tmp_path / f"{name}.parquet", {"image": image, "cls": values}), streaming=streaming)
         assert [row.label for row in all_rows(source)] == [0, 12]
     names = source_of(write_raw(tmp_path / "names.parquet", {"image": image, "cls": ["cat", "dog"]}), streaming=streaming)
-    with pytest.raises(ConfigError, match=r"^data\.label_column = 'cls': holds 'cat', which is no class number$"):
+    with pytest.raises(ConfigError, match=r"^data\.label_column = 'cls': holds 'cat', which is no class number; text is data"):
         all_rows(names)
 
 

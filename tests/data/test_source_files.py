@@ -1,10 +1,12 @@
 """What a folder says is true: its splits and classes, what is left out of it, and what is refused because it is ambiguous."""
 
+import glob
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from madformer.config import config_hash, load_run, write_config
@@ -35,6 +37,7 @@ def found(folder, **fields):
     return [(row.key, row.label if names is None or row.label is None else names[row.label]) for row in all_rows(source)]
 
 
+JPEG, PNG = as_bytes(picture(1), "JPEG"), as_bytes(picture(2))
 CATS_AND_DOGS = ("cat/1.png", "cat/2.png", "dog/1.png")
 READ = [("cat/1.png", "cat"), ("cat/2.png", "cat"), ("dog/1.png", "dog")]
 
@@ -78,6 +81,15 @@ def test_a_slice_of_a_folder_holds_all_classes(tmp_path):
     assert {label for _, label in held_out} == {label for _, label in rest} == {"bird", "cat", "dog"}
     fill(tmp_path / "moved", *(f"{name}/{number}.png" for name in ("bird", "cat", "dog") for number in range(20)))
     assert found(tmp_path / "moved", split="train[70%:]") == held_out
+
+
+@pytest.mark.parametrize("split", ["train[:0]", "train[3:]", "train[50%:10%]", "train[7:]+train[:0]"])
+def test_an_empty_slice_is_refused(split, tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.split = .*: data\.source = '.*' has no rows there$"):
+        source_of(fill(tmp_path, *CATS_AND_DOGS), split=split)
+    write_parquet(tmp_path / "cat/a.parquet", rows=3)
+    with pytest.raises(ConfigError):
+        source_of(tmp_path / "cat/a.parquet", split=split)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +139,70 @@ def test_what_is_no_image_or_no_name_is_left_out_counted_and_named(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("pattern", ["", "/**", "/**/*.png", "/[cd]*/**/*.png"])
+def test_links_are_read_once_whatever_they_lead_to(pattern, tmp_path):
+    folder, other = fill(tmp_path / "a [1]", *CATS_AND_DOGS), fill(tmp_path / "other", "9.png")
+    for link, target in (("cat/self.png", "self.png"), ("cat/a.png", "../dog/1.png"), ("dog/loop", ".."), ("cat/loop", "..")):
+        (folder / link).symlink_to(target)
+    (folder / "dog/outside.png").symlink_to(other / "9.png")
+    (folder / "dog/outside again.png").symlink_to(other / "9.png")
+    source = glob.escape(str(folder)) + pattern if pattern else folder
+    names = [name for name, _ in found(source)]
+    assert names == ["cat/1.png", "cat/2.png", "dog/1.png", "dog/outside again.png"]
+    said = source_of(source).summarise().split("; left out: ")[1]
+    assert "self.png" in said and "links to files that are read already" in said and str(tmp_path) not in said
+
+
+def test_one_entry_that_cannot_be_looked_at_is_left_out(tmp_path, monkeypatch):
+    fill(tmp_path, *CATS_AND_DOGS)
+    (tmp_path / "dog/2.png").symlink_to("1.png")
+
+    def refuse(path):
+        return [Refusing(entry) if entry.is_symlink() else entry for entry in scan(path)]
+
+    class Refusing:
+        def __init__(self, entry):
+            self.name = entry.name
+
+        def is_dir(self):
+            raise PermissionError(13, "Permission denied")
+
+    scan = os.scandir
+    monkeypatch.setattr("madformer.data.source_files.os.scandir", refuse)
+    assert found(tmp_path) == READ
+    assert source_of(tmp_path).summarise().endswith("left out: 1 neither files nor folders (dog/2.png)")
+
+
+def test_splits_in_capital_letters(tmp_path):
+    fill(tmp_path / "images", "Train/cat/1.png", "Train/dog/2.png", "TEST/cat/3.png")
+    assert [name for name, _ in found(tmp_path / "images")] == ["cat/1.png", "dog/2.png"]
+    assert [name for name, _ in found(tmp_path / "images", split="test")] == ["3.png"]
+    (tmp_path / "tables").mkdir()
+    for number, name in enumerate(("Train", "Val", "TEST")):
+        write_parquet(tmp_path / f"tables/{name}.parquet", rows=number + 1)
+    assert [source_of(tmp_path / "tables", split=split).num_rows for split in ("train", "validation", "test")] == [1, 2, 3]
+    with pytest.raises(ConfigError, match="the folder Test is called like a split, masks beside it is not"):
+        source_of(fill(tmp_path / "mixed", "Train/1.png", "Test/1.png", "masks/1.png"))
+
+
+def test_a_pattern_of_several_kinds_is_refused_with_a_pattern_in_the_same_folder(tmp_path):
+    fill(tmp_path, "1.png")
+    write_parquet(tmp_path / "2.parquet", rows=1)
+    with pytest.raises(ConfigError, match=rf"\(1\.png and 2\.parquet\): name those to read, as data\.source='{tmp_path}/\*\*/"):
+        source_of(tmp_path / "*")
+
+
+@pytest.mark.parametrize("name", ["nobody.png", "photos/nobody.JPG", "nobody.PARQUET"])
+def test_a_file_that_is_not_there_is_no_data_set_of_the_hub(name):
+    with pytest.raises(ConfigError, match=r"no such file or folder$"):
+        source_of(name)
+
+
+def test_the_summary_is_one_line(tmp_path):
+    fill(tmp_path, "1.png", "a\nb.txt", "é.txt")
+    assert source_of(tmp_path).summarise().endswith(r"left out: 2 .txt (a\nb.txt, é.txt)")
+
+
 def test_folders_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
     fill(tmp_path, *CATS_AND_DOGS)
     scan = os.scandir
@@ -136,9 +212,10 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return scan(path)
 
-    with monkeypatch.context() as patched, pytest.raises(ConfigError, match=r"the folder dog cannot be read: .*Permission"):
-        patched.setattr("madformer.data.source_files.os.scandir", refuse)
-        source_of(tmp_path)
+    for source in (tmp_path, tmp_path / "**/*.png"):
+        with monkeypatch.context() as patched, pytest.raises(ConfigError, match=r"the folder dog cannot be read: .*Permission"):
+            patched.setattr("madformer.data.source_files.os.scandir", refuse)
+            source_of(source)
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9l\xe9phant")).mkdir()
     with pytest.raises(ConfigError, match=r"the folder \\xe9l\\xe9phant has no name in UTF-8: rename it"):
         source_of(tmp_path)
@@ -151,11 +228,71 @@ def test_metadata_says_which_images_it_describes(tmp_path):
     assert [(row.key, row.text) for row in all_rows(source)] == [("2.png", None), ("1.png", "one")]
     assert source.summarise().endswith("left out: 1 in no metadata file (3.png)")
     (tmp_path / "metadata.jsonl").write_text('{"name": "1.png"}\n')
-    with pytest.raises(ConfigError, match=r"metadata\.jsonl has no column file_name: name its images there"):
+    with pytest.raises(ConfigError, match=r"metadata\.jsonl names no images in a column file_name: name them there"):
+        source_of(tmp_path)
+
+
+def test_metadata_may_describe_images_elsewhere(tmp_path):
+    folder, other = fill(tmp_path / "a::b", "1.png"), fill(tmp_path / "other", "2.png", "3.png")
+    (folder / "metadata.csv").write_text(f"file_name,text\n1.png,x\n../other/2.png,y\n{other}/3.png,z\n")
+    assert [row.read() for row in all_rows(source_of(folder))][1:] == [(other / f"{n}.png").read_bytes() for n in (2, 3)]
+    before = source_of(folder).fingerprint
+    (other / "2.png").write_bytes(as_bytes(picture(9)))
+    assert source_of(folder).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"metadata.csv": b"file_name,text\n"}, r"metadata\.csv names no images in a column file_name"),
+        ({"metadata.csv": b"file_name,text\n1.png,caf\xe9\n"}, r"metadata\.csv is not in UTF-8"),
+        (
+            {"metadata.csv": b"file_name,text\n1.png,a\n", "metadata.jsonl": b'{"file_name": "1.png", "text": "b"}'},
+            r"metadata\.jsonl describes .*1\.png again",
+        ),
+    ],
+)
+def test_metadata_that_would_lose_or_double_images_is_refused(files, said, tmp_path):
+    fill(tmp_path, "1.png")
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
         source_of(tmp_path)
 
 
 # Tables
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_files_of_other_columns_are_refused_and_those_without_rows_left_out(streaming, tmp_path):
+    write_raw(tmp_path / "a.parquet", {"image": [PNG], "label": [1]})
+    pq.write_table(pq.read_table(tmp_path / "a.parquet").slice(0, 0), tmp_path / "b.parquet")
+    source = source_of(tmp_path, streaming=streaming)
+    assert [row.label for row in all_rows(source)] == [1] and source.summarise().endswith("1 without rows (b.parquet)")
+    with pytest.raises(ConfigError, match="holds no rows"):
+        source_of(tmp_path / "b.parquet", streaming=streaming)
+    for other in ({"image": [PNG], "text": ["a"]}, {"img": [PNG], "label": [1]}, {"image": [{"bytes": PNG}], "label": [1]}):
+        write_raw(tmp_path / "c.parquet", other)
+        with pytest.raises(ConfigError, match=r"a\.parquet has the columns image \(binary\), label .*, but .*c\.parquet im"):
+            source_of(tmp_path, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ({"1.jpg": b"", "2.jpg": b"", "1.cls": b"1", "2.cls": b"2"}, "the files of sample 1 do not follow each other: sort"),
+        ({"1.txt": b"a", "2.txt": b"b", "1.jpg": b"", "2.jpg": b""}, "the files of sample 1 do not follow each other: sort"),
+        ({"1.jpg": b"", "1.cls": b"cat"}, r"1\.cls is no number"),
+        ({"1.jpg": b"", "1.cls": b""}, r"1\.cls is no number"),
+        ({"1.jpg": b"", "1.txt": b"\xff"}, r"1\.txt is no text"),
+        ({}, "holds no rows"),
+    ],
+)
+def test_samples_that_would_lose_labels_are_refused(members, said, streaming, tmp_path):
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(ConfigError, match=said):
+        all_rows(source_of(tmp_path, streaming=streaming))
 
 
 @pytest.mark.parametrize("name", ["cifar_test.parquet", "my validation set.parquet", "train-and-test.parquet"])
@@ -188,9 +325,6 @@ def test_ambiguous_tables_are_refused(names, said, tmp_path):
         source_of(tmp_path)
     pattern = str(caught.value).rpartition("'")[0].rpartition("'")[2]
     assert source_of(pattern).num_rows == sum(name.endswith(".tar") for name in names)
-
-
-JPEG, PNG = as_bytes(picture(1), "JPEG"), as_bytes(picture(2))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
