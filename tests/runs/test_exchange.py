@@ -15,7 +15,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -273,6 +273,15 @@ def test_an_import_that_was_killed_is_repeated(stop, tmp_path):
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000000.ckpt"]
     printed = perform(arguments, status=2)
     assert printed == f"madformer: {run}: exists already; name a new folder\n"
+
+
+def test_an_export_of_integers_is_refused(tmp_path):
+    import_run(released(tmp_path / "released.pt"), tmp_path / "run", "ema", [])
+    export_run(tmp_path / "run", tmp_path / "weights.safetensors", "ema")
+    state = load_file(tmp_path / "weights.safetensors")
+    save_file({**state, "boi_SD": state["boi_SD"].int()}, tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match=r"weights\.safetensors: boi_SD holds no floating-point numbers"):
+        import_run(tmp_path / "weights.safetensors", tmp_path / "new", "ema", [])
 
 
 def test_a_torn_export_is_refused(tmp_path):
