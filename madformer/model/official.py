@@ -197,11 +197,11 @@ def _released_text(shapes: Mapping[str, tuple[int, ...]]) -> TextConfig | None:
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    """One more than the largest number that the pattern finds at the start of a name."""
-    found = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
+    """How many numbers the pattern finds at the start of names."""
+    found = {int(match[1]) for name in shapes if (match := re.match(pattern, name))}
     if not found:
         raise KeyError(pattern.replace("\\", "").replace("(d+)", "0"))
-    return max(found) + 1
+    return len(found)
 
 
 def _shapes(config: ModelConfig) -> dict[str, torch.Size]:

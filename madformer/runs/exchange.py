@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,12 +43,14 @@ from madformer.runs.checkpoints import (
     MODEL_PREFIX,
     Weights,
     checkpoint_path,
+    find_flaw,
     load_weights,
     newest_intact,
     parse_weights,
     save_checkpoint,
 )
 from madformer.runs.files import atomic_write, write_text
+from madformer.runs.folder import claim_folder, is_run
 
 HUB_FILE = "ckpts.pt"
 """The checkpoint in the authors' repository on the hub, `JunhaoC/MADFormer-FFHQ`."""
@@ -94,16 +95,18 @@ def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) 
         InputError: no such file, another format, weights that contradict the switches, or a folder that is in use.
     """
     requested = parse_weights(weights)
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    begun = (run / ".import.lock").exists() and not is_run(run)  # by an import that was killed
+    if run.exists() and not begun and (not run.is_dir() or any(run.iterdir())):
         raise InputError(f"{run}: exists already; name a new folder")
     file = _find(source)
     content = _read(file, requested)
-    if _is_released(content):
+    if _BOI in content or file.suffix != _SAFETENSORS:
         state, config = _convert(file, content, requested, overrides)
     else:
         state, config = _check_exported(file, content)
     config = _adopt(config, run, overrides)
     _require_shapes(state, config.model, str(run))
+    state = {name: tensor.float() for name, tensor in state.items()}
     with file.open("rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     checkpoint = {
@@ -112,8 +115,11 @@ def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) 
         "global_step": 0,
         CONFIG_HASH: config_hash(config),
     }
-    save_checkpoint(checkpoint, checkpoint_path(run, 0))
-    write_config(config, run, imported={"source": str(source), "sha256": sha256, "weights": weights})
+    with claim_folder(run, "import"):
+        for left in run.glob("**/.*.tmp"):
+            left.unlink()
+        save_checkpoint(checkpoint, checkpoint_path(run, 0))
+        write_config(config, run, imported={"source": str(source), "sha256": sha256, "weights": weights})
     print(f"{run}: {sum(tensor.numel() for tensor in state.values()):,} parameters of {source} (SHA-256 {sha256[:12]})")
 
 
@@ -169,18 +175,21 @@ def _read(file: Path, weights: Weights) -> Mapping[str, Any]:
             return load_file(file)
         except SafetensorError as error:
             raise InputError(f"{file}: not the weights of a model: torn, or no safetensors file: {error}") from error
+    if flaw := find_flaw(file):
+        raise InputError(f"{file}: torn, or no checkpoint that torch reads: {flaw}")
     with torch.serialization.safe_globals([argparse.Namespace]):  # the one class in it; nothing else is unpickled
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            remedy = "torch.save its weights alone, and import those"
+            raise InputError(
+                f"{file}: holds more than tensors, numbers and a Namespace, which is not read: {remedy}"
+            ) from error
+        except (RuntimeError, ValueError, OSError) as error:
             raise InputError(f"{file}: no checkpoint that torch reads: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, Mapping) or not (_is_released(content) or {weights, "args"} <= content.keys()):
-        raise InputError(f"{file}: no released checkpoint: it must hold {weights} and args")
+    if not isinstance(content, Mapping) or not (_BOI in content or weights in content):
+        raise InputError(f"{file}: no released checkpoint: it must hold {weights}")
     return content
-
-
-def _is_released(content: Mapping[str, Any]) -> bool:
-    return _BOI in content or "args" in content
 
 
 def _convert(
@@ -191,8 +200,8 @@ def _convert(
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, Mapping):
         raise InputError(f"{file}: no released checkpoint: its args are a {type(args).__name__}")
-    known = {name: entry for name, entry in _SWITCHES.items() if name in args}
-    switches = {field: not args[name] if negated else args[name] for name, (field, negated) in known.items()}
+    known = {name: (args[name], *entry) for name, entry in _SWITCHES.items() if name in args}
+    switches = {field: not value if negated and isinstance(value, bool) else value for value, field, negated in known.values()}
     switches |= _overridden_switches(overrides)
     if missing := [(name, field) for name, (field, _) in _SWITCHES.items() if field not in switches]:
         remedy = f"say {' '.join(f'model.{field}=...' for _, field in missing)}"
@@ -218,6 +227,10 @@ def _overridden_switches(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_exported(file: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ExperimentConfig]:
+    if not file.with_suffix(".yaml").is_file():
+        raise InputError(f"{file}: no released state dict, which has {_BOI}, and no export, which has a .yaml of its name")
+    if odd := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
+        raise InputError(f"{file}: {odd[0]} holds no floating-point numbers")
     config = load_experiment(file.with_suffix(".yaml"))
     _require_shapes(state, config.model, f"{file}: not the weights of {file.with_suffix('.yaml')}")
     return dict(state), config

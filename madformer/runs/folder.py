@@ -19,7 +19,7 @@ from madformer.config.identity import config_path
 from madformer.errors import InputError
 from madformer.runs.files import append_line, atomic_write, to_json, write_text
 
-Purpose = Literal["train", "evaluate", "tune", "encode", "sample"]
+Purpose = Literal["train", "evaluate", "tune", "encode", "sample", "import"]
 """The command that claims a folder."""
 
 

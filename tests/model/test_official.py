@@ -88,6 +88,7 @@ def test_every_released_tower_is_exported_and_computes_the_same(changes):
         ({}, {}, "not a released MADFormer state dict: it lacks 'boi_block'"),
         ({"downsampler.conv_in.bias": None}, {}, "lacks 1 tensors, the first is 'downsampler.conv_in.bias'"),
         ({"blocks.1.mlp_list.0.up_proj.weight": torch.zeros(3, 3)}, {}, r"has shape \(3, 3\): must be \(128, 128\)"),
+        ({"blocks.100000000.x": torch.zeros(1)}, {}, "lacks .* tensors, the first is 'blocks.3.input_layernorm_list.0.weight'"),
         ({"stray": torch.zeros(1)}, {}, "has 1 tensors too many for its sizes, the first is 'stray'"),
         (
             {"downsampler.down_blocks.1.attentions.0.to_q.weight": None},

@@ -2,7 +2,12 @@
 
 import argparse
 import hashlib
+import itertools
 import json
+import pickle
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import diffusers
@@ -10,7 +15,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -27,7 +32,7 @@ from tests.conftest import HUB
 from tests.data.vaes import KL
 from tests.hub import fill_cache
 from tests.model.test_official import TEXT_WEIGHTS, WEIGHTS
-from tests.tiny_runs import command, differences, perform
+from tests.tiny_runs import command, differences, environment, perform
 
 SWITCHES = {"clear_clean": False, "clear_cond": False, "denoising_mlp": False, "diff_depth": 2, "ar_len": 4}
 
@@ -197,14 +202,16 @@ def test_nothing_but_a_namespace_is_unpickled(tmp_path):
             return (print, ("unpickled",))
 
     torch.save({"ema": dict(WEIGHTS), "args": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match=r"evil\.pt: no checkpoint that torch reads"):
+    with pytest.raises(InputError, match=r"evil\.pt: holds more than tensors, numbers and a Namespace, .*$"):
         import_run(tmp_path / "evil.pt", tmp_path / "run", "ema", [])
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {}}, "no released checkpoint: it must hold ema and args"),
+        ({"model": {}, "args": argparse.Namespace(**SWITCHES)}, "no released checkpoint: it must hold ema$"),
+        ({"ema": dict(WEIGHTS)}, r"its args lack .*: say model\.use_clean_blocks=\.\.\. "),
+        ({"ema": dict(WEIGHTS), "args": argparse.Namespace(**{**SWITCHES, "clear_clean": "no"})}, "must be of type bool"),
         ({"ema": {}, "args": argparse.Namespace(diff_depth=2)}, "its args lack clear_clean, clear_cond, denoising_mlp, ar_len"),
         ({"ema": {}, "args": argparse.Namespace(**SWITCHES)}, "not a released MADFormer state dict"),
         ({"ema": dict(WEIGHTS), "args": argparse.Namespace(**{**SWITCHES, "diff_depth": 99})}, "model.diffusion_depth = 99"),
@@ -215,6 +222,66 @@ def test_what_is_no_released_checkpoint(content, message, tmp_path):
     with pytest.raises(InputError, match=message):
         import_run(tmp_path / "file.pt", tmp_path / "run", "ema", [])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["file.pt", "file.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"hello world\n", pickle.dumps({"ema": 1, "args": 2}), zipfile.ZipFile], ids=str)
+def test_a_file_of_another_kind_is_one_line(content, name, tmp_path):
+    if content is zipfile.ZipFile:
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("a", "b")
+    else:
+        (tmp_path / name).write_bytes(content)
+    printed = perform(command("import", tmp_path / name, "--out", tmp_path / "run"), status=2)
+    assert printed.startswith(f"madformer: {tmp_path / name}: ") and len(printed.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    whole = bytearray(released(tmp_path / "released.pt").read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (tmp_path / "released.pt").write_bytes(whole)
+    with pytest.raises(InputError, match="does not match its checksum"):
+        import_run(tmp_path / "released.pt", tmp_path / "run", "ema", [])
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float16], [torch.float32, torch.float16], [torch.float64], [torch.float8_e4m3fn]])
+def test_a_run_has_float32_weights(dtypes, tmp_path):
+    kinds = itertools.cycle(dtypes)
+    weights = {name: tensor.to(next(kinds)) for name, tensor in WEIGHTS.items()}
+    torch.save({"model": weights, "args": argparse.Namespace(**SWITCHES)}, tmp_path / "file.pt")
+    import_run(tmp_path / "file.pt", tmp_path / "run", "model", [])
+    loaded = load_model(checkpoint_path(tmp_path / "run", 0), load_run(tmp_path / "run")).state_dict()
+    expected = from_released({name: tensor.float() for name, tensor in weights.items()}, diffusion_depth=2, ar_length=4)
+    assert differences(dict(expected.state_dict()), dict(loaded)) == []
+
+
+def test_safetensors_of_another_model_are_told_what_is_missing(tmp_path):
+    save_file({"embed.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=r"other\.safetensors: no released state dict, which has boi_block, and no export"):
+        import_run(tmp_path / "other.safetensors", tmp_path / "run", "ema", [])
+
+
+@pytest.mark.parametrize("stop", ["os.fsync", "madformer.runs.exchange.write_config"], ids=["checkpoint", "configuration"])
+def test_an_import_that_was_killed_is_repeated(stop, tmp_path):
+    file, run = released(tmp_path / "released.pt"), tmp_path / "run"
+    kill = f"import sys, madformer.cli as c, madformer.runs.exchange, os; {stop} = lambda *a, **k: os._exit(9); c.main()"
+    arguments = command("import", file, "--out", run)
+    killed = subprocess.run([sys.executable, "-c", kill, *arguments[3:]], env=environment(), check=False)
+    assert killed.returncode == 9 and (run / "checkpoints").is_dir() and not (run / "config.yaml").exists()
+    perform(arguments)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000000.ckpt"]
+    printed = perform(arguments, status=2)
+    assert printed == f"madformer: {run}: exists already; name a new folder\n"
+
+
+def test_an_export_of_integers_is_refused(tmp_path):
+    import_run(released(tmp_path / "released.pt"), tmp_path / "run", "ema", [])
+    export_run(tmp_path / "run", tmp_path / "weights.safetensors", "ema")
+    state = load_file(tmp_path / "weights.safetensors")
+    save_file({**state, "boi_SD": state["boi_SD"].int()}, tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match=r"weights\.safetensors: boi_SD holds no floating-point numbers"):
+        import_run(tmp_path / "weights.safetensors", tmp_path / "new", "ema", [])
 
 
 def test_a_torn_export_is_refused(tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from madformer.data.image_files import to_unit
+from madformer.errors import InputError
 from madformer.evaluation.feature_networks.network import FeatureNetwork, as_files
 from madformer.runs.checkpoints import weights_sha256
 
@@ -62,10 +63,11 @@ class DigitsFeatures(nn.Module):
             [B, 64] float32.
 
         Raises:
-            ValueError: another shape, or a type that is not floating point.
+            ValueError: another shape (an InputError), or a type that is not floating point.
         """
         if images_BCYX.ndim != 4 or images_BCYX.shape[1:] != (1, 8, 8):
-            raise ValueError(f"images of shape {list(images_BCYX.shape)}: the digits' features need [B, 1, 8, 8]")
+            remedy = "take another of evaluation.feature_networks"
+            raise InputError(f"images of shape {list(images_BCYX.shape)}: the digits' features need [B, 1, 8, 8]; {remedy}")
         if not images_BCYX.is_floating_point():
             raise ValueError(f"images of type {images_BCYX.dtype}: the digits' features need floating point in [-1, 1]")
         dtype = next(self.parameters()).dtype

@@ -8,7 +8,7 @@ import torch
 
 from madformer.config.evaluation import SHIPPED_NETWORKS
 from madformer.data.sources import load_digits
-from madformer.errors import ConfigError
+from madformer.errors import ConfigError, InputError
 from madformer.evaluation.feature_networks import DigitsFeatures, FeatureNetwork, build_feature_network
 from madformer.evaluation.feature_networks.network import as_files, make_label
 from madformer.evaluation.measurement import metric_name
@@ -148,7 +148,7 @@ def test_building_it_leaves_the_random_state_alone():
 
 @pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (2, 3, 8, 8), (2, 1, 16, 16), (2, 4, 1, 8, 8)])
 def test_wrong_shape_is_named(network, shape):
-    with pytest.raises(ValueError, match=r"\[B, 1, 8, 8\]") as error:
+    with pytest.raises(InputError, match=r"\[B, 1, 8, 8\]; take another of evaluation.feature_networks$") as error:
         network(torch.zeros(shape))
     assert str(list(shape)) in str(error.value)
 
