@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,7 @@ from madformer.config.data import DIGITS, PIXELS
 from madformer.config.identity import named_folder, require_no_move, to_yaml
 from madformer.config.loading import build, read_value
 from madformer.errors import ConfigError, InputError
-from madformer.lookup import find_file
+from madformer.lookup import find_file, first_line
 from madformer.model import MADFormer, cost
 from madformer.model.official import released_config, rename_ours, rename_released
 from madformer.runs.checkpoints import (
@@ -132,7 +131,7 @@ def export_run(run: Path, out: Path, weights: str) -> None:
     checkpoint = newest_intact(run)
     if checkpoint is None:
         raise InputError(f"{run}: no intact checkpoint")
-    state = load_weights(checkpoint, requested)
+    state = load_weights(checkpoint, config, requested)
     if out.suffix == _SAFETENSORS:
         with atomic_write(out) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
@@ -172,8 +171,8 @@ def _read(file: Path, weights: Weights) -> Mapping[str, Any]:
     with torch.serialization.safe_globals([argparse.Namespace]):  # the one class in it; nothing else is unpickled
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
-            raise InputError(f"{file}: no checkpoint that torch reads: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # torch unpickles whatever is there
+            raise InputError(f"{file}: no checkpoint that torch reads: {first_line(error)}") from error
     if not isinstance(content, Mapping) or not (_is_released(content) or {weights, "args"} <= content.keys()):
         raise InputError(f"{file}: no released checkpoint: it must hold {weights} and args")
     return content

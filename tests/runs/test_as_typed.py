@@ -13,6 +13,7 @@ from madformer.errors import InputError
 from madformer.evaluation.feature_networks import require_fitting_networks
 from madformer.report.points import curves_of_runs
 from madformer.runs.checkpoints import EMA, checkpoint_path, load_checkpoint, require_own
+from madformer.runs.exchange import export_run
 from madformer.runs.files import to_json
 from madformer.sweep.load_sweep import load_sweep
 from madformer.training.train import RunLogger
@@ -133,6 +134,28 @@ def test_a_checkpoint_is_of_the_configuration_that_made_it(change, tmp_path):
     require_own(load_checkpoint(path), path, other)
 
 
+@pytest.mark.parametrize("edit", [("\nseed: 0", "\nseed: 1"), (" width: 16", " width: 32"), ("max_steps: 24", "max_steps: 30")])
+def test_a_run_whose_configuration_was_edited_is_refused(edit, tmp_path):
+    config = tiny_run(tmp_path)
+    write_config(config, config.run_dir)
+    path = config.run_dir / "config.yaml"
+    path.write_text(path.read_text().replace("log_every: 2", "log_every: 1"))  # trains no other weights
+    load_run(config.run_dir)
+    path.write_text(path.read_text().replace(*edit))
+    with pytest.raises(InputError, match=r"config.yaml: edited: its config_hash is"):
+        load_run(config.run_dir)
+
+
+def test_weights_of_another_configuration_are_not_exported(tmp_path):
+    config, other = tiny_run(tmp_path), tiny_run(tmp_path, "model.width=32")
+    write_config(config, config.run_dir)
+    path = checkpoint_path(config.run_dir, 6)
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": {}, EMA: {}, "config_hash": config_hash(other), "optimizer_states": []}, path)
+    with pytest.raises(InputError, match="made by another configuration"):
+        export_run(config.run_dir, tmp_path / "a.safetensors", "ema")
+
+
 def test_a_file_of_the_wrong_kind_gets_a_hint(tmp_path):
     sweep, run = tmp_path / "sweep.yaml", tmp_path / "mine"
     sweep.write_text(json.dumps({"experiment": str(DIGITS), "grid": {"optimizer.lr": [0.1]}}))
@@ -144,7 +167,8 @@ def test_a_file_of_the_wrong_kind_gets_a_hint(tmp_path):
         ("sweep", "status", run): "a folder, no sweep file",
         ("report", DIGITS): f"madformer train {DIGITS}",
         ("report", run): f"madformer evaluate {run}",
-        ("evaluate", sweep): "not a run, but a file",
+        ("evaluate", sweep): "not a run, but a file; name the run's folder",
+        ("import", sweep, "--out", tmp_path / "new"): "no checkpoint that torch reads",
         ("evaluate", tmp_path): f"1 runs are in it, such as {run}",
     }
     for words, hint in hints.items():
