@@ -18,7 +18,7 @@ from madformer.config.experiment import ExperimentConfig
 from madformer.config.loading import HEADER, load_experiment
 from madformer.config.model import ModelConfig
 from madformer.config.training import decay_start
-from madformer.config.validation import expand_path, is_folder_name
+from madformer.config.validation import is_folder_name, typed_path
 from madformer.errors import InputError
 from madformer.runs.files import write_text
 
@@ -116,7 +116,7 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig
 
 def named_folder(folder: Path) -> Path:
     """A folder by the name that the user gave it, be it a link; `.`, `..` and `~` have none and are looked up."""
-    folder = folder if folder.exists() else Path(expand_path("folder", str(folder)))
+    folder = typed_path(str(folder))
     return folder if is_folder_name(folder.name) else folder.resolve()
 
 

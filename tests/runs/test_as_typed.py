@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from madformer.config import config_hash, load_experiment, load_run, write_config
+from madformer.config.identity import to_yaml
 from madformer.errors import InputError
 from madformer.evaluation.feature_networks import require_fitting_networks
 from madformer.report.points import curves_of_runs
 from madformer.runs.checkpoints import EMA, checkpoint_path, load_checkpoint, require_own
 from madformer.runs.exchange import export_run
 from madformer.runs.files import to_json
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.training.train import RunLogger
 from tests.tiny_runs import DIGITS, command, execute, perform, tiny_run
@@ -95,12 +97,47 @@ def test_a_name_that_no_folder_can_have_is_refused_in_one_line(name):
 
 def test_texts_of_sweeps_are_no_numbers(tmp_path):
     content = {"experiment": str(DIGITS), "grid": {"optimizer.lr": [0.1]}}
-    for change in ({"name": 7}, {"overrides": {"data.subset": True}}, {"grid": {"data.split": ["train", 10]}}):
+    for change in (
+        {"name": 7},
+        {"overrides": {"data.subset": True}},
+        {"grid": {"data.split": ["train", 10]}},
+        {"overrides": {"data": {"split": 7}}},
+    ):
         (tmp_path / "sweep.yaml").write_text(json.dumps({**content, **change}))
         with pytest.raises(InputError, match="must be a text, and YAML reads another value: put it in quotes"):
             load_sweep(tmp_path / "sweep.yaml")
     (tmp_path / "sweep.yaml").write_text(json.dumps(content))
     assert load_sweep(tmp_path / "sweep.yaml", ["name=007"]).name == "007"
+
+
+def test_cells_have_their_paths_expanded_and_the_other_fields_of_a_section(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    overrides = {"data.class_names": "~/names.txt", "evaluation": {"references": "$HOME/references"}}
+    content = {"experiment": str(DIGITS), "overrides": overrides, "grid": {"data.tokenizer": ["~/a", "~/b"]}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(content))
+    cells, base = sweep_cells(load_sweep(tmp_path / "sweep.yaml")), load_experiment(DIGITS)
+    assert [cell.config.data.tokenizer for cell in cells] == ["/home/me/a", "/home/me/b"]
+    for cell in cells:
+        data, evaluation = cell.config.data, cell.config.evaluation
+        assert (data.class_names, evaluation.references) == ("/home/me/names.txt", "/home/me/references")
+        assert (data.source, evaluation.feature_networks) == (base.data.source, base.evaluation.feature_networks)
+        (tmp_path / "cell.yaml").write_text(to_yaml(cell.config))  # a trial trains it
+        assert config_hash(load_experiment(tmp_path / "cell.yaml")) == cell.config_hash
+
+
+def test_a_path_of_the_command_line_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tiny_run(tmp_path)
+    write_config(config, config.run_dir)
+    hints = {
+        ("evaluate", "~/digits"): f"{config.run_dir}: no intact checkpoint",
+        ("export", "~/digits", "--out=~/e.pt"): f"{config.run_dir}: no intact checkpoint",
+        ("train", DIGITS, f"output_dir={tmp_path}", "name=branch", "--branch=~/digits"): f"{config.run_dir} ",
+        ("train", "--resume=~/none"): f"{tmp_path}/none: not a run",
+    }
+    for words, hint in hints.items():
+        printed = perform(command(*words), status=2)
+        assert hint in printed and len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
