@@ -117,11 +117,21 @@ def explain_errors(source: str, file: str | None = None) -> Iterator[None]:
             raise cause from error
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             raise cause from error  # the source is not to blame
+        if isinstance(cause, OSError) and _is_in_cache(str(cause.filename)):
+            remedy = "set HF_HOME to a folder that can be written"
+            raise ConfigError(f"{cause.filename}: {cause.strerror}, in the cache of data sets: {remedy}") from error
         reason = describe(cause)
         if isinstance(cause, ImportError):
             missing = cause.name or getattr(cause.__cause__, "name", None)
             reason += f" (pip install {missing})" if missing else ""
         raise ConfigError(f"data.source = {source!r}: {f'{file}: ' if file else ''}cannot be read: {reason}") from error
+
+
+def _is_in_cache(file: str) -> bool:
+    """Whether a file is in the folder where datasets keeps its copies, or is that folder or one above it."""
+    from datasets.config import HF_DATASETS_CACHE as CACHE
+
+    return Path(CACHE).is_relative_to(file) or Path(file).is_relative_to(CACHE)
 
 
 @contextmanager
