@@ -340,6 +340,8 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _fail(f"{_describe(error)}; what was complete is kept, the same command goes on", 1)
+    except UnicodeEncodeError as error:
+        _fail(f"{error.object!r}: no path of this locale ({error.encoding}): name it otherwise, or set LC_ALL=C.UTF-8", 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except RuntimeError as error:

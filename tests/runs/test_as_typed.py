@@ -151,6 +151,14 @@ def test_no_terminal_ends_a_command(variables, tmp_path, monkeypatch):
     assert "lr0.1-s0" in execute(command("sweep", "plan", tmp_path / "sweep.yaml", f"output_dir={tmp_path}"))
 
 
+def test_a_name_that_the_locale_cannot_write_is_refused_in_one_line(tmp_path, monkeypatch):
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "mine.yaml").write_text(json.dumps({"base": str(DIGITS), "name": "größe"}))
+    printed = execute(command("train", tmp_path / "mine.yaml", f"output_dir={tmp_path}"), status=2)
+    assert "set LC_ALL=C.UTF-8" in printed and len(printed.splitlines()) == 1
+
+
 def test_what_is_not_finite_is_never_written_as_a_number():
     content = {"a": [1.5, math.nan, {"b": (math.inf, -math.inf)}], "c": None}
     assert json.loads(to_json(content)) == {"a": [1.5, None, {"b": [None, None]}], "c": None}
