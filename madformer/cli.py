@@ -18,6 +18,7 @@ import typer
 from madformer import __version__
 from madformer.config import load_experiment, load_run
 from madformer.config.evaluation import SPACINGS, TRIES, SamplerName
+from madformer.config.validation import typed_path
 from madformer.errors import DataError, InputError
 
 app = typer.Typer(
@@ -36,7 +37,7 @@ _INTERVAL = "Timesteps at which guidance acts, such as 100/900, or all"
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields that replace the file's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", parser=typed_path)]
 SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.yaml")]
 
 
@@ -58,9 +59,10 @@ def options(
 @app.command()
 def train(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="EXPERIMENT.yaml [KEY=VALUE]...")] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run.", parser=typed_path)] = None,
     branch: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Begin at a checkpoint of RUN, which differs in trainer.max_steps alone.")
+        Path | None,
+        typer.Option(metavar="RUN", parser=typed_path, help="Begin at a checkpoint of RUN; only trainer.max_steps may differ."),
     ] = None,
 ) -> None:
     """Train a run, or go on with it from its newest intact checkpoint."""
@@ -102,7 +104,8 @@ def evaluate(
     seeds: Annotated[str | None, typer.Option(help="Seeds of sampling, such as 0,1,2: each, and their mean.")] = None,
     tuned: Annotated[bool, typer.Option("--tuned", help=_TUNED)] = False,
     reference: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Statistics of the reference images, one for each network.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Statistics of the reference images, one for each network.", parser=typed_path),
     ] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="Devices that share the work; default: all GPUs.")] = None,
     diagnostics: Annotated[bool, typer.Option("--diagnostics", help="Also losses on held-out images, and why.")] = False,
@@ -164,7 +167,7 @@ def tune(
 @app.command()
 def sample(
     run: RunFolder,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the images.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the images.", parser=typed_path)],
     num: Annotated[int, typer.Option(min=1, help="Images.")] = 16,
     steps: Annotated[int | None, typer.Option(help="Denoising steps per block.")] = None,
     nfe: Annotated[int | None, typer.Option(help="A budget, instead of steps.")] = None,
@@ -211,7 +214,7 @@ def import_(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="FILE", help="A released checkpoint, a hub's owner/name, or an exported file.")
     ],
-    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the new run.")],
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the new run.", parser=typed_path)],
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
     overrides: Overrides = None,
 ) -> None:
@@ -224,7 +227,9 @@ def import_(
 @app.command()
 def export(
     run: RunFolder,
-    out: Annotated[Path, typer.Option(metavar="FILE", help=".safetensors, with a .yaml beside it; or .pt, as released.")],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help=".safetensors, with a .yaml beside it; or .pt, as released.", parser=typed_path)
+    ],
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
 ) -> None:
     """Write a run's weights: as safetensors with the configuration, or as a checkpoint of the released code."""
@@ -237,7 +242,8 @@ def export(
 def report(
     sources: Annotated[list[str], typer.Argument(metavar="SWEEP.yaml [KEY=VALUE]... | RUN...")],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the report; default: the sweep's, or report/.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the report; default: the sweep's, or report/.", parser=typed_path),
     ] = None,
     metric: Annotated[str | None, typer.Option(help="Such as fid; default: the first one that all runs have.")] = None,
     against: Annotated[
@@ -334,6 +340,8 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _fail(f"{_describe(error)}; what was complete is kept, the same command goes on", 1)
+    except UnicodeEncodeError as error:
+        _fail(f"{error.object!r}: no path of this locale ({error.encoding}): name it otherwise, or set LC_ALL=C.UTF-8", 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except RuntimeError as error:

@@ -1,13 +1,17 @@
-"""What a name stands for: a user's class, imported and built, or a model of the Hugging Face hub (its cache, or a download)."""
+"""What a name stands for: a user's class, imported and built, or a model of the Hugging Face hub (its cache, or a download).
+
+And what an error of another library says, in one line.
+"""
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -16,9 +20,19 @@ from typing import Any, Literal
 from torch import nn
 
 from madformer.config.validation import expand_path
-from madformer.errors import InputError
+from madformer.errors import ConfigError, InputError
 
-__all__ = ["CONFIG", "build_custom", "describe", "find_file", "find_model", "first_line", "list_files", "modules_of"]
+__all__ = [
+    "CONFIG",
+    "build_custom",
+    "describe",
+    "explain_errors",
+    "find_file",
+    "find_model",
+    "first_line",
+    "list_files",
+    "modules_of",
+]
 
 CONFIG = "config.json"
 """File that says what a model is; it is in every folder of one."""
@@ -193,3 +207,37 @@ def _download(repository: str, subfolders: Sequence[str], groups: Sequence[Seque
 
 def _join(subfolder: str, name: str) -> str:
     return str(PurePosixPath(subfolder) / name)
+
+
+@contextmanager
+def explain_errors(source: str, file: str | None = None) -> Iterator[None]:
+    """Turn whatever reading a source raises into a ConfigError of one line that names the source, and the file if known."""
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # file systems and formats raise errors of their own libraries
+        cause: BaseException = error
+        while isinstance(cause, DatasetGenerationError) and cause.__cause__:
+            cause = cause.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause from error
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise cause from error  # the source is not to blame
+        if isinstance(cause, OSError) and _is_in_cache(str(cause.filename)):
+            remedy = "set HF_HOME to a folder that can be written"
+            raise ConfigError(f"{cause.filename}: {cause.strerror}, in the cache of data sets: {remedy}") from error
+        reason = describe(cause)
+        if isinstance(cause, ImportError):
+            missing = cause.name or getattr(cause.__cause__, "name", None)
+            reason += f" (pip install {missing})" if missing else ""
+        raise ConfigError(f"data.source = {source!r}: {f'{file}: ' if file else ''}cannot be read: {reason}") from error
+
+
+def _is_in_cache(file: str) -> bool:
+    """Whether a file is in the folder where datasets keeps its copies, or is that folder or one above it."""
+    from datasets.config import HF_DATASETS_CACHE as CACHE
+
+    return Path(CACHE).is_relative_to(file) or Path(file).is_relative_to(CACHE)

@@ -18,7 +18,7 @@ from madformer.config.experiment import ExperimentConfig
 from madformer.config.loading import HEADER, load_experiment
 from madformer.config.model import ModelConfig
 from madformer.config.training import decay_start
-from madformer.config.validation import expand_path, is_folder_name
+from madformer.config.validation import is_folder_name, typed_path
 from madformer.errors import InputError
 from madformer.runs.files import write_text
 
@@ -95,23 +95,28 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig
     Its images may have moved (`data.source`): whoever reads them compares their fingerprint with the checkpoint's.
 
     Raises:
-        InputError: the folder is no run, or an override would change the weights.
+        InputError: the folder is no run, its config.yaml was edited, or an override would change the weights.
     """
     folder = named_folder(Path(run))
     path = config_path(folder)
     if not path.is_file():
         within = [each.parent for each in sorted(folder.glob(f"*/{path.name}"))]
         hint = f"; {len(within)} runs are in it, such as {within[0]}" if within else ""
-        raise InputError(f"{run}: not a run{', but a file' if folder.is_file() else f': it has no {path.name}'}{hint}")
+        flaw = ", but a file; name the run's folder" if folder.is_file() else f": it has no {path.name}{hint}"
+        raise InputError(f"{run}: not a run{flaw}")
     require_no_move(overrides)
-    config = load_experiment(path, overrides)
-    require_same_weights(load_experiment(path), config, str(run), but="data.source")
+    stored, config = load_experiment(path), load_experiment(path, overrides)
+    frozen = read_config_hash(folder)
+    if frozen not in (None, config_hash(stored), _hash(trained_fields(stored))):
+        remedy = "put the trained value back, or train under another name"
+        raise InputError(f"{path}: edited: its config_hash is {frozen}, its fields have {config_hash(stored)}; {remedy}")
+    require_same_weights(stored, config, str(run), but="data.source")
     return replace(config, name=folder.name, output_dir=str(folder.parent))
 
 
 def named_folder(folder: Path) -> Path:
     """A folder by the name that the user gave it, be it a link; `.`, `..` and `~` have none and are looked up."""
-    folder = folder if folder.exists() else Path(expand_path("folder", str(folder)))
+    folder = typed_path(str(folder))
     return folder if is_folder_name(folder.name) else folder.resolve()
 
 

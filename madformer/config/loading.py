@@ -153,16 +153,18 @@ def build(schema: type[T], fields: DictConfig, overrides: Sequence[str] = (), wh
         raise ConfigError(f"override {list(overrides)}: {' '.join(str(error).split())}") from error
     merged = merge(fields, changes, "override: ")
     with _in_one_line(where):
-        return _expand_paths(cast(T, OmegaConf.to_object(merged)))
+        return expand_paths(cast(T, OmegaConf.to_object(merged)))
 
 
-def _expand_paths(config: T, prefix: str = "") -> T:
-    """All fields that are paths, expanded (see `setting`)."""
+def expand_paths(config: T, prefix: str = "") -> T:
+    """A section, or a plain value, with all fields that are paths expanded (see `setting`)."""
+    if not is_dataclass(config):
+        return config
     changes: dict[str, Any] = {}
     for field in dataclass_fields(cast(Any, config)):
         value, is_path = getattr(config, field.name), field.metadata.get("path", False)
         if is_dataclass(value):
-            changes[field.name] = _expand_paths(value, f"{prefix}{field.name}.")
+            changes[field.name] = expand_paths(value, f"{prefix}{field.name}.")
         elif is_path and isinstance(value, str) and "://" not in value:
             expanded = expand_path(f"{prefix}{field.name}", value)
             changes[field.name] = value if is_path == "as typed" else expanded

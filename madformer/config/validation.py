@@ -6,6 +6,7 @@ import os
 from collections.abc import Hashable, Sequence
 from dataclasses import MISSING, field, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 from unicodedata import category
 
@@ -92,3 +93,8 @@ def expand_path(name: str, path: str) -> str:
     expanded = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 - Path drops the ./ of ./~
     require(not expanded.startswith("~"), name, path, f"there is no such home folder; a folder of that name is ./{path}")
     return expanded
+
+
+def typed_path(text: str) -> Path:
+    """A path of the command line. A shell leaves the `~` of --out=~/x alone."""
+    return Path(text) if Path(text).exists() else Path(expand_path("path", text))

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from madformer.config import DataConfig
 from madformer.config.data import WHOLE
 from madformer.data.image_files import image_table
-from madformer.data.source_files import HUB, IMAGES, NAME, Files, explain_errors, find_files, kind_of, relative, require_whole
+from madformer.data.source_files import HUB, IMAGES, NAME, Files, find_files, kind_of, relative, require_whole
 from madformer.errors import ConfigError, InputError
-from madformer.lookup import list_files
+from madformer.lookup import explain_errors, list_files
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features, IterableDataset

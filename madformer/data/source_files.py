@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -22,14 +20,13 @@ from typing import Any
 
 from madformer.config import DataConfig
 from madformer.errors import ConfigError
-from madformer.lookup import describe
+from madformer.lookup import explain_errors
 
 __all__ = [
     "IMAGES",
     "METADATA",
     "NAME",
     "Files",
-    "explain_errors",
     "find_files",
     "hash_files",
     "kind_of",
@@ -317,30 +314,6 @@ def relative(paths: list[str]) -> list[str]:
 
 
 # ---- What cannot be read
-
-
-@contextmanager
-def explain_errors(source: str, file: str | None = None) -> Iterator[None]:
-    """Turn whatever reading a source raises into a ConfigError of one line that names the source, and the file if known."""
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # file systems and formats raise errors of their own libraries
-        cause: BaseException = error
-        while isinstance(cause, DatasetGenerationError) and cause.__cause__:
-            cause = cause.__cause__
-        if isinstance(cause, ConfigError):
-            raise cause from error
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise cause from error  # the source is not to blame
-        reason = describe(cause)
-        if isinstance(cause, ImportError):
-            missing = cause.name or getattr(cause.__cause__, "name", None)
-            reason += f" (pip install {missing})" if missing else ""
-        raise ConfigError(f"data.source = {source!r}: {f'{file}: ' if file else ''}cannot be read: {reason}") from error
 
 
 def require_whole(data: DataConfig, files: list[str]) -> None:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from madformer.config import DataConfig
 from madformer.data.open_dataset import LABEL_NAMES, TEXT_NAMES, DatasetSplit, open_split, silence_datasets
-from madformer.data.source_files import NAME, explain_errors, hash_files, relative
+from madformer.data.source_files import NAME, hash_files, relative
 from madformer.errors import BadImage, ConfigError, InputError
+from madformer.lookup import explain_errors
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset

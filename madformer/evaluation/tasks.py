@@ -26,7 +26,7 @@ from madformer.evaluation.record import find_tuning
 from madformer.evaluation.reference import Reference, find_reference
 from madformer.evaluation.request import EvaluationRequest
 from madformer.evaluation.sampling import choose_prompts, sampling_precision, tokenize
-from madformer.runs.checkpoints import DATA, checkpoint_step, load_checkpoint, load_model, require_own, weights_sha256
+from madformer.runs.checkpoints import DATA, checkpoint_step, load_checkpoint, load_model, weights_sha256
 
 FEW = 10
 """Samples for each feature, below which the bias of the Fréchet distance is worth a warning."""
@@ -160,7 +160,6 @@ def source_sha256(checkpoint: Path) -> str | None:
 
 def _tasks_of(request: EvaluationRequest, path: Path, instruments: Instruments) -> Iterator[Task]:
     config, codec = request.config, instruments.codec
-    require_own(load_checkpoint(path), path, config)
     weights = request.samplings[0].weights
     described = {
         "kind": request.kind,

@@ -25,7 +25,7 @@ from madformer.evaluation.sampling import choose_prompts, inference_devices, loa
 from madformer.model import cost
 from madformer.parallel import Share, cluster_rank, share_out
 from madformer.progress import ProgressDisplay
-from madformer.runs.checkpoints import checkpoint_step, load_checkpoint, load_model, require_own, weights_sha256
+from madformer.runs.checkpoints import checkpoint_step, load_model, weights_sha256
 from madformer.runs.folder import claim_folder
 
 IN_GRID = 64
@@ -96,7 +96,6 @@ def sample_path(folder: Path, index: int) -> Path:
 def _settings(request: SamplingRequest) -> dict[str, Any]:
     """The settings that all samples share; prompts differ."""
     config, sampling = request.config, request.sampling
-    require_own(load_checkpoint(request.checkpoint), request.checkpoint, config)
     codec = build_codec(config.data.codec, config.data.codec_dtype)
     require_fit(codec, config.model)
     return {

@@ -174,13 +174,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_weights(path: Path, weights: Weights = "ema") -> dict[str, Tensor]:
+def load_weights(path: Path, config: ExperimentConfig, weights: Weights = "ema") -> dict[str, Tensor]:
     """A checkpoint's weights by their names in the model, on the CPU and mapped from the file.
 
     Raises:
-        InputError: no such file, or torn.
+        InputError: no such file, torn, or made by another configuration.
     """
     checkpoint = load_checkpoint(path)
+    require_own(checkpoint, path, config)
     if weights == "ema":
         return dict(checkpoint[EMA])
     return {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in checkpoint["state_dict"].items()}
@@ -203,13 +204,13 @@ def load_model(path: Path, config: ExperimentConfig, weights: Weights = "ema") -
     """The model of a checkpoint, on the CPU, in evaluation mode.
 
     Raises:
-        InputError: no such file, torn, or of another model.
+        InputError: no such file, torn, or made by another configuration.
     """
     import torch
 
     from madformer.model import MADFormer
 
-    state = load_weights(path, weights)
+    state = load_weights(path, config, weights)
     with torch.device("meta"):
         model = MADFormer(config.model)
     try:

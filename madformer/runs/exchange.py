@@ -138,7 +138,7 @@ def export_run(run: Path, out: Path, weights: str) -> None:
     checkpoint = newest_intact(run)
     if checkpoint is None:
         raise InputError(f"{run}: no intact checkpoint")
-    state = load_weights(checkpoint, requested)
+    state = load_weights(checkpoint, config, requested)
     if out.suffix == _SAFETENSORS:
         with atomic_write(out) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from madformer.config import (
@@ -22,7 +22,7 @@ from madformer.config import (
     load_experiment,
 )
 from madformer.config.identity import branch_limit, config_path, trunk_hash
-from madformer.config.loading import as_text
+from madformer.config.loading import as_text, expand_paths
 from madformer.config.validation import require
 from madformer.errors import ConfigError
 from madformer.evaluation.measurement import AXES, DEPTH, Sampling, all_samplings, default_axes
@@ -222,7 +222,7 @@ class CellMaker:
         """A section of the experiment with changes; cells with the same changes share it."""
         key = f"{name} {changes!r}"
         if key not in self._sections:
-            self._sections[key] = _with_changes(getattr(self._base, name), changes)
+            self._sections[key] = expand_paths(_with_changes(getattr(self._base, name), changes), f"{name}.")
         return self._sections[key]
 
     def _check_inference(self, config: ExperimentConfig) -> None:
@@ -358,7 +358,7 @@ def _require_one_run_each(cells: Sequence[Cell]) -> None:
 
 
 class _Overlap(Exception):  # noqa: N818 - never leaves this module
-    """A section is set both as a whole and in part."""
+    """A section is set as a whole, or both so and in part."""
 
 
 @cache
@@ -371,6 +371,8 @@ def _convert(key: str, text: str) -> Any:
     """A field's value in the type that a configuration holds."""
     merged = OmegaConf.merge(_schema(), OmegaConf.from_dotlist([f"{key}={text}"]))
     value = OmegaConf.select(merged, key)
+    if isinstance(value, DictConfig):
+        raise _Overlap  # some fields of a section; the others are the experiment's, not the defaults
     return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
 
 

@@ -79,6 +79,8 @@ class Row:
     @property
     def step(self) -> int:
         """Training steps that are done."""
+        if self.state == "done":
+            return self.cell.max_steps  # its checkpoints may have been deleted
         entry = self.progress.get("step")
         checkpoints = list_checkpoints(self.cell.run)
         return int(entry["done"]) if entry else checkpoint_step(checkpoints[-1]) if checkpoints else 0

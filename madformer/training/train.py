@@ -19,7 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from madformer.config import ExperimentConfig, TrainerConfig, write_config
+from madformer.config import ExperimentConfig, TrainerConfig, load_run, write_config
 from madformer.config.identity import run_hash
 from madformer.data.datamodule import LatentDataModule
 from madformer.errors import InputError, Interrupted
@@ -103,7 +103,8 @@ def _begin_branch(config: ExperimentConfig, module_class: type[LitMADFormer], tr
     """
     run, source = config.run_dir, find_branch_point(config, trunk)
     step = checkpoint_step(source)
-    _require_trainable(load_checkpoint(source), trunk, module_class)
+    _require_trainable(checkpoint := load_checkpoint(source), trunk, module_class)
+    require_own(checkpoint, source, load_run(trunk))
     for left in (run / "checkpoints").glob(".step-*.tmp"):  # by a process that was killed
         left.unlink()
     try:

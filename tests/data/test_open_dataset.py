@@ -229,6 +229,15 @@ def test_a_file_cut_anywhere_is_named(kind, streaming, tmp_path):
             source_of(tmp_path, streaming=streaming)
 
 
+@pytest.mark.parametrize("cache", ["file", "file/folder", "/proc/1/cache"])
+def test_a_cache_that_cannot_be_written_is_not_the_source(cache, tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", rows=2)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / cache)
+    with pytest.raises(ConfigError, match=r"^/.*, in the cache of data sets: set HF_HOME to a folder that can be written$"):
+        source_of(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_remote_tar_cut_in_an_image(streaming, tmp_path, memory):
     write_tars(tmp_path, tars=2, rows=2)

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from madformer.config import config_hash, load_experiment, load_run, write_config
+from madformer.config.identity import to_yaml
 from madformer.errors import InputError
 from madformer.evaluation.feature_networks import require_fitting_networks
 from madformer.report.points import curves_of_runs
 from madformer.runs.checkpoints import EMA, checkpoint_path, load_checkpoint, require_own
+from madformer.runs.exchange import export_run
 from madformer.runs.files import to_json
+from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.training.train import RunLogger
 from tests.tiny_runs import DIGITS, command, execute, perform, tiny_run
@@ -94,12 +97,47 @@ def test_a_name_that_no_folder_can_have_is_refused_in_one_line(name):
 
 def test_texts_of_sweeps_are_no_numbers(tmp_path):
     content = {"experiment": str(DIGITS), "grid": {"optimizer.lr": [0.1]}}
-    for change in ({"name": 7}, {"overrides": {"data.subset": True}}, {"grid": {"data.split": ["train", 10]}}):
+    for change in (
+        {"name": 7},
+        {"overrides": {"data.subset": True}},
+        {"grid": {"data.split": ["train", 10]}},
+        {"overrides": {"data": {"split": 7}}},
+    ):
         (tmp_path / "sweep.yaml").write_text(json.dumps({**content, **change}))
         with pytest.raises(InputError, match="must be a text, and YAML reads another value: put it in quotes"):
             load_sweep(tmp_path / "sweep.yaml")
     (tmp_path / "sweep.yaml").write_text(json.dumps(content))
     assert load_sweep(tmp_path / "sweep.yaml", ["name=007"]).name == "007"
+
+
+def test_cells_have_their_paths_expanded_and_the_other_fields_of_a_section(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    overrides = {"data.class_names": "~/names.txt", "evaluation": {"references": "$HOME/references"}}
+    content = {"experiment": str(DIGITS), "overrides": overrides, "grid": {"data.tokenizer": ["~/a", "~/b"]}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(content))
+    cells, base = sweep_cells(load_sweep(tmp_path / "sweep.yaml")), load_experiment(DIGITS)
+    assert [cell.config.data.tokenizer for cell in cells] == ["/home/me/a", "/home/me/b"]
+    for cell in cells:
+        data, evaluation = cell.config.data, cell.config.evaluation
+        assert (data.class_names, evaluation.references) == ("/home/me/names.txt", "/home/me/references")
+        assert (data.source, evaluation.feature_networks) == (base.data.source, base.evaluation.feature_networks)
+        (tmp_path / "cell.yaml").write_text(to_yaml(cell.config))  # a trial trains it
+        assert config_hash(load_experiment(tmp_path / "cell.yaml")) == cell.config_hash
+
+
+def test_a_path_of_the_command_line_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tiny_run(tmp_path)
+    write_config(config, config.run_dir)
+    hints = {
+        ("evaluate", "~/digits"): f"{config.run_dir}: no intact checkpoint",
+        ("export", "~/digits", "--out=~/e.pt"): f"{config.run_dir}: no intact checkpoint",
+        ("train", DIGITS, f"output_dir={tmp_path}", "name=branch", "--branch=~/digits"): f"{config.run_dir} ",
+        ("train", "--resume=~/none"): f"{tmp_path}/none: not a run",
+    }
+    for words, hint in hints.items():
+        printed = perform(command(*words), status=2)
+        assert hint in printed and len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -111,6 +149,14 @@ def test_no_terminal_ends_a_command(variables, tmp_path, monkeypatch):
     text = json.dumps({"experiment": str(DIGITS), "grid": {"optimizer.lr": [0.1]}, "name": "größe"})
     (tmp_path / "sweep.yaml").write_text(text)
     assert "lr0.1-s0" in execute(command("sweep", "plan", tmp_path / "sweep.yaml", f"output_dir={tmp_path}"))
+
+
+def test_a_name_that_the_locale_cannot_write_is_refused_in_one_line(tmp_path, monkeypatch):
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "mine.yaml").write_text(json.dumps({"base": str(DIGITS), "name": "größe"}))
+    printed = execute(command("train", tmp_path / "mine.yaml", f"output_dir={tmp_path}"), status=2)
+    assert "set LC_ALL=C.UTF-8" in printed and len(printed.splitlines()) == 1
 
 
 def test_what_is_not_finite_is_never_written_as_a_number():
@@ -133,6 +179,28 @@ def test_a_checkpoint_is_of_the_configuration_that_made_it(change, tmp_path):
     require_own(load_checkpoint(path), path, other)
 
 
+@pytest.mark.parametrize("edit", [("\nseed: 0", "\nseed: 1"), (" width: 16", " width: 32"), ("max_steps: 24", "max_steps: 30")])
+def test_a_run_whose_configuration_was_edited_is_refused(edit, tmp_path):
+    config = tiny_run(tmp_path)
+    write_config(config, config.run_dir)
+    path = config.run_dir / "config.yaml"
+    path.write_text(path.read_text().replace("log_every: 2", "log_every: 1"))  # trains no other weights
+    load_run(config.run_dir)
+    path.write_text(path.read_text().replace(*edit))
+    with pytest.raises(InputError, match=r"config.yaml: edited: its config_hash is"):
+        load_run(config.run_dir)
+
+
+def test_weights_of_another_configuration_are_not_exported(tmp_path):
+    config, other = tiny_run(tmp_path), tiny_run(tmp_path, "model.width=32")
+    write_config(config, config.run_dir)
+    path = checkpoint_path(config.run_dir, 6)
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": {}, EMA: {}, "config_hash": config_hash(other), "optimizer_states": []}, path)
+    with pytest.raises(InputError, match="made by another configuration"):
+        export_run(config.run_dir, tmp_path / "a.safetensors", "ema")
+
+
 def test_a_file_of_the_wrong_kind_gets_a_hint(tmp_path):
     sweep, run = tmp_path / "sweep.yaml", tmp_path / "mine"
     sweep.write_text(json.dumps({"experiment": str(DIGITS), "grid": {"optimizer.lr": [0.1]}}))
@@ -144,7 +212,8 @@ def test_a_file_of_the_wrong_kind_gets_a_hint(tmp_path):
         ("sweep", "status", run): "a folder, no sweep file",
         ("report", DIGITS): f"madformer train {DIGITS}",
         ("report", run): f"madformer evaluate {run}",
-        ("evaluate", sweep): "not a run, but a file",
+        ("evaluate", sweep): "not a run, but a file; name the run's folder",
+        ("import", sweep, "--out", tmp_path / "new"): "no checkpoint that torch reads",
         ("evaluate", tmp_path): f"1 runs are in it, such as {run}",
     }
     for words, hint in hints.items():

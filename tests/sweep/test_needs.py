@@ -17,7 +17,7 @@ from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.needs import cell_needs, is_trained, main_metrics, network_sha256
 from madformer.sweep.search import objective
-from madformer.sweep.status import print_status
+from madformer.sweep.status import Row, print_status
 from madformer.sweep.trial import trial_commands
 from tests.sweep.claimer import train
 from tests.sweep.trial import point
@@ -87,6 +87,7 @@ def test_checkpoints_that_have_served_may_be_deleted(options, sweep_file):
         append_point(cell.run, point(cell.config, first.nfe, sampler=first.sampler, seed=first.seed))
         assert cell_needs(cell).is_done and is_trained(cell) and not trial_commands(cell)
         assert list(main_metrics(cell)) == list(cell.budgets)
+        assert Row(cell, cell_needs(cell), "done").step == cell.max_steps
     assert all(cell_needs(cell).training for cell in sweep_cells(load_sweep(sweep_file, [*options, "evaluate.nfe=[16,24,32]"])))
 
 

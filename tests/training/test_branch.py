@@ -2,12 +2,13 @@
 
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from madformer.config import OptimizerConfig
+from madformer.config import OptimizerConfig, load_run, write_config
 from madformer.config.identity import read_branch_step, read_config_hash
 from madformer.config.training import decay_start
 from madformer.evaluation.tensorboard import write_curves
@@ -123,7 +124,8 @@ def test_what_cannot_be_branched_from_is_refused_and_leaves_nothing(train, trunk
     assert "give an EXPERIMENT.yaml" in perform(command("train", "--branch", trunk), status=2)
     old = shutil.copytree(trunk, tmp_path / "old")
     config = (old / "config.yaml").read_text()
-    (old / "config.yaml").write_text(config.replace("warmup_steps: 4", "warmup_steps: null"))
+    changed = load_run(trunk)
+    write_config(replace(changed, optimizer=replace(changed.optimizer, warmup_steps=None)), old)
     assert f"{old} has no branches, its warm-up depends on trainer.max_steps: name a run" in refused(run=old)
     (old / "config.yaml").write_text(config)
     weights = loaded(old, 11)
