@@ -176,8 +176,13 @@ def as_typed(override: str, schema: type) -> str:
     """An override in which YAML does not take the text of a text field, such as name=007, for something else.
 
     Quotes, null and `${...}` keep their meaning.
+
+    Raises:
+        ConfigError: a number that YAML reads in base 8 or 60.
     """
     key, _, text = override.partition("=")
+    if not is_text_field(key, schema) and re.fullmatch(r"[-+]?(0[0-9_]+|[0-9]+(:[0-9]+)+)", text):
+        raise ConfigError(f"override {override!r}: YAML would read another number: write a decimal one, without leading zeros")
     kept = text.startswith(('"', "'")) or "${" in text or text.strip().lower() in ("", "~", "null")
     return override if kept or not is_text_field(key, schema) else f"{key}={_quoted(text)}"
 

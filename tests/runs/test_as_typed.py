@@ -10,7 +10,7 @@ import torch
 
 from madformer.config import config_hash, load_experiment, load_run, write_config
 from madformer.config.identity import to_yaml
-from madformer.errors import InputError
+from madformer.errors import ConfigError, InputError
 from madformer.evaluation.feature_networks import require_fitting_networks
 from madformer.report.points import curves_of_runs
 from madformer.runs.checkpoints import EMA, checkpoint_path, load_checkpoint, require_own
@@ -93,6 +93,12 @@ def test_a_name_that_no_folder_can_have_is_refused_in_one_line(name):
     with pytest.raises(InputError) as raised:
         load_experiment(DIGITS, [f"name={name}"])
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("override", ["seed=010", "trainer.max_steps=1:30", "data.batch_size=-0_7", "evaluation.nfe=007"])
+def test_a_number_that_yaml_would_change_is_refused(override):
+    with pytest.raises(ConfigError, match=rf"override '{override}': YAML would read another number"):
+        load_experiment(DIGITS, [override])
 
 
 def test_texts_of_sweeps_are_no_numbers(tmp_path):
