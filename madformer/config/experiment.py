@@ -11,7 +11,7 @@ from madformer.config.data import BUILTIN, BUILTIN_VOCABULARY, DIGITS, PIXELS, W
 from madformer.config.evaluation import EvaluationConfig, listed_timesteps
 from madformer.config.model import ModelConfig
 from madformer.config.training import OptimizerConfig, TrainerConfig
-from madformer.config.validation import is_folder_name, is_integer, require, require_at_least, setting
+from madformer.config.validation import is_folder_name, is_integer, require, require_at_least, require_types, setting
 from madformer.errors import ConfigError
 
 
@@ -29,6 +29,7 @@ class DiffusionConfig:
     """Independent (t, noise) draws per image. The clean tower and the AR stage run once for all of them."""
 
     def __post_init__(self) -> None:
+        require_types("diffusion", self)
         require_at_least(1, "diffusion", self, "train_timesteps", "draws_per_image")
         require(0 < self.beta_start < 1, "diffusion.beta_start", self.beta_start, "must be between 0 and 1")
         legal = self.beta_start <= self.beta_end < 1
@@ -55,6 +56,7 @@ class LossConfig:
             value = getattr(self, item.name)
             legal = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
             require(legal, f"loss.{item.name}", value, "must be a finite number of at least 0")
+        require_types("loss", self)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,10 @@ def require_at_least(least: int, section: str, config: object, *names: str) -> N
 
 
 def require_types(section: str, config: Any) -> None:
-    """Check what OmegaConf checks for YAML and nothing does for plain construction: choices, booleans, sections, lists."""
+    """Check what OmegaConf checks for YAML and nothing does for plain construction: choices, booleans, sections, lists.
+
+    An integer in a field of floats becomes a float, as OmegaConf makes it, so that the same values have one hash.
+    """
     for name, hint in type_hints(cast(Hashable, type(config))).items():
         value, arguments = getattr(config, name), get_args(hint)
         if get_origin(hint) is Literal:
@@ -60,6 +63,8 @@ def require_types(section: str, config: Any) -> None:
             object.__setattr__(config, name, tuple(value))
         elif hint is bool or any(is_dataclass(choice) for choice in (hint, *arguments)):
             require(isinstance(value, hint), f"{section}.{name}", value, f"must be of type {getattr(hint, '__name__', hint)}")
+        elif float in (hint, *arguments) and is_integer(value):
+            object.__setattr__(config, name, float(value))
 
 
 def choice_name(choice: str | bool) -> str:
