@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Hashable, Sequence
 from dataclasses import MISSING, field, is_dataclass
 from functools import cache
@@ -93,9 +94,11 @@ def expand_path(name: str, path: str) -> str:
     """A path with the user's home folder in place of `~`, and variables of the environment in place of `$NAME`.
 
     Raises:
-        ConfigError: there is no such home folder.
+        ConfigError: there is no such home folder, or the variable is not set and no such path exists.
     """
     expanded = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 - Path drops the ./ of ./~
+    for variable in set(re.findall(r"\$\{?(\w+)", path)) - os.environ.keys():
+        require(Path(expanded).exists(), name, path, f"${variable} is not set in the environment")
     require(not expanded.startswith("~"), name, path, f"there is no such home folder; a folder of that name is ./{path}")
     return expanded
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from madformer.errors import InputError
@@ -62,6 +63,8 @@ class Report:
     """The comparison with the paper; None: no two runs have the designs of its models."""
     decided: Assessment | None = None
     """What a sweep that decides has decided."""
+    sweep: Path | None = None
+    """The sweep's file; None: runs side by side."""
 
     @property
     def groups(self) -> list[Group]:

@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from PIL import Image
 from madformer.config import load_run
 from madformer.errors import InputError
 from madformer.evaluation.measurement import DISTANCE, Sampling
+from madformer.evaluation.record import read_points
 from madformer.evaluation.request import SamplingRequest
 from madformer.report.contrasts import Choice, Verdict
 from madformer.report.diagnostics_report import draw_diagnostics
@@ -109,6 +110,7 @@ def document(report: Report) -> dict[str, Any]:
         for row in report.rows
     ]
     said: dict[str, Any] = {"title": report.title, "answer": verdict.answer.replace("*", ""), "notes": report.notes}
+    said |= {} if report.sweep is None else {"sweep": str(report.sweep)}
     said |= {} if report.decided is None else {"decisions": report.decided.records}
     measured = {"metric": report.metric, "better": report.better, "reference": verdict.reference}
     comparisons = {"contrasts": _contrast_records(verdict), "best": _choice_records(verdict.choices)}
@@ -327,32 +329,28 @@ def curves_of(sources: Sequence[str | Path]) -> tuple[list[Curve], str, Path, Sw
         sweep = load_sweep(first, list(map(str, sources[1:])))
         return curves_of_sweep(sweep), sweep.name, sweep.folder, sweep
     runs = list(map(Path, sources))
-    if others := [str(run) for run in runs if not is_run(run)]:
-        runs = [run for run in runs if is_run(run)] or runs
-        if len(runs) < len(sources):
-            _log.warning("%s: no runs, left out", ", ".join(others))
+    for reason, is_usable in (("no runs", is_run), ("not evaluated", lambda run: bool(read_points(run)))):
+        usable = [run for run in runs if is_usable(run)]
+        if 0 < len(usable) < len(runs):  # of a pattern such as runs/*
+            _log.warning("%s: %s, left out", ", ".join(str(run) for run in runs if run not in usable), reason)
+            runs = usable
     return curves_of_runs(runs), "Runs side by side", Path("report"), None
 
 
-def _require_own_place(report: Report, folder: Path) -> None:
-    """Refuse to write over the report of another sweep of the same name: one without a common run, or along other axes.
+def _require_own_place(folder: Path, sweep: Path) -> None:
+    """Refuse to write over the report of another sweep of the same name.
 
     Raises:
-        InputError: there is one.
+        InputError: there is one, and its file is still there.
     """
     path = folder / "report.json"
     try:
-        former = json.loads(path.read_text(encoding="utf-8"))["designs"]
-        runs, axes = (set(itertools.chain.from_iterable(design[key] for design in former)) for key in ("runs", "axes"))
+        other = Path(json.loads(path.read_text(encoding="utf-8"))["sweep"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return
-    own = {axis for group in report.groups for axis in group.axes}
-    is_same = any(str(run) in runs for group in report.groups for run in group.runs) and (own <= axes or axes <= own)
-    if not is_same:
-        remedy = "give this one another name, or name a folder with --out"
-        raise InputError(
-            f"{path} is the report of another sweep of this name ({', '.join(sorted(axes)) or 'no axes'}): {remedy}"
-        )
+    if other != sweep and other.is_file():
+        remedy = "give one of them another name, or name a folder with --out"
+        raise InputError(f"{path} is the report of another sweep of this name, {other}: {remedy}")
 
 
 def report_on(
@@ -384,8 +382,10 @@ def report_on(
     if sweep is not None and sweep.decide is not None and sweep.decide.metric != DISTANCE:
         metric = metric or sweep.decide.metric
     report = build_report(curves, title, metric, reference, decided)
-    if sweep is not None and out is None:
-        _require_own_place(report, folder)
+    if sweep is not None:
+        report = replace(report, sweep=Path(sources[0]).resolve())
+        if out is None:
+            _require_own_place(folder, Path(sources[0]).resolve())
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         paths = write_report(report, out or folder, "report", panels, samples)
     if as_json:

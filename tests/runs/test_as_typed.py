@@ -61,6 +61,9 @@ def test_every_path_is_expanded_when_it_is_loaded(tmp_path, monkeypatch):
     assert load_sweep(tmp_path / "sweep.yaml").folder == Path("here/sweep")
     hashes = {config_hash(load_experiment(DIGITS, [f"data.{name}"])) for name in ("split=train", "tokenizer=~/t")}
     assert len(hashes) == 2
+    for path in ("$NOWHERE/x", "runs/$NOWHERE", "~/$NOWHERE$PLACE"):
+        with pytest.raises(InputError, match=r"output_dir = .*: \$NOWHERE is not set in the environment"):
+            load_experiment(DIGITS, [f"output_dir={path}"])
     for name in ("output_dir", "evaluation.references", "evaluation.held_out_source"):
         with pytest.raises(InputError, match=f"{name} = '~nobody-of-this-name/x': there is no such home folder"):
             load_experiment(DIGITS, [f"{name}=~nobody-of-this-name/x"])

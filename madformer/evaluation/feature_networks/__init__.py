@@ -10,13 +10,13 @@ import torch
 
 from madformer.config import ExperimentConfig
 from madformer.config.data import PIXELS
-from madformer.config.evaluation import check_feature_network_name
+from madformer.config.evaluation import SHIPPED_NETWORKS, check_feature_network_name
 from madformer.config.validation import expand_path
 from madformer.data.codec import Codec
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.feature_networks.network import FeatureNetwork, Features, build_custom_network, network_error
 from madformer.evaluation.feature_networks.pretrained import build_inception, build_pretrained, build_torchscript
-from madformer.evaluation.feature_networks.shipped import CIFAR10Features, DigitsFeatures, build_cifar10, build_digits
+from madformer.evaluation.feature_networks.shipped import CIFAR10Features, DigitsFeatures, build_shipped
 from madformer.evaluation.measurement import INCEPTION
 
 __all__ = [
@@ -106,10 +106,8 @@ def _image_shape(config: ExperimentConfig, codec: Codec | None) -> tuple[int, in
 
 
 def _build(name: str) -> FeatureNetwork:
-    if name == "digits":
-        return build_digits()
-    if name == "cifar10":
-        return build_cifar10()
+    if name in SHIPPED_NETWORKS:
+        return build_shipped(name)
     kind, _, location = name.partition(":")
     if kind == "inception":
         return build_inception(name, Path(expand_path("file", location)) if location else None)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import resources
 
 import torch
@@ -47,10 +48,8 @@ class DigitsFeatures(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        with torch.device("meta"):  # nothing is drawn: building a metric must not move the global random state
-            self.classifier = digits_classifier()
-        self.classifier.load_state_dict(_shipped_weights("digits"), assign=True)
-        self.double().eval().requires_grad_(False)
+        self.classifier = _trained("digits", digits_classifier).double()
+        self.eval()
 
     @torch.no_grad()
     def forward(self, images_BCYX: Tensor) -> Tensor:
@@ -113,10 +112,8 @@ class CIFAR10Features(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        with torch.device("meta"):  # nothing is drawn: building a metric must not move the global random state
-            self.classifier = cifar10_classifier()
-        self.classifier.load_state_dict(_shipped_weights("cifar10"), assign=True)
-        self.eval().requires_grad_(False)
+        self.classifier = _trained("cifar10", cifar10_classifier)
+        self.eval()
 
     @torch.no_grad()
     def forward(self, images_BCYX: Tensor) -> Tensor:
@@ -142,17 +139,16 @@ def resize(images_BCYX: Tensor, size: int) -> Tensor:
     return F.interpolate(images_BCYX, (size, size), mode="bilinear", antialias=True)
 
 
-def build_digits() -> FeatureNetwork:
-    """The network of the digits' features."""
-    module = DigitsFeatures()
-    return FeatureNetwork("digits", "digits", module, weights_sha256(module), module.num_features)
+def build_shipped(name: str) -> FeatureNetwork:
+    """The network of that name in `SHIPPED_NETWORKS`."""
+    module: DigitsFeatures | CIFAR10Features = DigitsFeatures() if name == "digits" else CIFAR10Features()
+    return FeatureNetwork(name, name, module, weights_sha256(module), module.num_features)
 
 
-def build_cifar10() -> FeatureNetwork:
-    """The network of CIFAR-10's features."""
-    module = CIFAR10Features()
-    return FeatureNetwork("cifar10", "cifar10", module, weights_sha256(module), module.num_features)
-
-
-def _shipped_weights(name: str) -> dict[str, Tensor]:
-    return load((resources.files("madformer.evaluation.feature_networks") / f"{name}_features.safetensors").read_bytes())
+def _trained(name: str, build: Callable[[], nn.Sequential]) -> nn.Sequential:
+    """A classifier with the weights that ship with the package, frozen."""
+    weights = resources.files("madformer.evaluation.feature_networks") / f"{name}_features.safetensors"
+    with torch.device("meta"):  # nothing is drawn: building a metric must not move the global random state
+        classifier = build()
+    classifier.load_state_dict(load(weights.read_bytes()), assign=True)
+    return classifier.eval().requires_grad_(False)
