@@ -335,7 +335,7 @@ def curves_of(sources: Sequence[str | Path]) -> tuple[list[Curve], str, Path, Sw
 
 
 def _require_own_place(report: Report, folder: Path) -> None:
-    """Refuse to write over the report of another sweep of the same name: one without a common run, or along other axes.
+    """Refuse to overwrite the report of another sweep of the same name: one that shares no run, or has other axes.
 
     Raises:
         InputError: there is one.
