@@ -1,11 +1,11 @@
-"""What a feature network sees: distances of images whose order is known, and how few samples bias a distance.
+"""Which changes of images a feature network detects: metrics of images of known quality, and the bias of few samples.
 
     python -m benchmarks.features cifar10_train.parquet cifar10_test.parquet
 
-A row is a set of images against all training images: test images as they are, test images spoiled as a generator might spoil
-them, without one class, and training images, as a generator gives them that has memorised. The more images are spoiled,
-the larger their distance should be; memorised ones should have memorisation 1. The other half of the test images is held out.
-The second table shows distances of few images, and the bias that is expected of as few samples.
+Each row of the first table compares a set of images with all training images: test images as they are, degraded, or without one
+class; and training images, which stand for a generator that copies. The more images are degraded, the larger their distance
+should be. Copies should have memorisation 1. The other half of the test images is held out.
+The second table shows distances of few images, and the bias expected of so few samples.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LEFT_OUT = 3
 """The class that a row lacks: cats, of CIFAR-10."""
 
 METRICS = ("precision", "recall", "density", "coverage", MEMORISATION)
-"""Columns of the first table, beside both distances."""
+"""Columns of the first table, after both distances."""
 
 COUNTS = (1_024, 2_048, 10_000)
 """Rows of the second table."""

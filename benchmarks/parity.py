@@ -1,4 +1,4 @@
-"""Our numbers beside those of the authors' code, for both of its branches: `python -m benchmarks.parity`.
+"""Compare our numbers with those of the authors' code, for both of its branches: `python -m benchmarks.parity`.
 
 The files hold what that code computed for one tiny model of each branch, on the CPU in float64 (tests/data/README.md).
 """

@@ -218,7 +218,7 @@ def import_(
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
     overrides: Overrides = None,
 ) -> None:
-    """Make a run of foreign weights, which evaluate, sample, tune and report accept."""
+    """Make a run from other weights. evaluate, sample, tune and report accept it."""
     from madformer.runs.exchange import import_run
 
     import_run(checkpoint, out, weights, overrides or [])
@@ -326,7 +326,7 @@ def sweep_status(sweep: SweepFile, overrides: Overrides = None, as_json: AsJson 
 def main() -> None:
     """Run the command line; exit with 0 when done, 2 for the user's mistake, 130 when interrupted, 1 for all else."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few letters ends no command
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character must not end a command
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         app()

@@ -1,6 +1,6 @@
-"""What a name stands for: a user's class, imported and built, or a model of the Hugging Face hub (its cache, or a download).
+"""Look up names: a user's class, imported and built, or a model of the Hugging Face hub (its cache, or a download).
 
-And what an error of another library says, in one line.
+Also: errors of other libraries in one line.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _join(subfolder: str, name: str) -> str:
 
 @contextmanager
 def explain_errors(source: str, file: str | None = None) -> Iterator[None]:
-    """Turn whatever reading a source raises into a ConfigError of one line that names the source, and the file if known."""
+    """Turn any error of reading a source into a ConfigError of one line that names the source, and the file if known."""
     from datasets.exceptions import DatasetGenerationError
 
     try:

@@ -78,7 +78,7 @@ def find_devices(settings: TrainerConfig) -> list[str]:
 
 
 def limit_threads(settings: TrainerConfig, devices: Sequence[str]) -> None:
-    """Give this process as many CPU threads as `trainer.threads` has for all of the `devices` that it computes for."""
+    """Set this process's CPU threads: `trainer.threads` for each of the `devices` that it computes for."""
     import torch
 
     if settings.threads is not None and devices[0] == "cpu":

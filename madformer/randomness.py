@@ -35,7 +35,7 @@ def sample_seed(seed: int, index: int) -> int:
 
 @dataclass(frozen=True)
 class BatchShard:
-    """What one device takes of each global batch, and in how many micro-batches."""
+    """One device's share of each global batch, and its number of micro-batches."""
 
     micro_batch: int
     accumulation: int
@@ -73,7 +73,7 @@ class BatchIndex:
 
 
 class SampleOrder:
-    """An endless stream of samples: a new permutation each epoch, cut into batches without a rest.
+    """An endless stream of samples: a new permutation each epoch, cut into batches without a remainder.
 
     Sample j of step s is number s * batch_size + j of the stream, so a batch may begin in one epoch and end in the next.
     """
@@ -83,7 +83,7 @@ class SampleOrder:
         self._permutations: dict[int, np.ndarray] = {}
 
     def __call__(self, step: int, indices: range) -> np.ndarray:
-        """Which samples of the data set stand at `indices` of the batch of `step`."""
+        """Numbers of the samples at `indices` of the batch of `step`."""
         epochs, positions = np.divmod(step * self.batch_size + np.asarray(indices), self.samples)
         samples = np.empty(len(indices), dtype=np.int64)
         for epoch in np.unique(epochs):

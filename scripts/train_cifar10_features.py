@@ -1,8 +1,8 @@
 """Train the classifier whose features make the metric `fd_cifar10`, and write the weights that the package ships.
 
-It sees the 50,000 training images of CIFAR-10 only; accuracy is that on the 10,000 test images. On one machine and with one
-number of threads the file is the same bit for bit whenever it is made. Another processor or another version of torch may round
-differently, which is why the weights are shipped and records carry their hash.
+It trains on the 50,000 training images of CIFAR-10, and measures accuracy on the 10,000 test images. The same machine and
+number of threads give the same file bit for bit. Another processor or another version of torch may round differently. This is
+why the weights are shipped and records contain their hash.
 
     python scripts/train_cifar10_features.py [--train SOURCE] [--test SOURCE] [--device cuda] [--threads N] [--out FILE]
 
@@ -31,7 +31,7 @@ SEED, EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 0, 10, 
 SHIFT = 2
 """Pixels by which an image is shifted at most along each axis."""
 SHARE_SMALL = 0.25
-"""Share of batches that are shown as they look at 16 x 16 pixels, since models of that size are measured too."""
+"""Share of batches that are reduced to 16 x 16 pixels and enlarged again, as models of that size are measured too."""
 
 
 def read(source: str, split: str) -> tuple[Tensor, Tensor]:
@@ -46,9 +46,9 @@ def read(source: str, split: str) -> tuple[Tensor, Tensor]:
 
 
 def augment(images_BCYX: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of the images, shift all by up to two pixels, and show a quarter of the batches at half of their size.
+    """Mirror half of the images, shift all by up to two pixels, and reduce a quarter of the batches to half of their size.
 
-    Only that little: features that were invariant to sharpness, colour or noise could not measure them in samples.
+    There is no further augmentation: features that are invariant to sharpness, colour or noise could not measure these.
     """
     count = len(images_BCYX)
     mirrored_B = torch.rand(count, generator=generator).to(images_BCYX.device) < 0.5
@@ -61,7 +61,7 @@ def augment(images_BCYX: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def at_size(images_BCYX: Tensor, size: int) -> Tensor:
-    """What is left of images at a smaller size, enlarged again."""
+    """Images reduced to a smaller size and enlarged again."""
     return shipped.resize(shipped.resize(images_BCYX, size), SIZE)
 
 
@@ -92,7 +92,7 @@ def train(images: Tensor, labels: Tensor, device: torch.device) -> nn.Sequential
 
 @torch.no_grad()
 def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor, size: int, device: torch.device) -> float:
-    """Share of images whose largest logit is at their label, seen at `size` pixels."""
+    """Share of images that are classified correctly after `at_size`."""
     hits = 0
     for pixels, label in zip(images.split(500), labels.split(500), strict=True):
         hits += int((classifier(at_size(to_unit(pixels.to(device)), size)).argmax(1).cpu() == label).sum())

@@ -23,11 +23,11 @@ BUILTIN_VOCABULARY = 2048
 
 
 WHOLE = ("train", "validation", "test")
-"""Splits that all mean the whole of files, which have none."""
+"""Values of `data.split` that all mean the whole data, for files, which have no splits."""
 
 
 def names_files(source: str) -> bool:
-    """Whether a source is files that are named themselves, or by a pattern, as far as its form tells."""
+    """Whether a source is a file or a pattern of files, judged by its text alone."""
     is_pattern = set(source) & set("*?[") and not Path(source).expanduser().is_dir()
     return bool(is_pattern) or Path(source).suffix in (".parquet", ".arrow", ".tar")
 
@@ -42,8 +42,8 @@ class DataConfig:
     subset: str | None = None
     """Configuration of a data set on the hub that has several."""
     split: str = "train"
-    """Part of the data set, or a slice of one, such as `train[:90%]`. Files have no parts: `train`, `validation` and `test` all
-    mean the whole."""
+    """Part of the data set, or a slice of one, such as `train[:90%]`. Files have no splits: `train`, `validation` and `test`
+    all mean everything."""
     streaming: bool = False
     """true: read the source in order, without a local copy. false: make a local copy, which can be read in any order."""
     image_column: str | None = None
@@ -66,12 +66,12 @@ class DataConfig:
     flip: bool = False
     """Mirror each training image with probability 1/2. `madformer encode` then stores latents of both versions."""
     crop: Literal["centre", "top_left"] = setting("centre", neutral="centre")
-    """Square of an image that is not one. centre: as ADM cuts ImageNet; top_left: the largest one at the top left, scaled by
-    Lanczos, as the released code does."""
+    """How an image is cropped to a square. centre: as ADM crops ImageNet; top_left: the largest square at the top left, scaled
+    by Lanczos, as in the released code."""
     class_names: str | None = setting(None, path=True)
     """Names of the classes: `imagenet`, or a text file with one name a line; null: the data set's own names."""
     prompts: Literal["names", "numbers"] = setting("names", neutral="names")
-    """Prompts of the classes: their names, or their numbers in digits, as in the released code."""
+    """Prompts of the classes. names: the class names; numbers: the class numbers in digits, as in the released code."""
     tokenizer: str = setting("meta-llama/Meta-Llama-3-8B", path=True)
     """Turns prompts into tokens, if the model takes text: `builtin`, or a hub id or folder of transformers."""
     bos: bool = setting(False, neutral=False)

@@ -59,8 +59,8 @@ class EvaluationConfig:
     held_out_source: str | None = setting(None, path="as typed")
     """Source of held-out images, as in `data.source`; null: `data.source` itself."""
     held_out_split: str | None = None
-    """Split of the held-out images, as in `data.split`; null: `data.split` itself. Where these are other images than those of
-    training, distances to them and memorisation are measured too, and diagnostics look at them."""
+    """Split of the held-out images, as in `data.split`; null: `data.split` itself. If these are other images than those of
+    training, distances to them and memorisation are measured too, and diagnostics use them."""
     preview_every: int | None = None
     """Training steps between previews (a sample grid and quick metrics); null: no previews."""
     preview_nfe: int = 280

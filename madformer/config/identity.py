@@ -77,7 +77,7 @@ def write_config(
 
     Args:
         branch: `step` and `run`: after which step of which run it begins. None: from the start.
-        imported: `source`, `sha256` and `weights` of the file that its weights came from. None: they are its own.
+        imported: `source`, `sha256` and `weights` of the file that its weights came from. None: the run was trained here.
     """
     origin = {"branch": branch, "imported": imported}
     write_text(config_path(run), to_yaml(config, {name: dict(value) for name, value in origin.items() if value}))
@@ -92,7 +92,7 @@ def to_yaml(config: ExperimentConfig, origin: Mapping[str, Any] | None = None) -
 def load_run(run: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """A run's configuration under its present path, with overrides that do not change its weights.
 
-    Its images may have moved (`data.source`): whoever reads them compares their fingerprint with the checkpoint's.
+    Its images may have moved (`data.source`): the reader of the images compares their fingerprint with the checkpoint's.
 
     Raises:
         InputError: the folder is no run, its config.yaml was edited, or an override would change the weights.
@@ -115,7 +115,7 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig
 
 
 def named_folder(folder: Path) -> Path:
-    """A folder by the name that the user gave it, be it a link; `.`, `..` and `~` have none and are looked up."""
+    """The folder by the name that the user typed, also of a link. `.`, `..` and `~` hold no name and are resolved."""
     folder = typed_path(str(folder))
     return folder if is_folder_name(folder.name) else folder.resolve()
 

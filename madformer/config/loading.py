@@ -173,7 +173,7 @@ def expand_paths(config: T, prefix: str = "") -> T:
 
 
 def as_typed(override: str, schema: type) -> str:
-    """An override in which YAML does not take the text of a text field, such as name=007, for something else.
+    """An override whose value YAML reads as text if the field is a text field: `name=007` stays 007.
 
     Quotes, null and `${...}` keep their meaning.
 
@@ -188,7 +188,7 @@ def as_typed(override: str, schema: type) -> str:
 
 
 def is_text_field(key: str, schema: type) -> bool:
-    """Whether a field holds a text, and no choice."""
+    """Whether a field holds free text, not one of several choices."""
     return _hint(key, schema) in (str, str | None)
 
 
@@ -300,13 +300,13 @@ def read_value(text: str) -> Any:
 
 
 def _quoted(text: str) -> str:
-    """A text as YAML reads it back, with escapes for what it takes for the end of a line."""
+    """A text that YAML reads back unchanged: characters that YAML takes for line ends are escaped."""
     quoted = json.dumps(text, ensure_ascii=False)
     return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in quoted)
 
 
 def is_utf8(text: str) -> bool:
-    """Whether all letters of a word from the command line could be read in the environment's encoding."""
+    """Whether a word from the command line could be decoded with the environment's encoding."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 

@@ -30,8 +30,8 @@ def setting(
         new_run: whether another value makes a new run. False: the field does not change the trained weights. "presence": it
             matters only whether there is a value.
         neutral: a value that is left out of the hash. Give one to a field that you add: existing runs then keep their hashes.
-        path: whether `expand_path` applies when it is loaded. "as typed": it applies when the path is opened; the hash has it
-            as it was typed.
+        path: whether `expand_path` applies when it is loaded. "as typed": it applies only when the path is opened; the hash
+            keeps the path as typed.
     """
     return field(default=default, metadata={"new_run": new_run, "neutral": neutral, "path": path})
 

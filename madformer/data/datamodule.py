@@ -260,7 +260,7 @@ class LatentDataModule(pl.LightningDataModule):
             raise InputError(f"{folder}: made without mirrored images: set data.flip=false, or encode into another folder")
 
     def _same_images(self, manifest: Manifest) -> bool:
-        """Whether the latents are of the images that the experiment names, which may have moved."""
+        """Whether the latents were encoded from the experiment's images, which may have moved since."""
         encoding, data = manifest.encoding, self.config.data
         if data.source in (None, encoding.source):
             return True

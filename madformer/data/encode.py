@@ -168,7 +168,7 @@ def _is_stochastic(codec: Codec) -> bool:
 
 
 def _begin(folder: Path, encoding: Encoding) -> Encoding:
-    """Write what is encoded here, or check that it is what was encoded before, perhaps from images that have moved since.
+    """Write the encoding, or check that it equals the one already in the folder. The images may have moved since.
 
     Raises:
         InputError: the folder holds other latents.

@@ -74,7 +74,7 @@ def square_image(image: Image.Image, size: int, crop: str = "centre") -> Tensor:
     Args:
         crop: `data.crop`. `centre`: exactly as ADM prepares ImageNet (`center_crop_arr` of guided-diffusion), halved by a box
             filter while it stays at least as large as wanted, then bicubic. `top_left`: as the released code, the largest
-            square at the top left, then Lanczos. Of both, an image of the right size is left as it is.
+            square at the top left, then Lanczos. An image of the right size stays as it is.
 
     Raises:
         BadImage: so long and thin that its shorter side cannot be enlarged to `size`.
@@ -96,7 +96,7 @@ def square_image(image: Image.Image, size: int, crop: str = "centre") -> Tensor:
 
 
 def load_square(content: bytes, size: int, crop: str = "centre") -> Tensor:
-    """A square of the image of a file, `data.crop` says which: uint8 [3, size, size].
+    """A square of the image in a file, cropped by `data.crop`: uint8 [3, size, size].
 
     Raises:
         BadImage: as `decode_image` and `square_image`.
@@ -189,8 +189,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def image_table(files: Files, split: str, class_names: tuple[str, ...] | None, data: DataConfig) -> Dataset:
     """The images of a split as a table of paths: `image`, undecoded, `NAME`, and `label` or what metadata files say.
 
-    Folders are classes if the images of a split lie equally deep in several of them. Classes are numbered over all splits. Rows
-    are sorted by name, and for a slice by the hashes of names.
+    Folders are classes if there are several and the images of a split are all at the same depth. Classes are numbered over all
+    splits. Rows are sorted by name; for a slice, by the hashes of the names.
 
     Args:
         class_names: the classes in the order of their numbers; None: sorted.
@@ -228,7 +228,7 @@ def image_table(files: Files, split: str, class_names: tuple[str, ...] | None, d
     if "[" in data.split:  # sorted by name and so by class, a slice would lack classes
         names = table[NAME].to_pylist()
         table = table.take(sorted(range(len(names)), key=lambda row: hashlib.sha256(names[row].encode()).digest()))
-    return Dataset(table, DatasetInfo(features=features), fingerprint="images")  # else it would hash all paths
+    return Dataset(table, DatasetInfo(features=features), fingerprint="images")  # without one, datasets would hash all paths
 
 
 def _refuse_depths(data: DataConfig, paths: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Open any source of images, with the `datasets` library where it is no folder of image files."""
+"""Open any source of images. All but folders of image files are opened by the `datasets` library."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LABEL_NAMES = ("label", "labels", "cls", "class", "class_id", "fine_label", "tar
 TEXT_NAMES = ("text", "caption", "txt", "prompt", "captions", "description")
 
 MANY_SAMPLES, FIRST_SAMPLES = 1000, 16
-"""Samples of WebDataset that tell its columns: of the first tar, and of each other one or of one at an address."""
+"""How many samples of a WebDataset are read to find its columns: of the first tar, and of each other tar or of one at a URL."""
 
 _NUMBERS = ("cls", "cls2", "index", "inx", "id")
 """Columns of WebDataset that `datasets` reads as integers."""
@@ -46,7 +46,7 @@ class DatasetSplit:
     revision: str | None = None
     """Commit of a data set of the hub, with its name."""
     split: str = "train"
-    """The part that was asked for; of files, which have no splits, a slice of `train`."""
+    """The requested split; for files, which have no splits, `train` or a slice of it."""
     expected_rows: int | None = None
     """Number of rows that the data set states."""
     left_out: Mapping[str, list[str]] = field(default_factory=dict)
@@ -91,7 +91,7 @@ def open_split(data: DataConfig) -> DatasetSplit:
     else:
         builder.download_and_prepare()
         dataset = builder.as_dataset(split=data.split)
-        if isinstance(builder, ImageFolder):  # archives, of which the copies have other names
+        if isinstance(builder, ImageFolder):  # images from archives: their copies have other names
             paths = dataset.data.column("image").combine_chunks().field("path").to_pylist()
             dataset = dataset.add_column(NAME, relative(paths))
     info = (builder.info.splits or {}).get(data.split)
@@ -182,7 +182,7 @@ def _find_files(data: DataConfig) -> Files | None:
 
 
 def _known_builder(data: DataConfig) -> DatasetBuilder:
-    """Reader of a folder with a card, or of a data set of the hub."""
+    """Reader of a folder with a README.md that lists `configs`, or of a data set of the hub."""
     source = str(data.source)
     local = Path(source).expanduser()
     try:
@@ -258,15 +258,15 @@ def _files_builder(data: DataConfig, files: Files) -> DatasetBuilder:
     escaped = {split: [glob.escape(path) for path in paths] for split, paths in files.splits.items()}
     data_files = DataFilesDict.from_patterns(escaped)
     paths = [path for paths in files.splits.values() for path in paths]
-    features = _tar_features(data, paths) if files.kind == "webdataset" else None  # part of the name of a copy
-    # Files are read as those of a folder without a README, which would have its say: this package's.
+    features = _tar_features(data, paths) if files.kind == "webdataset" else None  # part of the name of datasets' cached copy
+    # datasets obeys a README.md in the folder that it is given, so it is given one without: this package's.
     return _load_builder(data, str(Path(__file__).parents[1]), data_files=data_files, features=features)
 
 
 def _set_samples(builder: Any, data: DataConfig, tars: list[str]) -> None:
     """Let a reader of WebDataset take samples that lack columns or hold images of several formats.
 
-    Left alone, it demands that the first five samples have the same columns, and drops what later ones have besides.
+    By default it demands that the first five samples have the same columns, and drops further columns of later samples.
     """
     from datasets import Image
 

@@ -46,10 +46,10 @@ _CACHE_SIZE = 10_000
 class PromptTokenizer:
     """Prompts to token ids, by several threads at once.
 
-    A tokenizer's own special tokens (beginning or end of a text, separators) are not added, but for a BOS token that is asked
-    for: the model learns its embeddings from scratch, so that a token which is the same in every prompt would tell it nothing,
-    and the null text of guidance has to be padding alone. Nor are they read from a prompt: `<pad>` or `<|end_of_text|>` in a
-    prompt is text like any other.
+    A tokenizer's own special tokens (beginning or end of a text, separators) are not added, except a BOS token if `bos`
+    is set: the model learns its embeddings from scratch, so a token that is the same in every prompt would tell it nothing, and
+    the null text of guidance must be padding only. Special tokens are not parsed from prompts either: `<pad>` or
+    `<|end_of_text|>` in a prompt is text like any other.
 
     Args:
         name: `builtin`, or a hub id or folder of transformers. What the hub's cache holds is used without asking the hub.
@@ -78,7 +78,7 @@ class PromptTokenizer:
         return PromptTokenizer(data.tokenizer, text, data.bos, data.padding_side)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids of B prompts, [B, `text.length`] int64, cut at the end or padded; an empty prompt is the null text."""
+        """Token ids of B prompts, [B, `text.length`] int64, truncated or padded. An empty prompt is the null text."""
         if not prompts:
             return torch.empty((0, self._text.length), dtype=torch.int64)
         misses = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]

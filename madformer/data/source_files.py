@@ -1,6 +1,6 @@
 """The files of a source, listed once by the rules of docs/data.md.
 
-`datasets` would list a folder 66 times to guess splits from words in its paths, and take what it does not guess for nothing.
+`datasets` would list a folder 66 times to guess splits from words in its paths, and silently ignore all other files.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""Names of folders and words in the names of tables that tell a split, as on the hub."""
+"""Folder names, and words in the names of tables, that name a split, as on the hub."""
 
 HUB = r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@([^/]+))?/?"
 """Address of a whole data set of the hub: its name and revision."""
@@ -67,16 +67,16 @@ class Files:
     splits: dict[str, list[str]]
     """Paths or addresses in order, by split; of images also metadata files."""
     has_splits: bool = True
-    """False: files that are named themselves, which are all of it."""
+    """False: a file or a pattern of files, which have no splits."""
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Names of files that are not read, by reason."""
 
 
 def find_files(data: DataConfig) -> Files | None:
-    """What the source's path, pattern or address holds; None: it is none of these.
+    """The files of a source that is a path, a pattern or a URL; None: it is none of these.
 
     Raises:
-        ConfigError: nothing readable in it, a folder that cannot be listed, or one that can be read in several ways.
+        ConfigError: nothing readable in it, a folder that cannot be listed, or an ambiguous one.
     """
     source, left_out = str(data.source), dict[str, list[str]]()
     local = Path(source).expanduser()
@@ -123,7 +123,7 @@ def _find_remote(data: DataConfig, url: str) -> Files:
 
 
 def _match(data: DataConfig, pattern: str, left_out: dict[str, list[str]]) -> list[str]:
-    """Paths of all files that have such a name; `**` is any depth."""
+    """Paths of all files that match the pattern; `**` matches any depth."""
     parts = pattern.split("/")
     if "**" not in parts:
         return [path for path in glob.glob(pattern) if Path(path).is_file()]  # noqa: PTH207
@@ -170,7 +170,7 @@ def _walk(data: DataConfig, root: str, left_out: dict[str, list[str]]) -> list[s
             name = f"{folder}/{entry.name}" if folder else entry.name
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
-            except OSError:  # a link to itself, or to where nobody may look
+            except OSError:  # a link to itself, or to a place without permission
                 is_folder = is_file = False
             if entry.name.startswith((".", "__")):
                 left_out.setdefault("hidden", []).append(name)
@@ -205,10 +205,10 @@ def _shown(name: str) -> str:
 
 
 def _arrange(data: DataConfig, root: str, paths: list[str], left_out: dict[str, list[str]], is_folder: bool) -> Files:
-    """Sort files into splits, all of one kind; what is of no kind is left out.
+    """Sort files into splits, all of one kind; files of no known kind are left out.
 
     Raises:
-        ConfigError: they are of several kinds or none, or the folder can be read in several ways.
+        ConfigError: they are of several kinds or none, or the folder is ambiguous.
     """
     kinds: dict[str, list[str]] = {}
     for path in paths:
@@ -243,7 +243,7 @@ def _arrange(data: DataConfig, root: str, paths: list[str], left_out: dict[str, 
 
 
 def kind_of(path: str) -> str | None:
-    """`IMAGES`, `metadata`, or datasets' name of a kind of table, by the file's name; None: nothing that is read."""
+    """`IMAGES`, `metadata`, or datasets' name of a kind of table, by the file's name; None: it is not read."""
     name = path.rpartition("/")[2]
     ending = _ending(name)
     return "metadata" if name in METADATA else TABLES.get(ending) or (IMAGES if ending in _image_endings() else None)
@@ -261,7 +261,7 @@ def _image_endings() -> frozenset[str]:
 
 
 def _splits_of_images(data: DataConfig, root: str, names: list[str]) -> Iterable[str]:
-    """The split of each image: what its top folder is called, if all of those are called like splits; else all are `train`."""
+    """The split of each image: its top folder's, if all top folders are named like splits; else `train`."""
     folders = [name.split("/")[:-1] for name in names]
     splits = [[SPLITS.get(part.lower()) for part in path] for path in folders]
     if all(found and found[0] for found in splits):
@@ -284,7 +284,7 @@ def _splits_of_images(data: DataConfig, root: str, names: list[str]) -> Iterable
 
 
 def _splits_of_tables(data: DataConfig, root: str, names: list[str]) -> Iterable[str]:
-    """The split of each table: the word for one in its path; without such words all are `train`."""
+    """The split of each table: that of the split word in its path; `train` if no path has such a word."""
     custom = [re.search(r"(?:^|/)data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\.\w+$", name) for name in names]
     if all(custom):
         return [match[1] for match in custom if match]
@@ -300,7 +300,7 @@ def _splits_of_tables(data: DataConfig, root: str, names: list[str]) -> Iterable
 
 
 def pattern_in(root: str, pattern: str) -> str:
-    """A pattern of files in a folder, as a shell takes it."""
+    """A pattern of files in a folder, quoted for a shell."""
     return f"'{glob.escape(root)}/{pattern}'"
 
 
@@ -317,7 +317,7 @@ def relative(paths: list[str]) -> list[str]:
 
 
 def require_whole(data: DataConfig, files: list[str]) -> None:
-    """Look at the ends of local files: tarfile takes what is cut off between two members for the end."""
+    """Check the ends of local files: tarfile reads a file that was cut off between two members without an error."""
     for file in files:
         end = bytes(1024) if file.endswith(".tar") else b"PAR1" if file.endswith(".parquet") else None
         if end is None or "://" in file:
@@ -329,7 +329,7 @@ def require_whole(data: DataConfig, files: list[str]) -> None:
 
 
 def _readable(data: DataConfig, root: str, paths: list[str], left_out: dict[str, list[str]]) -> list[str]:
-    """Parquet files that have rows, all with the columns of the first one: datasets reads no others."""
+    """Parquet files that have rows. All must have the columns of the first, as datasets reads no others."""
     from datasets.table import CastError, table_cast
     from pyarrow.parquet import ParquetFile
 
@@ -361,7 +361,7 @@ def _readable(data: DataConfig, root: str, paths: list[str], left_out: dict[str,
 def hash_files(paths: list[str]) -> list[list[Any]]:
     """Name within their common folder, size, and SHA-256 of three pieces of each file, sorted.
 
-    Small files and metadata files are covered whole, and of images at an address the size alone: requests would take hours.
+    Small files and metadata files are hashed whole. For images at a URL only the size counts: requests would take hours.
     """
     with ThreadPoolExecutor(THREADS) as threads:
         hashes = list(threads.map(_hash_pieces, paths))

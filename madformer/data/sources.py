@@ -127,7 +127,7 @@ class ImageSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 that tells the images from others: of names, sizes and both ends of files; of the hub's data, the commit."""
+        """SHA-256 that identifies the images: of names, sizes and pieces of the files; for the hub's data, of the commit."""
         revision, split, subset = self._identity
         with explain_errors(self.name):
             parts = [revision] if revision else hash_files(self._files)
@@ -137,7 +137,7 @@ class ImageSource:
         """One line: images, classes, and what is left out, with names.
 
         Args:
-            rows: images that were read; None: none yet, count those that are there.
+            rows: images that were read; None: nothing was read yet, so count the rows of the source.
             broken: images that could not be read.
             unlabelled: images without a class, of a source that has classes.
         """
@@ -297,10 +297,10 @@ def _tar_names(dataset: Dataset | IterableDataset, files: list[str]) -> dict[str
 
 
 def find_columns(features: Features, data: DataConfig) -> Columns:
-    """Columns that `data` names; the rest is found by type, then by name.
+    """The columns that `data` names; others are found by type, then by name.
 
     Raises:
-        ConfigError: none or several may hold the images, or one that is named is not there or of another type.
+        ConfigError: no column or several may hold the images, or a named column is missing or of another type.
     """
     import datasets
 

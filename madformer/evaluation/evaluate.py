@@ -334,7 +334,7 @@ def _versions() -> dict[str, str]:
 
 
 def _hparams(config: ExperimentConfig) -> dict[str, bool | int | float | str]:
-    """All trained fields in the types that TensorBoard shows, the same in all runs: lists, and what may be null, as text."""
+    """All trained fields in types that TensorBoard shows, the same in all runs: lists and fields that may be null are text."""
     fields = trained_fields(config, leave_out_neutral=False)
     plain = {name: not is_optional(name, ExperimentConfig) and isinstance(fields[name], (bool, int, float)) for name in fields}
     return {name: value if plain[name] else "null" if value is None else str(value) for name, value in fields.items()}

@@ -42,7 +42,7 @@ class Metric:
 
     title: str
     higher_is_better: bool | None = False
-    """None: neither end is the best, so nothing is ranked by it."""
+    """None: neither a high nor a low value is best, so nothing is ranked by it."""
     is_distance: bool = False
     """Whether it is a distance to the reference images, 0 at best: what runs are ranked by."""
     needs_pairs: bool = False

@@ -143,13 +143,13 @@ def computes(metric: str) -> Callable[[Compute], Compute]:
 def measure(
     label: str, features_ND: Tensor, logits_NK: Tensor | None, reference: Reference, held_out: Reference | None = None
 ) -> dict[str, float]:
-    """All metrics that can be had, in the order of `METRICS`, and behind them the distances to held-out images.
+    """All metrics that can be computed, in the order of `METRICS`, then the distances to held-out images.
 
     Args:
         label: the network's, metrics are named after it (`measurement.metric_name`).
         features_ND: [N, D] of the generated images; computed where they are.
         logits_NK: [N, K] of a classifier of the same images; None: there is no inception score.
-        held_out: of held-out images; None: there is no memorisation and no distance to them.
+        held_out: of held-out images; None: memorisation and distances to held-out images are left out.
 
     Returns:
         By name. A few images do for the distances; what needs more than there are is left out.

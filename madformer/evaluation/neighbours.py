@@ -91,9 +91,9 @@ def nearest_distances(features_ND: Tensor, reference_MD: Tensor, block: int = BL
     The cost is D N M float64 multiplications and as many additions.
 
     Args:
-        features_ND: [N, D], finite; computed where they are, the reference is moved there block by block.
+        features_ND: [N, D], finite. The computation runs on their device; the reference is moved there block by block.
         reference_MD: [M, D], finite, at least one.
-        block: points along a side of a tile; no result depends on it, but for rounding.
+        block: points along one side of a tile of distances. Results do not depend on it, except for rounding.
     """
     device, centre_D = features_ND.device, reference_MD.mean(0)
     points, others = _Points(features_ND, centre_D, device, block), _Points(reference_MD, centre_D, device, block)
@@ -112,10 +112,10 @@ def nearest_distances(features_ND: Tensor, reference_MD: Tensor, block: int = BL
 def memorisation(generated_N: Tensor, held_out_M: Tensor) -> float:
     """The probability that a sample is nearer to its nearest training image than a held-out image is to its own.
 
-    It is U / (N M) of the Mann-Whitney test, as in the three-sample test of data-copying of Meehan, Chaudhuri and Dasgupta
-    (2020, arXiv 2004.05675), over all of the space, not by its cells. Ties count half. 0.5: samples are as near to the
-    training images as new images are; above, they copy; below, they are too far from them. The paper's U counts samples that
-    are farther: it is 1 less this. With perfect samples the standard deviation is ((N + M + 1) / (12 N M))^(1/2).
+    Ties count half. 0.5: samples are as near to the training images as new images are; above, they copy; below, they are too
+    far away. It follows the three-sample test of data-copying by Meehan, Chaudhuri and Dasgupta (2020, arXiv 2004.05675), but
+    over the whole feature space instead of cells. Their Mann-Whitney U counts pairs in which the sample is farther, so this is
+    1 - U / (N M). With perfect samples the standard deviation is ((N + M + 1) / (12 N M))^(1/2).
 
     Args:
         generated_N: `nearest_distances` of generated images to training images, [N].

@@ -72,7 +72,7 @@ class Reference:
         return self._within[count]
 
     def nearest_to(self, training_MD: Tensor, device: torch.device) -> Tensor:
-        """The distance of each image that is kept to the nearest training image, [M] float64, computed once."""
+        """The distance of each kept image to its nearest training image, [M] float64, computed once."""
         if training_MD not in self._nearest:
             self._nearest[training_MD] = nearest_distances(self.features_MD.to(device), training_MD)
         return self._nearest[training_MD]

@@ -102,7 +102,7 @@ def known_classes(config: ExperimentConfig, checkpoint: Path) -> tuple[str, ...]
 def inference_devices(config: ExperimentConfig, count: int | None) -> list[str]:
     """Devices that share sampling; None: all GPUs, or one process. A run that was trained on a GPU needs none here.
 
-    On the CPU, this process gets its threads.
+    On the CPU, this also sets the number of threads of the process.
 
     Raises:
         ConfigError: fewer are there.

@@ -50,7 +50,7 @@ class Instruments:
         """The run's codec and the feature networks, without references: those are costly, mistakes are cheap.
 
         Raises:
-            ConfigError: a codec or network that cannot be had, a codec that is not the model's, or a network of other images.
+            ConfigError: a codec or network that cannot be had, a codec that is not the model's, or a network for other images.
         """
         data = request.config.data
         codec = build_codec(data.codec, data.codec_dtype, device)

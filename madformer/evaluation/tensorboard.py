@@ -116,7 +116,7 @@ def drop_orphans(run: Path, step: int) -> None:
     """
     for path in _training_files(run):
         _copy_steps(path, path, step)
-    # TensorBoard reads files in the order of the seconds in their names: after a clock was set back, the next would come first.
+    # TensorBoard reads files in the order of the times in their names. If the clock was set back, a new file would come first.
     paths, now = sorted(_training_files(run)), int(time.time())
     if any(_file_time(path) > now for path in paths):
         for number, path in enumerate(paths):
@@ -239,8 +239,8 @@ def _diagnostic_events(entry: Point | None) -> Iterator[Event]:
 def _hparam_events(curves: Sequence[RunCurve], hparams: Mapping[str, Scalar], depth: int | None) -> Iterator[Event]:
     """The run's row in the table of hyperparameters: `hparams`, and the main curve's Fréchet distances at its two ends.
 
-    The table would be unreadable with all metrics at all budgets; runs are ranked by the Fréchet distances. TensorBoard takes
-    the columns of one run for all: runs of the same budgets share those of NFE, runs of the same steps the others.
+    The table would be unreadable with all metrics at all budgets; runs are ranked by the Fréchet distances. TensorBoard shows
+    the columns of one run for all runs: runs with the same budgets share the NFE columns, runs with the same steps the others.
     """
     if not curves:
         return

@@ -1,8 +1,8 @@
 """Checkpoints of the released MADFormer code: import and export of its state dicts.
 
-The code has two branches: `main` (FFHQ, no text) and `imagenet` (a text tower, token embeddings and a head). A state dict's
-names tell which one it is of, its shapes the sizes. The rest is constant in the released code: 8 group-norm groups, 8 U-Net
-heads, epsilon prediction, its own RoPE, and clean blocks embedded with the noisy block's timestep.
+The code has two branches: `main` (FFHQ, no text) and `imagenet` (a text tower, token embeddings and a head). The
+names in a state dict tell the branch, and the shapes tell the sizes. The rest is constant in the released code: 8 group-norm
+groups, 8 U-Net heads, epsilon prediction, its own RoPE, and clean blocks embedded with the noisy block's timestep.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def from_released(
     use_condition: bool = True,
     local_denoising: bool = False,
 ) -> MADFormer:
-    """A model with released weights, of either branch; the weights do not hold the switches, so give them.
+    """A model with released weights of either branch. The weights do not contain the switches, so pass them.
 
     Args:
         state_dict: parameters by released name, as in a checkpoint's `model` or `ema`. They are copied.
@@ -95,7 +95,7 @@ def rename_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> di
     """Released weights by our names, for a model of `config` (`released_config`). They share memory with those given.
 
     Raises:
-        ValueError: tensors are missing, of other shapes, or too many.
+        ValueError: tensors are missing or unknown, or have other shapes.
     """
     names, known, shapes = _names(config), dict(_names(config, all_towers=True)), _shapes(config)
     if missing := [released_name for released_name, _ in names if released_name not in state_dict]:

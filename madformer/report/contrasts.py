@@ -337,7 +337,7 @@ class _Side:
             curves = [self.curves[one], self.curves[other]]
             low, high = max(costs[0] for costs, _ in curves), min(costs[-1] for costs, _ in curves)
             shared = set.intersection(*(set(values) for _, points in curves for values in points))
-            if shared and low < high:  # of a single cost nothing can be said
+            if shared and low < high:  # a single cost says nothing about crossings
                 yield Neighbours(self.axis, self.sampling, (one, other), crossing(curves, self.log))
 
 

@@ -228,7 +228,7 @@ def build_report(
         decided: of a sweep that decides, what it has decided; its first contrast names the reference if nothing else does.
 
     Raises:
-        InputError: no runs, a run that was not evaluated or not with this metric, a metric by which nothing is ranked, a broken
+        InputError: no runs, a run that was not evaluated or not with this metric, a metric without a best value, a broken
             record, or no such reference.
     """
     if metric is not None and higher_is_better(metric) is None:

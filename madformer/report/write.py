@@ -338,7 +338,7 @@ def curves_of(sources: Sequence[str | Path]) -> tuple[list[Curve], str, Path, Sw
 
 
 def _require_own_place(folder: Path, sweep: Path) -> None:
-    """Refuse to write over the report of another sweep of the same name.
+    """Refuse to overwrite the report of another sweep of the same name.
 
     Raises:
         InputError: there is one, and its file is still there.

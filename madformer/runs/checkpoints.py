@@ -188,10 +188,10 @@ def load_weights(path: Path, config: ExperimentConfig, weights: Weights = "ema")
 
 
 def require_own(checkpoint: Mapping[str, Any], path: Path, config: ExperimentConfig) -> None:
-    """Refuse a checkpoint that another configuration has made than that of its run, or the trunk of its run.
+    """Refuse a checkpoint that was made by neither its run's configuration nor that of the run's trunk.
 
     Raises:
-        InputError: with both hashes.
+        InputError: names both hashes.
     """
     made_by, own = checkpoint.get(CONFIG_HASH), run_hash(config)
     if made_by in (None, own) or checkpoint_step(path) == read_branch_step(config.run_dir) > 0:

@@ -68,7 +68,7 @@ _SWITCHES = {
     "diff_depth": ("diffusion_depth", False),
     "ar_len": ("ar_length", False),
 }
-"""What weights do not show: key of a released checkpoint's `args` -> field of the model, and whether it is negated."""
+"""Switches that weights do not show: key of a released checkpoint's `args` -> field of the model, and whether it is negated."""
 
 _PAPER_STEPS = (19, 49, 99, 199)
 """The paper's budgets 280, 700, 1400, 2800 at D = 14 of 28 (Figure 4)."""
@@ -86,16 +86,16 @@ CLASS_NUMBERS = DataConfig(
 
 
 def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) -> None:
-    """Make a run from a released checkpoint or an exported file; its configuration remembers the file's SHA-256.
+    """Make a run from a released checkpoint or an exported file. Its configuration records the file's SHA-256.
 
     Args:
-        source: a file, or `owner/name` of the hub, whose `ckpts.pt` is taken.
+        source: a file, or `owner/name` of the hub, of which `ckpts.pt` is used.
 
     Raises:
         InputError: no such file, another format, weights that contradict the switches, or a folder that is in use.
     """
     requested = parse_weights(weights)
-    begun = (run / ".import.lock").exists() and not is_run(run)  # by an import that was killed
+    begun = (run / ".import.lock").exists() and not is_run(run)  # left by an import that was killed
     if run.exists() and not begun and (not run.is_dir() or any(run.iterdir())):
         raise InputError(f"{run}: exists already; name a new folder")
     file = _find(source)
@@ -124,13 +124,13 @@ def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) 
 
 
 def export_run(run: Path, out: Path, weights: str) -> None:
-    """Write a run's newest weights: as safetensors, with the configuration as a YAML file next to it; or in released form.
+    """Write a run's newest weights: as safetensors with the configuration in a YAML file, or as a released checkpoint.
 
     Args:
         out: `.safetensors`, or `.pt` for a checkpoint that the released code reads.
 
     Raises:
-        InputError: no run, no intact checkpoint, another ending, or a model that the released code cannot have.
+        InputError: no run, no intact checkpoint, another ending, or a model that the released code cannot represent.
     """
     config, requested = load_run(run), parse_weights(weights)
     if out.suffix not in (_SAFETENSORS, ".pt"):
@@ -169,7 +169,7 @@ def _find(source: Path) -> Path:
 
 
 def _read(file: Path, weights: Weights) -> Mapping[str, Any]:
-    """A file's content: tensors by name, alone or as an entry of a checkpoint."""
+    """A file's content: a state dict, or a checkpoint with a state dict as an entry."""
     if file.suffix == _SAFETENSORS:
         try:
             return load_file(file)
@@ -177,7 +177,7 @@ def _read(file: Path, weights: Weights) -> Mapping[str, Any]:
             raise InputError(f"{file}: not the weights of a model: torn, or no safetensors file: {error}") from error
     if flaw := find_flaw(file):
         raise InputError(f"{file}: torn, or no checkpoint that torch reads: {flaw}")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the one class in it; nothing else is unpickled
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the only class that is unpickled
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
@@ -258,7 +258,7 @@ def _adopt(config: ExperimentConfig, run: Path, overrides: Sequence[str]) -> Exp
 
 
 def _experiment(model: ModelConfig) -> ExperimentConfig:
-    """An experiment around a released model: its branch's losses and data, budgets of the paper's numbers of steps."""
+    """An experiment for a released model, with the losses and data of its branch and the paper's NFE budgets."""
     loss = LossConfig(lambda_image=1.0, lambda_text=0.0, lambda_hidden=0.1 if model.use_condition else 0.0)
     budgets = tuple(cost.nfe(model, steps) for steps in _PAPER_STEPS)
     if model.text is None:

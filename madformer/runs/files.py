@@ -50,7 +50,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def to_json(content: Any, **options: Any) -> str:
-    """JSON in which a number that is not finite is null, as JSON has no other."""
+    """JSON with null for NaN and infinity, which JSON does not have."""
     return json.dumps(_finite(content), allow_nan=False, **options)
 
 

@@ -185,7 +185,7 @@ def _check_metric(metric: str, cell: Cell) -> None:
 
 
 def wanted_cells(sweep: Sweep) -> tuple[Cell, ...]:
-    """The cells that a sweep wants now: all of them, or those of the seeds that its contrasts take."""
+    """The cells that a sweep needs now: all of them, or those of the seeds that its contrasts need."""
     return assess(sweep).cells
 
 

@@ -358,7 +358,7 @@ def _require_one_run_each(cells: Sequence[Cell]) -> None:
 
 
 class _Overlap(Exception):  # noqa: N818 - never leaves this module
-    """A section is set as a whole, or both so and in part."""
+    """A section is set as a whole, alone or together with some of its fields."""
 
 
 @cache
@@ -372,7 +372,7 @@ def _convert(key: str, text: str) -> Any:
     merged = OmegaConf.merge(_schema(), OmegaConf.from_dotlist([f"{key}={text}"]))
     value = OmegaConf.select(merged, key)
     if isinstance(value, DictConfig):
-        raise _Overlap  # some fields of a section; the others are the experiment's, not the defaults
+        raise _Overlap  # some fields of a section; the others keep the experiment's values, not the defaults
     return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
 
 

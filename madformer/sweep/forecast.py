@@ -215,7 +215,7 @@ def memory_lines(cells: dict[str, Cell], accelerator: str, memory_gib: float | N
 
 
 def _needed_gib(cell: Cell, also_sampling: bool = False) -> float:
-    """Memory of each device in training, or the larger one of training and sampling, an estimate."""
+    """Estimated memory of each device in training, or the larger of training and sampling."""
     needed = memory.device_memory(cell.config, cell.device_count).total
     if also_sampling:
         guided = any(sampling.guidance != 1 for sampling in cell.samplings)
@@ -224,7 +224,7 @@ def _needed_gib(cell: Cell, also_sampling: bool = False) -> float:
 
 
 def fitting_trials(cells: Sequence[Cell], gib: float) -> tuple[int, str]:
-    """How many trials fit one device of `gib` GiB together, each with its own CUDA context, and the same in words."""
+    """How many trials fit one device of `gib` GiB together, each with its own CUDA context; and a sentence that says so."""
     needed = max(_needed_gib(cell, also_sampling=True) for cell in cells)
     count = int(gib / needed)
     trials = f"{count} {'trial' if count == 1 else 'trials'}"
@@ -232,7 +232,7 @@ def fitting_trials(cells: Sequence[Cell], gib: float) -> tuple[int, str]:
 
 
 def sharing_line(sweep: Sweep, cells: Sequence[Cell], memory_gib: float | None) -> list[str]:
-    """How many trials could share a GPU: one of so many GiB, else of this machine, else an assumed one; at most a line."""
+    """A line on how many trials could share a GPU of `memory_gib`, else of this machine, else of an A100; or no line."""
     if sweep.accelerator == "cpu" or sweep.launcher != "local" or sweep.devices_per_trial > 1:
         return []
     gib, wanted = memory_gib or gpu_memory_gib(), sweep.trials_per_device
@@ -244,7 +244,7 @@ def sharing_line(sweep: Sweep, cells: Sequence[Cell], memory_gib: float | None) 
 
 
 def hours_line(sweep: Sweep, hours: float) -> list[str]:
-    """What trial-hours say where trials share GPUs; at most a line."""
+    """A line that converts trial-hours to GPU-hours if trials share GPUs, else no line."""
     if (count := sweep.trials_per_device) == 1:
         return []
     return [f"{count} trials share a GPU: {hours:.3g} trial-hours take {hours / count:.3g} GPU-hours or more."]

@@ -1,4 +1,4 @@
-"""The local launcher: trials on this machine, each on its own group of GPUs, or on its part of one GPU."""
+"""The local launcher: trials on this machine, each on its own group of GPUs, or on its share of one GPU."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ GpuGroup = tuple[str, ...]
 """GPUs of one trial, as `CUDA_VISIBLE_DEVICES` names them."""
 
 _Slot = tuple[GpuGroup, int]
-"""Where a trial can run: its GPUs, and which of their `trials_per_device` parts."""
+"""Where a trial can run: its GPUs, and which of their `trials_per_device` shares."""
 
 _WHOLE = 2**32
-"""Bytes of a GPU's lock file that stand for the whole GPU. The file is empty: bytes need not exist to be locked."""
+"""Number of lockable bytes that represent a whole GPU. The lock file is empty: bytes need not exist to be locked."""
 
 
 def find_gpus() -> list[str]:
@@ -54,7 +54,7 @@ def find_gpus() -> list[str]:
 
 
 def gpu_memory_gib() -> float | None:
-    """Memory of the smallest GPU that this process may use, in GiB; None: there is none, or nvidia-smi does not tell."""
+    """Memory of the smallest GPU that this process may use, in GiB; None: there is none, or nvidia-smi does not report it."""
     try:
         gpus = find_gpus()
         return min(float(mib) for mib in _query_gpus("memory.total", f"--id={','.join(gpus)}")) / 1024 if gpus else None
@@ -73,10 +73,10 @@ def group_gpus(gpus: list[str], size: int) -> list[GpuGroup]:
 
 
 def lock_gpus(gpus: GpuGroup, part: int = 0, parts: int = 1) -> list[int] | None:
-    """Lock GPUs, or one of so many parts of each, for a trial, against other drivers of this user; None: one is locked.
+    """Lock GPUs, or one share of each, for a trial, against other drivers of this user; None: another trial holds one.
 
-    A part is a range of bytes of the GPU's lock file. So trials that think of other numbers of parts, or of the whole GPU,
-    never hold more than the GPU together.
+    A share is a range of bytes of the GPU's lock file. So trials with other numbers of shares, or with whole GPUs, never hold
+    more than the GPU together.
 
     Pass the returned file descriptors on to the trial's processes. The system frees the GPUs when these and this process have
     closed them, so a trial that outlives its driver keeps its GPUs.
@@ -89,7 +89,7 @@ def lock_gpus(gpus: GpuGroup, part: int = 0, parts: int = 1) -> list[int] | None
     for gpu in gpus:
         locks.append(os.open(folder / re.sub(r"[^\w.-]", "_", gpu), os.O_RDWR | os.O_CREAT, 0o600))
         try:
-            # Such a lock belongs to the open file, as one of `flock` does: the trial's processes inherit it.
+            # This lock belongs to the open file, as with `flock`: the trial's processes inherit it.
             fcntl.fcntl(locks[-1], fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0))
         except BlockingIOError:
             release_gpus(locks)
@@ -200,7 +200,7 @@ class LocalLauncher:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         if not gpus:
             return environment | dict.fromkeys(THREAD_VARIABLES, str(self._sweep.threads))
-        if self._sweep.trials_per_device > 1:  # each its share of the cores, unless the user says otherwise
+        if self._sweep.trials_per_device > 1:  # each trial gets its share of the cores, unless the user sets it
             environment = dict.fromkeys(THREAD_VARIABLES, str(max(1, core_count() // self._slots))) | environment
         return environment | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 

@@ -68,7 +68,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             sweep = replace(sweep, output_dir=load_experiment(sweep.experiment).output_dir)
         sweep_cells(sweep)
         if sweep.decide is not None:
-            from madformer.sweep.adaptive import contrasts_of  # it knows costs and progress, which take a while to import
+            from madformer.sweep.adaptive import contrasts_of  # its imports, costs and progress, take a while
 
             contrasts_of(sweep)
         return sweep

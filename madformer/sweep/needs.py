@@ -206,7 +206,7 @@ def tuned_points(cell: Cell, default: Sampling) -> list[dict[str, Any]] | None:
 
 
 def is_trained(cell: Cell) -> bool:
-    """Whether its last checkpoint is there, or has served: all points that are asked of it are recorded.
+    """Whether its last checkpoint exists, or was deleted after all requested points were recorded.
 
     Raises:
         InputError: its folder holds a run of another experiment.
@@ -283,9 +283,9 @@ def cell_progress(cell: Cell) -> list[int]:
 
 
 def _requested(cell: Cell) -> list[tuple[int, Sampling]]:
-    """All points that a trained cell is to have, by its checkpoint's step and the sampling.
+    """All points that a trained cell must have, by its checkpoint's step and the sampling.
 
-    If its checkpoints were deleted, those of its last ones that were evaluated.
+    If its checkpoints were deleted, the last ones that were evaluated count instead.
     """
     from madformer.evaluation.record import read_points
 

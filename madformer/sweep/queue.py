@@ -74,7 +74,7 @@ class CellStatus:
     failed_attempts: int = 0
     """How often in a row its trials died without progress."""
     started: float = 0.0
-    """When a running trial has begun, in seconds since 1970."""
+    """When a running trial began, in seconds since 1970."""
 
 
 class Queue:

@@ -42,7 +42,7 @@ _RETRY = "retry"
 """Attribute of a trial that retries another one: the number of that trial."""
 
 SAMPLED_TRIALS = 64
-"""Trials that are drawn to see what one costs."""
+"""Number of random trials that are drawn to estimate the cost of one."""
 
 _COMMON_FIELDS = "common"
 """Attribute of the study: what all its trials have in common."""
@@ -268,7 +268,7 @@ def study_cells(sweep: Sweep) -> list[Cell]:
 
 
 def sample_cells(sweep: Sweep, count: int = SAMPLED_TRIALS) -> list[Cell]:
-    """The legal ones among so many random points of a search's space.
+    """The legal cells among `count` random points of a search's space.
 
     Raises:
         ConfigError: none is legal.

@@ -198,7 +198,7 @@ class Sweep:
     devices_per_trial: int = 1
     """Devices of a trial on each machine; on the CPU, processes."""
     trials_per_device: int = 1
-    """Trials that share a GPU at a time. Each holds that part of it, also beside trials of other sweeps."""
+    """Number of trials that share a GPU. Each reserves an equal share of it, and other sweeps may use the rest."""
     launcher: Literal["local", "slurm"] = "local"
     """Where trials run: on this machine, or as jobs of Slurm."""
     slurm: Slurm = field(default_factory=Slurm)

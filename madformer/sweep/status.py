@@ -68,11 +68,11 @@ class Row:
     reason: str = ""
     """Of a failure."""
     started: float = 0.0
-    """When a running cell's trial has begun, in seconds since 1970."""
+    """When a running cell's trial began, in seconds since 1970."""
 
     @property
     def progress(self) -> dict[str, dict[str, Any]]:
-        """What a running cell's trial has written to the progress file; entries of former trials are left out."""
+        """What a running cell's trial has written to the progress file; entries of earlier trials are left out."""
         entries = read_progress(progress_path(self.cell.run)) if self.state == "running" else {}
         return {label: entry for label, entry in entries.items() if entry["time"] >= self.started}
 

@@ -210,7 +210,7 @@ class RunProgress(Callback):
     ) -> None:
         """Show the step."""
         assert self._display is not None
-        # One device's loss is not that of the batch, and to ask the others is to wait for them: the last logged one has to do.
+        # One device's loss is not the batch's, and collecting the others' would mean waiting: show the last logged loss.
         loss: Any = pl_module.last_loss if trainer.world_size == 1 else pl_module.mean_loss
         self._display.show(trainer.global_step, lambda: "" if loss is None else f"loss {float(loss):.4f}")
 

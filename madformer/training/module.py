@@ -162,7 +162,7 @@ class LitMADFormer(pl.LightningModule):
         self.last_loss: Tensor | None = None
         """The total loss of the newest micro-batch. To read it is to wait for the device."""
         self.mean_loss: float | None = None
-        """The total loss of the newest logged step, the mean over micro-batches and devices."""
+        """The total loss of the last logged step, averaged over micro-batches and devices."""
         self._window: list[tuple[Losses, Tensor]] = []
         self._unchecked: list[tuple[int, Tensor, list[dict[str, Tensor]]]] = []
 

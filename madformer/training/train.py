@@ -80,7 +80,7 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
         if _rank() == 0 and (checkpoint is None or not is_run(run)):
             write_config(config, run)
         if checkpoint and step >= config.trainer.max_steps:
-            data.load_state_dict(load_checkpoint(checkpoint)[DATA])  # these images, or others in their place
+            data.load_state_dict(load_checkpoint(checkpoint)[DATA])  # fails if the images were replaced
             _print(f"{run}: trained already, {config.trainer.max_steps} steps")
             return run
         if _rank() == 0:
@@ -249,11 +249,11 @@ class RunLogger(TensorBoardLogger):
 
     @property
     def log_dir(self) -> str:
-        """The run's folder as it is named; Lightning takes `~` and `$` in it for more than letters."""
+        """The run's folder as it is named. Lightning would expand `~` and `$` in it."""
         return str(self._root_dir)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log what is a number: TensorBoard draws NaN and infinity as if they were some."""
+        """Log finite values only: TensorBoard draws NaN and infinity as if they were numbers."""
         super().log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step)
 
     def save(self) -> None:

@@ -73,7 +73,7 @@ def build_fitting_networks(config: ExperimentConfig, codec: Codec, device: torch
     """The networks of an experiment, which take images of its size.
 
     Raises:
-        ConfigError: as `build_feature_networks`; or one does not take them.
+        ConfigError: as `build_feature_networks`, or a network does not take such images.
     """
     networks = build_feature_networks(config.evaluation.feature_networks, device)
     for network in networks:
@@ -82,10 +82,10 @@ def build_fitting_networks(config: ExperimentConfig, codec: Codec, device: torch
 
 
 def require_fitting_networks(config: ExperimentConfig, codec: Codec | None) -> None:
-    """Refuse networks that do not take an experiment's images; those of the hub, and those that are not there yet, may come.
+    """Refuse networks that do not take an experiment's images. Networks of the hub, or not yet on the disk, are not checked.
 
     Raises:
-        ConfigError: the first one that does not.
+        ConfigError: names the first network that does not.
     """
     if codec is None and config.data.codec != PIXELS:
         return  # training on latents opens none
@@ -100,7 +100,7 @@ def require_fitting_networks(config: ExperimentConfig, codec: Codec | None) -> N
 
 
 def _image_shape(config: ExperimentConfig, codec: Codec | None) -> tuple[int, int]:
-    """Channels of an experiment's images, and pixels along a side."""
+    """Channels of an experiment's images, and pixels along one side."""
     channels = config.model.latent_channels if config.data.codec == PIXELS else 3
     return channels, config.model.latent_size * (codec.downsampling if codec else 1)
 

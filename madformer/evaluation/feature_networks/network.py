@@ -99,7 +99,7 @@ class FeatureNetwork:
             return self._module(images_BCYX)
 
     def try_images(self, channels: int, size: int) -> None:
-        """Refuse to go on if it does not take images of this many channels and pixels along a side.
+        """Check that the network takes images of this many channels and pixels along one side.
 
         Raises:
             ConfigError: it does not.
