@@ -26,7 +26,7 @@ __all__ = [
     "CONFIG",
     "build_custom",
     "describe",
-    "explain_errors",
+    "explain_source_errors",
     "find_file",
     "find_model",
     "first_line",
@@ -210,7 +210,7 @@ def _join(subfolder: str, name: str) -> str:
 
 
 @contextmanager
-def explain_errors(source: str, file: str | None = None) -> Iterator[None]:
+def explain_source_errors(source: str, file: str | None = None) -> Iterator[None]:
     """Turn any error of reading a source into a ConfigError of one line that names the source, and the file if known."""
     from datasets.exceptions import DatasetGenerationError
 

@@ -24,6 +24,7 @@ from madformer.config import DataConfig
 from madformer.data.image_files import load_square, to_unit
 from madformer.data.sources import open_source
 from madformer.evaluation.feature_networks import shipped
+from madformer.runs.files import atomic_write
 
 HUB = "uoft-cs/cifar10"
 SIZE, SMALL = shipped.CIFAR10Features.size, 16
@@ -37,7 +38,7 @@ SHARE_SMALL = 0.25
 def read(source: str, split: str) -> tuple[Tensor, Tensor]:
     """All images and labels: uint8 [N, 3, 32, 32] and int64 [N]."""
     images, labels = [], []
-    rows = open_source(DataConfig(source=source, split=split if source == HUB else "train"))  # a file is one split
+    rows = open_source(DataConfig(source=source, split=split))
     for number in range(rows.num_rows or 0):
         row = rows.row(number)
         images.append(load_square(row.read(), SIZE))
@@ -118,9 +119,8 @@ def main() -> None:
         score = accuracy(classifier, *test, size, options.device)
         print(f"accuracy on {len(test[0]):,} test images at {size} x {size} pixels: {score:.1%}")
     weights = {name: value.cpu().contiguous() for name, value in classifier.state_dict().items() if value.is_floating_point()}
-    partial = options.out.with_name(options.out.name + ".tmp")
-    partial.write_bytes(save(weights))
-    partial.replace(options.out)
+    with atomic_write(options.out) as temporary:
+        temporary.write_bytes(save(weights))
     print(f"{options.out}: {options.out.stat().st_size:,} bytes")
 
 

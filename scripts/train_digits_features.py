@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from madformer.data.sources import load_digits
 from madformer.evaluation.feature_networks import shipped
+from madformer.runs.files import atomic_write
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 40, 64, 1e-3, 0.05
 HELD_OUT = 360
@@ -80,9 +81,8 @@ def main() -> None:
 
     classifier = train(images, labels)
     print(f"accuracy of the shipped weights on all {len(images)}, which they saw: {accuracy(classifier, images, labels):.1%}")
-    partial = out.with_name(out.name + ".tmp")
-    partial.write_bytes(save(classifier.state_dict()))
-    partial.replace(out)
+    with atomic_write(out) as temporary:
+        temporary.write_bytes(save(classifier.state_dict()))
     print(f"{out}: {out.stat().st_size} bytes")
 
 

@@ -28,8 +28,8 @@ WHOLE = ("train", "validation", "test")
 
 def names_files(source: str) -> bool:
     """Whether a source is a file or a pattern of files, judged by its text alone."""
-    is_pattern = set(source) & set("*?[") and not Path(source).expanduser().is_dir()
-    return bool(is_pattern) or Path(source).suffix in (".parquet", ".arrow", ".tar")
+    looks_so = bool(set(source) & set("*?[")) or Path(source).suffix.lower() in (".parquet", ".arrow", ".tar")
+    return looks_so and not Path(source).expanduser().is_dir()
 
 
 @dataclass(frozen=True)

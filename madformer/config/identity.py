@@ -105,7 +105,8 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig
         flaw = ", but a file; name the run's folder" if folder.is_file() else f": it has no {path.name}{hint}"
         raise InputError(f"{run}: not a run{flaw}")
     require_no_move(overrides)
-    stored, config = load_experiment(path), load_experiment(path, overrides)
+    stored = load_experiment(path)
+    config = load_experiment(path, overrides) if overrides else stored
     frozen = read_config_hash(folder)
     if frozen not in (None, config_hash(stored), _hash(trained_fields(stored))):
         remedy = "put the trained value back, or train under another name"

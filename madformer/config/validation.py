@@ -103,6 +103,6 @@ def expand_path(name: str, path: str) -> str:
     return expanded
 
 
-def typed_path(text: str) -> Path:
+def typed_path(text: str | Path) -> Path:
     """A path of the command line. A shell leaves the `~` of --out=~/x alone."""
-    return Path(text) if Path(text).exists() else Path(expand_path("path", text))
+    return Path(text) if Path(text).exists() else Path(expand_path("path", str(text)))

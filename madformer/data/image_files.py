@@ -276,5 +276,5 @@ def _described_images(files: Files, split: str, data: DataConfig) -> Any:
         tables.append(table.drop_columns("file_name").append_column("image", pa.array(addresses, pa.string())))
     table = pa.concat_tables(tables, promote_options="permissive")
     if missing := sorted(images - set(listed)):
-        files.left_out["in no metadata file"] = relative(missing)
+        files.left_out.setdefault("in no metadata file", []).extend(relative(missing))
     return table.append_column(NAME, pa.array(relative(listed), pa.string()))

@@ -19,7 +19,7 @@ from madformer.config.data import WHOLE
 from madformer.data.image_files import image_table
 from madformer.data.source_files import HUB, IMAGES, NAME, Files, find_files, kind_of, relative, require_whole
 from madformer.errors import ConfigError, InputError
-from madformer.lookup import explain_errors, list_files
+from madformer.lookup import explain_source_errors, list_files
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features, IterableDataset
@@ -58,7 +58,7 @@ def open_split(data: DataConfig) -> DatasetSplit:
 
     Raises:
         ConfigError: no such source, nothing readable in it, a hub that cannot be had, an unknown split or subset.
-        Exception: whatever datasets, a file system or a file format raises; `explain_errors` makes a ConfigError of it.
+        Exception: whatever datasets, a file system or a file format raises; `explain_source_errors` makes a ConfigError of it.
     """
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
@@ -283,7 +283,7 @@ def _tar_features(data: DataConfig, tars: list[str]) -> Features:
     require_whole(data, tars)
     samples = list[set[str]]()
     for tar in tars:
-        with explain_errors(str(data.source), tar):
+        with explain_source_errors(str(data.source), tar):
             samples += _sample_columns(tar, many=tar == tars[0])
     if not samples:
         raise ConfigError(f"data.source = {data.source!r}: holds no rows")

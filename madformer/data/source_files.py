@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from madformer.config import DataConfig
 from madformer.errors import ConfigError
-from madformer.lookup import explain_errors
+from madformer.lookup import explain_source_errors
 
 __all__ = [
     "IMAGES",
@@ -116,8 +116,8 @@ def _find_remote(data: DataConfig, url: str) -> Files:
     addresses = sorted(filesystem.unstrip_protocol(name) for name, entry in found.items() if entry["type"] == "file")
     left_out = dict[str, list[str]]()
     if is_folder:
-        hidden = [name for name in addresses if re.search(r"/(\.|__)", name.removeprefix(root))]
-        addresses = [name for name in addresses if name not in set(hidden)]
+        is_hidden = {name: re.search(r"/(\.|__)", name.removeprefix(root)) is not None for name in addresses}
+        hidden, addresses = ([name for name in addresses if is_hidden[name] is wanted] for wanted in (True, False))
         left_out |= {"hidden": hidden} if hidden else {}
     return _arrange(data, root, addresses, left_out, is_folder)
 
@@ -337,7 +337,7 @@ def _readable(data: DataConfig, root: str, paths: list[str], left_out: dict[str,
     first, readable = None, list[str]()
     for path in paths:
         if "://" not in path:
-            with explain_errors(str(data.source), path), ParquetFile(path) as file:
+            with explain_source_errors(str(data.source), path), ParquetFile(path) as file:
                 rows, schema = file.metadata.num_rows, file.schema_arrow
             if not rows:
                 left_out.setdefault("without rows", []).append(path.removeprefix(f"{root}/"))
@@ -364,7 +364,8 @@ def hash_files(paths: list[str]) -> list[list[Any]]:
     Small files and metadata files are hashed whole. For images at a URL only the size counts: requests would take hours.
     """
     with ThreadPoolExecutor(THREADS) as threads:
-        hashes = list(threads.map(_hash_pieces, paths))
+        chunks = [paths[start : start + 1000] for start in range(0, len(paths), 1000)]
+        hashes = list(chain.from_iterable(threads.map(lambda chunk: list(map(_hash_pieces, chunk)), chunks)))
     return sorted([name, *found] for name, found in zip(relative(paths), hashes, strict=True))
 
 
@@ -381,7 +382,7 @@ def _hash_pieces(path: str) -> tuple[int, str]:
             size = os.fstat(file.fileno()).st_size
             parts = [os.pread(file.fileno(), end - start, start) for start, end in _pieces(path, size)]
             return size, hashlib.sha256(b"".join(parts)).hexdigest()
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
         return 0, ""  # a broken image, skipped where it is met
 
 

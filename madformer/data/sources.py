@@ -24,7 +24,7 @@ from madformer.config import DataConfig
 from madformer.data.open_dataset import LABEL_NAMES, TEXT_NAMES, DatasetSplit, open_split, silence_datasets
 from madformer.data.source_files import NAME, hash_files, relative
 from madformer.errors import BadImage, ConfigError, InputError
-from madformer.lookup import explain_errors
+from madformer.lookup import explain_source_errors
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -129,7 +129,7 @@ class ImageSource:
     def fingerprint(self) -> str:
         """SHA-256 that identifies the images: of names, sizes and pieces of the files; for the hub's data, of the commit."""
         revision, split, subset = self._identity
-        with explain_errors(self.name):
+        with explain_source_errors(self.name):
             parts = [revision] if revision else hash_files(self._files)
         return hashlib.sha256(json.dumps([parts, split, subset]).encode()).hexdigest()
 
@@ -203,7 +203,7 @@ class ImageSource:
             return
         assert self._stream is not None
         prefix, keys = f"{unit}-" if self.num_units > 1 else "", set()
-        with explain_errors(self.name, self._file_of(unit)):
+        with explain_source_errors(self.name, self._file_of(unit)):
             batches = self._stream.shard(num_shards=self.num_units, index=unit).iter(batch_size=1)
             for index, batch in enumerate(batches):
                 example, number = {name: values[0] for name, values in batch.items()}, f"{prefix}{index}"
@@ -254,7 +254,7 @@ def open_source(data: DataConfig) -> ImageSource:
 
     if data.source is None:
         raise ConfigError("data.source = None: must name a data set of the hub, files, or a folder")
-    with explain_errors(data.source), silence_datasets():
+    with explain_source_errors(data.source), silence_datasets():
         split = open_split(data)
         if isinstance(split.dataset, datasets.Dataset) and not len(split.dataset):
             raise ConfigError(f"data.split = {data.split!r}: data.source = {data.source!r} has no rows there")

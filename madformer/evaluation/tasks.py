@@ -71,7 +71,10 @@ class Instruments:
         if has_held_out(config):
             with explain_errors():
                 others = replace(config, data=held_out_data(config))
-                held_out = [find_reference(network, others, size, None) for network in self.networks]
+                sha256 = None
+                for network in self.networks:
+                    held_out.append(find_reference(network, others, size, sha256))
+                    sha256 = held_out[0].described["source_sha256"]
                 if any(reference.described["source_sha256"] == trained_on for reference in held_out):
                     remedy = "name others, as evaluation.held_out_source=FILE"
                     raise ConfigError(f"{others.data.source} holds the images that the run was trained on: {remedy}")

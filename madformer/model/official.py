@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -204,6 +205,7 @@ def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
     return len(found)
 
 
+@cache
 def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in MADFormer(config).state_dict().items()}

@@ -147,12 +147,14 @@ class LocalLauncher:
         free = self._slots - len(self._running)
         if self._gpu_slots:
             busy = [running.slot for running in self._running if running.slot is not None]
-            loads = Counter(gpus for gpus, _ in busy)
-            for slot in sorted(self._gpu_slots, key=lambda slot: loads[slot[0]]):  # the least busy GPU first
-                if len(self._reserved_locks) < free and slot not in busy and slot not in self._reserved_locks:
-                    locks = lock_gpus(*slot, parts=self._sweep.trials_per_device)
-                    if locks is not None:
-                        self._reserved_locks[slot] = locks
+            loads = Counter(gpus for gpus, _ in (*busy, *self._reserved_locks))
+            slots = [slot for slot in self._gpu_slots if slot not in busy and slot not in self._reserved_locks]
+            while slots and len(self._reserved_locks) < free:
+                slot = min(slots, key=lambda slot: loads[slot[0]])  # on the least busy GPU
+                slots.remove(slot)
+                if (locks := lock_gpus(*slot, parts=self._sweep.trials_per_device)) is not None:
+                    self._reserved_locks[slot] = locks
+                    loads[slot[0]] += 1
             return len(self._reserved_locks)
         return free
 

@@ -74,19 +74,25 @@ def cell_needs(cell: Cell) -> Needs:
         return needs
     design = [(each, *_tuning_record(each)) for each in (cell, *cell.tuned_with)]
     tuning = tuple(nfe for nfe in cell.budgets if not all(_is_tuned(design, default) for default in cell.defaults(nfe)))
+    if tuning and not _has_last_checkpoint(cell):  # what is left needs it
+        return _training_needs(cell)
     return replace(needs, tuning=tuning, waits=bool(tuning) and any(map(_is_unfinished, cell.tuned_with)))
 
 
 def _run_needs(cell: Cell) -> Needs:
     """Training and evaluation that are left."""
     if not is_trained(cell):
-        first = _first_step(cell)
-        return Needs(True, cell.budgets, cell.point_count, waits=first is None, beginning=_beginning(cell, first))
+        return _training_needs(cell)
     if not _has_last_checkpoint(cell):  # it was deleted to save space
         return Needs(False, (), 0)
     points = cell_points(cell)
     missing = Counter(sampling.nfe for step, sampling in _requested(cell) if (step, sampling) not in points)
     return Needs(False, tuple(budget for budget in cell.budgets if missing[budget]), missing.total())
+
+
+def _training_needs(cell: Cell) -> Needs:
+    first = _first_step(cell)
+    return Needs(True, cell.budgets, cell.point_count, waits=first is None, beginning=_beginning(cell, first))
 
 
 def _first_step(cell: Cell) -> int | None:
@@ -230,7 +236,8 @@ def cell_points(cell: Cell) -> dict[tuple[int, Sampling], dict[str, Any]]:
     points, found = read_points(cell.run), {}
     if not points:
         return {}
-    measurements = {sampling: cell_measurement(cell, sampling) for sampling in cell.samplings}
+    measurement = cell_measurement(cell, cell.samplings[0])
+    measurements = {sampling: replace(measurement, sampling=sampling) for sampling in cell.samplings}
     requested = set(_requested(cell))
     for point in points:
         measured = Measurement.of_point(point)

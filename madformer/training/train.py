@@ -68,9 +68,9 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
     run = config.run_dir
     _silence_lightning()
     data = LatentDataModule(config)
+    trainer, checkpoints = build_trainer(config)
     if _rank() == 0:
         require_fitting_networks(config, data.codec)
-    trainer, checkpoints = build_trainer(config)
     with claim_folder(run, "train", _rank()):
         begins_as_branch = branch is not None and not list_checkpoints(run)
         if branch is not None and begins_as_branch and _rank() == 0:

@@ -29,6 +29,7 @@ from madformer.config import (
     trained_fields,
     write_config,
 )
+from madformer.config.data import names_files
 from madformer.config.identity import config_path, is_outdated, require_same_weights
 from madformer.config.loading import build
 from madformer.config.validation import setting
@@ -481,3 +482,10 @@ def test_an_integer_in_a_field_of_floats_is_the_same_run():
     config = load_experiment(DIGITS, ["loss.lambda_hidden=0", "optimizer.lr=1"])
     built = replace(config, loss=replace(config.loss, lambda_hidden=0), optimizer=replace(config.optimizer, lr=1))
     assert built == config and config_hash(built) == config_hash(config)
+
+
+def test_files_are_told_by_their_form(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faces.parquet").mkdir()
+    sources = ("faces.parquet", "FACES.PARQUET", "a/b.tar", "images/*.png", "owner/name", "photos")
+    assert [names_files(source) for source in sources] == [False, True, True, True, False, False]

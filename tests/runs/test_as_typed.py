@@ -53,14 +53,14 @@ def test_every_path_is_expanded_when_it_is_loaded(tmp_path, monkeypatch):
     assert config.output_dir == f"{tmp_path}/runs" and config.evaluation.references == f"{tmp_path}/r"
     assert config.data.class_names == f"{tmp_path}/here.txt"
     shutil.copy(DIGITS, tmp_path / "digits.yaml")
-    (tmp_path / "sweep.yaml").write_text(
-        "{experiment: ~/digits.yaml, output_dir: $PLACE, grid: {seed: [0]}}".replace("seed", "optimizer.lr").replace(
-            "[0]", "[0.1]"
-        )
-    )
+    (tmp_path / "sweep.yaml").write_text("{experiment: ~/digits.yaml, output_dir: $PLACE, grid: {optimizer.lr: [0.1]}}")
     assert load_sweep(tmp_path / "sweep.yaml").folder == Path("here/sweep")
-    hashes = {config_hash(load_experiment(DIGITS, [f"data.{name}"])) for name in ("split=train", "tokenizer=~/t")}
-    assert len(hashes) == 2
+    images = ["model.latent_channels=3", "data.source=~/images"]
+    overrides = (["data.tokenizer=~/t"], [f"data.tokenizer={tmp_path}/t"], images)
+    hashes = [config_hash(load_experiment(DIGITS, each)) for each in overrides]
+    monkeypatch.setenv("HOME", str(tmp_path / "another"))
+    assert hashes[0] == hashes[1] and hashes[2] == config_hash(load_experiment(DIGITS, images))
+    monkeypatch.setenv("HOME", str(tmp_path))
     for path in ("$NOWHERE/x", "runs/$NOWHERE", "~/$NOWHERE$PLACE"):
         with pytest.raises(InputError, match=r"output_dir = .*: \$NOWHERE is not set in the environment"):
             load_experiment(DIGITS, [f"output_dir={path}"])

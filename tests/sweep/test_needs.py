@@ -91,6 +91,16 @@ def test_checkpoints_that_have_served_may_be_deleted(options, sweep_file):
     assert all(cell_needs(cell).training for cell in sweep_cells(load_sweep(sweep_file, [*options, "evaluate.nfe=[16,24,32]"])))
 
 
+def test_a_deleted_checkpoint_that_tuning_needs_is_trained_again(sweep_file):
+    [cell, _] = sweep_cells(load_sweep(sweep_file, ["evaluate.tune=true"]))
+    train(cell)
+    for sampling in cell.samplings:
+        append_point(cell.run, point(cell.config, sampling.nfe, sampler=sampling.sampler, seed=sampling.seed))
+    assert cell_needs(cell).tuning and not cell_needs(cell).training
+    checkpoint_path(cell.run, cell.max_steps).unlink()
+    assert cell_needs(cell).training and trial_commands(cell)[0][3] == "train"
+
+
 def test_the_last_evaluated_checkpoints_may_be_deleted(sweep_file):
     [cell, _] = sweep_cells(load_sweep(sweep_file, ["evaluate.checkpoints=last2", "trainer.checkpoint_every=3"]))
     train(cell)
