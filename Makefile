@@ -31,7 +31,7 @@ SWEEP := sweeps/quickstart.yaml
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-quickstart: $(CORE) ## train three models on digits, compare them: a table, curves, TensorBoard
+quickstart: $(CORE) ## train on digits, compare three depths: a table, curves, TensorBoard
 	$(BIN)/madformer sweep run $(SWEEP)
 	$(BIN)/madformer report $(SWEEP)
 	@echo "In TensorBoard: $(BIN)/tensorboard --logdir runs (tabs Scalars, Custom Scalars, HParams)"

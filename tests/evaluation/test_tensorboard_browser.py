@@ -32,13 +32,14 @@ OUTLIERS = "Ignore outliers in chart scaling"
 
 @pytest.fixture(scope="module")
 def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's sweep with tiny models: the commands of its trials, one after the other."""
+    """A sweep over depths with tiny models: the commands of its trials, one after the other."""
     if os.environ.get("LOGDIR"):
         return ROOT / os.environ["LOGDIR"]
     folder = tmp_path_factory.mktemp("sweep")
     tiny = [override for override in TINY if not override.startswith(("model.diffusion_depth=", "evaluation.nfe="))]
-    changes = ["grid.model.diffusion_depth=[1,2,3]", "evaluate.nfe=[3,6,9]", "trainer.max_steps=2", f"output_dir={folder}"]
-    for cell in sweep_cells(load_sweep(ROOT / "sweeps/quickstart.yaml", [*tiny, *changes])):
+    grid = ["grid.model.diffusion_depth=[1,2,3]", "seeds=[0]", "evaluate.nfe=[3,6,9]", "evaluate.tune=false"]
+    changes = [*grid, "trainer.max_steps=2", f"output_dir={folder}"]
+    for cell in sweep_cells(load_sweep(ROOT / "sweeps/digits/digits_figure4_nfe.yaml", [*tiny, *changes])):
         for command in trial_commands(cell):
             perform(command)
     return folder
