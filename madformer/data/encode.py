@@ -1,4 +1,4 @@
-"""`madformer encode`: turn images into shards of latents, on all devices. Run again, it resumes."""
+"""`madformer encode`: turn images into shards of latents, on all devices. The same command resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ from madformer.runs.files import write_text
 from madformer.runs.folder import claim_folder
 
 RECONSTRUCTED = 32
-"""Images that are decoded again when all is done, to see that the latents mean what they should."""
+"""Number of images that are decoded at the end, to check the latents."""
 
 SHOWN = 8
-"""Images in the picture, next to their originals."""
+"""Number of images in the picture, next to their originals."""
 
 
 def encode(config: ExperimentConfig) -> None:
     """Fill the folder `data.latents` with the latents of all images of `data.source`.
 
     Raises:
-        ConfigError: nothing to encode or nowhere to put it, or a codec whose latents are not the model's.
-        InputError: the folder holds other latents, another process is at it, or too many images are broken.
+        ConfigError: no images or no folder are named, or the codec's latents do not fit the model.
+        InputError: the folder holds other latents, another process encodes into it, or too many images are broken.
     """
     data = config.data
     if data.latents is None:
@@ -71,7 +71,11 @@ def encode(config: ExperimentConfig) -> None:
 
 
 def encode_share(share: Share, data: DataConfig, encoding: Encoding) -> None:
-    """Encode every `world_size`-th unit of the source; shards that are done stay as they are."""
+    """Encode every `world_size`-th unit of the source. Shards that are done stay as they are.
+
+    Args:
+        encoding: the encoding in the folder.
+    """
     source, codec = open_source(data), build_codec(data.codec, data.codec_dtype, share.device)
     encoder, count = _Encoder(data, encoding, source, codec), 0
     for unit in range(share.rank, source.num_units, share.world_size):
@@ -87,7 +91,7 @@ class _Encoder:
         self.shards = read_shards(self.folder)
 
     def encode_unit(self, unit: int) -> Iterator[int]:
-        """Write the shards of a unit that are missing; yields how many rows were seen, now and then."""
+        """Write the missing shards of a unit. Yields the number of rows read since the last yield."""
         first_part = next(part for part in itertools.count() if shard_name(unit, part) not in self.shards)
         if first_part and self.shards[shard_name(unit, first_part - 1)].last:
             return
@@ -102,7 +106,7 @@ class _Encoder:
             seen, skipped = 0, list[tuple[str, str]]()
             for batch in batched(images_of_shard, self.data.codec_batch_size):
                 good_images = list(skip_broken(batch, self.data, skipped))
-                if len(good_images) < len(batch):  # together with those of other shards, also of other processes
+                if len(good_images) < len(batch):  # the limit is for all shards together, also other processes'
                     require_few(self.data, [*skipped, *_skipped(read_shards(self.folder).values())])
                 self._add(writer, good_images)
                 seen += len(batch)
@@ -130,10 +134,10 @@ class _Encoder:
 
 
 def _describe(config: ExperimentConfig, source: ImageSource, codec: Codec) -> Encoding:
-    """The encoding that the experiment asks for.
+    """The encoding that the experiment needs.
 
     Raises:
-        ConfigError: the codec's latents are not the model's.
+        ConfigError: the codec's latents do not fit the model.
     """
     data, model = config.data, config.model
     assert data.source is not None
@@ -203,7 +207,7 @@ def _finish(folder: Path, encoding: Encoding, source: ImageSource, codec: Codec)
 
 
 def _remove_temporary_files(folder: Path) -> None:
-    """Remove what processes that were killed had begun to write."""
+    """Remove unfinished files of processes that were killed."""
     for path in folder.glob(".shard-*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -213,7 +217,7 @@ def _skipped(shards: Iterable[Shard]) -> list[tuple[str, str]]:
 
 
 def _reconstruct(folder: Path, manifest: Manifest, source: ImageSource, codec: Codec) -> dict[str, float]:
-    """Decode the first latents and compare them with their images; with a picture of some."""
+    """Decode the first latents, compare them with their images, and save a picture of some."""
     reader, size, crop = ShardReader(folder, manifest), manifest.encoding.image_size, manifest.encoding.crop
     keys = reader.values("key", np.arange(min(RECONSTRUCTED, len(reader))))
     rows = (row for unit in range(source.num_units) for row in source.rows(unit) if row.key in keys)
