@@ -188,7 +188,7 @@ def _start_processes(work: Work, arguments: tuple[Any, ...], devices: list[str],
             if not isinstance(error := receiver.recv(), StoppedError):
                 raise error
     if any(process.exitcode for process in processes):
-        message = "a process was killed, perhaps for want of memory; what was complete is kept, the same command goes on"
+        message = "a process was killed, perhaps because memory ran out; what was complete is kept, the same command goes on"
         raise ProcessKilledError(message)
 
 

@@ -30,7 +30,7 @@ _WEIGHTS = (
 )
 
 _UNFIT: Mapping[str, str] = {
-    "AutoencoderRAE": "it takes images of one size alone",
+    "AutoencoderRAE": "it takes images of only one size",
     "ConsistencyDecoderVAE": "its decoder draws random numbers",
 }
 """Class -> the reason why it cannot be used. These classes pass the try, or fail it with a misleading error."""
@@ -156,9 +156,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is no JSON: {first_line(error)}") from error
+        raise InputError(f"{path} is not JSON: {first_line(error)}") from error
     if not isinstance(config, dict) or "_class_name" not in config:
-        raise InputError(f"{path} is of no autoencoder of diffusers: it names no _class_name")
+        raise InputError(f"{path} is not the configuration of an autoencoder of diffusers: it has no _class_name")
     return config
 
 
@@ -169,5 +169,5 @@ def _find_class(config: dict[str, Any]) -> Any:
     kind = getattr(diffusers, name, None)
     is_model = isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
     if not is_model or not (hasattr(kind, "encode") and hasattr(kind, "decode")):
-        raise InputError(f"{name} is no autoencoder of diffusers {diffusers.__version__}")
+        raise InputError(f"{name} is not an autoencoder of diffusers {diffusers.__version__}")
     return kind

@@ -127,7 +127,7 @@ class _Encoder:
         latents = {column: moments[column].half().cpu() for column in self.encoding.arrays}
         if not all(bool(array.isfinite().all()) for array in latents.values()):
             problem = f"gives NaN or infinity in {self.data.codec_dtype}, or more than float16 holds"
-            remedy = "set data.codec_dtype=float32 or bfloat16, or mend its scaling factor"
+            remedy = "set data.codec_dtype=float32 or bfloat16, or correct its scaling factor"
             raise ConfigError(f"data.codec = {self.data.codec!r}: {problem}: {remedy}")
         rows = [{"key": image.row.key, "label": image.row.label, "text": image.row.text} for image in images]
         writer.add(rows, {column: array.numpy() for column, array in latents.items()})
@@ -191,11 +191,11 @@ def _finish(folder: Path, encoding: Encoding, source: ImageSource, codec: Codec)
     """Write the manifest, once all units are complete."""
     shards = list(read_shards(folder).values())
     if complete_units(shards) != set(range(source.num_units)):
-        remark = "this process has done its share; the last one writes the manifest (if none does: once more)"
+        remark = "this process has done its share; the last one writes the manifest (if none does, run the command again)"
         print(f"{folder}: {remark}", flush=True)
         return
     if not any(shard.rows for shard in shards):
-        raise DataError(f"{encoding.source}: no image in it that can be read")
+        raise DataError(f"{encoding.source}: none of its images can be read")
     _remove_temporary_files(folder)
     skipped = _skipped(shards)
     write_text(folder / "skipped.txt", "".join(f"{key}\t{flaw}\n" for key, flaw in skipped))
@@ -240,8 +240,8 @@ def _report(folder: Path, manifest: Manifest, source: ImageSource) -> None:
     if manifest.skipped:
         lines.append(f"  skipped: {manifest.skipped} broken images, named in {folder / 'skipped.txt'}")
     if quality := manifest.reconstruction:
-        psnr = f"  decoded again, the first {quality['images']:.0f}: {quality['psnr']:.1f} dB PSNR"
-        lines.append(f"{psnr}; beside their originals in {folder / 'reconstruction.png'}")
+        psnr = f"  the first {quality['images']:.0f}, decoded again: {quality['psnr']:.1f} dB PSNR"
+        lines.append(f"{psnr}; next to their originals in {folder / 'reconstruction.png'}")
     mean = sum(manifest.channel_means) / len(manifest.channel_means)
     deviation = math.sqrt(sum(value**2 for value in manifest.channel_deviations) / len(manifest.channel_deviations))
     lines.append(f"  mean {mean:+.2f}, deviation {deviation:.2f} (of each channel: {folder / 'manifest.json'})")

@@ -114,7 +114,7 @@ def prepare(request: EvaluationRequest, device: str, silent: bool = False) -> tu
     tasks = make_tasks(request, instruments)
     if names_held_out(config.evaluation) and not has_held_out(config) and not silent:
         shared = "evaluation.held_out_split shares images with data.split: no distances to held-out images"
-        remedy = "name others (evaluation.held_out_source=FILE), or train[90%%:] beside data.split=train[:90%%]"
+        remedy = "name others (evaluation.held_out_source=FILE), or train on train[:90%%] and hold out train[90%%:]"
         _log.warning(f"%s: %s; {remedy}", config.run_dir, shared)
     if request.diagnostics or has_held_out(config):
         require_held_out(config)

@@ -124,7 +124,7 @@ def _of_one_design(configs: Sequence[ExperimentConfig]) -> tuple[ExperimentConfi
         name = next((name for name in fields if name != "seed" and fields[name] != other.get(name)), None)
         if name is not None:
             differ = f"{first.run_dir} and {config.run_dir} differ in {name}"
-            raise InputError(f"{differ}: tune them apart; only runs that differ in their seeds share a choice")
+            raise InputError(f"{differ}: tune them separately; only runs that differ in their seeds share a choice")
         if (other_step := checkpoint_step(_checkpoint(config))) != step:
             steps = f"{first.run_dir} has its newest checkpoint at step {step}, {config.run_dir} at {other_step}"
             raise InputError(f"{steps}: tune them when all are trained as far")

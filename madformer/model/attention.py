@@ -142,7 +142,7 @@ def _block(x_BHPK: Tensor, block: int, plan: LayerPlan) -> Tensor:
 
 
 def _text_and_past(x: Towers, plan: LayerPlan) -> Tensor:
-    """Keys (or values) of the text, then of the context tower. A block sees a slice of them."""
+    """Keys (or values) of the text, followed by those of the context tower. A block sees a slice of them."""
     past = x[plan.context_tower]
     return torch.cat([_repeat_batch(x["text"], len(past) // len(x["text"])), past], dim=2) if "text" in x else past
 

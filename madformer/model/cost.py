@@ -137,7 +137,7 @@ class TrainingFlops:
 
     @property
     def forward(self) -> int:
-        """The whole forward pass."""
+        """The whole forward pass: Transformer, U-Net and text."""
         return self.ar_stage + self.diffusion_stage + self.unet + self.text
 
     @property

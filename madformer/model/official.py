@@ -126,7 +126,7 @@ def rename_ours(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[s
     rules += [("model.text", config.text, "final_norm", False)] if config.text else []
     for section, fields, name, value in rules:
         if getattr(fields, name) != value:
-            raise ValueError(f"{section}.{name} = {getattr(fields, name)!r}: the released code knows {value!r} alone")
+            raise ValueError(f"{section}.{name} = {getattr(fields, name)!r}: the released code supports only {value!r}")
     if len(set(config.unet.channels[1:])) > 1:
         raise ValueError(f"model.unet.channels = {config.unet.channels}: the released code needs equal levels after the first")
     weights = {**state_dict, "boi_SD": state_dict["boi_SD"][None]}
@@ -174,7 +174,7 @@ def _check_tensors(state_dict: Mapping[str, Tensor]) -> None:
     for name, value in state_dict.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             whole = "; give the checkpoint's entry 'ema' or 'model'" if name in ("ema", "model") else ""
-            raise ValueError(f"released state dict: {name!r} is no floating-point tensor{whole}")
+            raise ValueError(f"released state dict: {name!r} is not a floating-point tensor{whole}")
 
 
 def _released_unet(shapes: Mapping[str, tuple[int, ...]], levels: int) -> UNetConfig:

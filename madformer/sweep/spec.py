@@ -78,7 +78,7 @@ class InferenceAxes:
             legal = get_args(SamplerName)
             require(sampler in legal, "evaluate.samplers", sampler, f"must be of {', '.join(legal)}")
         is_newest = not self.tune or self.checkpoints == "newest"
-        require(is_newest, "evaluate.checkpoints", self.checkpoints, "tuning measures the newest one alone: set it to newest")
+        require(is_newest, "evaluate.checkpoints", self.checkpoints, "tuning measures only the newest one: set it to newest")
         require(self.tries >= 1, "evaluate.tries", self.tries, "must be at least 1")
         legal_name = re.fullmatch(r"newest|last[1-9]\d*", self.checkpoints) is not None
         require(legal_name, "evaluate.checkpoints", self.checkpoints, "must be newest, or last5 and the like")
@@ -186,7 +186,7 @@ class Sweep:
     variants: dict[str, Any] = field(default_factory=dict)
     """Named sets of overrides, name -> field -> value. {} overrides nothing."""
     exclude: tuple[Any, ...] = ()
-    """Combinations to leave out. Each entry is axis -> value or list of values. A cell that matches a whole entry is not run."""
+    """Combinations to leave out. Each entry is axis -> value or list of values. It leaves out cells that match all of it."""
     seeds: tuple[int, ...] = (0,)
     """Seeds to train every combination with."""
     decide: Decide | None = None

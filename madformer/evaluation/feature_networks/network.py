@@ -120,7 +120,7 @@ class FeatureNetwork:
             raise InputError(f"fails on images of shape {list(images_BCYX.shape)}: {describe(error)}") from error
         once_BD, again_BD = (_require_features(each, len(images_BCYX)).features_BD for each in found)
         if not torch.allclose(once_BD, again_BD, rtol=1e-3, atol=1e-3 * float(once_BD.abs().max())):
-            raise InputError("gives other features each time it sees the same images")
+            raise InputError("gives different features for the same images")
         return once_BD.shape[1]
 
 

@@ -94,7 +94,7 @@ def build_torchscript(name: str, file: Path) -> FeatureNetwork:
             warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript's successor does not read its files
             script = torch.jit.load(str(file), map_location="cpu")
     except Exception as error:  # a file can be broken in every way
-        raise InputError(f"{file} is no TorchScript file: {first_line(error)}") from error
+        raise InputError(f"{file} is not a TorchScript file: {first_line(error)}") from error
     label = INCEPTION if sha256 == _SCRIPT_SHA256 else make_label("torchscript", file.stem)
     return FeatureNetwork(name, label, _Script(script), sha256)
 
