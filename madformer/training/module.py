@@ -181,7 +181,7 @@ class LitMADFormer(pl.LightningModule):
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether the host runs ahead of the device, as it does of an accelerator. Then no step may wait for its numbers."""
+        """Whether the host runs ahead of the device, which is then an accelerator. No step may wait for its numbers."""
         return next(self.model.parameters()).device.type != "cpu"
 
     def configure_model(self) -> None:
