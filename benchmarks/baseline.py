@@ -2,9 +2,9 @@
 
 Clean and noisy blocks are one sequence, the clean ones first, and a type mask tells the tower of every token. Each norm,
 projection and SwiGLU gathers its tower's tokens with the mask and concatenates the results. Training runs all clean
-blocks through all of every layer and the upsampler three times. Sampling runs the previous clean block beside the noisy
-one, at every denoising step. The numbers are ours, the work is not. Tensor names as in `madformer.model`; here P counts
-the tokens of both towers.
+blocks through all of every layer, and the upsampler three times. Sampling runs the previous clean block together with the
+noisy one at every denoising step. The results equal ours, the work does not. Tensor names are as in `madformer.model`; here P
+counts the tokens of both towers.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class BaselineLayer(nn.Module):
         qkv = each(lambda tower, x: tower.qkv(x), y_BPD)
         head_width = cast(Tower, self.towers[0]).head_width
         q, k, v = rearrange(qkv, "b p (qkv h k) -> qkv b p h k", qkv=3, k=head_width)
-        # Norms and rotation in the weights' precision also under autocast, as ours.
+        # Norms and rotations are in the weights' precision also under autocast, as in ours.
         q = rotation(each(lambda tower, x: tower.q_norm(x.to(x_BPD.dtype)), q)).to(v.dtype)
         k = rotation(each(lambda tower, x: tower.k_norm(x.to(x_BPD.dtype)), k)).to(v.dtype)
         q, k, v = (rearrange(x, "b p h k -> b h p k") for x in (q, k, v))
@@ -93,9 +93,9 @@ class Baseline:
     def forward(
         self, clean_BLCYX: Tensor, noisy_BLCYX: Tensor, t_BL: Tensor, attention: Literal["dense", "sparse"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The training forward: denoised blocks, condition and clean tower, whichever of them anyone wants.
+        """The training forward. It always computes all three: denoised blocks, condition and clean tower.
 
-        The condition takes its own block's skips, ours the previous block's: the work is the same, the numbers are not.
+        The condition takes its own block's skips, ours the previous block's. The work is the same, the results are not.
         """
         config, tokens = self.config, self.config.ar_length * self.config.block_tokens
         types_P = self._types(tokens, tokens)
@@ -123,7 +123,7 @@ class Baseline:
 
     @torch.no_grad()
     def generate(self, scheduler: Any, steps: int, initial_noise_BLCYX: Tensor) -> Tensor:
-        """Sample block by block; the clean block before the noisy one goes through every denoising step again."""
+        """Sample block by block. The previous clean block runs again at every denoising step."""
         config, latents = self.config, list[Tensor]()
         ar_stage, diffusion_stage = slice(0, config.ar_depth), slice(config.ar_depth, config.depth)
         past: list[KeysValues | None] = [None] * config.depth
@@ -149,7 +149,7 @@ class Baseline:
         return torch.stack(latents, dim=1)
 
     def _sampling_context(self, block: int) -> tuple[Tensor, Rotation, Attend]:
-        """Types, positions and attention of [clean block before, noisy block]; no clean block before the first."""
+        """Types, positions and attention of [previous clean block, noisy block]; the first block has no previous one."""
         size = self.config.block_tokens
         clean, start = (size if block else 0), block * size
         mask_PM = torch.ones(clean + size, start + size, dtype=torch.bool, device=self.device)
@@ -164,7 +164,7 @@ class Baseline:
         context: tuple[Tensor, Rotation, Attend],
         past: list[KeysValues | None],
     ) -> tuple[Tensor, list[KeysValues]]:
-        """Tokens through some layers when sampling, and all keys and values that each of them saw."""
+        """Run tokens through some layers when sampling; also returns all keys and values that each layer saw."""
         seen = []
         for layer, layer_past in zip(self.layers[layers], past[layers], strict=True):
             x_BPD, keys_values = layer(x_BPD, *context, layer_past)
@@ -172,7 +172,7 @@ class Baseline:
         return x_BPD, seen
 
     def _types(self, clean: int, noisy: int) -> Tensor:
-        # On meta a mask with values is needed: how many tokens it gathers depends on them.
+        # On the meta device the mask needs values, since the number of gathered tokens depends on them.
         device = "cpu" if self.device.type == "meta" else self.device
         return torch.tensor([CLEAN] * clean + [NOISE] * noisy, device=device)
 
@@ -187,7 +187,7 @@ class Baseline:
 
 
 def _check(config: ModelConfig) -> None:
-    """The baseline knows the released FFHQ model, but with our RoPE and our timesteps of clean blocks and auxiliary outputs."""
+    """Refuse models other than the released FFHQ one, with our RoPE and our timesteps of clean blocks and auxiliary outputs."""
     known = {
         "text": None,
         "use_clean_blocks": True,
@@ -229,7 +229,7 @@ def _sees(config: ModelConfig) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
 
 @functools.cache
 def _dense(config: ModelConfig, device: torch.device) -> Attend:
-    """One call with a boolean mask over all [2 L S, 2 L S] pairs: masked work is done and thrown away."""
+    """One call with a boolean mask over all [2 L S, 2 L S] pairs. Masked work is computed and discarded."""
     tokens_P = torch.arange(2 * config.ar_length * config.block_tokens, device=device)
     mask_PP = _sees(config)(None, None, tokens_P[:, None], tokens_P[None])
     return functools.partial(scaled_dot_product_attention, attn_mask=mask_PP)
@@ -237,7 +237,7 @@ def _dense(config: ModelConfig, device: torch.device) -> Attend:
 
 @functools.cache
 def _sparse(config: ModelConfig, device: torch.device) -> Attend:
-    """Masked work left out: FlexAttention on CUDA, elsewhere a call for each block over the keys that it sees."""
+    """Attention without masked work: FlexAttention on CUDA, elsewhere a call for each block over the keys that it sees."""
     if device.type != "cuda":
         return functools.partial(_attend_by_block, size=config.block_tokens)
     tokens = 2 * config.ar_length * config.block_tokens

@@ -1,6 +1,7 @@
 """Data: how fast latents come from shards, how much encoding adds to the codec, and that memory does not grow.
 
-Each figure is a ratio of two things measured in turn in one run, from synthetic files in the page cache: no disk is in here.
+Each number is a ratio of two measurements, taken in turn in one run. The files are synthetic and in the page cache, so the
+disk's speed does not count.
 """
 
 from __future__ import annotations
@@ -44,30 +45,30 @@ from madformer.model.cost import training_flops
 from madformer.parallel import Share
 
 RAW_GOAL = 0.5
-"""Share of the speed of reading the files that reading latents should reach."""
+"""Goal of reading latents, as a share of the speed of reading the files."""
 
 NEED_GOAL = 10
-"""How many times what training eats one worker should read."""
+"""Goal of one worker's reading, as a multiple of the images that training needs."""
 
 ENCODE_GOAL = 0.9
-"""Share of the codec's own speed that encoding should reach."""
+"""Goal of encoding, as a share of the speed of the codec alone."""
 
 MEMORY_GOAL = 0.05
-"""Share of what is read by which memory may grow."""
+"""Largest growth of memory, as a share of the bytes that are read."""
 
-GPUS, GPU_FLOPS, MFU = 8, 989e12, 0.4  # what is assumed to train
+GPUS, GPU_FLOPS, MFU = 8, 989e12, 0.4  # assumed devices for training
 _ASSUMED = f"{MFU:.0%} MFU of {GPUS} GPUs of {GPU_FLOPS / 1e12:.0f} TFLOP/s (H100, dense bfloat16, its data sheet; assumed)"
 
 SHARD_BYTES = 512 * 2**20
-"""Of each shape, unless rows are given."""
+"""Size of the shards of each shape, unless the number of rows is given."""
 
-RAW_BUFFER = 256 * 2**20  # memory that files are read into: more than the processor's caches hold
+RAW_BUFFER = 256 * 2**20  # files are read into a buffer that is larger than the processor's caches
 
 IMAGE_SIZE = 256
 """Pixels along the side of the encoded images."""
 
 FREE_COPIES = 16
-"""Times that the images are there for the codec that costs nothing: few would be decoded before the clock starts."""
+"""Copies of the images for the codec that costs nothing. A few images would all be decoded before the clock starts."""
 
 _SETTLING = 3  # batches read before the clock starts
 
@@ -81,7 +82,7 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
 
 
 class FreeCodec:
-    """A codec that costs next to nothing, in the shape of Stable Diffusion's: what is left is the path around it."""
+    """A codec with the shapes of Stable Diffusion's that costs almost nothing, to time the code around it."""
 
     latent_channels = 4
     downsampling = 8
@@ -126,7 +127,7 @@ class Latents:
 
     def batches(self, batch: int, workers: int) -> Iterator[Batch]:
         """Endless shuffled batches, as in training."""
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it tells of devices that are not there
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it reports missing devices
         data = LatentDataModule(self.configure(batch, workers))
         data.trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
         data.setup("fit")
@@ -150,7 +151,7 @@ def write_latents(folder: Path, name: str, rows: int | None) -> Latents:
 
 
 def _encoding(config: ExperimentConfig) -> Encoding:
-    """What `madformer encode` would say of the experiment's latents; with labels where the model takes text."""
+    """The encoding that `madformer encode` would write for the experiment; with labels if the model has text."""
     labels = config.model.text is not None
     known: dict[str, Any] = {**vars(config.data), **vars(config.model)}
     known = {item.name: known[item.name] for item in fields(Encoding) if item.name in known}
@@ -165,12 +166,12 @@ def _encoding(config: ExperimentConfig) -> Encoding:
 
 
 def measure_shards(latents: Latents, batch: int, repeats: int) -> dict[str, float]:
-    """Bytes a second by side: the files themselves, this process reading latents, one worker reading them; medians."""
+    """Median bytes per second by side: reading the files, reading latents in this process, and in one worker."""
     count = -(-latents.rows // batch)
     buffer = bytearray(min(latents.size, RAW_BUFFER))
     loaders = {side: latents.batches(batch, workers) for workers, side in enumerate(("0 workers", "1 worker"))}
     for loader in loaders.values():
-        read_batches(loader, count)  # what is read from now on has been mapped before
+        read_batches(loader, count)  # map all shards before timing
     seconds: dict[str, list[float]] = {"raw": [], **{side: [] for side in loaders}}
     read_raw(latents.files, buffer)
     for _ in range(repeats):
@@ -195,14 +196,14 @@ def read_raw(files: Sequence[Path], buffer: bytearray) -> float:
 
 
 def read_batches(batches: Iterator[Batch], count: int) -> float:
-    """Seconds of taking so many batches."""
+    """Seconds to read `count` batches."""
     start = time.perf_counter()
     next(itertools.islice(batches, count, count), None)
     return time.perf_counter() - start
 
 
 def needed_images(config: ExperimentConfig) -> float:
-    """Images a second that the assumed GPUs train on."""
+    """Images per second that training on the assumed GPUs needs."""
     return GPUS * GPU_FLOPS * MFU / training_flops(config.model, wanted_outputs(config.loss)).total
 
 
@@ -315,7 +316,7 @@ def report_encoding(folder: Path, given: argparse.Namespace) -> list[str]:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file holds: not what is mapped from shards."""
+    """Anonymous memory of this process, without memory that is mapped from shards."""
     found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None, "no RssAnon in /proc: Linux of 4.5 or later is needed"
     return 1024 * int(found[1])
@@ -328,7 +329,7 @@ def measure_memory(latents: Latents, batch: int, workers: int) -> list[int]:
 
 
 def report_memory(shapes: Sequence[Latents], batch: int) -> list[str]:
-    """The table, and whether memory stays as it is."""
+    """The table, and whether memory stays constant."""
     rows, verdicts = [], []
     for latents, workers in itertools.product(shapes, (0, 1)):
         seen = measure_memory(latents, batch, workers)

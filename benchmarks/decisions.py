@@ -1,9 +1,9 @@
-"""Decisions: how often simulated sweeps decide wrongly, how much they find, and how many seeds they take.
+"""Decisions: error rate, power and number of seeds of simulated sweeps.
 
     python -m benchmarks.decisions
 
-A sweep has six contrasts, at alpha 0.05, of 3 to 12 seeds. The true difference of half of them is the one in the row's name, in
-standard deviations of the paired difference; the others' is zero. Contrasts are independent or share a reference design.
+A sweep has six contrasts, at alpha 0.05, with 3 to 12 seeds. Half of them have the true difference in the row's name, in
+standard deviations of the paired difference. For the others it is zero. Contrasts are independent or share a reference design.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NOISES: dict[str, Callable[[Generator, tuple[int, ...]], Array]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What sweeps of one kind came to."""
+    """The results of sweeps of one kind."""
 
     sweeps: int
     wrong: int
@@ -81,7 +81,7 @@ def differences(noise: str, shared: bool, effect: float, sweeps: int) -> Array:
 
 
 def simulate(noise: str, shared: bool, effect: float, margin: float | None, sweeps: int) -> Outcome:
-    """Decide so many sweeps."""
+    """Simulate and decide sweeps of one kind."""
     rule = Rule(RULE.alpha, margin, RULE.first, RULE.most)
     values, truth = differences(noise, shared, effect, sweeps), true_differences(effect)
     decisions = [list(decide(dict(enumerate(sweep.tolist())), rule).values()) for sweep in values]
@@ -105,7 +105,7 @@ def simulate(noise: str, shared: bool, effect: float, margin: float | None, swee
 
 
 def fixed_tests(values: Array) -> NDArray[np.bool_]:
-    """Which differences a t-test of one look shows, after each number of seeds: [looks, sweeps, contrasts]."""
+    """Whether a t-test with a single look finds each difference, by number of seeds: [looks, sweeps, contrasts]."""
     shown = []
     for seeds in LOOKS:
         seen, bound = values[..., :seeds], -stdtrit(seeds - 1, RULE.alpha / CONTRASTS / 2)
@@ -114,7 +114,7 @@ def fixed_tests(values: Array) -> NDArray[np.bool_]:
 
 
 def seeds_of_share(found: float, shares: Array) -> float:
-    """After how many seeds tests of one look find a share, between two looks in proportion."""
+    """The number of seeds after which tests with a single look find a share of differences, interpolated between looks."""
     growing, looks = np.unique(np.maximum.accumulate(shares), return_index=True)  # each share where it is first reached
     return float(np.interp(found, growing, RULE.first + looks))
 

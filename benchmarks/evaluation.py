@@ -1,7 +1,7 @@
 """Evaluation: the share of its time that goes into sampling, decoding, features and statistics, at the full size of FFHQ-1024.
 
-Networks have their real sizes and random weights. Where nothing can be run as a whole, a part is timed and multiplied by how
-often it occurs: the output says so. Evaluations compute in float32, whatever a run was trained in.
+Networks have their real sizes and random weights. If the whole cannot be run, a part is timed and multiplied by its number of
+occurrences; the output says so. Evaluations compute in float32, whatever the precision of training.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from madformer.model.generation import BlockSampler
 from madformer.model.layer import autocast_dtype
 
 GOAL = 0.15
-"""Share of an evaluation that everything but sampling may take."""
+"""Largest share of an evaluation's time for all work but sampling."""
 
 INCEPTION_GFLOPS = 11.4
 """Of one image of 299 x 299, two for each of its 5.7 G multiplications."""
@@ -202,7 +202,7 @@ def named_networks(bench: Bench) -> Iterator[NamedNetwork]:
 
 
 class Part(NamedTuple):
-    """Something that occurs several times while an image is sampled."""
+    """A part of sampling that occurs several times for each image."""
 
     stage: str
     times: int
@@ -210,9 +210,9 @@ class Part(NamedTuple):
 
 
 def sampling_parts(bench: Bench, model: MADFormer) -> list[Part]:
-    """Parts whose costs, times their number, are those of `generate`; to be run in this order.
+    """Parts whose costs, times their numbers, add up to the cost of `generate`. They must run in this order.
 
-    A block costs more than the one before by the keys of one block, always the same, but that block 0 has no clean tower: so
+    Each block costs more than the previous one by the keys of one block, which is constant. Only block 0 has no clean tower. So
     blocks 1 .. L - 1 together cost L - 1 times block L / 2.
     """
     c, evaluation, steps = bench.config.model, bench.config.evaluation, bench.sampling.steps
@@ -262,7 +262,7 @@ def time_decoding(bench: Bench) -> float:
     """Seconds an image."""
     c, codec = bench.config.model, open_codec(bench)
     latents_BChw = torch.randn(bench.batch, c.latent_channels, c.latent_size, c.latent_size, device=bench.device)
-    codec.decode(latents_BChw[..., :16, :16])  # once for all: on a CPU a whole image takes minutes
+    codec.decode(latents_BChw[..., :16, :16])  # only once and a part: on a CPU a whole image takes minutes
     return seconds_of(lambda: codec.decode(latents_BChw), bench.device) / bench.batch
 
 
@@ -273,12 +273,12 @@ def time_features(bench: Bench, network: FeatureNetwork) -> float:
 
 
 def pair_operations(generated: int, reference: int) -> float:
-    """What `compare_pairs` and the reference's `pairs_within` are proportional to."""
+    """The number of pairs that `compare_pairs` and the reference's `pairs_within` compute; their cost is proportional to it."""
     return generated * reference + generated**2 / 2 + reference**2 / 2
 
 
 def time_statistics(bench: Bench, width: int) -> float:
-    """Seconds of an evaluation's distances; an inception score adds next to nothing."""
+    """Seconds of an evaluation's distances. An inception score would add almost nothing."""
     (n, m), device = bench.points, bench.device
     generated_ND, reference_MD = torch.randn(bench.count, width, device=device), torch.randn(m, width, device=device)
     moments, radii_MK = Moments.of(reference_MD), torch.ones(m, len(NEIGHBOURS), dtype=torch.float64)
@@ -333,7 +333,7 @@ def run_whole(bench: Bench) -> Iterator[list[str]]:
 
 
 def report_sampling(bench: Bench, seconds: Mapping[str, float], flops: Mapping[str, int]) -> list[str]:
-    """Seconds beside FLOPs: stages that are scaled rightly compute at about the same speed."""
+    """Compare seconds with FLOPs: correctly scaled stages compute at about the same speed."""
     steps, blocks = bench.sampling.steps, bench.config.model.ar_length
     how = f"run, {bench.images - bench.batch} images after a first batch that does not count"
     if not bench.images:
@@ -348,7 +348,7 @@ def report_sampling(bench: Bench, seconds: Mapping[str, float], flops: Mapping[s
 
 
 def report_evaluation(bench: Bench, entry: NamedNetwork, phases: Mapping[str, float]) -> list[str]:
-    """What an evaluation with a network takes, from its seconds an image; and what its reference takes."""
+    """The time of an evaluation with a network, from its seconds per image, and the time of its reference."""
     content, metrics = photograph(bench.side), time_statistics(bench, entry.network.width)
     reading = bench.seconds(lambda: load_square(content, bench.side))
     an_image = f"{reading:.3g} s an image for reading (a PNG, one thread) and {phases['features']:.3g} s for features"

@@ -1,11 +1,11 @@
-"""Which changes of images a feature network detects: metrics of images of known quality, and the bias of few samples.
+"""The changes of images that a feature network detects: metrics of images of known quality, and the bias of few samples.
 
     python -m benchmarks.features cifar10_train.parquet cifar10_test.parquet
 
-Each row of the first table compares a set of images with all training images: test images as they are, degraded, or without one
+Each row of the first table compares a set of images with all training images: test images, unchanged, degraded, or without one
 class; and training images, which stand for a generator that copies. The more images are degraded, the larger their distance
 should be. Copies should have memorisation 1. The other half of the test images is held out.
-The second table shows distances of few images, and the bias expected of so few samples.
+The second table shows distances of few images, and the bias that is expected for their number.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A card's numbers for docs/performance.md: training steps and sampling, eager, compiled and as released.
+"""Measure a GPU for docs/performance.md: training steps and sampling, eager, compiled and as released.
 
     python -m benchmarks.gpu --out gpu.json
 
 The most important rows come first. No row starts after the time limit, and the file is written after every row, so stopping
-the program loses nothing. A row that runs out of memory or fails says so, and the next one goes on. Times are medians after a
-warm-up. `ratio` compares with the first row of the same work, size and batch, our eager one. The released formulation is
-eager too: it gathers tokens by masks, which cannot be compiled as a whole. On a CPU only eager rows run.
+the program loses nothing. A row that fails or runs out of memory reports its error, and the next one runs. Times are medians
+after a warm-up. `ratio` compares with the first row of the same work, size and batch, our eager one. The released formulation
+is eager too, as its gathering of tokens by masks cannot be compiled as a whole. On a CPU only eager rows run.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ REPEATS = 5
 """Timed runs of a row."""
 
 STEPS = 4
-"""Denoising steps of each block; a step costs the same at any number of them."""
+"""Denoising steps of each block. The cost of a step does not depend on their number."""
 
 SHRINK = 0.85
-"""What a batch that does not fit is multiplied by."""
+"""Factor by which a batch that does not fit is made smaller."""
 
 _EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 _LOSSES = LossConfig()
@@ -55,7 +55,7 @@ _LOSSES = LossConfig()
 
 @dataclass(frozen=True)
 class Case:
-    """One row: what is timed."""
+    """The work that one row measures."""
 
     work: Literal["matmul", "copy", "training", "sampling"]
     """The first two: what the card can do at best."""
@@ -83,7 +83,7 @@ class Case:
 
 @dataclass
 class Card:
-    """Where everything runs, and what it can do at best."""
+    """The device that everything runs on, and its peak."""
 
     device: torch.device
     memory: int
@@ -243,7 +243,7 @@ def estimated_bytes(case: Case, card: Card, batch: int) -> int:
 
 
 def batches_to_try(case: Case, card: Card) -> Iterator[int]:
-    """The batch of a row; where as many as fit are wanted, the largest by the estimate, then smaller ones."""
+    """The batches to try for a row: its own, or, if it wants the largest, that of the estimate and then smaller ones."""
     if case.batch is not None:
         yield case.batch
         return
@@ -305,14 +305,14 @@ def _free_memory(card: Card, next_work: tuple[str, str, int | None]) -> None:
     gc.collect()
     if card.device.type == "cuda":
         if card.compiled_for != next_work:
-            torch.compiler.reset()  # a batch seen before would make the next one's shapes dynamic
+            torch.compiler.reset()  # a second batch size would make shapes dynamic
             card.compiled_for = next_work
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(card.device)
 
 
 def measure_rows(todo: Sequence[Case], card: Card, minutes: float, write: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Measure until all is done or the time is up; `write` gets all rows after each new one."""
+    """Measure until all rows are done or the time is up. `write` gets all rows after each new one."""
     end, rows = time.monotonic() + 60 * minutes, list[dict[str, Any]]()
     blank = dict.fromkeys(("batch", "seconds", "tflops", "mfu", "of_matmul", "peak_gib", "estimated_gib", "ratio", "error"))
     first_seconds: dict[tuple[str, str, int | None], float] = {}
@@ -324,7 +324,7 @@ def measure_rows(todo: Sequence[Case], card: Card, minutes: float, write: Callab
             row |= measure(case, card)
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
-        except Exception as error:  # a row that fails must not cost those after it
+        except Exception as error:  # a row that fails must not end the program
             row["error"] = f"{type(error).__name__}: {str(error).split(chr(10))[0]}"
         if row["seconds"]:
             first = first_seconds.setdefault((case.work, case.size, row["batch"]), row["seconds"])

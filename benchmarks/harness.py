@@ -1,4 +1,4 @@
-"""What the two benchmarks share on the outside: sizes, options and the table."""
+"""Model sizes, options and the table of the benchmarks of sampling and training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from madformer.config import ModelConfig, UNetConfig, load_experiment
 from madformer.errors import ConfigError
 
 GOAL = 0.9
-"""Share of the FLOPs ratio that the wall-clock ratio should reach."""
+"""Goal of the wall-clock ratio, as a share of the FLOPs ratio."""
 
 _NARROW = UNetConfig(channels=(64, 128), layers=(1, 1), attention=(False, False))
 _EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -33,10 +33,10 @@ SIZES = {
     "imagenet256": replace(load_experiment(_EXPERIMENTS / "imagenet256.yaml").model, text=None),
     "ffhq1024": load_experiment(_EXPERIMENTS / "ffhq1024.yaml").model,
 }
-"""From the digits experiment to the paper's full models (ImageNet's without its text)."""
+"""Sizes from the digits experiment to the paper's full models (ImageNet's without its text)."""
 
 TOO_LARGE_FOR_CPU = ("imagenet256", "ffhq1024")
-"""Counted there, not run."""
+"""On a CPU the FLOPs of these sizes are counted, but nothing runs."""
 
 
 # ---- options
@@ -114,7 +114,7 @@ def cpu_name() -> str:
 
 
 def report(setup: Setup, sides: dict[str, Side], tokens: int, unit: str) -> str:
-    """The table, one line a side, and a line for each baseline: its time and FLOPs over those of the first side, ours."""
+    """The table with a line for each side, and for each baseline a line with its time and FLOPs divided by ours."""
     lines = []
     if setup.runs:
         rate = matmul_rate(setup.device, setup.dtype)

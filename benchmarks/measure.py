@@ -23,7 +23,7 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Setup:
-    """What runs, where and in which precision."""
+    """The device, precision and repeats of a measurement."""
 
     config: ModelConfig
     device: torch.device
@@ -41,7 +41,7 @@ class Setup:
 
 @dataclass
 class Side:
-    """What one formulation took for one run."""
+    """The cost of one run of a formulation."""
 
     flops: int
     seconds: list[float]
@@ -88,7 +88,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """FLOP/s of a large square matrix product, the best of some: what 100 % MFU means."""
+    """FLOP/s of a large square matrix product, the best of several. This rate is 100 % MFU."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
     out = torch.empty_like(a)
@@ -97,21 +97,21 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> f
 
 
 def _peak_bytes(setup: Setup, run: Run) -> int | None:
-    """Peak memory of a run beyond what was there before: of CUDA's allocator, on the CPU of the tensors that live."""
+    """Peak memory that a run adds: by CUDA's allocator, on the CPU by the tensors that are alive."""
     if setup.device.type == "cuda":
         before = torch.cuda.memory_allocated(setup.device)
         torch.cuda.reset_peak_memory_stats(setup.device)
         run()
         return torch.cuda.max_memory_allocated(setup.device) - before
     if setup.config.compile is True:
-        return None  # what compiled code allocates does not pass the dispatcher
+        return None  # allocations of compiled code do not pass the dispatcher
     with PeakBytes() as watch:
         run()
     return watch.peak
 
 
 class PeakBytes(TorchDispatchMode):
-    """Watches the bytes of tensors made inside it that live at once; scratch memory inside a kernel is not seen."""
+    """Counts the bytes of tensors made inside it that are alive at once, without scratch memory of kernels."""
 
     def __init__(self) -> None:
         super().__init__()

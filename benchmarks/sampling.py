@@ -1,4 +1,4 @@
-"""Sampling: ours beside the released formulation, in which the clean tower is recomputed at every denoising step."""
+"""Sampling: ours against the released formulation, which recomputes the clean tower at every denoising step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CountingScheduler(DDIMScheduler):  # type: ignore[misc]
 
 
 def generations(model: MADFormer, batch: int, steps: int) -> dict[str, Generation]:
-    """By either side, a generation of all blocks from the same noise."""
+    """For each side, a generation of all blocks from the same noise."""
     c, device = model.config, model.boi_SD.device
     noise_BLCYX = torch.randn(batch, c.ar_length, c.latent_channels, c.block_size, c.block_size, device=device)
     baseline = Baseline(model)

@@ -1,8 +1,8 @@
-"""Sweeps: how long plan and status of many cells take, and what the driver adds to each trial's own process.
+"""Sweeps: the time of plan and status for many cells, and the time that the driver adds to each trial's own process.
 
     python -m benchmarks.sweep
 
-Trials are copies of runs that were made beforehand: what is left is the driver, its storage, and the look at the runs' folders.
+Trials copy runs that were made before, so that only the driver, its storage and its reading of run folders are timed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _EXPERIMENT = Path(__file__).parents[1] / "experiments/digits.yaml"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and say so."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=positive, default=1000, help="of the sweep")
     parser.add_argument("--repeats", type=positive, default=5, help="timed runs of each command; the median counts")
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(folder: Path, count: int, repeats: int) -> list[tuple[str, float, float]]:
-    """What took how long, and how long it may take."""
+    """A line on the time of a command and its goal."""
     path = write_sweep(folder, count)
     plan = median(time_command("plan", path) for _ in range(repeats))
     waiting = median(time_command("status", path) for _ in range(repeats))
@@ -72,7 +72,7 @@ def measure(folder: Path, count: int, repeats: int) -> list[tuple[str, float, fl
 
 
 def write_sweep(folder: Path, count: int) -> Path:
-    """A grid of so many cells."""
+    """A sweep with a grid of `count` cells."""
     spec = {
         "name": "many",
         "experiment": str(_EXPERIMENT),
@@ -110,7 +110,7 @@ def time_driver(path: Path, folder: Path) -> float:
 
 
 def make_run(cell: Cell, folder: Path) -> Path:
-    """What a trial leaves of a cell, as far as a sweep looks at it."""
+    """The files of a run that a sweep reads, as a trial leaves them."""
     write_config(cell.config, folder)
     checkpoint_path(folder, cell.max_steps).parent.mkdir()
     checkpoint_path(folder, cell.max_steps).touch()

@@ -1,4 +1,4 @@
-"""A training step: ours beside the released formulation, with a dense mask and with the masked work left out."""
+"""A training step: ours against the released formulation, with a dense mask and without masked work."""
 
 from __future__ import annotations
 

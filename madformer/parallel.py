@@ -1,4 +1,4 @@
-"""Share work among devices: by processes of this machine, or by those that torchrun or Slurm started."""
+"""Share work among devices: in processes of this machine, or in those that torchrun or Slurm started."""
 
 from __future__ import annotations
 
@@ -41,26 +41,27 @@ PEAK_TFLOPS = {
     "A40": (149.7, 37.4),
     "RTX 4090": (165, 82.6),
 }
-"""Dense TFLOP/s by NVIDIA's data sheets, in bfloat16 and in float32 without TF32. By words of a name, the first that fit."""
+"""Words in a GPU's name -> dense TFLOP/s in bfloat16, and in float32 without TF32, by NVIDIA's data sheets. The first that
+fits counts."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """The share of one process in some work."""
+    """One process's share of some work."""
 
     rank: int
     world_size: int
     device: str
     count: Callable[[int], None]
-    """Call it often with what this process has done so far; raises `StoppedError` when the work is to end."""
+    """Call it often with how much this process has done so far. It raises `StoppedError` when the work must end."""
 
 
 Work = Callable[..., None]
-"""A function of a module, so that other processes can import it; called with a `Share` and further arguments."""
+"""A function called with a `Share` and further arguments. It is a module's, so that other processes can import it."""
 
 
 def find_devices(settings: TrainerConfig) -> list[str]:
-    """Names of the devices of this machine that an experiment uses; on the CPU one entry for each process.
+    """Names of this machine's devices that an experiment uses. On the CPU there is one entry for each process.
 
     Raises:
         ConfigError: there are fewer devices than the experiment sets.
@@ -93,7 +94,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(name: str, precision: Literal["32-true", "bf16-mixed"]) -> float | None:
-    """FLOP/s that a whole GPU of this name can do at most; None: it is not in `PEAK_TFLOPS`."""
+    """Peak FLOP/s of a whole GPU of this name; None: it is not in `PEAK_TFLOPS`."""
     found = (peaks for words, peaks in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name) and "MIG" not in name)
     peaks = next(found, None)
     return None if peaks is None else peaks[precision == "32-true"] * 1e12
@@ -102,23 +103,22 @@ def peak_flops(name: str, precision: Literal["32-true", "bf16-mixed"]) -> float 
 def share_out(work: Work, arguments: tuple[Any, ...], devices: list[str], display: ProgressDisplay, before: int = 0) -> None:
     """Do the work on all devices and wait for it. A single device needs no further process.
 
-    Under torchrun or Slurm every process does one share and waits for no other.
+    Under torchrun or Slurm every process does one share and does not wait for the others.
 
     Args:
         work: called with (share, *arguments).
         arguments: further arguments of the work.
-        devices: their names, one for each process.
-        display: shows the progress.
-        before: what was done earlier; counts as progress.
+        devices: names of devices, one for each process.
+        before: the amount done earlier; it counts as progress.
 
     Raises:
-        Exception: the error of a process; the others are stopped.
+        Exception: a process failed, and this is its error; the others are stopped.
         ProcessKilledError: a process was killed; the others are stopped.
     """
     cluster = _cluster()
     if cluster is not None or len(devices) == 1:
         rank, world_size = (cluster.global_rank(), cluster.world_size()) if cluster else (0, 1)
-        # The progress of the other processes is not known here; assume that it is the same.
+        # The other processes' progress is not known here. Assume that it equals this one's.
         _make_current(own_device(devices))
         work(Share(rank, world_size, own_device(devices), lambda done: display.show(before + done * world_size)), *arguments)
     else:
@@ -132,13 +132,13 @@ def cluster_rank() -> int | None:
 
 
 def own_device(devices: list[str]) -> str:
-    """The device of this process."""
+    """The device that this process works on."""
     cluster = _cluster()
     return devices[cluster.local_rank() % len(devices)] if cluster else devices[0]
 
 
 def _cluster() -> ClusterEnvironment | None:
-    """The cluster that this process is one of several of; None: it runs alone, and may use all devices."""
+    """The cluster of several processes that this one belongs to; None: it runs alone and may use all devices."""
     import torch
 
     by_torchrun = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
@@ -188,7 +188,7 @@ def _start_processes(work: Work, arguments: tuple[Any, ...], devices: list[str],
             if not isinstance(error := receiver.recv(), StoppedError):
                 raise error
     if any(process.exitcode for process in processes):
-        message = "a process was killed, perhaps for want of memory; what was complete is kept, the same command goes on"
+        message = "a process was killed, perhaps because memory ran out; what was complete is kept, the same command goes on"
         raise ProcessKilledError(message)
 
 
@@ -233,7 +233,7 @@ def _work(
 
 
 def _make_current(device: str) -> None:
-    """Make a GPU the one that libraries take where none is named."""
+    """Make a GPU the default of libraries."""
     import torch
 
     if device != "cpu":

@@ -1,6 +1,6 @@
-"""Keyed randomness: a draw is a function of what it is for, never of what was drawn before it.
+"""Keyed randomness: a draw depends on its key (seed and purpose), never on earlier draws.
 
-So is the order of training samples: a function of seed and step, independent of the number of devices and of restarts.
+The order of training samples depends on seed and step alone, not on the number of devices or on restarts.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from madformer.errors import ConfigError
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
-    """A generator on the CPU that depends on the key alone."""
+    """A generator on the CPU that depends only on the key."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """The seed of sample `index` of an evaluation; no two samples of one evaluation share one.
+    """The seed of sample `index` of an evaluation. No two samples share a seed.
 
     Raises:
-        ValueError: an index beyond a million, which would be another seed's.
+        ValueError: an index of a million or more, whose seed would belong to another evaluation seed.
     """
     if not 0 <= index < MAX_SAMPLES:
         raise ValueError(f"sample {index}: must be in 0..{MAX_SAMPLES - 1}")
-    return seed * MAX_SAMPLES + index  # below 2**32, what torch's generators keep of a seed
+    return seed * MAX_SAMPLES + index  # below 2**32: torch's generators keep 32 bits of a seed
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,13 @@ class BatchShard:
 
     @staticmethod
     def of(batch_size: int, limit: int | None, rank: int, world_size: int) -> BatchShard:
-        """The largest equal micro-batches of at most `limit` images.
+        """The share of one device, in the largest equal micro-batches.
+
+        Args:
+            batch_size: images of a global batch.
+            limit: most images of a micro-batch; None: no limit.
+            rank: number of the device, from 0.
+            world_size: number of devices.
 
         Raises:
             ConfigError: the devices cannot share the batch equally.
@@ -56,20 +62,20 @@ class BatchShard:
         return BatchShard(share // accumulation, accumulation, rank, world_size)
 
     def indices(self, part: int) -> range:
-        """Indices in the global batch of this device's micro-batch `part`."""
+        """Indices, in the global batch, of this device's micro-batch `part`."""
         start = (part * self.world_size + self.rank) * self.micro_batch
         return range(start, start + self.micro_batch)
 
 
 @dataclass(frozen=True)
 class BatchIndex:
-    """Which micro-batch of training it is, and which samples it is made of."""
+    """The place of a micro-batch in training, and its samples."""
 
     step: int
     indices: range
-    """In the global batch."""
+    """Indices of its samples in the global batch."""
     samples: np.ndarray
-    """Numbers of the samples in the data set, one for each index; empty for a stream, which is read in order."""
+    """Numbers of its samples in the data set; empty for a stream, which is read in order."""
 
 
 class SampleOrder:
@@ -100,13 +106,13 @@ class SampleOrder:
 
 
 class BatchSampler:
-    """The endless micro-batches of one device, as indices, from step `first_step` on."""
+    """The micro-batches of one device, as indices, from step `first_step` on without end."""
 
     def __init__(self, order: SampleOrder, shard: BatchShard, first_step: int) -> None:
         self.order, self.shard, self.first_step = order, shard, first_step
 
     def __iter__(self) -> Iterator[BatchIndex]:
-        """Indices of each micro-batch and its samples."""
+        """Yield the `BatchIndex` of each micro-batch."""
         step = self.first_step
         while True:
             for part in range(self.shard.accumulation):

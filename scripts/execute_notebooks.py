@@ -1,8 +1,8 @@
 """Execute the notebooks, and write them with their outputs.
 
-Each is executed in a folder of its own, as in a fresh clone where nothing is trained yet, and then put into its place; one that
-fails is left as it was. What differs without need is taken out: times of execution, the version of the interpreter, all but the
-last line of progress. Pictures get a palette.
+Each is executed in a folder of its own, as in a fresh clone where nothing is trained yet, and then put into its place. A
+notebook that fails stays as it was. Needless differences are removed: times of execution, the version of the interpreter, all
+but the last line of progress. Pictures get a palette.
 
     python scripts/execute_notebooks.py [NOTEBOOK.ipynb ...]
 """
@@ -42,9 +42,9 @@ def execute(path: Path, folder: Path, parameters: Mapping[str, Any] | None = Non
     """A notebook with its outputs.
 
     Args:
-        path: of the notebook, which is not changed.
-        folder: it is executed there; gets a copy of `experiments/`, and all that the notebook writes.
-        parameters: name -> value, set in a cell behind the one that is tagged `parameters`.
+        path: the notebook's path. It is not changed.
+        folder: where to execute it. The folder gets a copy of `experiments/`, and all that the notebook writes.
+        parameters: name -> value, set in a cell after the one that is tagged `parameters`.
 
     Raises:
         CellExecutionError: a cell failed.
@@ -72,7 +72,7 @@ def execute(path: Path, folder: Path, parameters: Mapping[str, Any] | None = Non
 
 
 def clean(notebook: NotebookNode) -> None:
-    """Take out what differs from one machine, or one execution, to the next, and what makes pictures large."""
+    """Remove whatever differs between machines or executions, and make pictures smaller."""
     notebook.metadata = nbformat.from_dict(_METADATA)
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({key: value for key, value in cell.metadata.items() if key == "tags"})
@@ -84,7 +84,7 @@ def clean(notebook: NotebookNode) -> None:
 
 
 def _shrink(png: str) -> str:
-    """A picture, in base64, with a palette of 256 colours: less than half of its size, and nobody sees it."""
+    """A picture, in base64, with a palette of 256 colours. It has less than half of the size and looks the same."""
     picture = Image.open(io.BytesIO(base64.b64decode(png)))
     if picture.mode == "P":
         return png
@@ -101,7 +101,7 @@ def _inject(notebook: NotebookNode, parameters: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    """Execute those that are named, or all."""
+    """Execute the notebooks that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, default=NOTEBOOKS, metavar="NOTEBOOK.ipynb")
     for path in parser.parse_args().notebooks:

@@ -1,8 +1,8 @@
 """Train the classifier whose features make the metric `fd_digits`, and write the weights that the package ships.
 
-Accuracy is reported by a classifier that has not seen a fifth of the digits; the shipped one, trained in the same way, has
-seen them all. On one machine the file is the same bit for bit whenever it is made; another processor or another version of
-torch may round differently, which is why the weights are shipped and records carry their hash.
+The reported accuracy is that of a classifier that has not seen a fifth of the digits. The shipped one is trained in the same
+way on all digits. On one machine the file is always the same bit for bit. Another processor or version of torch may round
+differently. This is why the weights are shipped and records contain their hash.
 
     python scripts/train_digits_features.py [--out FILE]
 """
@@ -26,9 +26,9 @@ HELD_OUT = 360
 
 
 def augment(images: Tensor, generator: torch.Generator, shifted: float = 0.25, noise: float = 0.05) -> Tensor:
-    """Shift some images by up to one pixel along each axis and add noise; both help accuracy.
+    """Shift some images by up to one pixel along each axis, and add noise. Both improve accuracy.
 
-    Only some and little: features that were invariant to position and noise could not measure either in samples.
+    Both are small: features that are invariant to position and noise could not measure these in samples.
     """
     count = len(images)
     chosen = torch.rand(count, 1, generator=generator) < shifted

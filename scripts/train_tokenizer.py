@@ -1,8 +1,8 @@
 """Train the tokenizer named `builtin`, and write the file that the package ships.
 
-It is a byte-level BPE, so that it takes any text, and loses nothing: no lower case, because what it was given must come back,
-and because ImageNet's names differ in little else at times (Cardigan is a corgi, cardigan a garment). What it learns from is
-the class names of the package, each once. The file is the same whenever it is made.
+It is a byte-level BPE, so that it accepts any text and loses nothing. It keeps upper case: text must survive the round trip,
+and some of ImageNet's names differ only in case (Cardigan is a corgi, cardigan a garment). It learns from the package's class
+names, each once. The file is always the same.
 
     python scripts/train_tokenizer.py [--out FILE]
 """
@@ -27,7 +27,7 @@ def train() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=BUILTIN_VOCABULARY,
-        min_frequency=1,  # what occurs twice fills half of the vocabulary
+        min_frequency=1,  # pairs that occur twice fill only half of the vocabulary
         special_tokens=["<pad>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -130,7 +130,7 @@ def docstrings(kind: type) -> dict[str, str]:
 
 
 def what(hint: Any) -> str:
-    """A type in words: `integer or null`, the choices of a Literal, `list of texts`."""
+    """A type in words, such as `integer or null`, `list of texts`, or the choices of a Literal."""
     options = [option for option in get_args(hint) if option is not NoneType]
     if NoneType in get_args(hint):
         return f"{what(options[0])} or `null`"

@@ -1,4 +1,4 @@
-"""What the documents say is so: links lead somewhere, YAML is legal, the reference is current, messages are the real ones."""
+"""The documents are correct: links lead somewhere, YAML is legal, the reference is current, messages are those of the code."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""What runs on a device, counted without one: kernels, and every time that the host waits for it.
+"""Work on a device, counted without one: kernels, and every wait of the host.
 
 Budgets are what the code needs today. One that is exceeded is a regression; lower it when the code gets better.
 """

@@ -63,7 +63,9 @@ def test_an_error_arrives_as_it_was_and_stops_the_others(tmp_path):
 
 
 def test_a_killed_process_is_a_clear_message():
-    with pytest.raises(ProcessKilledError, match="a process was killed, perhaps for want of memory; what was complete is kept"):
+    with pytest.raises(
+        ProcessKilledError, match="a process was killed, perhaps because memory ran out; what was complete is kept"
+    ):
         share_out(die_in_one, (), ["cpu"] * 2, Counts())
 
 

@@ -11,22 +11,22 @@ from typing import Literal, cast
 from madformer.config.validation import is_integer, require, require_at_least, require_types, setting
 
 SamplerName = Literal["ddim", "ddpm", "dpmsolver++", "unipc"]
-"""Samplers by name. All but `ddpm` are deterministic; each evaluates the network once per step."""
+"""Samplers by name. All but `ddpm` are deterministic. Each evaluates the network once per step."""
 
 SPACINGS = "uniform, power:P with P of at least 1, logsnr, karras:RHO, or list:999/500/0"
-"""How the timesteps of a sampler are spaced (`diffusion.samplers.spaced_timesteps`)."""
+"""Legal spacings of a sampler's timesteps (`diffusion.samplers.spaced_timesteps`), for messages."""
 
 TRIES = 24
-"""Samplings that `madformer tune` tries at each budget if nothing else is said."""
+"""Default number of samplings that `madformer tune` tries at each budget."""
 
 SHIPPED_NETWORKS = {
     "digits": "fe8de8929b8f8c1d5fdde1a39ba44f83b8557c62b49066cd7583d0009697a32f",
     "cifar10": "ac1b2e41d2e2d70704e7e7755caccdd2cf9204107ebfcc3a3a86c35e6a02b3a2",
 }
-"""Feature networks that ship with the package and the SHA-256 of their weights, known without torch."""
+"""Feature networks that ship with the package -> SHA-256 of their weights, which needs no torch here."""
 
 ALL_TIMESTEPS = "all"
-"""The guidance interval that leaves no timestep out."""
+"""The guidance interval of all timesteps."""
 
 
 @dataclass(frozen=True)
@@ -36,37 +36,37 @@ class EvaluationConfig:
     nfe: tuple[int, ...] = (280, 700, 1400, 2800)
     """NFE budgets: layer evaluations per block."""
     num_samples: int = 8000
-    """Images sampled for each point."""
+    """Number of images sampled for each point."""
     batch_size: int = 64
-    """Images sampled at once. Results do not depend on it."""
+    """Number of images sampled at once. Results do not depend on it."""
     seed: int = 0
     """Sampling seed. Sample i depends only on (seed, i) and the weights."""
     sampler: SamplerName = "ddim"
     """Sampler that denoises the blocks."""
     spacing: str = "uniform"
-    """How the sampler's timesteps are spaced: `uniform`; `power:P`, denser at small timesteps for P > 1; `logsnr`, uniform in
-    the logarithm of the signal-to-noise ratio; `karras:RHO`, EDM's; `list:999/500/0`, these timesteps."""
+    """Spacing of the sampler's timesteps: `uniform`; `power:P`, denser at small timesteps for P > 1; `logsnr`, uniform in the
+    logarithm of the signal-to-noise ratio; `karras:RHO`, as in EDM; `list:999/500/0`, exactly these timesteps."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1: no guidance."""
     guidance_interval: str = ALL_TIMESTEPS
     """Timesteps at which guidance acts: `all`, or the lowest and the highest one, such as `100/900`."""
     feature_networks: tuple[str, ...] = ()
-    """Networks whose features are compared, all on the same samples: `inception` or `inception:FILE` (FID's),
-    `torchscript:FILE`, `hf:MODEL` (of transformers), `digits`, `cifar10`, or a class of your own as `module.path:Class` or
+    """Networks whose features metrics compare, all on the same samples: `inception` or `inception:FILE` (FID's network),
+    `torchscript:FILE`, `hf:MODEL` (a model of transformers), `digits`, `cifar10`, or your own class as `module.path:Class` or
     `file.py:Class`."""
     references: str = setting("references", path=True)
-    """Folder for statistics of reference images; all runs share it."""
+    """Folder for statistics of reference images. All runs share it."""
     held_out_source: str | None = setting(None, path="as typed")
     """Source of held-out images, as in `data.source`; null: `data.source` itself."""
     held_out_split: str | None = None
-    """Split of the held-out images, as in `data.split`; null: `data.split` itself. If these are other images than those of
-    training, distances to them and memorisation are measured too, and diagnostics use them."""
+    """Split of the held-out images, as in `data.split`; null: `data.split` itself. If these images differ from those of
+    training, evaluation also measures distances to them and memorisation, and diagnostics use them."""
     preview_every: int | None = None
-    """Training steps between previews (a sample grid and quick metrics); null: no previews."""
+    """Number of training steps between previews (a sample grid and quick metrics); null: no previews."""
     preview_nfe: int = 280
     """NFE budget of a preview."""
     preview_samples: int = 64
-    """Images sampled for a preview."""
+    """Number of images sampled for a preview."""
 
     def __post_init__(self) -> None:
         require_types("evaluation", self)
@@ -89,7 +89,7 @@ class EvaluationConfig:
         for name in self.feature_networks:
             check_feature_network_name(name)
         twice = len(set(self.feature_networks)) < len(self.feature_networks)
-        require(not twice, "evaluation.feature_networks", list(self.feature_networks), "each of them once")
+        require(not twice, "evaluation.feature_networks", list(self.feature_networks), "name each of them once")
         require(self.references != "", "evaluation.references", "", "must be the name of a folder")
         for name in ("held_out_source", "held_out_split"):
             require(getattr(self, name) != "", f"evaluation.{name}", "", "must not be empty")
@@ -100,20 +100,20 @@ class EvaluationConfig:
 
 
 MAX_SAMPLES = 1_000_000
-"""Samples of one evaluation seed."""
+"""Most samples for one evaluation seed."""
 
 MAX_EVALUATION_SEED = 4000
-"""torch's generators keep 32 bits of a seed: `MAX_SAMPLES` for each of so many evaluation seeds fit without a clash."""
+"""Largest evaluation seed. torch's generators keep 32 bits of a seed, so `MAX_SAMPLES` fit for each without a clash."""
 
 
 _LEGAL = re.compile("|".join(SHIPPED_NETWORKS) + r"|inception|(inception|torchscript|hf):.+|.+:[A-Za-z_]\w*")
 
 
 def check_feature_network_name(name: str) -> None:
-    """Refuse a name that no feature network has.
+    """Refuse a name that no feature network can have.
 
     Raises:
-        ConfigError: with the legal forms.
+        ConfigError: the name is not legal. The message lists the legal forms.
     """
     shipped = ", ".join(SHIPPED_NETWORKS)
     legal = f"{shipped}, inception, inception:FILE, torchscript:FILE, hf:MODEL, module.path:Class or file.py:Class"
@@ -121,10 +121,10 @@ def check_feature_network_name(name: str) -> None:
 
 
 def canonical_spacing(text: str) -> str:
-    """A spacing in the one form that records know: `power:2.0` is `power:2`, and `power:1` is `uniform`.
+    """A spacing in the form that records use: `power:2` for `power:2.0`, and `uniform` for `power:1`.
 
     Raises:
-        ConfigError: no spacing.
+        ConfigError: the text is not a spacing.
     """
     kind, colon, argument = text.partition(":")
     if text in ("uniform", "logsnr"):
@@ -144,7 +144,7 @@ def canonical_spacing(text: str) -> str:
 
 
 def listed_timesteps(spacing: str) -> tuple[int, ...]:
-    """The timesteps of a `list:` spacing; of others none."""
+    """The timesteps of a `list:` spacing; empty for other spacings."""
     kind, _, argument = spacing.partition(":")
     return tuple(map(int, argument.split("/"))) if kind == "list" else ()
 
@@ -153,7 +153,7 @@ def parse_interval(text: str) -> tuple[int, int] | None:
     """The lowest and the highest timestep of a guidance interval; None: all timesteps.
 
     Raises:
-        ConfigError: no interval.
+        ConfigError: the text is not an interval.
     """
     if text == ALL_TIMESTEPS:
         return None

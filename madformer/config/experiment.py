@@ -26,7 +26,7 @@ class DiffusionConfig:
     beta_end: float = 2e-2
     """Noise variance of the last timestep."""
     draws_per_image: int = 1
-    """Independent (t, noise) draws per image. The clean tower and the AR stage run once for all of them."""
+    """Number of independent (t, noise) draws per image. The clean tower and the AR stage run once for all of them."""
 
     def __post_init__(self) -> None:
         require_types("diffusion", self)
@@ -43,13 +43,13 @@ class LossConfig:
     """Weights of the total loss (Eq. 6). A loss of weight zero is not computed."""
 
     lambda_text: float = 1.0
-    """Weight of the text loss: next-token prediction. No effect without text."""
+    """Weight of the text loss: next-token prediction. It has no effect without text."""
     lambda_image: float = 5.0
-    """Weight of the image loss: denoised block against its target."""
+    """Weight of the image loss, which compares the denoised block with its target."""
     lambda_hidden: float = 0.1
-    """Weight of the hidden loss: upsampled condition against the block's clean latents."""
+    """Weight of the hidden loss, which compares the upsampled condition with the block's clean latents."""
     lambda_clean_tower: float = 0.0
-    """Weight of the clean-tower loss: the tower's output at a block against the next block's clean latents."""
+    """Weight of the clean-tower loss, which compares the tower's output at a block with the next block's clean latents."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -61,10 +61,10 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """One experiment: the whole configuration of a run."""
+    """An experiment: the whole configuration of a run."""
 
     name: str = setting("madformer", new_run=False)
-    """Name of the experiment. Its run is the folder output_dir/name."""
+    """Name of the experiment. Its run's folder is output_dir/name."""
     output_dir: str = setting("runs", new_run=False, path=True)
     """Folder of runs, relative to the working directory."""
     seed: int = 0
@@ -101,12 +101,12 @@ class ExperimentConfig:
 
     @property
     def run_dir(self) -> Path:
-        """The run's folder."""
+        """The folder of the experiment's run, output_dir/name."""
         return Path(self.output_dir) / self.name
 
 
 def held_out_data(config: ExperimentConfig) -> DataConfig:
-    """The images of `evaluation.held_out_source` and `evaluation.held_out_split`, read as training reads its own.
+    """The images of `evaluation.held_out_source` and `evaluation.held_out_split`, to be read as training reads its images.
 
     Raises:
         ConfigError: no source is named.
@@ -114,13 +114,13 @@ def held_out_data(config: ExperimentConfig) -> DataConfig:
     evaluation, data = config.evaluation, config.data
     source = evaluation.held_out_source or data.source
     if source is None:
-        remedy = "name images to look at, as data.source would"
+        remedy = "name images, as in data.source"
         raise ConfigError(f"evaluation.held_out_source = null, and data.source as well: {remedy}")
     return replace(data, source=source, split=evaluation.held_out_split or data.split, latents=None, flip=False)
 
 
 def has_held_out(config: ExperimentConfig) -> bool:
-    """Whether held-out images are named, and are no rows of those of training.
+    """Whether held-out images are named and disjoint from those of training.
 
     Raises:
         ConfigError: a split is named, but no source.
@@ -136,12 +136,12 @@ def has_held_out(config: ExperimentConfig) -> bool:
 
 
 def names_held_out(evaluation: EvaluationConfig) -> bool:
-    """Whether images are named as held-out, be they or not."""
+    """Whether the experiment names held-out images. They may still overlap with those of training."""
     return evaluation.held_out_source is not None or evaluation.held_out_split is not None
 
 
 def _share_rows(one: str, other: str) -> bool:
-    """Whether two splits, or slices of splits, have rows in common; sizes are not known here, so per cent are of a million."""
+    """Whether two splits, or slices of splits, have common rows. Sizes are not known here, so percentages are of a million."""
     try:
         rows = [list(map(_rows, split.split("+"))) for split in (one, other)]
     except ValueError:  # a name that only its data set understands
@@ -151,7 +151,7 @@ def _share_rows(one: str, other: str) -> bool:
 
 
 def _rows(split: str) -> tuple[str, int, int]:
-    """Name, first row and end of a slice in datasets' notation. `datasets` itself takes a second to import."""
+    """Name, first row and end row of a slice in the notation of `datasets`, which itself takes a second to import."""
     match = re.fullmatch(r"\s*([\w.-]+)(?:\[(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\])?\s*", split)
     if match is None:
         raise ValueError(split)
@@ -160,7 +160,7 @@ def _rows(split: str) -> tuple[str, int, int]:
 
 
 def _row(number: str | None, percent: str, default: int) -> int:
-    """A bound of a slice, as a row of a million; negative ones count from the end."""
+    """A bound of a slice, as a row out of a million. Negative bounds count from the end."""
     if number is None:
         return default
     row = int(number) * (10**4 if percent else 1)
@@ -168,10 +168,10 @@ def _row(number: str | None, percent: str, default: int) -> int:
 
 
 def check_schedule(optimizer: OptimizerConfig, max_steps: int) -> None:
-    """Refuse a warm-up in steps that does not end before the decay.
+    """Refuse a warm-up, set in steps, that does not end before the decay.
 
     Raises:
-        ConfigError: both together are longer than the run.
+        ConfigError: warm-up and decay together are longer than the run.
     """
     decay = round(optimizer.decay_fraction * max_steps)
     remedy = f"with a decay of {decay} steps it must not exceed trainer.max_steps = {max_steps}"
@@ -182,16 +182,16 @@ def check_data(data: DataConfig, model: ModelConfig) -> None:
     """Refuse data that does not fit the model.
 
     Raises:
-        ConfigError: digits for a model of other latents or through a codec, pixels for a model without three channels, or
-            the builtin tokenizer for a model of fewer tokens.
+        ConfigError: digits with a codec or a model of other latents, pixels with a model that has not three channels, or the
+            builtin tokenizer with a model that has fewer tokens.
     """
     if data.source == DIGITS:
         shape = f"{model.latent_channels} x {model.latent_size} x {model.latent_size}"
         legal = model.latent_channels == 1 and model.latent_size == 8
         require(legal, "data.source", data.source, f"its images are 1 x 8 x 8, the model's latents {shape}")
-        require(data.codec == PIXELS, "data.codec", data.codec, f"digits are learnt as they are: set data.codec={PIXELS}")
+        require(data.codec == PIXELS, "data.codec", data.codec, f"digits need no codec: set data.codec={PIXELS}")
         require(data.latents is None, "data.latents", data.latents, "digits need none: set data.latents=null")
-        require(not data.flip, "data.flip", data.flip, "mirrored digits are none: set data.flip=false")
+        require(not data.flip, "data.flip", data.flip, "digits must not be mirrored: set data.flip=false")
     elif data.codec == PIXELS and (data.source or data.latents):
         remedy = f"images have 3 channels, the model {model.latent_channels}: set model.latent_channels=3, or another codec"
         require(model.latent_channels == 3, "data.codec", data.codec, remedy)
@@ -202,10 +202,17 @@ def check_data(data: DataConfig, model: ModelConfig) -> None:
 
 
 def check_budgets(evaluation: EvaluationConfig, model: ModelConfig, diffusion: DiffusionConfig) -> None:
-    """Refuse budgets that leave the model no denoising step, or more steps than the noise schedule has, whatever its depth.
+    """Refuse budgets that allow no denoising step, or more steps than the noise schedule has timesteps.
+
+    A budget of an elastic run must be legal at one of its depths.
+
+    Args:
+        evaluation: has the budgets.
+        model: has the depths.
+        diffusion: has the number of timesteps.
 
     Raises:
-        ConfigError: such a budget; the message says which ones are legal.
+        ConfigError: a budget is not legal. The message says which ones are.
     """
     budgets = {"evaluation.nfe": evaluation.nfe}
     if evaluation.preview_every is not None:
@@ -225,7 +232,12 @@ def check_budgets(evaluation: EvaluationConfig, model: ModelConfig, diffusion: D
 
 
 def budget_flaw(budget: int, model: ModelConfig, diffusion: DiffusionConfig) -> str | None:
-    """Why a model cannot have an NFE budget, and which ones it can have; None: it can."""
+    """The reason why a model cannot have an NFE budget, with the legal range; None: it can.
+
+    Args:
+        budget: layer evaluations per block.
+        diffusion: has the number of timesteps, the most steps.
+    """
     least, most = model.depth, model.ar_depth + model.diffusion_depth * (diffusion.train_timesteps + 1) - 1
     if least <= budget <= most:
         return None
@@ -237,8 +249,8 @@ def check_losses(model: ModelConfig, loss: LossConfig) -> None:
     """Refuse losses on outputs that the model does not have.
 
     Raises:
-        ConfigError: the hidden loss without the condition, the clean-tower loss without clean blocks or a second block,
-            or no image loss.
+        ConfigError: the hidden loss without the condition, the clean-tower loss without clean blocks or with a single block, or
+            no image loss.
     """
     require(loss.lambda_image > 0, "loss.lambda_image", loss.lambda_image, "must be above 0: nothing else trains the denoiser")
     legal = loss.lambda_hidden == 0 or model.use_condition
@@ -253,10 +265,10 @@ def check_losses(model: ModelConfig, loss: LossConfig) -> None:
 
 
 def check_elastic(model: ModelConfig, loss: LossConfig) -> None:
-    """Refuse an elastic run in which some depths would train other parameters than others: processes would wait for them.
+    """Refuse an elastic run whose depths train different parameters. With several devices, it would wait for gradients.
 
     Raises:
-        ConfigError: such a combination of `model.elastic_depths` with other fields.
+        ConfigError: another field has this effect on `model.elastic_depths`.
     """
     if not model.elastic_depths:
         return

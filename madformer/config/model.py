@@ -11,26 +11,26 @@ from madformer.config.validation import is_integer, require, require_at_least, r
 from madformer.errors import ConfigError
 
 MIN_FLEX_HEAD_WIDTH = 16
-"""FlexAttention's kernels take no narrower heads."""
+"""The smallest head width that FlexAttention's kernels support."""
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The convolutional embedding of a block (downsampler) and its inverse (upsampler); one entry per level.
+    """The convolutional embedding of a block (downsampler) and its inverse (upsampler). Lists have one entry per level.
 
-    Every level but the last halves the block's sides; a single level keeps them.
+    Every level but the last halves the block's sides. A single level keeps them.
     """
 
     channels: tuple[int, ...] = (512, 1024)
     """Feature channels of each level."""
     layers: tuple[int, ...] = (2, 2)
-    """ResNet layers of each level (the upsampler has one more, as in diffusers)."""
+    """Number of ResNet layers of each level. The upsampler has one more, as in diffusers."""
     attention: tuple[bool, ...] = (False, True)
     """Whether a self-attention follows each ResNet layer of the level."""
     groups: int = 8
-    """Groups of the group norms."""
+    """Number of groups of the group norms."""
     num_heads: int = 8
-    """Attention heads; the head width is channels / num_heads."""
+    """Number of attention heads. The head width is channels / num_heads."""
     time_embed_dim: int = 128
     """Width of the timestep embedding."""
 
@@ -61,24 +61,24 @@ class UNetConfig:
 
     @property
     def downsampling(self) -> int:
-        """Rows (columns) of latents that become one row (column) of tokens."""
+        """Number of latent rows (columns) in one row (column) of tokens."""
         return 2 ** (len(self.channels) - 1)
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Text before the image: vocabulary, prompt length, padding and prompt dropout."""
+    """The text before the image: vocabulary, prompt length, padding and prompt dropout."""
 
     vocab_size: int = 128_256
-    """Token ids are 0 .. vocab_size - 1. The default is Llama 3's vocabulary (Table 7)."""
+    """Size of the vocabulary: token ids are 0 .. vocab_size - 1. The default is Llama 3's vocabulary (Table 7)."""
     length: int = 32
-    """Tokens of a padded prompt."""
+    """Number of tokens of a padded prompt (T)."""
     pad_token_id: int = 128_004
-    """Token that pads short prompts. A prompt of padding alone is the null text of classifier-free guidance."""
+    """Token that pads short prompts. A prompt of only padding is the null text of classifier-free guidance."""
     dropout: float = 0.1
     """Probability that training replaces a prompt by the null text."""
     final_norm: bool = setting(True, neutral=True)
-    """Normalise the text tower's output before the head; false: as in the released code."""
+    """Whether to normalise the text tower's output before the head. The released code does not."""
 
     def __post_init__(self) -> None:
         require_types("model.text", self)
@@ -103,51 +103,51 @@ class ModelConfig:
     latent_size: int = 128
     """Rows and columns of an image's latents."""
     ar_length: int = 16
-    """Blocks per image (l, Table 2), a square number: blocks are square tiles in raster order."""
+    """Number of blocks per image (l, Table 2), a square number. Blocks are square tiles in raster order."""
     depth: int = 28
-    """Transformer layers in all (N)."""
+    """Number of Transformer layers in all (N)."""
     diffusion_depth: int = 14
-    """Layers that iterate in the denoising loop (D), the last ones; the first N - D run once per block (Table 1). Of an elastic
-    run the depth that is sampled unless another is asked for."""
+    """Number of layers that iterate in the denoising loop (D), the last ones. The first N - D run once per block (Table 1). For
+    an elastic run, it is the default depth for sampling."""
     elastic_depths: tuple[int, ...] = setting((), neutral=())
-    """Diffusion depths of an elastic run: each training step draws one of them, so one run serves all; empty: a fixed depth."""
+    """Diffusion depths of an elastic run. Each training step draws one, and sampling can use any. Empty: a fixed depth."""
     width: int = 1152
-    """Model width."""
+    """Width of the Transformer."""
     num_heads: int = 18
-    """Query heads; the head width is width / num_heads."""
+    """Number of query heads. The head width is width / num_heads."""
     num_kv_heads: int | None = None
-    """Key/value heads, each shared by num_heads / num_kv_heads query heads; null: as many as query heads."""
+    """Number of key/value heads. Each serves num_heads / num_kv_heads query heads. null: as many as query heads."""
     ffn_width: int = 4096
     """Hidden width of the SwiGLU."""
     use_clean_blocks: bool = True
-    """Prepend the clean blocks to the sequence (Table 3)."""
+    """Whether to prepend the clean blocks to the sequence (Table 3)."""
     use_condition: bool = True
-    """Add the AR stage's output to the embedded noisy block (Eq. 4, Table 3)."""
+    """Whether to add the AR stage's output to the embedded noisy block (Eq. 4, Table 3)."""
     local_denoising: bool = False
-    """In the diffusion stage a block attends only to itself and the text (Table 5)."""
+    """Whether blocks attend only to themselves and the text in the diffusion stage (Table 5)."""
     parameter_sets: Literal["separate", "shared"] = "separate"
-    """separate: one parameter set each for text, clean and noisy tokens; shared: one for all of them (Table 4)."""
+    """separate: a parameter set each for text, clean and noisy tokens; shared: one for all of them (Table 4)."""
     rope: Literal["axial", "released"] = "axial"
-    """Rotary positions. axial: each axis rotates its half of the head; released: as in the released code, text too."""
+    """Rotary positions. axial: each axis rotates its half of the head; released: as in the released code, also for text."""
     prediction_type: Literal["sample", "epsilon", "v_prediction"] = "sample"
-    """What the network predicts for the noisy block."""
+    """The network's prediction for the noisy block: clean latents, noise or velocity."""
     clean_timestep: Literal["zero", "released"] = "zero"
-    """Timestep of what is not noisy. zero: clean blocks are embedded at 0, auxiliary outputs leave the upsampler at -1000, far
-    from every noisy block's timestep; released: as in the released code, both at the noisy block's timestep in training, and
-    clean blocks at the scheduler's last one when sampling."""
+    """Timestep of clean blocks and auxiliary outputs. zero: clean blocks are embedded at 0, and auxiliary outputs go through
+    the upsampler at -1000, far from every noisy block's timestep; released: as in the released code, both are at the noisy
+    block's timestep in training, and clean blocks are at the scheduler's last one when sampling."""
     timestep_embedding: Literal["raw", "sinusoidal"] = setting("raw", neutral="raw")
-    """Input of the two layers that embed a timestep. raw: the integer, as in the released code; sinusoidal: sines and cosines
-    of it, `unet.time_embed_dim` in all, with periods from 2 pi to 20,000 pi."""
+    """Input of the two layers that embed a timestep. raw: the integer, as in the released code; sinusoidal: its sines and
+    cosines, `unet.time_embed_dim` in all, with periods from 2 pi to 20,000 pi."""
     unet: UNetConfig = field(default_factory=UNetConfig)
     """The U-Net that turns blocks into tokens and back."""
     text: TextConfig | None = None
-    """Text before the image; null: a model without text."""
+    """The text before the image; null: a model without text."""
     attention_backend: Literal["auto", "flex", "sdpa"] = setting("auto", new_run=False)
-    """FlexAttention or scaled_dot_product_attention; auto: flex on CUDA."""
+    """flex: FlexAttention; sdpa: scaled_dot_product_attention; auto: flex on CUDA, else sdpa."""
     activation_checkpointing: bool = setting(False, new_run=False)
-    """Recompute each layer, and each block of the U-Net, in the backward pass instead of keeping its activations."""
+    """Whether to recompute each layer and each U-Net block in the backward pass instead of keeping its activations."""
     compile: Literal["auto", True, False] = setting("auto", new_run=False)
-    """torch.compile each layer and the U-Net; auto: on CUDA."""
+    """Whether to torch.compile each layer and the U-Net; auto: on CUDA."""
 
     def __post_init__(self) -> None:
         require_at_least(
@@ -196,10 +196,10 @@ class ModelConfig:
         require(legal, "model.num_kv_heads", self.num_kv_heads, f"must divide model.num_heads = {self.num_heads}")
 
     def sampled_depth(self, depth: int | None = None) -> int | None:
-        """The depth that an elastic run is sampled at, by default `diffusion_depth`; None: the run is not elastic.
+        """The depth at which an elastic run is sampled, by default `diffusion_depth`; None: the run is not elastic.
 
         Raises:
-            ConfigError: it was not trained with this depth.
+            ConfigError: the run was not trained with this depth.
         """
         trained = self.elastic_depths or (self.diffusion_depth,)
         if depth not in (None, *trained):
@@ -207,7 +207,7 @@ class ModelConfig:
         return (depth or self.diffusion_depth) if self.elastic_depths else None
 
     def at_depth(self, depth: int | None) -> ModelConfig:
-        """The model as one of this fixed diffusion depth; None: as it is."""
+        """The model with this fixed diffusion depth; None: unchanged."""
         return self if depth is None else _at_depth(self, depth)
 
     @property
@@ -217,17 +217,17 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads, `num_kv_heads` resolved."""
+        """Number of key/value heads: `num_kv_heads`, or `num_heads` if that is null."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def ar_depth(self) -> int:
-        """Layers of the AR stage, N - D."""
+        """Number of layers of the AR stage, N - D."""
         return self.depth - self.diffusion_depth
 
     @property
     def block_rows(self) -> int:
-        """Blocks along each side of the image."""
+        """Number of blocks along each side of the image."""
         return math.isqrt(self.ar_length)
 
     @property
@@ -242,7 +242,7 @@ class ModelConfig:
 
     @property
     def block_tokens(self) -> int:
-        """Tokens of a block (S)."""
+        """Number of tokens of a block (S)."""
         return self.token_rows**2
 
 

@@ -18,18 +18,18 @@ class OptimizerConfig:
     betas: tuple[float, ...] = (0.9, 0.95)
     """Decay rates of Adam's two moments."""
     weight_decay: float = 0.05
-    """Decoupled weight decay; norms, biases and embeddings have none."""
+    """Decoupled weight decay. Norms, biases and embeddings have none."""
     warmup_fraction: float = 0.01
     """Fraction of all steps, at the start, over which the learning rate rises linearly."""
     warmup_steps: int | None = setting(None, neutral=None)
-    """Length of the warm-up in steps, instead of `warmup_fraction`. Runs that differ in `trainer.max_steps` alone then share
-    their steps before the decay."""
+    """Length of the warm-up in steps, instead of `warmup_fraction`. Runs that differ only in `trainer.max_steps` then share
+    their steps before the decay. null: `warmup_fraction` counts."""
     decay_fraction: float = 0.15
     """Fraction of all steps, at the end, over which the learning rate falls exponentially."""
     decay_halvings: float = 6.0
-    """Halvings of the learning rate during the decay: its factor is 0.5 ** (decay_halvings * progress)."""
+    """Number of halvings of the learning rate during the decay: its factor is 0.5 ** (decay_halvings * progress)."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient; a larger gradient is scaled down to it."""
+    """Largest norm of the gradient. A larger gradient is scaled down to this norm."""
     ema_decay: float = 0.9999
     """Decay of the moving average. It is warmed up: after t updates it is at most (1 + t) / (10 + t)."""
 
@@ -58,31 +58,31 @@ class TrainerConfig:
     """Training length, precision, devices, and how often to save and log."""
 
     max_steps: int = 210_000
-    """Optimiser steps of the whole run. The learning rate schedule depends on it."""
+    """Number of optimiser steps of the whole run. The learning rate schedule depends on it."""
     precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
-    """float32, or bfloat16 autocast over float32 weights."""
+    """32-true: float32; bf16-mixed: bfloat16 autocast with float32 weights."""
     accelerator: Literal["auto", "cpu", "cuda"] = setting("auto", new_run=False)
     """Kind of device; auto: CUDA if there is a GPU, else the CPU."""
     devices: int | None = setting(None, new_run=False)
-    """Devices on each node; null: all of them (on the CPU: one process)."""
+    """Number of devices on each machine; null: all of them (on the CPU: one process)."""
     threads: int | None = setting(None, new_run=False)
-    """CPU threads of each process that computes on the CPU; null: one for each core. A tiny model is fastest with 1."""
+    """Threads of each process that computes on the CPU; null: one for each core. A tiny model is fastest with 1."""
     num_nodes: int = setting(1, new_run=False)
     """Number of machines."""
     strategy: Literal["auto", "ddp", "fsdp"] = setting("auto", new_run=False)
-    """auto: one device, or DDP on several; fsdp: weights, gradients and optimiser state sharded over all devices."""
+    """auto: one device, or DDP on several; fsdp: shard weights, gradients and optimiser state over all devices."""
     deterministic: bool = setting(False, new_run=False)
-    """Use only deterministic algorithms, so that two runs are equal bit for bit on CUDA too."""
+    """Whether to use only deterministic algorithms, so that two runs are equal bit for bit on CUDA too."""
     checkpoint_every: int = setting(10_000, new_run=False)
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     checkpoint_steps: tuple[int, ...] = setting((), new_run=False)
-    """Further steps at which a checkpoint is saved, and kept: where branches of this run begin."""
+    """Further steps at which a checkpoint is saved and kept, for branches of this run to begin from."""
     keep_checkpoints: int = setting(5, new_run=False)
-    """How many checkpoints are kept: the newest ones."""
+    """Number of checkpoints to keep, the newest ones."""
     log_every: int = setting(50, new_run=False)
-    """Steps between logged values."""
+    """Number of steps between logged values."""
     profile: bool = setting(False, new_run=False)
-    """Write a trace of steps 11 to 15 of each start to `RUN/profile/`, to see in Perfetto where their time goes."""
+    """Whether to write a trace of steps 11 to 15 after each start to `RUN/profile/`. Perfetto shows where their time goes."""
 
     def __post_init__(self) -> None:
         require_types("trainer", self)
@@ -95,13 +95,13 @@ class TrainerConfig:
         require(legal, "trainer.checkpoint_steps", list(self.checkpoint_steps), "must be integers of at least 1")
 
     def saves_regularly(self, step: int) -> bool:
-        """Whether there is a checkpoint after this step without `checkpoint_steps`."""
+        """Whether a checkpoint is saved after this step even without `checkpoint_steps`."""
         return step % self.checkpoint_every == 0 or step >= self.max_steps
 
 
 def decay_start(optimizer: OptimizerConfig, max_steps: int) -> int:
-    """The last step after which a run's state is that of longer runs, which differ in `max_steps` alone.
+    """The last step after which a run still has the state of longer runs, which differ only in `max_steps`.
 
-    The learning rate of the next step is part of the state, so that one is not yet lowered either (`wsd_factor`).
+    The state includes the learning rate of the next step, so that rate is not lowered yet either (`wsd_factor`).
     """
     return math.floor(max_steps - optimizer.decay_fraction * max_steps)

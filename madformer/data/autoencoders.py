@@ -1,7 +1,7 @@
 """The autoencoders of diffusers, loaded from a folder or the hub, with one interface for all.
 
-Their classes differ in what `encode` returns, in how latents are normalised, and in whether there is a frame axis. Which of
-them map one image to latents and back is not listed here but tried, on tensors without memory, before weights are loaded.
+Their classes differ in the result of `encode`, in the normalisation of latents, and in whether there is a frame axis. There is
+no list of classes that map single images to latents and back. Each is tried on meta tensors before its weights are loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from madformer.lookup import CONFIG, find_model, first_line
 __all__ = ["DiffusersAutoencoder", "load_autoencoder"]
 
 _PROBE_SIZE = 256
-"""Pixels along the side of the image that is tried: a multiple of every known downsampling."""
+"""Pixels along a side of the image for the try, a multiple of every known downsampling."""
 
 _WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
@@ -30,10 +30,10 @@ _WEIGHTS = (
 )
 
 _UNFIT: Mapping[str, str] = {
-    "AutoencoderRAE": "it takes images of one size alone",
+    "AutoencoderRAE": "it takes images of only one size",
     "ConsistencyDecoderVAE": "its decoder draws random numbers",
 }
-"""Classes that pass the trial of shapes, or fail it for another reason than they seem to."""
+"""Class -> the reason why it cannot be used. These classes pass the try, or fail it with a misleading error."""
 
 
 class DiffusersAutoencoder(nn.Module):
@@ -42,7 +42,7 @@ class DiffusersAutoencoder(nn.Module):
     Attributes:
         latent_channels: channels of the latents.
         downsampling: pixels along one side of a latent pixel.
-        shift_factor, scaling_factor: latents are `(mean - shift_factor) * scaling_factor`; numbers, or one for each channel.
+        shift_factor, scaling_factor: latents are `(mean - shift_factor) * scaling_factor`; [1], or [C] for each channel.
     """
 
     def __init__(self, module: Any, latent_channels: int, downsampling: int) -> None:
@@ -52,35 +52,35 @@ class DiffusersAutoencoder(nn.Module):
         self.shift_factor, self.scaling_factor = _normalisation(module, latent_channels)
 
     def encode(self, images_BCYX: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior, before normalisation; the deviation is 0 where there is none."""
+        """Mean and standard deviation of the posterior, before normalisation. A deterministic one has deviation 0."""
         return _encode(self.module, images_BCYX)
 
     def decode(self, latents_BChw: Tensor) -> Tensor:
-        """Images of latents that are not normalised."""
+        """The images of latents that are not normalised."""
         return _decode(self.module, latents_BChw)
 
     @property
     def overflows_in_float16(self) -> bool:
-        """Whether its configuration says so."""
+        """Whether the autoencoder's configuration says so (`force_upcast`)."""
         return bool(self.module.config.get("force_upcast"))
 
 
 def load_autoencoder(location: str) -> DiffusersAutoencoder:
-    """An autoencoder by its folder or hub id, in float32 on the CPU.
+    """Load an autoencoder by its folder or hub id, in float32 on the CPU.
 
     Args:
-        location: a folder that `save_pretrained` wrote; `owner/name` or `owner/name/subfolder` of the hub. Of a pipeline,
-            its `vae/` is taken. What the hub's cache holds is used without asking the hub.
+        location: a folder that `save_pretrained` wrote; `owner/name` or `owner/name/subfolder` of the hub. For a pipeline, its
+            `vae/` is used. Files in the hub's cache are used without asking the hub.
 
     Raises:
-        InputError: it cannot be had, or is no autoencoder that maps single images to latents and back; the reason alone.
+        InputError: the autoencoder is not available, or does not map single images to latents and back.
     """
     folder = find_model(location, _WEIGHTS, part="vae", remedy="name a folder that exists, or take data.codec=pixels")
     config = _read_config(folder / CONFIG)
     kind = _find_class(config)
     latent_channels, downsampling = _try_shapes(kind, config)
     try:
-        # Without low_cpu_mem_usage=False, a warning that accelerate is missing.
+        # low_cpu_mem_usage=False avoids a warning that accelerate is missing.
         module, info = kind.from_pretrained(
             folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True, output_loading_info=True
         )
@@ -116,12 +116,12 @@ def _has_frames(module: nn.Module) -> bool:
 
 
 def _patch_size(module: Any) -> int:
-    """Latents along the side of a patch that becomes channels: FLUX.2's pipeline does that, its autoencoder does not."""
+    """Latents along a side of a patch that is folded into channels. FLUX.2's pipeline folds, its autoencoder does not."""
     return module.config.patch_size[0] if type(module).__name__ == "AutoencoderKLFlux2" else 1
 
 
 def _normalisation(module: Any, channels: int) -> tuple[Tensor, Tensor]:
-    """Shift and scale of latents as in the class's pipelines, float64, either [1] or [C]."""
+    """Shift and scale of latents as in the pipelines of the class, float64, each [1] or [C]."""
     values = {**module.config, **dict(module.named_buffers())}  # LTX keeps its statistics as buffers
     shift, scale = values.get("shift_factor") or 0.0, values.get("scaling_factor") or 1.0
     mean, deviation = values.get("latents_mean"), values.get("latents_std")
@@ -156,9 +156,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is no JSON: {first_line(error)}") from error
+        raise InputError(f"{path} is not JSON: {first_line(error)}") from error
     if not isinstance(config, dict) or "_class_name" not in config:
-        raise InputError(f"{path} is of no autoencoder of diffusers: it names no _class_name")
+        raise InputError(f"{path} is not the configuration of an autoencoder of diffusers: it has no _class_name")
     return config
 
 
@@ -169,5 +169,5 @@ def _find_class(config: dict[str, Any]) -> Any:
     kind = getattr(diffusers, name, None)
     is_model = isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
     if not is_model or not (hasattr(kind, "encode") and hasattr(kind, "decode")):
-        raise InputError(f"{name} is no autoencoder of diffusers {diffusers.__version__}")
+        raise InputError(f"{name} is not an autoencoder of diffusers {diffusers.__version__}")
     return kind

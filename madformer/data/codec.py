@@ -28,22 +28,22 @@ _log = logging.getLogger(__name__)
 
 
 class Autoencoder(Protocol):
-    """A custom codec: a class, built without arguments, with these attributes and methods; an nn.Module or not.
+    """A custom codec: a class, built without arguments, with these attributes and methods. It need not be an nn.Module.
 
-    `scaling_factor` (else 1) and `shift_factor` (else 0) may be there as well, each a number or one for each channel: the
-    model sees `(latents - shift_factor) * scaling_factor`. The weights in it are frozen, cast to `data.codec_dtype` and moved
-    to the device. Where it has an attribute `use_tiling`, that is set while memory does not suffice for a single image.
+    It may also have `scaling_factor` (default 1) and `shift_factor` (default 0), each a number or one for each channel. The
+    model sees `(latents - shift_factor) * scaling_factor`. The codec's weights are frozen, cast to `data.codec_dtype` and moved
+    to the device. If it has an attribute `use_tiling`, this is set while a single image does not fit into memory.
     """
 
     latent_channels: int
     downsampling: int
 
     def encode(self, images_BCYX: Tensor, /) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, Y, X] in [-1, 1] to the posterior's mean and deviation, both [B, C, Y / f, X / f], unscaled."""
+        """Map images [B, 3, Y, X] in [-1, 1] to the posterior's mean and deviation, both [B, C, Y / f, X / f], unscaled."""
         ...
 
     def decode(self, latents_BChw: Tensor, /) -> Tensor:
-        """Unscaled latents to images."""
+        """Map unscaled latents [B, C, Y / f, X / f] to images [B, 3, Y, X] in [-1, 1]."""
         ...
 
 
@@ -59,23 +59,23 @@ class _Pixels:
 
 
 class _Chunking(NamedTuple):
-    """How many images an autoencoder takes in one call, and whether in tiles."""
+    """The number of images in one call of an autoencoder, and whether it works in tiles."""
 
     images: int
     tiled: bool = False
 
 
 class Codec:
-    """A frozen autoencoder and its normalisation: what the model sees are latents `(mean - shift) * scale`.
+    """A frozen autoencoder and its normalisation: the model sees latents `(mean - shift) * scale`.
 
-    Where memory does not suffice, it takes fewer images at once, and a single image in tiles. It remembers that for images of
-    the same size.
+    If memory does not suffice, it takes fewer images at once, and then a single image in tiles. It does so from then on for
+    images of the same size.
 
     Attributes:
         name: the value of `data.codec`.
         latent_channels: channels of the latents.
         downsampling: pixels along one side of a latent pixel.
-        device: that of its weights and results.
+        device: the device of its weights and results.
     """
 
     def __init__(self, name: str, autoencoder: Autoencoder, kind: str, dtype: torch.dtype) -> None:
@@ -93,17 +93,17 @@ class Codec:
         self._weights = modules_of(autoencoder)
         self._weights.eval().requires_grad_(False)
         if any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in self._weights.state_dict().values()):
-            _ = self.sha256  # of the weights as they came: it does not depend on the type
+            _ = self.sha256  # computed before the cast, so that it does not depend on the dtype
             self._weights.to(dtype)
 
     @cached_property
     def sha256(self) -> str:
-        """Hexadecimal SHA-256 of the class, the weights and the normalisation, whatever type and device they are on."""
+        """Hexadecimal SHA-256 of the class, the weights and the normalisation, independent of dtype and device."""
         parts = (self._kind, self._shift.flatten().tolist(), self._scale.flatten().tolist(), weights_sha256(self._weights))
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def to(self, device: torch.device | str) -> Codec:
-        """Move it, and return it."""
+        """Move the codec to a device, and return it."""
         self.device = torch.device(device)
         self._weights.to(self.device)
         self._shift, self._scale = self._shift.to(self.device), self._scale.to(self.device)
@@ -114,16 +114,16 @@ class Codec:
         """The posterior's mean and standard deviation of scaled latents.
 
         Args:
-            images_BCYX: [B, 3, Y, X] floating point in [-1, 1], on any device; `pixels` takes one channel, too. Y and X are
+            images_BCYX: [B, 3, Y, X] floating point in [-1, 1], on any device. `pixels` also accepts one channel. Y and X are
                 multiples of the downsampling.
 
         Returns:
-            Both [B, C, Y / downsampling, X / downsampling] float32, on the codec's device; the deviation is 0 where the
-            autoencoder has no distribution.
+            Both [B, C, Y / downsampling, X / downsampling] float32, on the codec's device. The deviation is 0 if the
+            autoencoder is deterministic.
 
         Raises:
             ValueError: another shape, or a type that is not floating point.
-            ConfigError: a custom codec returns another shape than it should.
+            ConfigError: a custom codec returns a wrong shape.
             torch.OutOfMemoryError: a single image does not fit.
         """
         self._check("images", images_BCYX, 3)
@@ -141,18 +141,18 @@ class Codec:
 
     @torch.no_grad()
     def decode(self, latents_BChw: Tensor) -> Tensor:
-        """Images of scaled latents.
+        """The images of scaled latents.
 
         Args:
-            latents_BChw: [B, C, h, w] floating point, on any device; `pixels` takes one channel, too.
+            latents_BChw: [B, C, h, w] floating point, on any device. `pixels` also accepts one channel.
 
         Returns:
-            [B, 3, h * downsampling, w * downsampling] float32 in [-1, 1], on the codec's device; `pixels` returns as many
-            channels as it is given.
+            [B, 3, h * downsampling, w * downsampling] float32 in [-1, 1], on the codec's device. `pixels` returns as many
+            channels as it gets.
 
         Raises:
             ValueError: another shape, or a type that is not floating point.
-            ConfigError: a custom codec returns another shape than it should.
+            ConfigError: a custom codec returns a wrong shape.
             torch.OutOfMemoryError: a single image does not fit.
         """
         self._check("latents", latents_BChw, self.latent_channels)
@@ -183,7 +183,7 @@ class Codec:
     def _in_chunks(
         self, method: str, function: Callable[[Tensor], tuple[Tensor, ...]], inputs_BCYX: Tensor
     ) -> tuple[Tensor, ...]:
-        """Apply a method of the autoencoder to as many images at once as memory takes; float32."""
+        """Apply a method of the autoencoder to as many images at once as fit into memory. Results are float32."""
         size = (method, *inputs_BCYX.shape[2:])
         before = chunking = self._chunkings.get(size, _Chunking(len(inputs_BCYX)))
         while True:
@@ -211,7 +211,7 @@ class Codec:
         try:
             for module in modules:
                 module.use_tiling = True
-            with torch.autocast(self.device.type, enabled=False):  # the trainer's precision is not the codec's
+            with torch.autocast(self.device.type, enabled=False):  # the trainer's precision must not affect the codec
                 results = function(chunk_BCYX.to(self.device, self._dtype))
         finally:
             for module in modules:
@@ -226,16 +226,16 @@ class Codec:
 def build_codec(
     name: str, dtype: Literal["float32", "bfloat16", "float16"] = "float32", device: torch.device | str = "cpu"
 ) -> Codec:
-    """Build the codec of that name; the global random state stays as it is.
+    """Build the codec of that name. The global random state stays as it is.
 
     Args:
         name: as in `data.codec`.
-        dtype: type in which an autoencoder computes. In place of float16 it is float32 where the configuration of one of
-            diffusers says `force_upcast`, as in diffusers' own pipelines; `pixels` changes nothing in any type.
+        dtype: dtype in which an autoencoder computes. If the configuration of an autoencoder of diffusers says `force_upcast`,
+            float32 takes the place of float16, as in diffusers' pipelines. `pixels` is always float32.
         device: where it computes.
 
     Raises:
-        ConfigError: there is none, it cannot be had, or it is no codec.
+        ConfigError: the codec does not exist, is not available, or is not a codec.
     """
     try:
         with torch.random.fork_rng(devices=[]):
@@ -246,10 +246,10 @@ def build_codec(
 
 
 def require_fit(codec: Codec, model: ModelConfig) -> None:
-    """Refuse a codec whose latents are not the model's; pixels may be grey.
+    """Refuse a codec whose latents do not have the model's channels. For `pixels`, one channel (grey) is legal too.
 
     Raises:
-        ConfigError: with both numbers of channels.
+        ConfigError: the channels differ. The message has both numbers.
     """
     theirs, ours = codec.latent_channels, model.latent_channels
     if theirs != ours and (codec.name, ours) != (PIXELS, 1):

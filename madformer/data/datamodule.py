@@ -1,9 +1,9 @@
 """Training data as a LightningDataModule: shards of latents, images encoded on the device, or digits.
 
-With `data.streaming` images are read in order, neither copied nor encoded first. The stream of an epoch goes through the
-source's units in an order drawn from (seed, epoch) and shuffles windows of `WINDOW` rows, each by a draw of its own. So it is
-a pure function of seed and position, and a resumed run sees exactly what an uninterrupted one sees. The price: every device
-reads the whole stream, and a resumed run reads its epoch's stream up to where it was, decoding nothing.
+With `data.streaming` images are read in order, and are neither copied nor encoded before. The stream of an epoch goes through
+the source's units in an order drawn from (seed, epoch), and shuffles windows of `WINDOW` rows, each by a draw of its own. So it
+depends only on seed and position, and a resumed run sees exactly the samples of an uninterrupted one. The cost: every device
+reads the whole stream, and a resumed run reads its epoch's stream up to its position, without decoding.
 """
 
 from __future__ import annotations
@@ -48,18 +48,17 @@ from madformer.runs.files import append_line
 
 
 class LatentDataModule(pl.LightningDataModule):
-    """Endless batches of latents, resumed by the step alone: of shards, of images encoded on the training device, or of digits.
+    """Endless batches of latents: from shards, from images encoded on the training device, or from digits.
 
-    Each batch has `"keys"`, [B, 2] int64 (step, index in the global batch), and `"text"`, [B, T] int64, for a model with text.
-    The threads that read it call `draw(batch)` of the trainer's module, which puts noise in the place of keys
-    (`LitMADFormer.draw`). `"latents"`, [B, C, h, w] float32, are there when the batch is on the device.
-    Gradient accumulation is set on the Trainer so that every optimiser step sees `data.batch_size` images, on any number of
-    devices.
+    To resume, it needs only the step. Each batch has `"keys"`, [B, 2] int64 (step, index in the global batch), and for a model
+    with text `"text"`, [B, T] int64. The threads that read it call `draw(batch)` of the trainer's module, which replaces the
+    keys by noise (`LitMADFormer.draw`). On the device the batch has `"latents"`, [B, C, h, w] float32. Gradient accumulation is
+    set on the Trainer so that every optimiser step sees `data.batch_size` images, on any number of devices.
 
-    The codec is held here and not by the model: it is neither in checkpoints nor in the moving average.
+    The codec belongs to this module and not to the model, so it is neither in checkpoints nor in the moving average.
 
     Raises:
-        ConfigError: the experiment names no data, or data that is not there or not the model's.
+        ConfigError: the experiment names no data, or its data does not exist or does not fit the model.
         InputError: latents that contradict the experiment.
     """
 
@@ -69,11 +68,11 @@ class LatentDataModule(pl.LightningDataModule):
         self.config = config
         self.codec: Codec | None = None
         self.class_prompts: tuple[str, ...] | None = None
-        """Prompts of the classes, by label, if there are classes."""
+        """Prompts of the classes, by label; None: no classes."""
         self.summary = ""
-        """One line: how many images and classes there are, and what is left out."""
+        """A line with the numbers of images, classes and skipped images."""
         self._skipped_file = config.run_dir / "skipped.txt"
-        """Broken images of the source, so far; also those of before a restart."""
+        """Broken images of the source so far, including those from before a restart."""
         self._epoch_size: int | None = None
         self._fingerprint: dict[str, str] = {}
         self._samples: Samples | None = None
@@ -103,7 +102,7 @@ class LatentDataModule(pl.LightningDataModule):
         self._collator = Collator(config.seed, data.flip, self.tokenizer)
 
     def setup(self, stage: str) -> None:
-        """Share the batch out among the devices.
+        """Share the batch among the devices.
 
         Raises:
             ConfigError: the devices cannot share the batch equally.
@@ -116,7 +115,7 @@ class LatentDataModule(pl.LightningDataModule):
         self.trainer.accumulate_grad_batches = self._shard.accumulation
 
     def train_dataloader(self) -> MicroBatches[Any]:
-        """Batches from the trainer's step on. Lightning asks after it has restored a checkpoint."""
+        """Batches from the trainer's step on. Lightning calls this after it has restored a checkpoint."""
         assert self.trainer is not None
         data, step = self.config.data, self.trainer.global_step
         pin_memory = self.trainer.strategy.root_device.type == "cuda"
@@ -137,7 +136,7 @@ class LatentDataModule(pl.LightningDataModule):
         return read if draw is None else lambda item: draw(read(item))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Turn images or moments into latents, on the training device; note what was skipped.
+        """Turn images or moments into latents on the training device, and record skipped images.
 
         Raises:
             InputError: more than `data.max_skipped` images are broken.
@@ -155,15 +154,15 @@ class LatentDataModule(pl.LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What data this is, how long an epoch of a stream is, and what the classes are called, for sampling."""
+        """The data's fingerprint, the size of a stream's epoch, and the prompts of classes, for sampling."""
         names = list(self.class_prompts) if self.class_prompts is not None else None
         return {"fingerprint": self._fingerprint, "epoch_size": self._epoch_size, CLASS_PROMPTS: names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the same data.
+        """Continue with the same data.
 
         Raises:
-            InputError: the checkpoint's is other data.
+            InputError: the checkpoint was trained on other data.
         """
         for part, expected in state_dict["fingerprint"].items():
             found = self._fingerprint.get(part)
@@ -175,7 +174,7 @@ class LatentDataModule(pl.LightningDataModule):
 
     @property
     def source_sha256(self) -> str:
-        """Fingerprint of the images; of latents, that of the images that they were made from."""
+        """Fingerprint of the images; for latents, of the images that they were encoded from."""
         return self._fingerprint["source"]
 
     @property
@@ -207,7 +206,7 @@ class LatentDataModule(pl.LightningDataModule):
         self._set_captions(source.has_labels, source.class_names, source.has_texts, name)
         self.summary = source.summarise()
         if self._captions.class_prompts is not None:
-            self._captions(source.last_label, None)  # a class without a name shows now; of a stream, when it is met
+            self._captions(source.last_label, None)  # refuses a class without a name; a stream refuses it when it comes
         self._fingerprint["source"] = self._source.fingerprint
 
     def _open_shards(self, folder: Path) -> ShardSamples:
@@ -221,7 +220,7 @@ class LatentDataModule(pl.LightningDataModule):
         self._fingerprint |= {"latents": manifest.sha256, "source": encoding.source_sha256}
         reader = ShardReader(folder, manifest)
         if encoding.labels and self._captions.class_prompts is not None:
-            self._captions(int(reader.labels.max()), None)  # a class without a name shows now
+            self._captions(int(reader.labels.max()), None)  # refuses a class without a name
         return ShardSamples(reader, self._captions)
 
     def _set_captions(self, has_labels: bool, names: Sequence[str] | None, has_texts: bool, source: str) -> None:
@@ -233,7 +232,7 @@ class LatentDataModule(pl.LightningDataModule):
         """Refuse latents that were not made for this experiment.
 
         Raises:
-            InputError: the first contradiction, with both values.
+            InputError: the latents contradict the experiment. The message has the first field, with both values.
         """
         encoding, data, model = manifest.encoding, self.config.data, self.config.model
         pairs: list[tuple[str, object, object]] = [
@@ -272,9 +271,9 @@ class LatentDataModule(pl.LightningDataModule):
             return False
 
     def _same_codec(self, manifest: Manifest) -> bool:
-        """Whether the experiment's codec made the latents. A codec of another name may be the same one, moved.
+        """Whether the experiment's codec made the latents. A codec of another name may be the same, in another place.
 
-        A codec of the same name is not loaded for this alone, only where previews need it.
+        A codec of the same name is loaded and compared only if previews need it.
         """
         if manifest.encoding.codec == self.config.data.codec and not self.config.evaluation.preview_every:
             return True
@@ -291,7 +290,7 @@ class LatentDataModule(pl.LightningDataModule):
 
 
 WINDOW = 512
-"""Rows, not yet decoded, that lie in memory and are shuffled together."""
+"""Number of undecoded rows that are in memory and shuffled together."""
 
 
 @dataclass(frozen=True)
@@ -300,13 +299,13 @@ class RawBatch:
 
     batch_index: BatchIndex
     rows: list[tuple[list[Row], int]]
-    """For each image its window of rows, and which one of them it is."""
+    """For each image its window of rows, and its number in the window."""
     epoch_size: int | None
-    """Rows of an epoch, as soon as one has ended: with it a resumed run finds its place without reading all epochs again."""
+    """Rows of an epoch; None: no epoch has ended yet. With it a resumed run need not read earlier epochs again."""
 
 
 class ImageStream:
-    """Endless micro-batches of one device, from step `first_step` on: iterate, and `read` each of them."""
+    """Endless micro-batches of one device, from step `first_step` on. Iterate, and `read` each micro-batch."""
 
     def __init__(
         self,
@@ -321,7 +320,7 @@ class ImageStream:
         self.shard, self.first_step, self.epoch_size = shard, first_step, epoch_size
 
     def __iter__(self) -> Iterator[RawBatch]:
-        """Micro-batches before they are decoded."""
+        """Yield micro-batches before they are decoded."""
         batch_size = self.reader.data.batch_size
         start = self.first_step * batch_size
         epoch, offset = divmod(start, self.epoch_size) if self.epoch_size else (0, start)
@@ -333,7 +332,7 @@ class ImageStream:
                 yield RawBatch(batch_index, [rows[index] for index in batch_index.indices], self.epoch_size)
 
     def read(self, raw: RawBatch) -> Batch:
-        """Decode a micro-batch; a broken image is replaced by the next good one of its window."""
+        """Decode a micro-batch. The next good image of the same window replaces a broken one."""
         candidates = (itertools.chain(window[number:], window[:number]) for window, number in raw.rows)
         batch, captions = self.reader.read(candidates, self.collator.draw_flips(raw.batch_index))
         if raw.epoch_size:
@@ -341,7 +340,7 @@ class ImageStream:
         return self.collator.finish(batch, captions, raw.batch_index)
 
     def _stream(self, epoch: int, offset: int) -> Iterator[tuple[list[Row], int]]:
-        """Endless pairs (window, number of a row in it), from row `offset` of `epoch` on."""
+        """Yield pairs (window, number of a row in it) without end, from row `offset` of `epoch` on."""
         while True:
             rows = self._rows(epoch)
             count = sum(1 for _ in itertools.islice(rows, offset // WINDOW * WINDOW))
@@ -354,7 +353,7 @@ class ImageStream:
             if not count:
                 raise InputError("data.source: the stream has no rows")
             self.epoch_size = count
-            # Nobody knew the epoch's size when the run resumed behind its end.
+            # A run may resume at an offset beyond the epoch's end, if the epoch's size was not known.
             epoch, offset = (epoch + offset // count, offset % count) if offset > count else (epoch + 1, 0)
 
     def _rows(self, epoch: int) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""`madformer encode`: turn images into shards of latents, on all devices. Run again, it resumes."""
+"""`madformer encode`: turn images into shards of latents, on all devices. The same command resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ from madformer.runs.files import write_text
 from madformer.runs.folder import claim_folder
 
 RECONSTRUCTED = 32
-"""Images that are decoded again when all is done, to see that the latents mean what they should."""
+"""Number of images that are decoded at the end, to check the latents."""
 
 SHOWN = 8
-"""Images in the picture, next to their originals."""
+"""Number of images in the picture, next to their originals."""
 
 
 def encode(config: ExperimentConfig) -> None:
     """Fill the folder `data.latents` with the latents of all images of `data.source`.
 
     Raises:
-        ConfigError: nothing to encode or nowhere to put it, or a codec whose latents are not the model's.
-        InputError: the folder holds other latents, another process is at it, or too many images are broken.
+        ConfigError: no images or no folder are named, or the codec's latents do not fit the model.
+        InputError: the folder holds other latents, another process encodes into it, or too many images are broken.
     """
     data = config.data
     if data.latents is None:
@@ -71,7 +71,11 @@ def encode(config: ExperimentConfig) -> None:
 
 
 def encode_share(share: Share, data: DataConfig, encoding: Encoding) -> None:
-    """Encode every `world_size`-th unit of the source; shards that are done stay as they are."""
+    """Encode every `world_size`-th unit of the source. Shards that are done stay as they are.
+
+    Args:
+        encoding: the encoding in the folder.
+    """
     source, codec = open_source(data), build_codec(data.codec, data.codec_dtype, share.device)
     encoder, count = _Encoder(data, encoding, source, codec), 0
     for unit in range(share.rank, source.num_units, share.world_size):
@@ -87,7 +91,7 @@ class _Encoder:
         self.shards = read_shards(self.folder)
 
     def encode_unit(self, unit: int) -> Iterator[int]:
-        """Write the shards of a unit that are missing; yields how many rows were seen, now and then."""
+        """Write the missing shards of a unit. Yields the number of rows read since the last yield."""
         first_part = next(part for part in itertools.count() if shard_name(unit, part) not in self.shards)
         if first_part and self.shards[shard_name(unit, first_part - 1)].last:
             return
@@ -102,7 +106,7 @@ class _Encoder:
             seen, skipped = 0, list[tuple[str, str]]()
             for batch in batched(images_of_shard, self.data.codec_batch_size):
                 good_images = list(skip_broken(batch, self.data, skipped))
-                if len(good_images) < len(batch):  # together with those of other shards, also of other processes
+                if len(good_images) < len(batch):  # the limit is for all shards together, also other processes'
                     require_few(self.data, [*skipped, *_skipped(read_shards(self.folder).values())])
                 self._add(writer, good_images)
                 seen += len(batch)
@@ -123,17 +127,17 @@ class _Encoder:
         latents = {column: moments[column].half().cpu() for column in self.encoding.arrays}
         if not all(bool(array.isfinite().all()) for array in latents.values()):
             problem = f"gives NaN or infinity in {self.data.codec_dtype}, or more than float16 holds"
-            remedy = "set data.codec_dtype=float32 or bfloat16, or mend its scaling factor"
+            remedy = "set data.codec_dtype=float32 or bfloat16, or correct its scaling factor"
             raise ConfigError(f"data.codec = {self.data.codec!r}: {problem}: {remedy}")
         rows = [{"key": image.row.key, "label": image.row.label, "text": image.row.text} for image in images]
         writer.add(rows, {column: array.numpy() for column, array in latents.items()})
 
 
 def _describe(config: ExperimentConfig, source: ImageSource, codec: Codec) -> Encoding:
-    """The encoding that the experiment asks for.
+    """The encoding that the experiment needs.
 
     Raises:
-        ConfigError: the codec's latents are not the model's.
+        ConfigError: the codec's latents do not fit the model.
     """
     data, model = config.data, config.model
     assert data.source is not None
@@ -187,11 +191,11 @@ def _finish(folder: Path, encoding: Encoding, source: ImageSource, codec: Codec)
     """Write the manifest, once all units are complete."""
     shards = list(read_shards(folder).values())
     if complete_units(shards) != set(range(source.num_units)):
-        remark = "this process has done its share; the last one writes the manifest (if none does: once more)"
+        remark = "this process has done its share; the last one writes the manifest (if none does, run the command again)"
         print(f"{folder}: {remark}", flush=True)
         return
     if not any(shard.rows for shard in shards):
-        raise DataError(f"{encoding.source}: no image in it that can be read")
+        raise DataError(f"{encoding.source}: none of its images can be read")
     _remove_temporary_files(folder)
     skipped = _skipped(shards)
     write_text(folder / "skipped.txt", "".join(f"{key}\t{flaw}\n" for key, flaw in skipped))
@@ -203,7 +207,7 @@ def _finish(folder: Path, encoding: Encoding, source: ImageSource, codec: Codec)
 
 
 def _remove_temporary_files(folder: Path) -> None:
-    """Remove what processes that were killed had begun to write."""
+    """Remove unfinished files of processes that were killed."""
     for path in folder.glob(".shard-*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -213,7 +217,7 @@ def _skipped(shards: Iterable[Shard]) -> list[tuple[str, str]]:
 
 
 def _reconstruct(folder: Path, manifest: Manifest, source: ImageSource, codec: Codec) -> dict[str, float]:
-    """Decode the first latents and compare them with their images; with a picture of some."""
+    """Decode the first latents, compare them with their images, and save a picture of some."""
     reader, size, crop = ShardReader(folder, manifest), manifest.encoding.image_size, manifest.encoding.crop
     keys = reader.values("key", np.arange(min(RECONSTRUCTED, len(reader))))
     rows = (row for unit in range(source.num_units) for row in source.rows(unit) if row.key in keys)
@@ -236,8 +240,8 @@ def _report(folder: Path, manifest: Manifest, source: ImageSource) -> None:
     if manifest.skipped:
         lines.append(f"  skipped: {manifest.skipped} broken images, named in {folder / 'skipped.txt'}")
     if quality := manifest.reconstruction:
-        psnr = f"  decoded again, the first {quality['images']:.0f}: {quality['psnr']:.1f} dB PSNR"
-        lines.append(f"{psnr}; beside their originals in {folder / 'reconstruction.png'}")
+        psnr = f"  the first {quality['images']:.0f}, decoded again: {quality['psnr']:.1f} dB PSNR"
+        lines.append(f"{psnr}; next to their originals in {folder / 'reconstruction.png'}")
     mean = sum(manifest.channel_means) / len(manifest.channel_means)
     deviation = math.sqrt(sum(value**2 for value in manifest.channel_deviations) / len(manifest.channel_deviations))
     lines.append(f"  mean {mean:+.2f}, deviation {deviation:.2f} (of each channel: {folder / 'manifest.json'})")

@@ -25,7 +25,7 @@ from madformer.errors import BadImage, ConfigError, DataError, InputError
 from madformer.randomness import BatchIndex, keyed_generator
 
 SECONDS_TO_END = 10
-"""How long the end of the program waits for a thread that is stuck, in a file system for instance."""
+"""Longest wait, at the end of the program, for a thread that is stuck, for instance in a file system."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -37,17 +37,17 @@ class MicroBatches(Generic[Item]):
     """Endless micro-batches of one device, each read as a whole.
 
     Args:
-        items: what the micro-batches are read from, in order.
-        read: makes a micro-batch of an item.
-        workers: threads that read ahead; no batch depends on their number.
-        pin_memory: whether batches lie in memory from which they go to a GPU fast.
+        items: one for each micro-batch, in order.
+        read: makes a micro-batch from an item.
+        workers: threads that read ahead. Batches do not depend on their number.
+        pin_memory: whether to put batches into pinned memory, from which they go to a GPU faster.
     """
 
     def __init__(self, items: Iterable[Item], read: Callable[[Item], Batch], workers: int, pin_memory: bool) -> None:
         self.items, self.read, self.workers, self.pin_memory = items, read, workers, pin_memory
 
     def __iter__(self) -> Iterator[Batch]:
-        """Micro-batches in order."""
+        """Yield micro-batches in the order of their items."""
         return prefetch(self._prepare, self.items, self.workers, queue_size=2 * self.workers)
 
     def _prepare(self, item: Item) -> Batch:
@@ -66,16 +66,16 @@ class Captions:
 
     @staticmethod
     def of(config: ExperimentConfig, class_prompts: tuple[str, ...] | None, has_texts: bool, source: str) -> Captions:
-        """Captions for the experiment's model; a list of class names that the experiment names goes before texts.
+        """Captions for the experiment's model. Class names that the experiment sets are preferred to texts.
 
         Args:
             config: the experiment.
             class_prompts: prompts of the source's classes, by label; None: it has no classes, or they have no names.
-            has_texts: whether its images have texts.
-            source: its name.
+            has_texts: whether the source's images have texts.
+            source: the source's name, for messages.
 
         Raises:
-            ConfigError: the model reads text, and there is none.
+            ConfigError: the model has text, but the source has neither texts nor class names.
         """
         if config.model.text is None:
             return Captions(None)
@@ -86,7 +86,7 @@ class Captions:
         return Captions(class_prompts, use_text)
 
     def __call__(self, label: int | None, text: str | None) -> str:
-        """The caption; empty if there is none."""
+        """The caption of an image; empty if it has none."""
         if self.use_text:
             return text or ""
         if self.class_prompts is None or label is None:
@@ -97,17 +97,17 @@ class Captions:
 
 
 class Samples(Protocol):
-    """A data set that can be read anywhere."""
+    """A data set with random access."""
 
     def __len__(self) -> int:
-        """How many samples there are."""
+        """Number of samples in the data set."""
 
     def read(self, samples: np.ndarray, flipped_B: np.ndarray) -> tuple[Batch, list[str]]:
-        """The samples of those numbers and their captions.
+        """Read samples and their captions by number.
 
         Args:
-            samples: [B] numbers.
-            flipped_B: which ones are to be mirrored.
+            samples: numbers of the samples, [B].
+            flipped_B: whether to mirror each sample.
 
         Returns:
             `latents`, or `mean` (and `deviation`), or `images` [B, 3, Y, X] uint8; and a caption for each, perhaps empty.
@@ -115,7 +115,7 @@ class Samples(Protocol):
 
 
 class DigitSamples:
-    """scikit-learn's digits, in memory, as they are."""
+    """scikit-learn's digits, in memory, as 8 x 8 latents."""
 
     def __init__(self, split: str, class_prompts: Sequence[str]) -> None:
         self._images_NCYX, self._labels_N = load_digits(split)
@@ -125,7 +125,7 @@ class DigitSamples:
         return len(self._images_NCYX)
 
     def read(self, samples: np.ndarray, flipped_B: np.ndarray) -> tuple[Batch, list[str]]:
-        """Digits, never mirrored."""
+        """Read digits and their captions. Digits are never mirrored."""
         numbers = torch.from_numpy(samples)
         return {"latents": self._images_NCYX[numbers]}, [self._prompts[label] for label in self._labels_N[numbers].tolist()]
 
@@ -140,7 +140,7 @@ class ShardSamples:
         return len(self.reader)
 
     def read(self, samples: np.ndarray, flipped_B: np.ndarray) -> tuple[Batch, list[str]]:
-        """Moments of the posterior; of the mirrored image for `flipped_B`."""
+        """Read moments of the posterior, for `flipped_B` those of the mirrored image, and captions."""
         encoding = self.reader.manifest.encoding
         batch = {}
         for column in ("mean", "deviation") if encoding.stochastic else ("mean",):
@@ -158,21 +158,24 @@ class ShardSamples:
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads images of a source for training; a broken one is replaced by the next good one, and named."""
+    """Reads images of a source for training. It replaces a broken image by the next good one, and reports it."""
 
     data: DataConfig
     image_size: int
     captions: Captions
 
     def read(self, candidates: Iterable[Iterable[Row]], flipped_B: np.ndarray) -> tuple[Batch, list[str]]:
-        """`images` [B, 3, Y, X] uint8, under `skipped` the keys and flaws of broken ones, if any; and the captions.
+        """Read images and their captions.
 
         Args:
-            candidates: for each image the rows that it may be, best first.
-            flipped_B: which images are to be mirrored.
+            candidates: for each image the rows to try, in order, until one can be read.
+            flipped_B: whether to mirror each image.
+
+        Returns:
+            `images` [B, 3, Y, X] uint8, and, if images are broken, `skipped` with their keys and flaws; and the captions.
 
         Raises:
-            DataError: none of the candidates can be read, or none of the first `data.max_skipped` and one.
+            DataError: no candidate of an image can be read, or more than `data.max_skipped` of them are broken.
         """
         images, skipped = list[DecodedImage](), list[tuple[str, str]]()
         for rows in candidates:
@@ -194,7 +197,7 @@ class ImageReader:
 
 
 class ImageSamples:
-    """Images of a source that can be read anywhere."""
+    """Images of a source with random access."""
 
     def __init__(self, source: ImageSource, reader: ImageReader) -> None:
         self.source, self.reader = source, reader
@@ -204,7 +207,7 @@ class ImageSamples:
         return self.source.num_rows
 
     def read(self, samples: np.ndarray, flipped_B: np.ndarray) -> tuple[Batch, list[str]]:
-        """Images from `ImageReader`. A broken image is replaced by one of the next rows."""
+        """Read images with `ImageReader`. The next good row replaces a broken image."""
         return self.reader.read((self._rows_from(int(sample)) for sample in samples), flipped_B)
 
     def _rows_from(self, sample: int) -> Iterator[Row]:
@@ -213,26 +216,32 @@ class ImageSamples:
 
 @dataclass(frozen=True)
 class Collator:
-    """Adds to every micro-batch what depends on its index: keys, mirroring, tokens."""
+    """Adds keys and tokens to every micro-batch, and draws which images to mirror."""
 
     seed: int
     flip: bool
     tokenizer: PromptTokenizer | None
 
     def draw_flips(self, batch_index: BatchIndex) -> np.ndarray:
-        """Which samples are mirrored: a function of seed, step and index."""
+        """Whether each sample is mirrored, [B] bool. The draw depends on seed, step and index."""
         if not self.flip:
             return np.zeros(len(batch_index.indices), dtype=bool)
         generators = (keyed_generator(self.seed, "flip", batch_index.step, index) for index in batch_index.indices)
         return np.array([bool(torch.rand(1, generator=generator) < 0.5) for generator in generators])
 
     def read(self, samples: Samples, batch_index: BatchIndex) -> Batch:
-        """Read a micro-batch and finish it."""
+        """Read a micro-batch of samples, and `finish` it."""
         batch, captions = samples.read(batch_index.samples, self.draw_flips(batch_index))
         return self.finish(batch, captions, batch_index)
 
     def finish(self, batch: Batch, captions: Sequence[str], batch_index: BatchIndex) -> Batch:
-        """Add `keys` [B, 2] (step, index in the global batch) and, for a model with text, `text` [B, T]."""
+        """Add `keys` [B, 2] (step, index in the global batch) and, for a model with text, `text` [B, T].
+
+        Args:
+            batch: changed in place.
+            captions: one for each sample.
+            batch_index: the micro-batch's place in training.
+        """
         indices = torch.tensor(list(batch_index.indices))
         batch["keys"] = torch.stack([torch.full_like(indices, batch_index.step), indices], dim=1)
         if self.tokenizer is not None:
@@ -246,7 +255,7 @@ class DecodedImage:
 
     row: Row
     pixels_CYX: Tensor
-    """Bytes [3, size, size]."""
+    """uint8 [3, size, size]."""
 
 
 class BrokenImage(NamedTuple):
@@ -259,10 +268,16 @@ class BrokenImage(NamedTuple):
 def decode_rows(
     rows: Iterable[Row], size: int, crop: str, workers: int = 0, queue_size: int = 0
 ) -> Iterator[DecodedImage | BrokenImage]:
-    """Decode rows in their order to squares (`data.crop`), with `workers` threads and at most `queue_size` images waiting.
+    """Decode rows in order to square images.
+
+    Args:
+        size: pixels along a side.
+        crop: `data.crop`.
+        workers: threads that decode ahead; 0: decode in this thread.
+        queue_size: most decoded images that wait.
 
     Raises:
-        InputError: an image is there, but cannot be read now.
+        InputError: an image exists, but cannot be read now.
     """
     return prefetch(partial(_decode, size=size, crop=crop), rows, workers, queue_size)
 
@@ -270,10 +285,14 @@ def decode_rows(
 def skip_broken(
     images: Iterable[DecodedImage | BrokenImage], data: DataConfig, broken: list[tuple[str, str]]
 ) -> Iterator[DecodedImage]:
-    """The images that can be read; the others are added to `broken`, as (key, flaw).
+    """Yield the images that can be read.
+
+    Args:
+        data: has the limit, `data.max_skipped`.
+        broken: receives the others, as (key, flaw).
 
     Raises:
-        DataError: `broken` holds more than `data.max_skipped`.
+        DataError: `broken` has more images than the limit.
     """
     for image in images:
         if isinstance(image, DecodedImage):
@@ -287,7 +306,7 @@ def require_few(data: DataConfig, broken: Sequence[tuple[str, str]]) -> None:
     """Refuse more than `data.max_skipped` broken images, given as (key, flaw).
 
     Raises:
-        DataError: with the first three.
+        DataError: there are more. The message names the first three.
     """
     if len(broken) > data.max_skipped:
         limit = f"more than data.max_skipped = {data.max_skipped} broken images"
@@ -306,16 +325,19 @@ def _decode(row: Row, size: int, crop: str) -> DecodedImage | BrokenImage:
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of at most `size` items; itertools.batched is newer than the oldest Python that we run on."""
+    """Yield lists of at most `size` items. itertools.batched needs a newer Python than the oldest supported one."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
 def prefetch(prepare: Callable[[Item], Result], items: Iterable[Item], workers: int, queue_size: int) -> Iterator[Result]:
-    """`map(prepare, items)`, in order, with at most `queue_size` results waiting; without workers it is just that.
+    """`map(prepare, items)` in threads. Results come in order, and an error is raised in the place of its item's result.
 
-    One thread goes through the items and `workers` threads prepare them. An error shows at the place of the item that met it.
+    Args:
+        items: one thread iterates over them.
+        workers: threads that prepare items; 0: it is a plain `map`.
+        queue_size: most results that wait.
     """
     if workers == 0:
         yield from map(prepare, items)
@@ -329,23 +351,23 @@ def prefetch(prepare: Callable[[Item], Result], items: Iterable[Item], workers: 
 
 
 class _ThreadPool(Generic[Item, Result]):
-    """Threads that can be stopped at any time: an endless stream has no end of its own."""
+    """Threads that can be stopped at any time, as an endless stream does not end by itself."""
 
     def __init__(self, prepare: Callable[[Item], Result], items: Iterable[Item], workers: int, queue_size: int) -> None:
         self.results: Queue[Future[Result] | None] = Queue(queue_size)
-        """In the order of the items; None: there are no more."""
+        """Results in the order of the items; None: there are no more."""
         self._stop = Event()
-        """Set when the rest is not needed."""
+        """Set when no further results are needed."""
         self._tasks: Queue[tuple[Future[Result], Item] | None] = Queue()
         self._threads = [Thread(target=self._read, args=(items, workers), daemon=True)]
         self._threads += [Thread(target=self._prepare, args=(prepare,), daemon=True) for _ in range(workers)]
         for thread in self._threads:
             thread.start()
-        # A thread that is inside of torch or Pillow when the interpreter ends would abort the program.
+        # A thread that is inside torch or Pillow when the interpreter ends would abort the program.
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Stop the threads and wait until what has begun has ended."""
+        """Stop the threads, and wait until they have finished their current items."""
         atexit.unregister(self.close)
         self._stop.set()
         for thread in self._threads:
@@ -379,7 +401,7 @@ class _ThreadPool(Generic[Item, Result]):
                 result.set_exception(error)
 
     def _put(self, result: Future[Result] | None) -> bool:
-        """Wait for a place among the results; whether somebody wants it."""
+        """Put a result into the queue, waiting for a place. Returns False if the threads are stopped."""
         while not self._stop.is_set():
             try:
                 self.results.put(result, timeout=0.1)

@@ -1,7 +1,7 @@
 """Prompts: class names, and tokenizers that turn text into token ids.
 
-ImageNet's names are the first lemma of each class in WordNet. Four differ, so that no two names are the same: crane (bird) and
-crane (machine), and by their second lemma Cardigan Welsh corgi (there is a cardigan) and tank suit (there is a maillot).
+ImageNet's names are the first lemma of each class in WordNet. Four are changed, so that no two names are equal: crane (bird),
+crane (machine), and by their second lemma Cardigan Welsh corgi (a cardigan exists too) and tank suit (a maillot exists too).
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ IMAGENET = "imagenet"
 """The class names that ship with the package."""
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-"""Prompts of the digits."""
+"""Class names of the digits."""
 
 BUILTIN_FILE = "builtin_tokenizer.json"
 """The builtin tokenizer, in the folder of this module; `scripts/train_tokenizer.py` makes it."""
 
 _CACHE_SIZE = 10_000
-"""Prompts whose tokens are kept: those of classes come again and again."""
+"""Most prompts whose tokens are kept, as those of classes repeat."""
 
 
 class PromptTokenizer:
-    """Prompts to token ids, by several threads at once.
+    """Maps prompts to token ids. Several threads may call it at once.
 
-    A tokenizer's own special tokens (beginning or end of a text, separators) are not added, except a BOS token if `bos`
-    is set: the model learns its embeddings from scratch, so a token that is the same in every prompt would tell it nothing, and
-    the null text of guidance must be padding only. Special tokens are not parsed from prompts either: `<pad>` or
-    `<|end_of_text|>` in a prompt is text like any other.
+    It does not add the tokenizer's own special tokens (beginning or end of a text, separators), except a BOS token if `bos` is
+    set. The model learns its embeddings from scratch, so a token that is the same in every prompt tells it nothing. And the
+    null text of guidance must be padding only. Special tokens are not parsed from prompts either: `<pad>` or `<|end_of_text|>`
+    in a prompt is ordinary text.
 
     Args:
-        name: `builtin`, or a hub id or folder of transformers. What the hub's cache holds is used without asking the hub.
-        text: Length of prompts, vocabulary and padding of the model.
+        name: `builtin`, or a hub id or folder of transformers. Files in the hub's cache are used without asking the hub.
+        text: prompt length, vocabulary and padding of the model.
         bos: whether prompts begin with the BOS token.
         padding_side: `right` or `left`.
 
     Raises:
-        ConfigError: the tokenizer cannot be had, has tokens beyond `text.vocab_size`, uses `text.pad_token_id` in text, or
-            has no BOS token.
+        ConfigError: the tokenizer is not available, has tokens beyond `text.vocab_size`, uses `text.pad_token_id` in text, or
+            lacks a BOS token.
     """
 
     def __init__(self, name: str, text: TextConfig, bos: bool = False, padding_side: str = "right") -> None:
-        # Prompts are few and short, and several threads tokenize already.
+        # Prompts are few and short, and several threads call the tokenizer already.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._backend = _Builtin() if name == BUILTIN else _Pretrained(name)
         self._text, self._padding_side = text, padding_side
@@ -74,7 +74,7 @@ class PromptTokenizer:
 
     @staticmethod
     def of(data: DataConfig, text: TextConfig) -> PromptTokenizer:
-        """The tokenizer of an experiment."""
+        """The tokenizer that an experiment names."""
         return PromptTokenizer(data.tokenizer, text, data.bos, data.padding_side)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
@@ -99,12 +99,12 @@ def class_prompts(
     """Prompts of the classes, by label.
 
     Args:
-        class_names: `data.class_names`: `imagenet`, a text file (UTF-8) with one name a line, or None for the source's.
-        from_source: What the data set itself calls its classes, None if it does not.
-        kind: `data.prompts`: the names, or the labels in digits.
+        class_names: `data.class_names`: `imagenet`, or a UTF-8 text file with one name on each line; None: the source's names.
+        from_source: the data set's own class names; None: it has none.
+        kind: `data.prompts`: the names, or the labels as numbers.
 
     Raises:
-        ConfigError: no such file, or it has a blank or repeated line.
+        ConfigError: the file does not exist, or has a blank or repeated line.
     """
     if class_names is not None:
         from_source = imagenet_classes() if class_names == IMAGENET else _read_names(class_names)
@@ -114,10 +114,10 @@ def class_prompts(
 
 
 def parse_classes(text: str, prompts: Sequence[str]) -> list[int]:
-    """Labels of `--classes`: numbers or names with commas between. Names may hold commas themselves; case does not matter.
+    """Labels of `--classes`: numbers or names, separated by commas. Names may contain commas; case does not matter.
 
     Raises:
-        InputError: a number that is no label, a name that is none or stands for several classes.
+        InputError: a number that is not a label, or a name of no class or of several.
     """
     parts, labels = text.split(","), []
     most_parts = 1 + max(prompt.count(",") for prompt in prompts)
@@ -133,7 +133,7 @@ def parse_classes(text: str, prompts: Sequence[str]) -> list[int]:
 
 @cache
 def imagenet_classes() -> tuple[str, ...]:
-    """ImageNet's 1,000 class names in the standard order, tench to toilet tissue."""
+    """ImageNet's 1,000 class names in the standard order, from tench to toilet tissue."""
     return tuple((resources.files("madformer.data") / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines())
 
 
@@ -154,7 +154,7 @@ def _read_names(file: str) -> tuple[str, ...]:
 
 
 def _labels_of(part: str, prompts: Sequence[str]) -> list[int]:
-    """Classes that part of the command line may mean: by number, by exact name, or else by name in any case."""
+    """Labels of the classes that a part of the option may mean: by number, by exact name, or else by name in any case."""
     if re.fullmatch(r"[+-]?\d+", part):
         return [int(part)]
     labels = [label for label, prompt in enumerate(prompts) if prompt == part]
@@ -162,7 +162,7 @@ def _labels_of(part: str, prompts: Sequence[str]) -> list[int]:
 
 
 def _single_label(part: str, labels: list[int], prompts: Sequence[str]) -> int:
-    """The one class that part of the command line means."""
+    """The label of the only class that a part of the option means."""
     legal = f"0..{len(prompts) - 1}"
     if not part:
         raise InputError(f"--classes: an empty entry; must be numbers in {legal} or names, with commas between")
@@ -178,7 +178,7 @@ def _single_label(part: str, labels: list[int], prompts: Sequence[str]) -> int:
 
 
 class _Builtin:
-    """The tokenizer of the package. Through transformers it would take seconds to load."""
+    """The tokenizer that ships with the package. Through transformers it would take seconds to load."""
 
     size = BUILTIN_VOCABULARY
     special_ids = frozenset({0})
@@ -192,7 +192,7 @@ class _Builtin:
 
 @cache
 def _builtin_tokenizer() -> Tokenizer:
-    """Not held by `_Builtin`: a pickled tokenizer forgets how it treats special tokens."""
+    """The tokenizer. `_Builtin` has no reference to it, as a pickled tokenizer forgets how it treats special tokens."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str((resources.files("madformer.data") / BUILTIN_FILE).read_text(encoding="utf-8"))
@@ -206,7 +206,7 @@ class _Pretrained:
     def __init__(self, name: str) -> None:
         try:
             self._tokenizer = _load(name)
-        except Exception as error:  # also tokenizers' errors in a broken file, which are plain Exceptions
+        except Exception as error:  # tokenizers raises plain Exceptions on a broken file
             reason = textwrap.shorten(str(error) or type(error).__name__, 240, placeholder=" ...").rstrip(".")
             builtin = f"{BUILTIN} model.text.vocab_size={BUILTIN_VOCABULARY} model.text.pad_token_id=0"
             remedy = f"must be a folder or hub id of transformers, or data.tokenizer={builtin}, which ships with the package"
@@ -224,13 +224,13 @@ class _Pretrained:
 
 
 def _load(name: str) -> Any:
-    """From a folder or the hub's cache, as transformers finds its many kinds of files; else from the hub."""
+    """Load a tokenizer from a folder or the hub's cache, else from the hub."""
     try:
         return _from_pretrained(name, local_files_only=True)
     except Exception:
         if Path(name).is_dir():
             raise
-    list_files(name)  # transformers itself tries for a minute, and loudly, to reach a hub that does not answer
+    list_files(name)  # fails at once: transformers would try for a minute to reach a hub that does not answer
     return _from_pretrained(name, local_files_only=False)
 
 
@@ -240,7 +240,7 @@ def _from_pretrained(name: str, *, local_files_only: bool) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False)
         if len(tokenizer.get_vocab()) - len(_special_ids(tokenizer)) < 2:
-            raise ValueError("its vocabulary is empty")  # transformers makes such a one of a model's config.json alone
+            raise ValueError("its vocabulary is empty")  # transformers makes an empty one from a model's config.json
     except ValueError as error:
         raise ValueError(f"there is no tokenizer that transformers can read ({error})") from error
     return tokenizer

@@ -26,10 +26,10 @@ class Losses:
     image_BL: Tensor
     """The image term of every noisy block, [B * k, L]: for logs by timestep and by block, and custom weights."""
     outputs: Outputs | None = None
-    """What the model computed, for custom terms."""
+    """The model's outputs, for custom terms."""
 
     def for_log(self) -> Losses:
-        """The numbers alone: neither gradients nor outputs are kept in memory."""
+        """A copy for logs, which keeps neither gradients nor outputs in memory."""
         terms = {name: term.detach() for name, term in self.terms.items()}
         return Losses(self.total.detach(), terms, self.image_BL.detach())
 
@@ -46,18 +46,18 @@ def compute_losses(
 ) -> Losses:
     """One training forward and its losses.
 
-    The image term is in the space of the model's prediction type; the hidden and the clean-tower term compare with clean
-    latents whatever it is. All are means over elements.
+    The image term compares with the target of the model's prediction type. The hidden and the clean-tower term always compare
+    with clean latents. All are means over elements.
 
     Args:
         clean_BLCYX: clean latents, [B, L, C, Y, X].
         noise_BLCYX: noise draws, [B * k, L, C, Y, X]; image b's at b * k .. b * k + k - 1 (`NoiseSchedule.draw`).
-        t_BL: their timesteps, [B * k, L].
+        t_BL: the draws' timesteps, [B * k, L].
         text: token ids [B, T], prompts already dropped (`embedding.drop_text`); None: the null text.
-        diffusion_depth: of an elastic run, the depth of this step; None: the configuration's.
+        diffusion_depth: the depth of this step of an elastic run; None: the configuration's.
 
     Raises:
-        ConfigError: a loss on what the model does not have.
+        ConfigError: a loss on an output that the model does not have.
         ValueError: shapes that do not fit the model's configuration or each other.
     """
     check_losses(model.config, weights)
@@ -86,7 +86,13 @@ def compute_losses(
 
 
 def next_token_loss(logits_BTV: Tensor, text_BT: Tensor, pad_token_id: int) -> Tensor:
-    """Cross-entropy of each token given those before it, over the targets that are not padding; 0 if there are none."""
+    """Mean cross-entropy of each token given those before it, over the targets that are not padding; 0 if there are none.
+
+    Args:
+        logits_BTV: at token i the logits of token i + 1.
+        text_BT: token ids.
+        pad_token_id: id of padding.
+    """
     targets_BT = text_BT[:, 1:].long()
     logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
     loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), targets_BT.flatten(), ignore_index=pad_token_id, reduction="sum")

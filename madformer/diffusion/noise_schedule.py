@@ -17,7 +17,7 @@ PredictionType = Literal["sample", "epsilon", "v_prediction"]
 
 
 class NoiseSchedule:
-    """Noise levels of the timesteps. No module: a table of noise levels must not follow a model into bfloat16 or onto meta."""
+    """Noise levels of the timesteps. It is not an `nn.Module`: its table must stay out of bfloat16 and off the meta device."""
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
@@ -26,13 +26,16 @@ class NoiseSchedule:
                 config.train_timesteps, beta_start=config.beta_start, beta_end=config.beta_end, beta_schedule="linear"
             )
         self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
-        """The noise level of every timestep, float32, on the CPU."""
+        """The product of alphas up to every timestep, [T] float32, on the CPU."""
         self._by_device: dict[torch.device, Tensor] = {}
 
     def draw(self, clean_BLCYX: Tensor, draws: int = 1, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Noise [B * draws, L, C, Y, X] and timesteps [B * draws, L]: every block draws its own.
+        """Draw noise [B * draws, L, C, Y, X] and timesteps [B * draws, L], for every block its own.
 
-        Made on the generator's device (the latents' without one), so that the draw is the same on any.
+        Args:
+            clean_BLCYX: clean latents, for their shape, dtype and device.
+            draws: noise draws per image (k).
+            generator: draws on its own device, so that the draw is the same for latents on any; None: torch's default.
         """
         device = generator.device if generator else clean_BLCYX.device
         batch, blocks, *block_shape = clean_BLCYX.shape
@@ -43,12 +46,25 @@ class NoiseSchedule:
         return noise_BLCYX.to(clean_BLCYX.device), t_BL.to(clean_BLCYX.device)
 
     def add_noise(self, clean_BLCYX: Tensor, noise_BLCYX: Tensor, t_BL: Tensor) -> Tensor:
-        """The noisy blocks at their timesteps."""
+        """The noisy blocks sqrt(a) * clean + sqrt(1 - a) * noise.
+
+        Args:
+            clean_BLCYX: clean latents.
+            noise_BLCYX: standard normal noise.
+            t_BL: timestep of each block.
+        """
         signal, spread = self._scales(t_BL, clean_BLCYX)
         return signal * clean_BLCYX + spread * noise_BLCYX
 
     def target(self, prediction_type: PredictionType, clean_BLCYX: Tensor, noise_BLCYX: Tensor, t_BL: Tensor) -> Tensor:
-        """What the network should predict: clean latents, noise, or the velocity sqrt(a) * noise - sqrt(1 - a) * clean."""
+        """The network's target: clean latents, noise, or the velocity sqrt(a) * noise - sqrt(1 - a) * clean.
+
+        Args:
+            prediction_type: `sample`, `epsilon` and `v_prediction`, in this order.
+            clean_BLCYX: clean latents.
+            noise_BLCYX: the noise that was added.
+            t_BL: timestep of each block.
+        """
         if prediction_type == "sample":
             return clean_BLCYX
         if prediction_type == "epsilon":
@@ -57,7 +73,14 @@ class NoiseSchedule:
         return signal * noise_BLCYX - spread * clean_BLCYX
 
     def to_sample(self, prediction_type: PredictionType, prediction_BLCYX: Tensor, noisy_BLCYX: Tensor, t_BL: Tensor) -> Tensor:
-        """The clean latents that a prediction stands for; the inverse of `target`."""
+        """The clean latents that a prediction stands for; the inverse of `target`.
+
+        Args:
+            prediction_type: as for `target`.
+            prediction_BLCYX: the network's output.
+            noisy_BLCYX: the network's input.
+            t_BL: timestep of each block.
+        """
         signal, spread = self._scales(t_BL, noisy_BLCYX)
         if prediction_type == "sample":
             return prediction_BLCYX

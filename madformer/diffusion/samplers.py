@@ -1,9 +1,9 @@
 """Samplers by name: diffusers' schedulers, set up for latents and for any number of steps.
 
-All of them go from full noise (t = T - 1) to clean latents in 1 .. T steps, with one evaluation of the network in each, and
-none clips. Their timesteps are those of `spaced_timesteps`, and each step goes to the next of them: diffusers' own spacings
-round floats, which adds a timestep of -1 for some numbers of steps (61, 103, ... of 1000) or repeats one, start below
-t = T - 1, or step to t - T // n, which drifts away from the spacing.
+All of them go from full noise (t = T - 1) to clean latents in 1 .. T steps. Each step evaluates the network once, and no
+prediction is clipped. The timesteps are those of `spaced_timesteps`, and each step goes to the next of them. diffusers' own
+spacings are not used. Some round floats, so that for some numbers of steps (61, 103, ... of 1000) they add a timestep of -1 or
+repeat one. Some start below t = T - 1. Some step to t - T // n, which drifts away from the spacing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Sampler", "SpacedDDIM", "SpacedDDPM", "SpacedDPMSolver", "SpacedUniP
 
 
 class SpacedDDIM(DDIMScheduler):  # type: ignore[misc]
-    """Deterministic DDIM."""
+    """Deterministic DDIM (eta = 0), whose steps go from each listed timestep to the next."""
 
     spacing = "uniform"
 
@@ -42,7 +42,13 @@ class SpacedDDIM(DDIMScheduler):  # type: ignore[misc]
         self._next = dict(zip(timesteps, [*timesteps[1:], -1], strict=True))
 
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, **_: Any) -> DDIMSchedulerOutput:
-        """From a noisy sample at `timestep` to the one at the next timestep, by Eq. 12 of DDIM with eta = 0."""
+        """From a noisy sample to the one at the next timestep, by Eq. 12 of DDIM with eta = 0.
+
+        Args:
+            model_output: the network's prediction, of the scheduler's prediction type.
+            timestep: one of `timesteps`.
+            sample: the noisy sample at `timestep`.
+        """
         next_timestep = self._next[int(timestep)]
         alpha = self.alphas_cumprod[int(timestep)]
         alpha_next = self.alphas_cumprod[next_timestep] if next_timestep >= 0 else self.alphas_cumprod.new_ones(())
@@ -68,7 +74,7 @@ class SpacedDDPM(DDPMScheduler):  # type: ignore[misc]
 
 
 class SpacedDPMSolver(DPMSolverMultistepScheduler):  # type: ignore[misc]
-    """DPM-Solver++(2M): second order by the prediction of the step before."""
+    """DPM-Solver++(2M), which is of second order through the prediction of the step before."""
 
     spacing = "uniform"
 
@@ -79,7 +85,7 @@ class SpacedDPMSolver(DPMSolverMultistepScheduler):  # type: ignore[misc]
 
 
 class SpacedUniPC(UniPCMultistepScheduler):  # type: ignore[misc]
-    """UniPC-2: a predictor of second order, corrected by the prediction that the next step makes anyway."""
+    """UniPC-2, a predictor of second order. The prediction of the next step corrects it, at no cost."""
 
     spacing = "uniform"
 
@@ -87,23 +93,36 @@ class SpacedUniPC(UniPCMultistepScheduler):  # type: ignore[misc]
         """Choose the timesteps, as `SpacedDDIM.set_timesteps`, and forget the predictions."""
         timesteps = spaced_timesteps(self.spacing, num_inference_steps, self.alphas_cumprod)
         super().set_timesteps(num_inference_steps, device=device)
-        # It takes no timesteps, so those that it chose make way, with the noise levels that belong to them.
+        # UniPC accepts no timesteps: replace those that it chose, and their noise levels.
         self.timesteps = torch.tensor(timesteps, device=device)
         alphas = self.alphas_cumprod[timesteps]
         self.sigmas = torch.cat([((1 - alphas) / alphas).sqrt(), alphas.new_zeros(1)])
 
     def multistep_uni_p_bh_update(self, model_output: Tensor, *, sample: Tensor, order: int) -> Tensor:
-        """The predictor: from the sample at this step's noise level to the next."""
+        """The predictor: from the sample at this step's noise level to the next.
+
+        Args:
+            model_output: not used; `model_outputs` has it.
+            sample: the noisy sample.
+            order: 1 or 2.
+        """
         return self._update(sample, self.step_index, order)
 
     def multistep_uni_c_bh_update(
         self, this_model_output: Tensor, *, last_sample: Tensor, this_sample: Tensor, order: int
     ) -> Tensor:
-        """The corrector: the step that led here once more, now that its end has a prediction."""
+        """The corrector: repeats the previous step, now that there is a prediction at its end.
+
+        Args:
+            this_model_output: the prediction at the end of that step.
+            last_sample: the noisy sample at its start.
+            this_sample: not used.
+            order: 1 or 2.
+        """
         return self._update(last_sample, self.step_index - 1, order, this_model_output)
 
     def _update(self, sample: Tensor, index: int, order: int, end: Tensor | None = None) -> Tensor:
-        """From step `index` to the next by diffusers' `bh2`, with coefficients on the CPU: a GPU would wait for them.
+        """From step `index` to the next by diffusers' `bh2`. Coefficients are computed on the CPU: a GPU would wait for them.
 
         Args:
             end: the prediction at the next step, for the corrector.
@@ -136,10 +155,11 @@ def build_sampler(
     """The sampler of that name for models trained with this noise schedule and prediction type.
 
     Args:
+        config: the noise schedule.
         spacing: as in `evaluation.spacing`.
 
     Raises:
-        InputError: a name that no sampler has, or no spacing.
+        InputError: an unknown name or spacing.
     """
     require(name in get_args(SamplerName), "sampler", name, f"must be one of {', '.join(get_args(SamplerName))}")
     schedule: dict[str, Any] = {
@@ -163,7 +183,7 @@ def build_sampler(
 
 
 def spaced_timesteps(spacing: str, steps: int, alphas_cumprod: Tensor) -> list[int]:
-    """The timesteps of a sampler, the noisiest first: `steps` falling integers from T - 1 on, where they are not listed.
+    """The timesteps of a sampler, noisiest first: `steps` falling integers from T - 1 on.
 
     - `uniform`: T (n - i) // n - 1 for step i of n.
     - `power:P`: floor(T (1 - i / n)^P) - 1. P = 2 is DDIM's quadratic spacing (Song et al. 2021, appendix D.2).
@@ -171,10 +191,11 @@ def spaced_timesteps(spacing: str, steps: int, alphas_cumprod: Tensor) -> list[i
     - `karras:RHO`: equal steps of (sigma / alpha)^(1 / RHO), as in EDM (Karras et al. 2022, Eq. 5), down to t = 0.
     - `list:...`: as listed.
 
-    Values between two timesteps go to the nearer one. Where too many fall on the same, they make way by one each.
+    `logsnr` and `karras` take the timestep nearest to each level. A timestep that is taken already moves to the next lower one.
 
     Args:
-        alphas_cumprod: of all T timesteps.
+        spacing: one of the above.
+        alphas_cumprod: products of alphas, of all T timesteps.
 
     Raises:
         InputError: fewer than one step, more than the schedule has, or not as many as are listed.

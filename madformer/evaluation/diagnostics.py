@@ -1,4 +1,4 @@
-"""Diagnostics of a model on held-out images: loss, denoising error, exposure gap, what the condition explains."""
+"""Diagnostics of a model on held-out images: loss, denoising error, exposure gap, variance explained by the condition."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 IMAGE_LOSS = LossConfig(lambda_text=0.0, lambda_image=1.0, lambda_hidden=0.0, lambda_clean_tower=0.0)
-"""The denoiser's loss alone."""
+"""Only the image loss, which is the denoiser's."""
 
 
 @torch.no_grad()
@@ -49,31 +49,32 @@ def diagnose(
     images: int = 256,
     show: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
-    """What a model does well and badly, on `images` held-out images; no result depends on `evaluation.batch_size`.
+    """Diagnose a model on held-out images. No result depends on `evaluation.batch_size`.
 
-    - `loss`: the image term of the training loss, in the space of the model's prediction type, for each of `timesteps` and
-      each block, after the true blocks before it. The noise is keyed by (`evaluation.seed`, image, timestep) and drawn for the
-      whole image: the same for runs of any AR length. `loss_by_timestep` and `loss_by_block` are its means.
-    - `denoising_error`: the squared error of the clean latents that the prediction stands for, whatever its type, at each of
-      `denoising_timesteps` (`denoising_errors`); `denoising_error_by_block` has it for each block too. Two trivial denoisers
-      beside it: `noisy_error` of returning the noisy block as it is, `mean_error` of returning the mean image.
-      `denoising_worse_than` lists the timesteps at which the model is worse (`is_worse`) than these (`noisy`, `mean`), and
+    - `loss`: the image term of the training loss, for the model's prediction type, at each of `timesteps` and each block, after
+      true blocks. The noise is keyed by (`evaluation.seed`, image, timestep) and drawn for the whole image, so it does not
+      depend on the AR length. `loss_by_timestep` and `loss_by_block` are means of it.
+    - `denoising_error`: the squared error of the clean latents that the prediction stands for, for any prediction type, at each
+      of `denoising_timesteps` (`denoising_errors`), and for each block in `denoising_error_by_block`. `noisy_error` and
+      `mean_error` are the errors of two trivial denoisers, which return the noisy block or the mean image.
+      `denoising_worse_than` lists the timesteps at which the model is worse (`is_worse`) than these (`noisy`, `mean`), or
       than itself at a larger timestep (`larger`).
-    - `exposure`: how far each block, sampled in `steps` steps, is from real ones of its place, as an energy distance
-      (`energy_shares`): after true blocks (`teacher_forced`) and after the model's own (`self_generated`), from the same noise
-      and prompts, without guidance. Their difference `gap` is what errors of earlier blocks cost, 0 at block 0 where both
-      are the same samples; if it rises over the blocks, errors pile up. `gap_error` is its standard error (jackknife over
-      images). What is compared is how the blocks of one place are distributed, over all images: a block that is a good one
-      in itself, but does not fit the blocks before it, does not show.
-    - `condition_explains`: how much of the images' variance in each block the condition foretells (`explained_share`), as a
-      prediction through the upsampler, before any denoising. None: the model has no condition, or was trained with
-      `loss.lambda_hidden = 0`; then the upsampler has never learnt to show it.
+    - `exposure`: for each block the energy distance (`energy_shares`) between samples of `steps` steps and real blocks of the
+      same place, after true blocks (`teacher_forced`) and after the model's own (`self_generated`), from the same noise and
+      prompts, without guidance. Their difference `gap` is the cost of errors in earlier blocks. It is 0 at block 0, where both
+      are the same samples; if it rises over the blocks, errors accumulate. `gap_error` is its standard error (jackknife over
+      images). The distance compares distributions over all images, so it does not detect a realistic block that does not fit
+      the blocks before it.
+    - `condition_explains`: the share of the variance in each block that the condition predicts (`explained_share`), through the
+      upsampler, before any denoising. None: the model has no condition, or was trained with `loss.lambda_hidden = 0`, so that
+      the upsampler has not learnt to decode it.
 
     Args:
-        model: with the checkpoint's weights, on `device`, in whose precision all is computed.
-        checkpoint: remembers how the classes are called.
+        model: the model with the checkpoint's weights, on `device`. All is computed in its precision.
+        checkpoint: has the names of the classes.
         steps: denoising steps for each block, by `evaluation.sampler`.
         device: where the model and the codec compute.
+        images: number of held-out images; all, if there are fewer.
         show: called with the number of images that are done.
 
     Returns:
@@ -118,7 +119,7 @@ def diagnose(
 
 
 def probed_timesteps(train_timesteps: int) -> list[int]:
-    """The centres of ten equal parts of 0 .. `train_timesteps` - 1; all of them, if they are fewer."""
+    """The centres of ten equal parts of 0 .. `train_timesteps` - 1; all timesteps, if there are fewer than ten."""
     parts = min(10, train_timesteps)
     edges = [part * train_timesteps // parts for part in range(parts + 1)]
     return [(first + end - 1) // 2 for first, end in itertools.pairwise(edges)]
@@ -131,7 +132,7 @@ def image_losses(
 
     Args:
         clean_BLCYX: clean latents, on the model's device.
-        indices: numbers of the images, which their noise depends on.
+        indices: numbers of the images. Their noise depends on these.
         text_BT: token ids; None: the null text.
 
     Returns:
@@ -158,8 +159,11 @@ def denoising_errors(
 ) -> tuple[Tensor, Tensor]:
     """Squared errors of the clean latents that the predictions stand for (`NoiseSchedule.to_sample`), and of noisy blocks.
 
-    The noise of an image is the same at every timestep, keyed by (`evaluation.seed`, image): only its strength differs, so no
-    timestep is harder than a larger one. Arguments as of `image_losses`.
+    The noise of an image is the same at every timestep, keyed by (`evaluation.seed`, image). Only its strength differs, so no
+    timestep is harder than a larger one.
+
+    Args:
+        clean_BLCYX: as for `image_losses`, like `indices` and `text_BT`.
 
     Returns:
         Two of [B, T, L], means over a block's latents; T as `denoising_timesteps`.
@@ -177,19 +181,25 @@ def denoising_errors(
 
 
 def is_worse(errors_NT: Tensor, than_NT: Tensor, margin: float = 0.05) -> Tensor:
-    """Whether the mean over N images is larger than another one, [T]: by `margin`, and by three paired standard errors."""
+    """Whether mean errors over N images are clearly larger than others, [T]: by a margin and by three standard errors.
+
+    Args:
+        errors_NT: errors by image and timestep.
+        than_NT: errors to compare with, paired by image.
+        margin: share of the mean of `than_NT`.
+    """
     difference_NT = errors_NT - than_NT
     noise_T = difference_NT.std(dim=0) / len(difference_NT) ** 0.5
     return difference_NT.mean(dim=0) > torch.maximum(margin * than_NT.mean(dim=0), 3 * noise_T)
 
 
 def worse_than_larger(errors_NT: Tensor, margin: float = 0.25) -> Tensor:
-    """Whether errors at a timestep are worse than at some larger one, [T]; models that are trained little fluctuate by 10 %."""
+    """Whether errors at a timestep are worse than at any larger one, [T]. The margin allows for models trained little."""
     return torch.stack([is_worse(errors_NT[:, [t]], errors_NT[:, t:], margin).any() for t in range(errors_NT.shape[1])])
 
 
 def denoising_warnings(diagnosed: Mapping[str, Any], prediction_type: str) -> list[str]:
-    """Where a diagnosed model is worse than it should be (`denoising_worse_than`), and why: a line for each reference."""
+    """Lines on the timesteps at which a diagnosed model is worse than a reference (`denoising_worse_than`), with the reason."""
     timesteps, errors = diagnosed["denoising_timesteps"], diagnosed["denoising_error"]
     known = "model.prediction_type={} is known for this at {} t; v_prediction or {} avoids it".format
     reasons = {
@@ -216,16 +226,16 @@ def denoising_warnings(diagnosed: Mapping[str, Any], prediction_type: str) -> li
 def energy_shares(samples_NP: Tensor, real_NP: Tensor) -> tuple[float, Tensor]:
     """The energy distance of two sets of points, relative to the distances between them (Székely and Rizzo, 2013).
 
-    (2 E|x - y| - E|x - x'| - E|y - y'|) / (2 E|x - y|), in float64: 0 for equal distributions, 1 for two points apart. Each
-    mean is over pairs of different rows, because row i of the samples may know of row i of the real ones (its prompt, its
-    context): so the numerator is unbiased, and may be a little below 0.
+    (2 E|x - y| - E|x - x'| - E|y - y'|) / (2 E|x - y|), in float64: 0 for equal distributions, 1 for two different points.
+    Each mean is over pairs of different rows, because row i of the samples may depend on row i of the real ones (its prompt,
+    its context). So the numerator is unbiased, and may be slightly below 0.
 
     Args:
         samples_NP: N points of P coordinates.
-        real_NP: as many, to compare with.
+        real_NP: N points to compare with.
 
     Returns:
-        The share, and the shares [N] without row i of both sets, for a jackknife. 0 where all points are the same one.
+        The share, and the shares [N] without row i of both sets, for a jackknife. They are 0 if all points are equal.
     """
     samples_NP, real_NP = samples_NP.double(), real_NP.double()
     between_NN = _distances(samples_NP, real_NP).fill_diagonal_(0)
@@ -240,13 +250,13 @@ def energy_shares(samples_NP: Tensor, real_NP: Tensor) -> tuple[float, Tensor]:
 
 
 def explained_share(predicted_NP: Tensor, real_NP: Tensor) -> float:
-    """One minus the mean squared error over the variance: R^2 against the mean image of these very images.
+    """R^2 against the mean of these images: one minus the mean squared error over the variance.
 
-    1 is a perfect prediction, 0 as good as the mean image (or images without variance), below 0 is worse.
+    1 is a perfect prediction. 0 is as good as the mean image, or the images have no variance. Below 0 is worse.
 
     Args:
         predicted_NP: N predictions of P coordinates.
-        real_NP: what is predicted; its variance is that of each coordinate over the N images, averaged.
+        real_NP: the true points. Their variance is the mean of the coordinates' variances over the N images.
     """
     predicted_NP, real_NP = predicted_NP.double(), real_NP.double()
     variance = float(real_NP.var(dim=0, correction=0).mean())
@@ -267,7 +277,7 @@ def _observe(
     sampler = build_sampler(config.diffusion, config.model.prediction_type, evaluation.sampler, evaluation.spacing)
     seeds = [sample_seed(config.evaluation.seed, index) for index in indices]
     inputs: dict[str, Any] = {"seeds": seeds, "text": text_BT, "make_sampler": make_sampler}
-    # Latents are float32 also where the weights are not, as in sampling.
+    # Latents are float32 even if the weights are not, as in sampling.
     clean_BLCYX = clean_BLCYX.to(torch.promote_types(model.boi_SD.dtype, torch.float32))
     denoising_error_BTL, noisy_error_BTL = denoising_errors(model, config, clean_BLCYX, indices, text_BT)
     seen = {
@@ -312,7 +322,7 @@ def _denoising(timesteps: list[int], clean_NLCYX: Tensor, error_NTL: Tensor, noi
 
 
 def _ranges(some: Sequence[int], timesteps: Sequence[int]) -> str:
-    """Some of the timesteps; those next to each other as `first..last`."""
+    """Some of the timesteps as text, with neighbours as `first..last`."""
     groups = [list(group) for _, group in itertools.groupby(enumerate(some), lambda pair: timesteps.index(pair[1]) - pair[0])]
     return ", ".join("..".join(str(timestep) for _, timestep in dict.fromkeys((group[0], group[-1]))) for group in groups)
 
@@ -341,5 +351,5 @@ def _by_block(*sets_NLCYX: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 def _distances(first_NP: Tensor, second_NP: Tensor) -> Tensor:
-    """Euclidean, [N, N]; not through a matrix product, which loses the digits of small ones."""
+    """Euclidean distances, [N, N]. A matrix product would lose the digits of small distances."""
     return torch.cdist(first_NP, second_NP, compute_mode="donot_use_mm_for_euclid_dist")

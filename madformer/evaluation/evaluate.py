@@ -62,20 +62,21 @@ _log = logging.getLogger(__name__)
 Point = dict[str, Any]
 
 IMAGES_LOOKED_AT = 256
-"""Held-out images of the diagnostics, no more than are sampled for a number."""
+"""Most held-out images for the diagnostics."""
 
 
 def evaluate(request: EvaluationRequest) -> list[Point]:
     """Measure each requested combination of checkpoint, sampler, guidance, seed and budget that is not recorded yet.
 
-    After an interruption, only samples without features are made again.
+    After an interruption, only samples without stored features are made again.
 
     Returns:
-        The requested points as the record has them: all of them, unless other processes are still at work.
+        The requested points as recorded. Some are missing while other processes are still at work.
 
     Raises:
-        ConfigError: a feature network, codec or tokenizer that cannot be had, or no reference images.
-        InputError: a torn checkpoint or one of another model, references of other images, or another process evaluates the run.
+        ConfigError: a feature network, codec or tokenizer is not available, or there are no reference images.
+        InputError: the checkpoint is torn or of another model, the references are of other images, or another process evaluates
+            the run.
         NonFiniteError: the model's samples are not finite.
     """
     config, rank = request.config, cluster_rank()
@@ -87,10 +88,10 @@ def evaluate(request: EvaluationRequest) -> list[Point]:
         missing: dict[Path, Task] = {}
         for task in tasks:
             if not _report_recorded(task):
-                missing.setdefault(task.folder, task)  # budgets of as many steps have the same samples
+                missing.setdefault(task.folder, task)  # budgets with the same number of steps have the same samples
         if missing:
             alone = len(devices) == 1 or rank is not None
-            if not alone:  # the processes open their own
+            if not alone:  # each process opens its own
                 instruments = None
                 torch.cuda.empty_cache()
             before = sum(len(_sampled(task)) for task in missing.values())
@@ -103,12 +104,17 @@ def evaluate(request: EvaluationRequest) -> list[Point]:
 
 
 def prepare(request: EvaluationRequest, device: str, silent: bool = False) -> tuple[Instruments, list[Task]]:
-    """Open and check everything before the first sample: cheap mistakes show before the costly references are computed."""
+    """Open and check everything before the first sample. Cheap checks come before the costly references.
+
+    Args:
+        device: where this process computes.
+        silent: give no warnings.
+    """
     config, instruments = request.config, Instruments.open(request, device)
     tasks = make_tasks(request, instruments)
     if names_held_out(config.evaluation) and not has_held_out(config) and not silent:
         shared = "evaluation.held_out_split shares images with data.split: no distances to held-out images"
-        remedy = "name others (evaluation.held_out_source=FILE), or train[90%%:] beside data.split=train[:90%%]"
+        remedy = "name others (evaluation.held_out_source=FILE), or train on train[:90%%] and hold out train[90%%:]"
         _log.warning(f"%s: %s; {remedy}", config.run_dir, shared)
     if request.diagnostics or has_held_out(config):
         require_held_out(config)
@@ -122,13 +128,14 @@ def evaluate_share(
     """Sample every `world_size`-th image of each task; the process that completes a task measures and records it.
 
     Args:
-        instruments: those of this process, if they are open already.
+        tasks: the same list in all processes.
+        instruments: this process's instruments; None: open them.
     """
     opened = instruments or Instruments.open(request, share.device).with_references(request)
     done, path, model, make_sampler = 0, None, None, keeping_sampler()
     for task in tasks:
         if task.checkpoint != path or model is None:
-            path, model, make_sampler = task.checkpoint, None, keeping_sampler()  # two models need not fit
+            path, model, make_sampler = task.checkpoint, None, keeping_sampler()  # free the old model first
             model = load_for_sampling(path, request.config, task.sampling.weights, share.device)
         earlier, indices = done, range(share.rank, task.described["num_samples"], share.world_size)
 
@@ -179,12 +186,12 @@ def _measure_if_complete(task: Task, instruments: Instruments, share: Share) -> 
 
 
 def _sampled(task: Task) -> set[int]:
-    """Its samples that have features."""
+    """The task's samples whose features are stored."""
     return {index for index in read_indices(task.folder) if index < task.described["num_samples"]}
 
 
 def _in_order(parts: Sequence[dict[str, Tensor]], name: str, count: int) -> Tensor:
-    """Rows of the first samples of all parts, in their order; one that two processes have made counts once."""
+    """Rows of the first `count` samples, gathered from all parts in order. A sample made by two processes counts once."""
     rows, indices_N = (torch.cat([part[key] for part in parts]) for key in (name, INDICES))
     ordered = rows.new_empty(count, *rows.shape[1:])
     ordered[indices_N[indices_N < count]] = rows[indices_N < count]
@@ -192,13 +199,13 @@ def _in_order(parts: Sequence[dict[str, Tensor]], name: str, count: int) -> Tens
 
 
 def _costs(task: Task, parts: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-    """What an image costs: medians over batches of the largest size; a process's first one counts where there is no other."""
+    """Costs per image: medians over batches of the largest size. A process's first batch counts only if there is no other."""
     columns = ("sampling", BLOCKS, SIZES, WARM, MEMORY)
     sampling_K, blocks_KL, sizes_K, warm_K, memory_K = (torch.cat([part[name] for part in parts]) for name in columns)
     chosen_K = sizes_K == sizes_K.max()
     if (chosen_K & warm_K).any():
         chosen_K &= warm_K
-    # A batch's memory is seen at its first call: CUDA graphs allocate nothing.
+    # A batch's memory shows at its first call, since CUDA graphs allocate nothing.
     size, memory = int(sizes_K.max()), float(memory_K[sizes_K == sizes_K.max()].max())
     return {
         "tflops_per_image": _flops(task) / 1e12,
@@ -210,7 +217,7 @@ def _costs(task: Task, parts: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
 
 
 def _flops(task: Task) -> int:
-    """FLOPs of an image: steps outside the guidance interval take the prompted half of the batch alone."""
+    """FLOPs of an image. Steps outside the guidance interval run only the prompted half of the batch."""
     sampling, config = task.sampling, task.config
     plain, guided = (cost.sampling_flops(config.model, guidance=guidance) for guidance in (False, sampling.guidance != 1))
     interval, unguided = parse_interval(sampling.guidance_interval), 0
@@ -222,10 +229,10 @@ def _flops(task: Task) -> int:
 
 
 def _report_recorded(task: Task) -> bool:
-    """Whether the record has it already, perhaps under another budget of the same steps; if so, say what it is."""
+    """Whether the task is recorded already, perhaps under another budget with the same steps. If so, print it."""
     point = _find(task)
     if point is not None:
-        remove_parts(task.folder)  # if the process that recorded it did not live to do so
+        remove_parts(task.folder)  # the process that recorded it may have died before doing so
         if task.described["kind"] == "point":
             _report(task, point, " (recorded before)")
     return point is not None
@@ -249,7 +256,7 @@ def _report(task: Task, point: Point, note: str = "") -> None:
 
 
 def _conclude(request: EvaluationRequest, tasks: Sequence[Task], device: torch.device) -> list[Point]:
-    """Means, diagnostics and curves, once all points are there."""
+    """Write means, diagnostics and curves, once all points are recorded."""
     run, points = request.config.run_dir, list[Point]()
     for task in tasks:
         if (point := _find(task)) is None:
@@ -257,7 +264,7 @@ def _conclude(request: EvaluationRequest, tasks: Sequence[Task], device: torch.d
             return points
         tags: dict[str, Any] = {key: task.described[key] for key in ("tuned", "tries") if key in task.described}
         if point["nfe"] != task.sampling.nfe or not tags.items() <= point.items():
-            # Another budget of as many steps has the same samples; what was measured before may be a choice by now.
+            # Another budget with the same steps has the same samples. And a point recorded before may be tuned now.
             point = {key: value for key, value in point.items() if key not in ("tuned", "tries")}
             point |= {"nfe": task.sampling.nfe, "command": task.described["command"], **tags}
             append_point(run, point)
@@ -272,12 +279,12 @@ def _conclude(request: EvaluationRequest, tasks: Sequence[Task], device: torch.d
 
 
 def write_run_curves(config: ExperimentConfig) -> None:
-    """Bring a run's curves in TensorBoard up to its record."""
+    """Write a run's curves in TensorBoard anew from its record."""
     write_curves(config.run_dir, _hparams(config), config.model.sampled_depth())
 
 
 def _record_means(run: Path, points: Iterable[Point]) -> None:
-    """The mean over checkpoints and seeds of each way of sampling at each budget, with the spread."""
+    """Record for each curve and budget the mean over checkpoints and seeds, with the standard deviation."""
     groups: dict[tuple[int, str], list[Point]] = {}
     for point in points:
         groups.setdefault((point["nfe"], Measurement.of_point(point).curve_key), []).append(point)
@@ -302,15 +309,15 @@ def _record_means(run: Path, points: Iterable[Point]) -> None:
 
 
 def _record_diagnostics(request: EvaluationRequest, task: Task, device: torch.device) -> bool:
-    """Look into the newest checkpoint, at the first of the budgets; whether there is something that was not recorded."""
+    """Diagnose the newest checkpoint at the first budget, unless recorded. Returns whether the record has a new line."""
     sampling, path = request.samplings[0], request.checkpoints[-1]
     config, count = sampling.apply(request.config), min(IMAGES_LOOKED_AT, request.config.evaluation.num_samples)
     known = {key: task.described[key] for key in ("checkpoint", "step", "weights", "weights_sha256", "config_hash", "codec")}
     wanted = {**known, "nfe": sampling.nfe, "steps": sampling.steps, "sampler": sampling.sampler}
     wanted |= {"seed": sampling.seed, "most_images": count, **describe_held_out(config)}
-    later = ("spacing", DEPTH)  # fields that lines of earlier versions lack
+    later = ("spacing", DEPTH)  # lines of earlier versions lack these fields
     wanted |= {name: getattr(sampling, name) for name in later if getattr(sampling, name) != DEFAULTS[name]}
-    # Those of earlier versions have no denoising error.
+    # Lines of earlier versions have no denoising error.
     lines = [line for line in read_diagnostics(config.run_dir) if wanted.items() <= line.items() and "denoising_error" in line]
     if is_new := not lines:
         model = load_model(path, config, sampling.weights).to(device)
@@ -325,7 +332,7 @@ def _record_diagnostics(request: EvaluationRequest, task: Task, device: torch.de
 
 
 def _versions() -> dict[str, str]:
-    """Of all that has a say in the numbers."""
+    """Versions of the packages that can change the numbers."""
     found = {"madformer": __version__, "torch": torch.__version__}
     for package in ("diffusers", "transformers", "torch-fidelity"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -334,7 +341,7 @@ def _versions() -> dict[str, str]:
 
 
 def _hparams(config: ExperimentConfig) -> dict[str, bool | int | float | str]:
-    """All trained fields in types that TensorBoard shows, the same in all runs: lists and fields that may be null are text."""
+    """All trained fields, in the same types for all runs. Lists and fields that may be null are text, for TensorBoard."""
     fields = trained_fields(config, leave_out_neutral=False)
     plain = {name: not is_optional(name, ExperimentConfig) and isinstance(fields[name], (bool, int, float)) for name in fields}
     return {name: value if plain[name] else "null" if value is None else str(value) for name, value in fields.items()}

@@ -1,4 +1,4 @@
-"""Held-out images as diagnostics see them; images of training if the experiment names no others."""
+"""Held-out images for diagnostics; training images if the experiment names no others."""
 
 from __future__ import annotations
 
@@ -26,44 +26,44 @@ from madformer.evaluation.sampling import known_classes
 from madformer.randomness import keyed_generator
 
 LEAST_IMAGES = 3
-"""Fewer have no statistics."""
+"""Fewest images for statistics."""
 
 UNITS_AT_ONCE = 16
-"""Files of a stream that are read in turn."""
+"""Number of a stream's files that are read in turn."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Images as the model sees them."""
+    """Images as the model sees them: latents and captions."""
 
     latents_NChw: Tensor
     """Means of the codec's posterior, [N, C, h, w] float32, on the CPU."""
     captions: list[str]
-    """What is said of each; empty for a model without text."""
+    """The caption of each image; empty for a model without text."""
     source: str
     """Data set and split."""
     is_held_out: bool
-    """Whether they are named as other images than those of training."""
+    """Whether the images are disjoint from those of training."""
 
 
 def read_held_out(config: ExperimentConfig, checkpoint: Path, images: int, device: torch.device) -> HeldOut:
-    """Images of `evaluation.held_out_source` and `evaluation.held_out_split`, or of training, with a warning.
+    """Read images of `evaluation.held_out_source` and `evaluation.held_out_split`, or of training, with a warning.
 
-    They are chosen by chance from all over the data set, by `evaluation.seed`; of a stream they are the first ones of several
-    files. Fewer images are the first of many. They are read as training reads: same columns, subset, codec and
-    class names.
+    They are drawn from the whole data set by `evaluation.seed`. From a stream, they are the first ones of several files. The
+    first images do not depend on the number of images. They are read as in training: same columns, subset, codec and class
+    names.
 
     Args:
-        checkpoint: remembers how the classes are called.
-        images: how many; all, if there are fewer.
+        checkpoint: has the names of the classes.
+        images: number of images; all, if there are fewer.
         device: where the codec computes.
 
     Raises:
-        ConfigError: no images are named, they cannot be had, are not the model's, too few, or have no captions for a model
-            with text.
-        InputError: too many are broken.
+        ConfigError: no images are named, or they are not available, too few, do not fit the model, or have no captions for a
+            model with text.
+        InputError: too many images are broken.
     """
     data, description = held_out_data(config), describe_held_out(config)
     if not description["held_out"]:
@@ -82,20 +82,20 @@ def read_held_out(config: ExperimentConfig, checkpoint: Path, images: int, devic
 
 
 def describe_held_out(config: ExperimentConfig) -> dict[str, Any]:
-    """What images these are: `source`, and whether they are `held_out`, that is no rows of those of training.
+    """A record of the images: `source`, and whether they are `held_out`, that is disjoint from those of training.
 
     Raises:
-        ConfigError: none are named.
+        ConfigError: no images are named.
     """
     data = held_out_data(config)
     return {"source": f"{data.source}, {data.split}", "held_out": has_held_out(config)}
 
 
 def require_held_out(config: ExperimentConfig) -> None:
-    """See that the images are there before anything costly is done.
+    """Check that the images exist before anything costly is done.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: they do not.
     """
     data = held_out_data(config)
     with explain_errors():
@@ -108,7 +108,7 @@ def require_held_out(config: ExperimentConfig) -> None:
 
 @contextmanager
 def explain_errors() -> Iterator[None]:
-    """Say that an error is about held-out images."""
+    """Add to the message of an error that it is about held-out images."""
     try:
         yield
     except InputError as error:
@@ -144,7 +144,7 @@ def _generator(config: ExperimentConfig) -> torch.Generator:
 
 
 def _spread_rows(source: ImageSource, generator: torch.Generator) -> Iterator[Row]:
-    """Rows from all over the source: data sets are sorted by class, more often than not."""
+    """Yield rows from the whole source in random order, as many data sets are sorted by class."""
     if source.num_rows is not None:
         yield from (source.row(int(number)) for number in torch.randperm(source.num_rows, generator=generator))
         return
@@ -156,9 +156,9 @@ def _spread_rows(source: ImageSource, generator: torch.Generator) -> Iterator[Ro
 
 
 def _captions(config: ExperimentConfig, checkpoint: Path, source: ImageSource) -> Captions:
-    """What training would say of these images.
+    """The captions that training would give these images.
 
-    The data set's own class names go before the run's: a folder that lacks some classes numbers them otherwise.
+    The data set's own class names are preferred to the run's: a folder that lacks some classes numbers the others differently.
     """
     names = class_prompts(None, source.class_names, config.data.prompts)
     if source.has_labels and config.model.text and (config.data.class_names is not None or names is None):

@@ -18,7 +18,7 @@ from madformer.model import cost
 from madformer.runs.checkpoints import Weights
 
 HELD_OUT = "_held_out"
-"""Ends the name of a distance to held-out images."""
+"""Suffix of the names of distances to held-out images."""
 
 Point = Mapping[str, Any]
 """A line of a run's record."""
@@ -27,13 +27,13 @@ MEMORISATION = "memorisation"
 """Key of the metric that compares samples with training and held-out images."""
 
 DISTANCE = "distance"
-"""Stands for the distance of the first feature network, whichever that is."""
+"""Stands for the distance of the first feature network."""
 
 CONFIDENCE = 0.95
-"""Of the intervals in records and reports."""
+"""Confidence level of the intervals in records and reports."""
 
 INCEPTION = "inception"
-"""Label of the one feature network whose Fréchet distance is called FID, with its published weights."""
+"""Label of Inception with its published weights, the only feature network whose Fréchet distance is called FID."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Metric:
 
     title: str
     higher_is_better: bool | None = False
-    """None: neither a high nor a low value is best, so nothing is ranked by it."""
+    """None: neither high nor low values are better, so nothing is ranked by it."""
     is_distance: bool = False
-    """Whether it is a distance to the reference images, 0 at best: what runs are ranked by."""
+    """Whether it is a distance to the reference images, 0 at best. Runs are ranked by distances."""
     needs_pairs: bool = False
-    """Whether it compares all pairs of features, of as many reference images as samples (`neighbours.compare_pairs`)."""
+    """Whether it compares all pairs of features, with as many reference images as samples (`neighbours.compare_pairs`)."""
 
 
 METRICS = {
@@ -63,15 +63,15 @@ METRICS = {
 
 
 def metric_name(metric: str, label: str, held_out: bool = False) -> str:
-    """What a metric over a network's features is called in records, curves and tables.
+    """The name of a metric over a network's features in records, curves and tables.
 
     Args:
         metric: a key of `METRICS`.
-        label: the network's.
+        label: the network's label.
         held_out: whether it is a distance to held-out images.
 
     Returns:
-        `fid`, `kid`, `precision` over Inception's features, and over no others: `fd_digits`, `kid_dinov2`; `fid_held_out`.
+        `fid`, `kid`, `precision` for Inception; `fd_digits`, `kid_dinov2` for other networks; `fid_held_out`.
     """
     end = HELD_OUT if held_out else ""
     if label == INCEPTION:
@@ -80,7 +80,7 @@ def metric_name(metric: str, label: str, held_out: bool = False) -> str:
 
 
 def metric_key(name: str) -> str | None:
-    """The key in `METRICS` of a recorded metric, of whatever network it is; None: there is no such metric."""
+    """The key in `METRICS` of a recorded metric of any network; None: there is no such metric."""
     name = name.removesuffix(HELD_OUT)
     if name == "fid":
         return "fd"
@@ -88,16 +88,16 @@ def metric_key(name: str) -> str | None:
 
 
 def higher_is_better(name: str) -> bool | None:
-    """Whether a recorded metric is to be maximised; None: nothing is ranked by it."""
+    """Whether higher values of a recorded metric are better; None: nothing is ranked by it."""
     key = metric_key(name)
     return key is not None and METRICS[key].higher_is_better
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are sampled from a checkpoint: everything about inference that one chooses.
+    """How images are sampled from a checkpoint: all choices of inference.
 
-    A new inference axis is one more field. Its default is what was done before there was a choice.
+    A new inference axis is a new field. Its default must be the behaviour from before the field existed.
     """
 
     nfe: int
@@ -106,15 +106,15 @@ class Sampling:
     """Denoising steps per block: as many as the budget allows."""
     sampler: SamplerName = "ddim"
     spacing: str = "uniform"
-    """How the sampler's timesteps are spaced."""
+    """Spacing of the sampler's timesteps."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1: none."""
     guidance_interval: str = ALL_TIMESTEPS
-    """Timesteps at which guidance acts; all without guidance."""
+    """Timesteps at which guidance acts; `all` without guidance."""
     weights: Weights = "ema"
     seed: int = 0
     diffusion_depth: int | None = None
-    """Of an elastic run, the depth that it is sampled at; None: the run's depth is fixed."""
+    """The depth at which an elastic run is sampled; None: the run's depth is fixed."""
 
     def __post_init__(self) -> None:
         # Equal samples, equal keys.
@@ -125,10 +125,10 @@ class Sampling:
 
     @classmethod
     def of_nfe(cls, config: ExperimentConfig, nfe: int, weights: Weights = "ema", depth: int | None = None) -> Sampling:
-        """As `config.evaluation` says, with as many steps as a budget allows.
+        """The sampling of `config.evaluation`, with as many steps as a budget allows.
 
         Args:
-            depth: of an elastic run, the diffusion depth; None: its default.
+            depth: diffusion depth of an elastic run; None: its default.
 
         Raises:
             ConfigError: no steps, more than the noise schedule has, or a depth that the run was not trained with.
@@ -138,7 +138,15 @@ class Sampling:
 
     @classmethod
     def of_steps(cls, config: ExperimentConfig, steps: int, weights: Weights = "ema", depth: int | None = None) -> Sampling:
-        """As `config.evaluation` says, in a number of steps; the budget is what they cost. Otherwise as `of_nfe`."""
+        """The sampling of `config.evaluation` in a number of steps, whose NFE is the budget.
+
+        Args:
+            steps: denoising steps per block.
+            depth: diffusion depth of an elastic run; None: its default.
+
+        Raises:
+            ConfigError: as `of_nfe`.
+        """
         model = config.model.at_depth(config.model.sampled_depth(depth))
         return cls._of(config, cost.nfe(model, steps), steps, weights, depth)
 
@@ -151,31 +159,31 @@ class Sampling:
 
     @classmethod
     def of_point(cls, point: Point) -> Sampling:
-        """That of a line of the record; a field that the line lacks has its default."""
+        """The sampling of a line of the record. Fields that the line lacks have their defaults."""
         return cls(**{field.name: point[field.name] for field in fields(cls) if field.name in point})
 
     @classmethod
     def of_choice(cls, line: Point, which: str = "sampling") -> Sampling:
-        """That of a line of `madformer tune`: its choice, or what the choice was compared with (`default`)."""
+        """The sampling in a line of `madformer tune`: the choice, or the `default` that it was compared with."""
         return cls(line["nfe"], line["steps"], **line[which])
 
     @property
     def key(self) -> str:
-        """Names a point: equal keys, equal samples of equal weights. Budgets of as many steps share it."""
+        """Equal keys mean equal samples from equal weights. Budgets with the same number of steps share a key."""
         return f"{self.curve_key} steps={self.steps} seed={self.seed}"
 
     @property
     def curve_key(self) -> str:
-        """The key without steps and seed: what all points of a curve have in common."""
+        """The key without steps and seed. All points of a curve share it."""
         return " ".join(f"{name}={value}" for name, value in self.curve_fields.items())
 
     @property
     def curve_fields(self) -> dict[str, Any]:
-        """Every field but budget and seed, by its name in records."""
+        """All fields but budget, steps and seed, by their names in records."""
         return {name: getattr(self, name) for name in CURVE_FIELDS}
 
     def difference(self, main: Sampling) -> str:
-        """What sets its curve apart from another one, such as `unipc, guidance 1.5`; empty: nothing."""
+        """The difference of this curve from another one in words, such as `unipc, guidance 1.5`; empty: none."""
         return ", ".join(text for name, text in self.texts.items() if text not in ("", main.texts[name]))
 
     @property
@@ -192,7 +200,7 @@ class Sampling:
         }
 
     def apply(self, config: ExperimentConfig) -> ExperimentConfig:
-        """The configuration with these fields, this budget and this diffusion depth alone, without previews.
+        """The configuration with these fields, only this budget and diffusion depth, and no previews.
 
         Raises:
             ConfigError: the run cannot be sampled like this.
@@ -203,20 +211,20 @@ class Sampling:
 
 
 DEPTH = "diffusion_depth"
-"""The one field of `Sampling` whose default is the model's affair, not the evaluation's."""
+"""The only field of `Sampling` whose default comes from the model's configuration, not the evaluation's."""
 
 CURVE_FIELDS = tuple(field.name for field in fields(Sampling) if field.name not in ("nfe", "steps", "seed"))
-"""What the points of one curve were sampled with, in the order of tables."""
+"""Fields that all points of a curve share, in the order of tables."""
 
 DEFAULTS = {field.name: field.default for field in fields(Sampling) if field.default is not MISSING}
-"""Field of `Sampling` -> what it was before there was a choice."""
+"""Field of `Sampling` -> its default, the behaviour from before the field existed."""
 
 
 def parse_integers(option: str, text: str) -> tuple[int, ...]:
     """Integers with commas between them, each once.
 
     Raises:
-        InputError: something else; the message names the option.
+        InputError: the text is something else. The message names the option.
     """
     if not re.fullmatch(r"\d+(,\d+)*", text.replace(" ", "")):
         raise InputError(f"{option} {text}: must be integers with commas between them")
@@ -247,14 +255,14 @@ def _parse_samplers(option: str, text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Axis:
-    """An inference axis: a field of `Sampling` of which an evaluation takes several values."""
+    """An inference axis: a field of `Sampling` that can have several values in an evaluation."""
 
     option: str
     """Option of `madformer evaluate`."""
     sweep_key: str
     """Key under a sweep's `evaluate`."""
     parse: Callable[[str, str], tuple[Any, ...]]
-    """From the option and its text to values; raises `InputError`."""
+    """Turns the option and its text into values; raises `InputError`."""
 
 
 AXES = {
@@ -265,23 +273,24 @@ AXES = {
     "guidance_interval": Axis("--guidance-interval", "guidance_intervals", _parse_words),
     "seed": Axis("--seeds", "seeds", parse_integers),
 }
-"""Field of `Sampling` -> how it is varied; the last one varies fastest, but for the budget."""
+"""Field of `Sampling` -> its axis. The budget varies fastest, then the last of these."""
 
 
 def default_axes(config: ExperimentConfig) -> dict[str, Any]:
-    """The value that each of `AXES` has if nothing is asked for."""
+    """The default value of each of `AXES`."""
     named = {name: getattr(config.evaluation, name) for name in AXES if name != DEPTH}
     return {DEPTH: config.model.sampled_depth(), **named}
 
 
 def all_samplings(budgets: Sequence[Sampling], values: Mapping[str, Sequence[Any]]) -> tuple[Sampling, ...]:
-    """All combinations of values of `AXES`, budgets fastest; an axis without values is as the budgets have it.
+    """All combinations of values of `AXES`; budgets vary fastest.
 
     Args:
-        budgets: for each diffusion depth its own, since a budget's steps depend on the depth.
+        budgets: a sampling for each diffusion depth and budget, since a budget's steps depend on the depth.
+        values: field -> values. An axis without values has those of `budgets`.
 
     Raises:
-        ConfigError: no spacing.
+        ConfigError: an unknown spacing.
     """
     varied = [name for name in AXES if values.get(name) and name != DEPTH]
     combinations = itertools.product(*(values[name] for name in varied))
@@ -291,30 +300,30 @@ def all_samplings(budgets: Sequence[Sampling], values: Mapping[str, Sequence[Any
 
 @dataclass(frozen=True)
 class Measurement:
-    """Everything that decides a point's metrics: the only place that says which two numbers are the same measurement.
+    """Everything that determines a point's metrics. Only this class decides which numbers are the same measurement.
 
-    A point of the record is known in full. Of a sweep's cell that is not evaluated yet, what is None is not known.
+    For a recorded point all fields are known. For a cell that is not evaluated yet, None stands for unknown.
     """
 
     sampling: Sampling
     num_samples: int
     feature_networks: tuple[tuple[str, str | None], ...]
-    """Name and SHA-256 of each."""
+    """Name and SHA-256 of each network."""
     weights_sha256: str | None = None
-    """Of the checkpoint's weights."""
+    """SHA-256 of the checkpoint's weights."""
     prompts: str | None = None
-    """SHA-256 of the prompts; empty: without text."""
+    """SHA-256 of the prompts; empty: no text."""
     precision: str | None = None
     codec: tuple[str | None, str] | None = None
-    """SHA-256, and the type that it computes in."""
+    """SHA-256 and dtype of the codec."""
     references: tuple[str, ...] | None = None
-    """SHA-256 of each network's reference images, and of its held-out ones."""
+    """SHA-256 of each network's reference statistics, and of its held-out ones."""
     held_out: bool | None = None
     """Whether distances to held-out images are measured too."""
 
     @classmethod
     def of_point(cls, point: Point) -> Measurement:
-        """That of a point, or of a mean over points, which has no seed and no weights of its own."""
+        """The measurement of a point, or of a mean over points. A mean has no seed and no weights of its own."""
         return cls(
             Sampling.of_point(point),
             point["num_samples"],
@@ -329,17 +338,17 @@ class Measurement:
 
     @property
     def key(self) -> str:
-        """Equal keys, the same measurement: a point that is recorded need not be measured again."""
+        """Equal keys mean the same measurement. A point with a recorded key is not measured again."""
         return json.dumps([self.sampling.key, self.weights_sha256, self.conditions])
 
     @property
     def curve_key(self) -> str:
-        """What all points of a curve have in common, over its budgets, checkpoints and seeds."""
+        """The key that all points of a curve share, over its budgets, checkpoints and seeds."""
         return json.dumps([self.sampling.curve_key, self.conditions])
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What must agree for two curves to be compared, whatever their models and their sampling. Places do not count."""
+        """Fields that must agree for two curves to be comparable, with any models and samplings. Paths do not count."""
         return {
             "num_samples": self.num_samples,
             "prompts": self.prompts,
@@ -350,7 +359,7 @@ class Measurement:
         }
 
     def matches(self, point: Measurement) -> bool:
-        """Whether a point is this measurement at this budget, as far as this one is known."""
+        """Whether a point is this measurement, at this budget, in all fields that are known here."""
         known = ("weights_sha256", "prompts", "precision", "codec", "references", "held_out")
         values = ((getattr(self, name), getattr(point, name)) for name in known)
         return (
@@ -360,12 +369,12 @@ class Measurement:
         )
 
     def has_networks(self, networks: Sequence[tuple[str, str | None]]) -> bool:
-        """Whether a point is of these feature networks: names, and SHA-256 as far as they are known."""
+        """Whether the measurement has these feature networks: by SHA-256, or by name if that is unknown."""
         return len(networks) == len(self.feature_networks) and all(map(_same_network, networks, self.feature_networks))
 
 
 def differing(entries: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The keys in which mappings of the same keys differ."""
+    """Keys whose values differ between mappings with the same keys."""
     listed = list(entries)
     return [key for key in listed[0] if len({repr(entry[key]) for entry in listed}) > 1] if listed else []
 
@@ -378,5 +387,5 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def _same_network(network: tuple[str, str | None], other: tuple[str, str | None]) -> bool:
-    """By hash, which neither a moved file nor a new name changes; by name where the hash is not known."""
+    """Compare by hash, which does not depend on the file's name or place; without a hash, by name."""
     return network[1] == other[1] if network[1] is not None else network[0] == other[0]

@@ -1,6 +1,6 @@
 """Metrics of generated images from their features in any network.
 
-Features come in, numbers go out. Metrics over all pairs of features are in `neighbours`.
+Metrics over all pairs of features are in `neighbours`.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from madformer.evaluation.measurement import MEMORISATION, METRICS, metric_name
 from madformer.evaluation.neighbours import Within, compare_pairs, memorisation, nearest_distances
 
 SPLITS = 10
-"""Parts that the inception score is a mean over, as in the paper."""
+"""The inception score is a mean over this many parts, as in its paper."""
 
 _BATCH = 4096
-"""Features that are made float64 at once."""
+"""Number of features that are cast to float64 at once."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What the Fréchet distance needs to know of features; those of the parts of a set add up to those of the whole.
+    """The sums of features that the Fréchet distance needs. Moments of parts of a set add up to those of the whole.
 
-    The sums are of the features as they are: even means of thousands of deviations leave the distance right to 1e-8.
+    Features are not centred before they are summed. Even with means of thousands of deviations, distances are right to 1e-8.
     """
 
     count: int
     """Number of features."""
     sum_D: Tensor
-    """Their sum, float64."""
+    """The sum of features, float64."""
     outer_DD: Tensor
-    """The sum of their outer products, each with itself, float64."""
+    """The sum of each feature's outer product with itself, float64."""
 
     @staticmethod
     def of(features_ND: Tensor) -> Moments:
-        """The moments of features [N, D], computed where they are.
+        """The moments of features [N, D], computed on their device.
 
         Raises:
-            InputError: NaN or infinity among them, or no matrix.
+            InputError: features that are not a matrix of finite numbers.
         """
         require_features(features_ND)
         width = features_ND.shape[1]
@@ -63,19 +63,19 @@ class Moments:
 
     @property
     def mean_D(self) -> Tensor:
-        """The mean, [D] float64."""
+        """The mean of the features, [D] float64."""
         return self.sum_D / self.count
 
     @property
     def covariance_DD(self) -> Tensor:
-        """The covariance (of N - 1), [D, D] float64."""
+        """The covariance of the features, with divisor N - 1, [D, D] float64."""
         return (self.outer_DD - self.count * torch.outer(self.mean_D, self.mean_D)) / (self.count - 1)
 
     @cached_property
     def root_DR(self) -> Tensor:
-        """R [D, min(D, N - 1)] on the CPU with R R^T the covariance: the eigenvalues beyond are zero, but for rounding.
+        """R [D, min(D, N - 1)] on the CPU, where R R^T is the covariance. Its other eigenvalues are zero, up to rounding.
 
-        By LAPACK's `evr`, ten times as fast as the driver behind torch's function; its columns are orthogonal.
+        LAPACK's driver `evr` is ten times as fast as the one that torch calls. R has orthogonal columns.
         """
         rank = min(len(self.sum_D), self.count - 1)
         variances_D, axes_DD = scipy.linalg.eigh(self.covariance_DD.cpu().numpy(), driver="evr")
@@ -83,40 +83,40 @@ class Moments:
 
 
 class Reference(Protocol):
-    """What generated images are compared with."""
+    """Statistics of the images that generated images are compared with."""
 
     @property
     def moments(self) -> Moments:
-        """Of all reference images."""
+        """Moments over all reference images."""
 
     @property
     def features_MD(self) -> Tensor:
-        """[M, D] float32, of the images that are kept for the metrics over pairs."""
+        """Features [M, D] float32 of the images that are kept for the metrics over pairs."""
 
     def within(self, count: int, device: torch.device) -> Within:
-        """`neighbours.pairs_within` of the first `count` of them, computed there."""
+        """`neighbours.pairs_within` of the first `count` kept features, computed on `device`."""
 
     def nearest_to(self, training_MD: Tensor, device: torch.device) -> Tensor:
-        """`neighbours.nearest_distances` of all of them to training images, computed there."""
+        """`neighbours.nearest_distances` of all kept features to training images, computed on `device`."""
 
 
 @dataclass(frozen=True)
 class MetricInputs:
-    """What the metrics of one network are computed from."""
+    """The inputs of the metrics of one network."""
 
     features_ND: Tensor
-    """Of the generated images; computed where they are."""
+    """Features of the generated images. Metrics are computed on their device."""
     logits_NK: Tensor | None
-    """Of a classifier of the same images; None: the network is none."""
+    """The network's logits for the same images; None: it has none."""
     reference: Reference
     held_out: Reference | None = None
-    """Of images that are neither generated nor in the reference; None: there are none."""
+    """Statistics of images that are neither generated nor in the reference; None: there are none."""
 
     @cached_property
     def pairs(self) -> dict[str, float]:
-        """`neighbours.compare_pairs` with as many reference images as generated ones, if there are as many.
+        """`neighbours.compare_pairs` with as many reference images as generated ones, if so many are kept.
 
-        Coverage and its kin depend on both numbers.
+        Coverage and similar metrics depend on both numbers.
         """
         count = min(len(self.features_ND), len(self.reference.features_MD))
         reference_MD, within = self.reference.features_MD[:count], self.reference.within(count, self.features_ND.device)
@@ -128,9 +128,9 @@ _COMPUTE: dict[str, Compute] = {}
 
 
 def computes(metric: str) -> Callable[[Compute], Compute]:
-    """Register the function that computes an entry of `METRICS`; it gives None where there are too few images.
+    """Register the function that computes an entry of `METRICS`. It returns None if there are too few images.
 
-    Metrics over pairs come from `neighbours.compare_pairs`, all in one pass.
+    Metrics over pairs need no function: `neighbours.compare_pairs` computes all of them in one pass.
     """
 
     def register(compute: Compute) -> Compute:
@@ -146,13 +146,14 @@ def measure(
     """All metrics that can be computed, in the order of `METRICS`, then the distances to held-out images.
 
     Args:
-        label: the network's, metrics are named after it (`measurement.metric_name`).
-        features_ND: [N, D] of the generated images; computed where they are.
-        logits_NK: [N, K] of a classifier of the same images; None: there is no inception score.
-        held_out: of held-out images; None: memorisation and distances to held-out images are left out.
+        label: the network's label, for the names of metrics (`measurement.metric_name`).
+        features_ND: features of the generated images. Metrics are computed on their device.
+        logits_NK: the network's logits for the same images; None: there is no inception score.
+        reference: statistics of the reference images.
+        held_out: statistics of held-out images; None: no memorisation and no distances to them.
 
     Returns:
-        By name. A few images do for the distances; what needs more than there are is left out.
+        Metrics by name, without those that need more images than there are. Distances need two.
 
     Raises:
         InputError: fewer than two images, or features that are not finite.
@@ -183,7 +184,7 @@ def _inception_score(inputs: MetricInputs) -> float | None:
 
 @computes(MEMORISATION)
 def _memorisation(inputs: MetricInputs) -> float | None:
-    """Of as many training and held-out images as are kept, whatever the number of samples."""
+    """Over all training and held-out images that are kept, whatever the number of samples."""
     if inputs.held_out is None:
         return None
     features_ND, training_MD = inputs.features_ND, inputs.reference.features_MD
@@ -192,12 +193,12 @@ def _memorisation(inputs: MetricInputs) -> float | None:
 
 
 def frechet_distance(generated: Moments, reference: Moments) -> float:
-    """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) for means m and covariances S (of N - 1) of two sets of features.
+    """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) for means m and covariances S (divisor N - 1) of two sets of features.
 
     The last trace is the sum of the singular values of R^T R' for S = R R^T, where R has no more columns than the set has
-    degrees of freedom. Eigenvalues of S S', the customary way, are wrong by 1e-16 and their roots by 1e-8 in each dimension
-    that the features leave out: 1e-5 of the distance with 500 images and 2,048 features. Here it is 1e-12. The CPU computes,
-    whatever device the moments are on.
+    degrees of freedom. Others take the roots of the eigenvalues of S S'. In each dimension that the features do not span, these
+    are wrong by 1e-16, and their roots by 1e-8. With 500 images and 2,048 features, the relative error of the distance is then
+    1e-5; here it is 1e-12. The distance is computed on the CPU.
 
     Raises:
         InputError: fewer than two features in a set, or sets of different widths.
@@ -216,15 +217,16 @@ def frechet_distance(generated: Moments, reference: Moments) -> float:
 
 
 def frechet_bias(reference: Moments, count: int) -> float:
-    """The Fréchet distance to be expected of as many perfect samples, drawn from the reference's own Gaussian.
+    """The expected Fréchet distance of `count` perfect samples, drawn from the reference's own Gaussian.
 
-    A covariance S_n from n = N - 1 degrees of freedom has S^(1/2) S_n S^(1/2), of whose root the distance takes the trace, like
-    the covariance of a Gaussian with S^2: its spectrum follows from S by Marchenko and Pastur's equation. That is the limit of
-    many dimensions; tr S / 4 n is the first correction for few. The mean adds tr S / N.
+    The distance needs the trace of the root of S^(1/2) S_n S^(1/2), where S_n is a sample covariance of n = N - 1 degrees of
+    freedom. That matrix is distributed as the sample covariance of a Gaussian with covariance S^2, so Marchenko and Pastur's
+    equation gives its spectrum from S. This is the limit of many dimensions; tr S / 4 n is the first correction for few. The
+    mean adds tr S / N.
 
-    Against simulations with 16 to 2,048 dimensions, flat to steep spectra, regular and singular, and N from D / 16 to 100 D, it
-    is within 3 % from N = 16 on, and within 7 % of N = 4. (An expansion in 1 / N is right from N = 10 D on, up to 25 % low at
-    N = D / 2, and up to three times the truth at N = D / 16.) Features that are not a Gaussian's are biased a little otherwise.
+    In simulations with 16 to 2,048 dimensions, flat to steep spectra, regular and singular, and N from D / 16 to 100 D, the
+    result is within 3 % from N = 16 on, and within 7 % at N = 4. (An expansion in 1 / N is right from N = 10 D on, up to 25 %
+    low at N = D / 2, and up to three times the truth at N = D / 16.) The bias of other than Gaussian features differs slightly.
 
     Args:
         reference: moments of the reference.
@@ -244,10 +246,10 @@ def frechet_bias(reference: Moments, count: int) -> float:
 
 
 def _expected_root_trace(variances_D: Tensor, n: int) -> float:
-    """The expected trace of the root of a covariance from n degrees of freedom; the largest variance is 1.
+    """The expected trace of the root of a sample covariance with n degrees of freedom. The largest variance must be 1.
 
     x^(1/2) is the integral of x / (x + t) / (pi t^(1/2)) over t > 0, here over log t. The sum of x / (x + t) over the spectrum
-    is n (1 - t m) for the m with 1 / m = t + sum(v / (1 + v m)) / n over the variances v (Marchenko and Pastur 1967;
+    is n (1 - t m), where m solves 1 / m = t + sum(v / (1 + v m)) / n over the variances v (Marchenko and Pastur 1967;
     Silverstein 1995).
     """
     step = 0.5
@@ -255,7 +257,7 @@ def _expected_root_trace(variances_D: Tensor, n: int) -> float:
     t_Q = log_t_Q.exp()
 
     def filled(log_m_Q: Tensor) -> Tensor:
-        """sum(v m / (1 + v m)) / n, which is 1 - t m for the m that is sought."""
+        """sum(v m / (1 + v m)) / n, which equals 1 - t m at the solution."""
         products_QD = log_m_Q.exp()[:, None] * variances_D
         return (products_QD / (1 + products_QD)).sum(1) / n
 
@@ -268,13 +270,13 @@ def _expected_root_trace(variances_D: Tensor, n: int) -> float:
 
 
 def inception_score(logits_NK: Tensor, splits: int = SPLITS) -> float:
-    """The exponential of the mean of KL(p(y | x) || p(y)), the mean over parts of the images (Salimans et al. 2016).
+    """The inception score (Salimans et al. 2016): exp of the mean KL(p(y | x) || p(y)), averaged over parts of the images.
 
-    Which row is in which part is drawn at random, but always the same way. A part's score is at most its number of images.
+    Parts are drawn at random with a fixed seed. A part's score is at most its number of images.
 
     Args:
-        logits_NK: [N, K] of a classifier.
-        splits: number of parts, as equal as can be.
+        logits_NK: logits of a classifier.
+        splits: number of parts, as equal as possible.
 
     Raises:
         InputError: fewer images than parts, or logits that are not finite.
@@ -292,10 +294,10 @@ def inception_score(logits_NK: Tensor, splits: int = SPLITS) -> float:
 
 
 def require_features(features_ND: Tensor) -> None:
-    """Refuse what is no matrix of finite numbers.
+    """Refuse features that are not a matrix of finite numbers.
 
     Raises:
-        InputError: NaN or infinity among them, or no matrix.
+        InputError: the features are not.
     """
     if features_ND.ndim != 2:
         raise InputError(f"features of shape {list(features_ND.shape)}: must be [images, features]")
@@ -304,10 +306,10 @@ def require_features(features_ND: Tensor) -> None:
 
 
 class FrechetDistance:
-    """`frechet_distance` to a reference of features that come in batches, in one process or several.
+    """`frechet_distance` to a reference, for features that come in batches, in one process or several.
 
-    Features are summed in float64 as they come, so neither the split into batches nor the number of processes matters: under
-    torch.distributed each process updates with its own features, and `compute` gives all of them the distance of the whole.
+    Features are summed in float64, so neither the split into batches nor the number of processes matters. Under
+    torch.distributed each process updates with its own features, and `compute` returns the distance of all features to each.
 
     Args:
         reference: moments of the reference features, the same in all processes.
@@ -321,7 +323,7 @@ class FrechetDistance:
         """Add features of generated images.
 
         Raises:
-            InputError: NaN or infinity among them, or no matrix [B, D].
+            InputError: features that are not a matrix of finite numbers.
         """
         require_features(features_BD)
         self._metric.update(features_BD.to(self._metric.device), real=False)
@@ -330,7 +332,7 @@ class FrechetDistance:
         """The distance of all features added since the start or the last `reset`.
 
         Raises:
-            InputError: fewer than two features in all, or fewer in the reference.
+            InputError: fewer than two features were added, or the reference has fewer.
         """
         return float(self._metric.compute())
 
@@ -340,7 +342,7 @@ class FrechetDistance:
 
 
 class _SummedFeatures(FrechetInceptionDistance):
-    """torchmetrics' sums, which it adds up over the processes, of features in place of images."""
+    """torchmetrics' sums, which it adds up over processes, over features in place of images."""
 
     def __init__(self, reference: Moments) -> None:
         network = nn.Identity()

@@ -1,7 +1,7 @@
 """Metrics over pairs of features: kernel distance, precision and recall, density and coverage, memorisation.
 
 All of them are exact: no subsets are drawn. Pairs are computed in tiles, so that memory does not grow with their number.
-Letters in shapes: N generated and M reference points, D features, B and C the points along the sides of a tile.
+Letters in shapes: N generated points, M reference points, D features, B and C the points along the two sides of a tile.
 """
 
 from __future__ import annotations
@@ -17,57 +17,57 @@ from madformer.errors import InputError
 __all__ = ["Within", "compare_pairs", "memorisation", "nearest_distances", "pairs_within"]
 
 NEIGHBOURS = (3, 5)
-"""Which nearest neighbour a neighbourhood reaches to, as in the papers: for precision and recall, for density and coverage."""
+"""A neighbourhood reaches to the k-th nearest neighbour: k for precision and recall, k for density and coverage (papers')."""
 
 BLOCK = 2048
 """Points along a side of a tile: with 2,048 features, about 250 MB of temporary memory."""
 
 _ROUNDING = 1e-12
-"""The part of |x|^2 + |y|^2 by which a squared distance may be wrong; float32 features have no finer differences anyway."""
+"""A squared distance may be wrong by this share of |x|^2 + |y|^2. Float32 features have no finer differences."""
 
 
 class Within(NamedTuple):
-    """What the pairs of one set tell: of a reference it is computed once and kept."""
+    """Results over the pairs inside one set. For a reference they are computed once and stored."""
 
     radii_NK: Tensor
-    """The distance of each point to its 3rd and its 5th nearest other point, [N, 2] float64; a duplicate is another point, at
-    distance 0; infinity where there are not as many others."""
+    """The distance of each point to its 3rd and its 5th nearest other point, [N, 2] float64. A duplicate is another point, at
+    distance 0. Infinity: there are too few other points."""
     mean_kernel: float
-    """The kernel distance's kernel, a mean over pairs of different points; NaN without any."""
+    """The mean of the kernel distance's kernel over pairs of different points; NaN: there are no pairs."""
 
 
 def pairs_within(features_ND: Tensor, block: int = BLOCK) -> Within:
-    """Look at all pairs of a set: D N^2 / 2 float64 multiplications and as many additions.
+    """Radii and mean kernel of a set. The cost is D N^2 / 2 float64 multiplications and as many additions.
 
     Args:
-        features_ND: [N, D], finite; computed where they are.
-        block: points along a side of a tile; no result depends on it.
+        features_ND: finite features. The computation runs on their device.
+        block: points along a side of a tile. Results do not depend on it.
     """
     return _within(_Points(features_ND, features_ND.mean(0), features_ND.device, block))
 
 
 def compare_pairs(generated_ND: Tensor, reference_MD: Tensor, reference: Within, block: int = BLOCK) -> dict[str, float]:
-    """How generated points lie among reference points.
+    """Metrics over all pairs of generated and reference points.
 
-    * `kid`: the unbiased squared maximum mean discrepancy under the kernel (x . y / D + 1)^3 (Binkowski et al. 2018) of all
-      points: what the customary mean over random subsets estimates. It may be slightly negative.
-    * `precision`: which part of the generated points lies in the neighbourhood of any reference point; `recall`: which part of
-      the reference points lies in the neighbourhood of any generated point (Kynkäänniemi et al. 2019; 3rd neighbours).
-    * `density`: in how many reference points' neighbourhoods a generated point lies, over 5; `coverage`: which part of the
-      reference points has a generated point in its neighbourhood (Naeem et al. 2020; 5th neighbours).
+    * `kid`: the unbiased squared maximum mean discrepancy under the kernel (x . y / D + 1)^3 (Binkowski et al. 2018) over all
+      points. The usual mean over random subsets estimates it. It may be slightly negative.
+    * `precision`: the share of generated points in the neighbourhood of any reference point; `recall`: the share of reference
+      points in the neighbourhood of any generated point (Kynkäänniemi et al. 2019; 3rd neighbours).
+    * `density`: the mean number of reference points whose neighbourhood contains a generated point, over 5; `coverage`: the
+      share of reference points with a generated point in their neighbourhood (Naeem et al. 2020; 5th neighbours).
 
-    A neighbourhood includes its rim, even when rounding moves it a little: the reference points themselves have precision,
+    A neighbourhood includes its boundary, with a tolerance for rounding. So the reference points themselves have precision,
     recall and coverage 1. The cost is D (N M + N^2 / 2) float64 multiplications and as many additions.
 
     Args:
-        generated_ND: [N, D], finite; computed where they are, the reference is moved there block by block.
-        reference_MD: [M, D], finite.
+        generated_ND: finite features. The computation runs on their device; the reference is moved there block by block.
+        reference_MD: finite features.
         reference: the reference points' `pairs_within`.
-        block: points along a side of a tile; no result depends on it (but `kid`, in its last digits).
+        block: points along a side of a tile. Results do not depend on it, except for the last digits of `kid`.
 
     Returns:
-        The metrics by name, in this order, less those that cannot be had: precision with fewer than 4 reference points, recall
-        with fewer than 4 generated ones, density and coverage with fewer than 6 reference points.
+        The metrics by name, in this order. Precision needs 4 reference points, recall 4 generated ones, density and coverage 6
+        reference points; with fewer they are left out.
 
     Raises:
         InputError: fewer than two points of either kind.
@@ -86,14 +86,14 @@ def compare_pairs(generated_ND: Tensor, reference_MD: Tensor, reference: Within,
 
 
 def nearest_distances(features_ND: Tensor, reference_MD: Tensor, block: int = BLOCK) -> Tensor:
-    """The distance of each point to the nearest reference point, exactly 0 if it is one: [N] float64.
+    """The distance of each point to the nearest reference point, [N] float64; exactly 0 if the points are equal.
 
     The cost is D N M float64 multiplications and as many additions.
 
     Args:
-        features_ND: [N, D], finite. The computation runs on their device; the reference is moved there block by block.
-        reference_MD: [M, D], finite, at least one.
-        block: points along one side of a tile of distances. Results do not depend on it, except for rounding.
+        features_ND: finite features. The computation runs on their device; the reference is moved there block by block.
+        reference_MD: finite features, at least one.
+        block: points along a side of a tile. Results do not depend on it, except for rounding.
     """
     device, centre_D = features_ND.device, reference_MD.mean(0)
     points, others = _Points(features_ND, centre_D, device, block), _Points(reference_MD, centre_D, device, block)
@@ -112,14 +112,14 @@ def nearest_distances(features_ND: Tensor, reference_MD: Tensor, block: int = BL
 def memorisation(generated_N: Tensor, held_out_M: Tensor) -> float:
     """The probability that a sample is nearer to its nearest training image than a held-out image is to its own.
 
-    Ties count half. 0.5: samples are as near to the training images as new images are; above, they copy; below, they are too
-    far away. It follows the three-sample test of data-copying by Meehan, Chaudhuri and Dasgupta (2020, arXiv 2004.05675), but
-    over the whole feature space instead of cells. Their Mann-Whitney U counts pairs in which the sample is farther, so this is
-    1 - U / (N M). With perfect samples the standard deviation is ((N + M + 1) / (12 N M))^(1/2).
+    Ties count half. At 0.5, samples are as near to the training images as new images are. Above, they copy; below, they are
+    too far away. The test follows the three-sample test of data-copying by Meehan, Chaudhuri and Dasgupta (2020, arXiv
+    2004.05675), but over the whole feature space instead of cells. Their Mann-Whitney U counts pairs in which the sample is
+    farther, so this is 1 - U / (N M). With perfect samples the standard deviation is ((N + M + 1) / (12 N M))^(1/2).
 
     Args:
-        generated_N: `nearest_distances` of generated images to training images, [N].
-        held_out_M: the same of held-out images, [M].
+        generated_N: `nearest_distances` of generated images to training images.
+        held_out_M: `nearest_distances` of held-out images to training images.
     """
     ordered_M = held_out_M.to(generated_N).sort().values
     ranks_N = torch.searchsorted(ordered_M, generated_N) + torch.searchsorted(ordered_M, generated_N, right=True)
@@ -127,18 +127,18 @@ def memorisation(generated_N: Tensor, held_out_M: Tensor) -> float:
 
 
 class _Block:
-    """Points of some rows in float64, less the centre: distances stay as they are, and are rounded less."""
+    """Points of some rows in float64, minus the centre. This keeps distances and makes their rounding errors smaller."""
 
     def __init__(self, rows: slice, features_BD: Tensor, centre_D: Tensor) -> None:
         self.rows = rows
         self.points_BD = features_BD.to(centre_D) - centre_D
         self.squares_B = self.points_BD.square().sum(1)
         self.along_B = self.points_BD @ centre_D + centre_D.square().sum() / 2
-        """What the inner product of two features has more than that of the points: the sum of the two numbers here."""
+        """The inner product of two features is that of their centred points plus both of these numbers."""
 
 
 class _Points:
-    """All points, a block at a time on the device that computes. Any centre does."""
+    """All points, which come to the computing device one block at a time. Any centre is correct."""
 
     def __init__(self, features_ND: Tensor, centre_D: Tensor, device: torch.device, block: int) -> None:
         self._features_ND, self._block = features_ND, block
@@ -149,7 +149,7 @@ class _Points:
 
     @property
     def pairs(self) -> int:
-        """Pairs of different points, in either order."""
+        """Number of ordered pairs of different points."""
         return len(self) * (len(self) - 1)
 
     def blocks(self, start: int = 0) -> Iterator[_Block]:
@@ -158,14 +158,14 @@ class _Points:
             yield _Block(rows, self._features_ND[rows], self.centre_D)
 
     def own_tiles(self) -> Iterator[_Tile]:
-        """Any two blocks once: in the other order they have the same pairs."""
+        """Yield the tile of any two blocks once, as the other order has the same pairs."""
         for one in self.blocks():
             for other in self.blocks(one.rows.start):
                 yield _Tile(one, other)
 
 
 class _Tile:
-    """All pairs of a point of one block and a point of another."""
+    """All pairs of a point of one block with a point of another."""
 
     def __init__(self, one: _Block, other: _Block) -> None:
         self.one, self.other = one, other
@@ -173,11 +173,11 @@ class _Tile:
 
     @property
     def is_diagonal(self) -> bool:
-        """Whether, among the tiles of the same points, each point meets itself here."""
+        """Whether both blocks are the same, so that each point is paired with itself too."""
         return self.one.rows == self.other.rows
 
     def squares_BC(self, less: float = 0.0) -> Tensor:
-        """Squared distances, less a part of |x|^2 + |y|^2."""
+        """Squared distances, minus the share `less` of |x|^2 + |y|^2."""
         scales_BC = self.one.squares_B[:, None] + self.other.squares_B
         return scales_BC.mul_(1 - less).sub_(self._inner_BC, alpha=2)
 
@@ -186,7 +186,7 @@ class _Tile:
         return inner_BC.add_(self.other.along_B).div_(self.one.points_BD.shape[1]).add_(1).pow_(3)
 
     def own_kernel(self) -> float:
-        """Among the tiles of the same points: the kernel's sum over pairs of different points, in either order."""
+        """The kernel's sum over ordered pairs of different points, for blocks of one set of points."""
         kernel_BC = self.kernel_BC()
         return float(kernel_BC.fill_diagonal_(0).sum() if self.is_diagonal else 2 * kernel_BC.sum())
 
@@ -207,12 +207,12 @@ def _within(points: _Points) -> Within:
 
 
 def _keep_nearest(nearest_BK: Tensor, squares_BC: Tensor) -> None:
-    """Put the smallest of both into the first, in rising order."""
+    """Replace `nearest_BK` by the smallest of both, in rising order."""
     nearest_BK.copy_(torch.cat((nearest_BK, squares_BC), dim=1).topk(nearest_BK.shape[1], largest=False).values)
 
 
 class _Sweep:
-    """The kernel's sum, and who lies in whose neighbourhood, over the tiles of generated and reference points."""
+    """Adds up, over tiles of generated and reference points, the kernel and the points that are in neighbourhoods."""
 
     def __init__(self, radii_NK: Tensor, radii_MK: Tensor) -> None:
         self._squares_NK, self._squares_MK = radii_NK.square(), radii_MK.square()
@@ -236,7 +236,7 @@ class _Sweep:
         return self._kernel / (len(self._squares_NK) * len(self._squares_MK))
 
     def shares(self) -> dict[str, float]:
-        """Precision, recall, density, coverage; those of which there are the neighbours."""
+        """Precision, recall, density and coverage, without those that need more points than there are."""
         near, far = (bool(self._squares_MK[:, column].isfinite().all()) for column in range(2))
         shares = {}
         if near:

@@ -31,14 +31,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one sample is asked to show."""
+    """The prompt of one sample, and its class if it has one."""
 
     text: str
     label: int | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """For the image's metadata."""
+        """The prompt's entries in the image's metadata."""
         return {"prompt": self.text, "class": self.label}
 
 
@@ -50,10 +50,17 @@ def choose_prompts(
     indices: Sequence[int],
     guidance: float = 1.0,
 ) -> list[Prompt]:
-    """The prompts of samples: the classes in turn, the one prompt for all, or, without either, all classes in turn.
+    """The prompts of samples.
+
+    Args:
+        checkpoint: has the names of the classes.
+        classes: `--classes`, which samples take in turn; None: all classes, if there is no prompt either.
+        prompt: `--prompt`, for all samples.
+        indices: numbers of the samples.
+        guidance: scale of guidance; 1 is none.
 
     Raises:
-        InputError: prompts for a model without text, both kinds of them, classes that nobody has named, or guidance without
+        InputError: prompts for a model without text, both options, classes of a run without class names, or guidance without
             prompts.
     """
     given = [option for option, value in (("--classes", classes), ("--prompt", prompt)) if value is not None]
@@ -78,10 +85,14 @@ def choose_prompts(
 
 
 def tokenize(config: ExperimentConfig, prompts: Sequence[str], guidance: float = 1.0) -> Tensor | None:
-    """Token ids [B, T] of prompts; None: a model without text, or nothing but the null text, which needs no tokenizer.
+    """Token ids [B, T] of prompts; None: the model has no text, or all prompts are empty and there is no guidance.
+
+    Args:
+        prompts: one for each image; an empty one is the null text.
+        guidance: scale of guidance; 1 is none.
 
     Raises:
-        ConfigError: the tokenizer cannot be had, or is not the model's.
+        ConfigError: the tokenizer is not available, or does not fit the model.
     """
     if config.model.text is None or not (any(prompts) or guidance != 1):
         return None
@@ -89,7 +100,7 @@ def tokenize(config: ExperimentConfig, prompts: Sequence[str], guidance: float =
 
 
 def known_classes(config: ExperimentConfig, checkpoint: Path) -> tuple[str, ...] | None:
-    """The class names that a run was trained with: the checkpoint remembers them; None: nobody named them."""
+    """The class names that a run was trained with, from its checkpoint; None: it had none."""
     recorded = load_checkpoint(checkpoint).get(DATA, {}).get(CLASS_PROMPTS)
     if recorded is not None:
         return tuple(recorded)
@@ -100,12 +111,15 @@ def known_classes(config: ExperimentConfig, checkpoint: Path) -> tuple[str, ...]
 
 
 def inference_devices(config: ExperimentConfig, count: int | None) -> list[str]:
-    """Devices that share sampling; None: all GPUs, or one process. A run that was trained on a GPU needs none here.
+    """Devices that share sampling. A run that was trained on a GPU can be sampled without one.
 
     On the CPU, this also sets the number of threads of the process.
 
+    Args:
+        count: number of devices; None: all GPUs, or one process on the CPU.
+
     Raises:
-        ConfigError: fewer are there.
+        ConfigError: there are fewer devices.
     """
     accelerator: Literal["cpu", "auto"] = "cpu" if config.trainer.accelerator == "cpu" else "auto"
     devices = find_devices(replace(config.trainer, accelerator=accelerator, devices=count))
@@ -114,12 +128,17 @@ def inference_devices(config: ExperimentConfig, count: int | None) -> list[str]:
 
 
 def sampling_precision(config: ExperimentConfig, device: torch.device) -> str:
-    """What a run is sampled in: on a GPU `trainer.precision`, as it was trained; float32 on the CPU, where that is faster."""
+    """The precision of sampling: `trainer.precision` on a GPU, as in training; float32 on the CPU, where that is faster."""
     return config.trainer.precision if device.type == "cuda" else "32-true"
 
 
 def load_for_sampling(checkpoint: Path, config: ExperimentConfig, weights: Weights, device: str) -> MADFormer:
-    """The model of a checkpoint on a device, for sampling alone: its weights are cast once, not at every step.
+    """The model of a checkpoint on a device, for sampling only: its weights are cast once, not at every step.
+
+    Args:
+        checkpoint: the checkpoint's file.
+        weights: EMA or raw weights.
+        device: the device's name.
 
     Raises:
         InputError: as `load_model`.
@@ -131,7 +150,7 @@ def load_for_sampling(checkpoint: Path, config: ExperimentConfig, weights: Weigh
 
 
 def default_prompts(class_prompts: Sequence[str] | None, indices: Sequence[int]) -> list[str]:
-    """Prompts for samples where none are asked for: the classes in turn, or no text."""
+    """Default prompts of samples: the classes in turn, or no text."""
     return [class_prompts[index % len(class_prompts)] if class_prompts else "" for index in indices]
 
 
@@ -144,16 +163,17 @@ def sample_batches(
     on_block: Callable[[int, Tensor], None] | None = None,
     make_sampler: Callable[..., BlockSampler] | None = None,
 ) -> Iterator[Tensor]:
-    """Latents [B, C, h, w] of the samples `indices`, at most `evaluation.batch_size` at once, in their order.
+    """Yield latents [B, C, h, w] of samples in order, at most `evaluation.batch_size` at once.
 
-    Buffers and CUDA graphs serve all batches. On a GPU, the last of several batches is filled up to that end.
+    All batches share buffers and CUDA graphs. For these, a GPU's last batch is filled up with copies of its last sample.
 
     Args:
-        config: the run's.
-        sampling: how they are sampled; whose weights they are is the model's affair.
+        config: the run's configuration.
+        sampling: how to sample. Its `weights` are not used here: the model has its weights.
+        indices: numbers of the samples.
         text_BT: token ids, a row for each index; None: no text.
-        on_block: called after each block, as by `generate`; a batch that was filled up has copies of its last sample.
-        make_sampler: of an earlier call with the same model (`keeping_sampler`), whose buffers and graphs serve here too.
+        on_block: called after each block, as by `generate`, with the copies that fill up a batch.
+        make_sampler: that of earlier calls with the same model (`keeping_sampler`), to share buffers and graphs with them.
     """
     batch_size, device = config.evaluation.batch_size, model.boi_SD.device
     sampler = build_sampler(config.diffusion, config.model.prediction_type, sampling.sampler, sampling.spacing)
@@ -172,10 +192,10 @@ def sample_batches(
 
 
 def keeping_sampler() -> Callable[..., BlockSampler]:
-    """For `generate`: makes a `BlockSampler`, and gives the same one as long as model and sizes stay."""
+    """A `make_sampler` for `generate`, which returns the same `BlockSampler` as long as model and sizes stay the same."""
     return functools.lru_cache(maxsize=1)(BlockSampler)
 
 
 def _fills_batches(device: torch.device) -> bool:
-    """Whether a smaller batch costs more than a full one: GPUs compile and capture its sizes anew."""
+    """Whether a smaller batch costs more than a full one. GPUs compile and capture each batch size anew."""
     return device.type != "cpu"

@@ -1,9 +1,9 @@
-"""`madformer tune`: for each budget the `Sampling` that suits a design best, found with few samples, confirmed on fresh seeds.
+"""`madformer tune`: for each budget, find the best `Sampling` of a design with few samples, and confirm it on fresh seeds.
 
 Optuna proposes samplers, spacings and, with text, guidance. A proposal is judged by the mean distance over the design's runs,
-all sampled from the same noise. The best one and the default are then measured with all samples on seeds that the search has
-not seen. Whatever is measured goes into the runs' records as a candidate, and proposals depend only on what was measured, so a
-command that was killed goes on where it stopped.
+all sampled from the same noise. The best one and the default are then measured with all samples, on seeds that the search has
+not used. All measurements go into the runs' records as candidates, and proposals depend only on measurements. So a command that
+was killed continues where it stopped.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _STARTS: tuple[dict[str, Any], ...] = (
     {"sampler": "dpmsolver++", "spacing": "logsnr"},
     {"sampler": "unipc", "spacing": "karras", "rho": 7},
 )
-"""What is tried first: what the literature recommends, and what did well on digits."""
+"""The first proposals: recommendations of the literature, and samplings that did well on digits."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,21 @@ class TuningRequest:
     """Runs of one design, which share one choice for each budget."""
 
     configs: tuple[ExperimentConfig, ...]
-    """Those of the runs, which differ in their seeds."""
+    """The configurations of the runs, which differ in their seeds."""
     nfe: tuple[int, ...]
     """Budgets to tune at."""
     tries: int
-    """Samplings to try at each budget at most, the default included."""
+    """Most samplings to try at each budget, the default included."""
     minutes: float | None = None
-    """When to stop trying; what was found until then is confirmed. None: when all tries are made."""
+    """Time after which no sampling is tried, and the best so far is confirmed. None: no limit."""
     devices: int | None = None
-    """Devices that share the work; None: all GPUs, or one process."""
+    """Number of devices that share the work; None: all GPUs, or one process."""
     depth: int | None = None
-    """Diffusion depth of elastic runs, each of which has its own choices; None: the default."""
+    """Diffusion depth of elastic runs; each depth has its own choices. None: the default depth."""
 
     @property
     def num_samples(self) -> int:
-        """Images of a point."""
+        """Number of images for a point."""
         return self.configs[0].evaluation.num_samples
 
     @property
@@ -85,12 +85,12 @@ class TuningRequest:
 def tune(request: TuningRequest) -> None:
     """Choose a `Sampling` for each budget, confirm it, and record it in every run, as points and as a line of kind `tuning`.
 
-    A choice that any of the runs has already is kept (a later seed does not change it), and measured where it is missing.
-    If they have several, as of runs tuned apart, the first run's counts for all.
+    A choice that one of the runs has already is kept, so later seeds do not change it, and it is measured on the other runs. If
+    runs have different choices because they were tuned separately, the first run's counts for all.
 
     Raises:
         ConfigError: as `evaluate`, or a budget that the runs cannot have.
-        InputError: as `evaluate`, runs of different designs, or another process tunes them.
+        InputError: as `evaluate`, the runs have different designs, or another process tunes them.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     optuna.logging.disable_propagation()
@@ -106,11 +106,11 @@ def tune(request: TuningRequest) -> None:
 
 
 def _of_one_design(configs: Sequence[ExperimentConfig]) -> tuple[ExperimentConfig, ...]:
-    """The runs' configurations, with the first one's evaluation.
+    """The runs' configurations, with the evaluation of the first one.
 
     Raises:
         ConfigError: no feature network is named.
-        InputError: a run is named twice, or they differ in more than their seeds, or in the step that they have reached.
+        InputError: a run is named twice, or the runs differ in more than their seeds, or in their newest step.
     """
     first, *others = configs
     fields, step = trained_fields(first), checkpoint_step(_checkpoint(first))
@@ -124,7 +124,7 @@ def _of_one_design(configs: Sequence[ExperimentConfig]) -> tuple[ExperimentConfi
         name = next((name for name in fields if name != "seed" and fields[name] != other.get(name)), None)
         if name is not None:
             differ = f"{first.run_dir} and {config.run_dir} differ in {name}"
-            raise InputError(f"{differ}: tune them apart; only runs that differ in their seeds share a choice")
+            raise InputError(f"{differ}: tune them separately; only runs that differ in their seeds share a choice")
         if (other_step := checkpoint_step(_checkpoint(config))) != step:
             steps = f"{first.run_dir} has its newest checkpoint at step {step}, {config.run_dir} at {other_step}"
             raise InputError(f"{steps}: tune them when all are trained as far")
@@ -149,7 +149,7 @@ def _tune_at(request: TuningRequest, default: Sampling, deadline: float | None) 
 
 
 def _choose(request: TuningRequest, default: Sampling, deadline: float | None) -> dict[str, Any]:
-    """Search and confirm; the line to record."""
+    """Search and confirm, and return the line to record."""
     tried, most_tries = _search(request, default, deadline)
     best = min(tried, key=lambda sampling: tried[sampling])
     differences = list[float]()
@@ -186,7 +186,7 @@ def _choose(request: TuningRequest, default: Sampling, deadline: float | None) -
 
 
 def _search(request: TuningRequest, default: Sampling, deadline: float | None) -> tuple[dict[Sampling, float], int]:
-    """Samplings -> mean distance over the runs, the default first; and how many tries there were, repeated ones too."""
+    """Sampling -> mean distance over the runs, the default first; and the number of tries, repeated ones included."""
     first = request.configs[0]
     guided = first.model.text is not None and known_classes(first, _checkpoint(first)) is not None
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=10))
@@ -239,7 +239,7 @@ def _measure(
     seeds: Sequence[int],
     num_samples: int | None = None,
 ) -> list[Point]:
-    """Candidates of a run, by sampling and seed; with few samples, of the first feature network alone."""
+    """Measure a run's candidates for all samplings and seeds. With `num_samples`, use only the first feature network."""
     evaluation = config.evaluation
     if num_samples is not None:
         networks = evaluation.feature_networks[:1]
@@ -259,7 +259,7 @@ def _measure(
 
 
 def _record(config: ExperimentConfig, points: Sequence[Point], line: dict[str, Any], chosen: Sampling) -> None:
-    """Add the confirmed points and, last, the choice to a run's record, unless they are there."""
+    """Add the confirmed points and, last, the choice to a run's record, unless they are there already."""
     run = config.run_dir
     with FileLock(run / ".record.lock"):
         recorded = {(Measurement.of_point(point).key, bool(point.get("tuned"))) for point in read_points(run)}
@@ -276,7 +276,7 @@ def _record(config: ExperimentConfig, points: Sequence[Point], line: dict[str, A
 
 
 def _costs(request: TuningRequest, default: Sampling) -> str:
-    """What is ahead, before it begins."""
+    """The planned work in words, with its FLOPs."""
     few, runs, seeds = search_samples(request.num_samples), len(request.configs), len(request.seeds)
     images = runs * (request.tries * few + 2 * seeds * request.num_samples)
     model = request.configs[0].model.at_depth(default.diffusion_depth)
@@ -286,7 +286,7 @@ def _costs(request: TuningRequest, default: Sampling) -> str:
 
 
 def _text(line: dict[str, Any]) -> str:
-    """A choice in words."""
+    """The choice in words, for the terminal."""
     sampling, default = Sampling.of_choice(line), Sampling.of_choice(line, "default")
     if sampling == default:
         return f"the default is the best of {line['tries']} samplings"
@@ -303,5 +303,5 @@ def _checkpoint(config: ExperimentConfig) -> Path:
 
 
 def _distance(point: Point) -> float:
-    """The first metric of the first network, a distance."""
+    """The distance of the first network, which is the first metric."""
     return float(next(iter(point["metrics"].values())))

@@ -29,19 +29,19 @@ from madformer.runs.checkpoints import checkpoint_step, load_model, weights_sha2
 from madformer.runs.folder import claim_folder
 
 IN_GRID = 64
-"""Images of the grid, the first ones."""
+"""Most images of the grid; it has the first ones."""
 
 _log = logging.getLogger(__name__)
 
 
 def write_samples(request: SamplingRequest, folder: Path) -> None:
-    """Write a PNG of each sample and a grid of the first ones, and show the grid in TensorBoard; what is there is left alone.
+    """Write a PNG of each sample and a grid of the first ones, and show the grid in TensorBoard. Existing files stay.
 
-    Sample i depends on (seed, i) and its prompt alone: more samples leave the first ones as they are.
+    Sample i depends only on (seed, i) and its prompt, so more samples do not change the first ones.
 
     Raises:
-        ConfigError: a codec or tokenizer that cannot be had, or does not fit the model.
-        InputError: the folder holds samples made in another way, or a prompt that the run cannot have.
+        ConfigError: a codec or tokenizer is not available, or does not fit the model.
+        InputError: the folder holds samples made with other settings, or the run cannot have the prompt.
         NonFiniteError: the run has diverged.
     """
     config, rank = request.config, cluster_rank()
@@ -51,11 +51,11 @@ def write_samples(request: SamplingRequest, folder: Path) -> None:
     )
     sampling, settings = request.sampling, _settings(request)
     images = [{**settings, "index": index, **prompt.settings} for index, prompt in enumerate(prompts)]
-    tokenize(config, [prompt.text for prompt in prompts], sampling.guidance)  # if there is a mistake, better now
+    tokenize(config, [prompt.text for prompt in prompts], sampling.guidance)  # to find mistakes early
     with claim_folder(folder, "sample", rank or 0):
         missing = frozenset(image["index"] for image in images if not _is_written(folder, image))
         if rank is None:
-            for left in folder.glob(".*.png.*.tmp"):  # by a process that was killed
+            for left in folder.glob(".*.png.*.tmp"):  # left by killed processes
                 left.unlink()
         before = request.num - len(missing)
         if missing:
@@ -72,7 +72,12 @@ def write_samples(request: SamplingRequest, folder: Path) -> None:
 def sample_share(
     share: Share, request: SamplingRequest, folder: Path, images: Sequence[dict[str, Any]], missing: Collection[int]
 ) -> None:
-    """Sample and write those missing among every `world_size`-th image, whatever other processes have written meanwhile."""
+    """Sample and write this process's share of the missing images: of every `world_size`-th image those that are missing.
+
+    Args:
+        images: settings of each image, for its metadata.
+        missing: indices of images that were missing at the start, the same in all processes.
+    """
     config = request.config
     assigned = [image for image in images[share.rank :: share.world_size] if image["index"] in missing]
     model = load_for_sampling(request.checkpoint, config, request.sampling.weights, share.device)
@@ -89,12 +94,12 @@ def sample_share(
 
 
 def sample_path(folder: Path, index: int) -> Path:
-    """Where a sample lies."""
+    """The path of a sample's PNG file."""
     return folder / f"{index:06d}.png"
 
 
 def _settings(request: SamplingRequest) -> dict[str, Any]:
-    """The settings that all samples share; prompts differ."""
+    """The settings that all samples share. Only prompts differ."""
     config, sampling = request.config, request.sampling
     codec = build_codec(config.data.codec, config.data.codec_dtype)
     require_fit(codec, config.model)
@@ -114,10 +119,10 @@ def _settings(request: SamplingRequest) -> dict[str, Any]:
 
 
 def _is_written(folder: Path, image: dict[str, Any]) -> bool:
-    """Whether the file is there and whole.
+    """Whether the file exists and is intact.
 
     Raises:
-        InputError: it was made in another way.
+        InputError: it was made with other settings.
     """
     path = sample_path(folder, image["index"])
     found = read_settings(path)
@@ -131,7 +136,7 @@ def _is_written(folder: Path, image: dict[str, Any]) -> bool:
 
 
 def _show(request: SamplingRequest, folder: Path, shown: Sequence[dict[str, Any]]) -> None:
-    """The grid, as a file and in TensorBoard; one of these images and more may stay."""
+    """Write the grid to a file and to TensorBoard, unless there is a grid that begins with these images."""
     path, prompts = folder / "grid.png", [image["prompt"] for image in shown]
     settings = {name: value for name, value in shown[0].items() if name not in ("index", "prompt", "class")}
     found = read_settings(path) or {}
@@ -144,7 +149,7 @@ def _show(request: SamplingRequest, folder: Path, shown: Sequence[dict[str, Any]
 
 
 def _draw(request: SamplingRequest, grid_YX3: np.ndarray, prompts: Sequence[str]) -> None:
-    """An event file of its own for each kind of samples: it takes the place of a former one, training's stay as they are."""
+    """Write an event file for this kind of samples. It replaces the earlier one; training's event files stay as they are."""
     run, step, sampling = request.config.run_dir, checkpoint_step(request.checkpoint), request.sampling
     how = sampling.difference(Sampling(sampling.nfe, sampling.steps, weights=sampling.weights))
     content = textwrap.shorten(request.prompt or request.classes or "", 60, placeholder=" ...")

@@ -5,11 +5,11 @@ Tensor names carry shape suffixes, everywhere in this package:
     B batch            L blocks (AR length)     S tokens in a block    T text tokens       V vocabulary
     D model width      H query heads            G key/value heads      K head width
     C latent channels  Y, X rows, columns of a block's latents         y, x of its tokens  h, w of an image's latents
-    P tokens of a tower (positions): L * S, J * S or T                 M keys of some query  A axes of positions
+    P tokens of a tower (positions): L * S, J * S or T                 M keys of a query     A axes of positions
     U blocks in the U-Net, B * L                J clean blocks whose embedding is read: L, L - 1 or 0
 
 With k noise draws per image, noisy tensors have batch B * k; image b's draws are at b * k .. b * k + k - 1.
-N is no shape here: it is the paper's depth, as in N - D. In the packages `data` and `evaluation` it is a number of images.
+N is not a shape here: it is the paper's depth, as in N - D. In the packages `data` and `evaluation` it is a number of images.
 """
 
 from __future__ import annotations

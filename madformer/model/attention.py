@@ -1,12 +1,12 @@
-"""Attention across towers: who sees whom, and two backends that compute it without the masked work.
+"""Attention across towers: which tokens see which, and two backends that skip the masked work.
 
     text token       earlier text tokens and itself
     clean block i    all text, clean blocks <= i
     noisy block i    all text, clean blocks < i, itself        (without clean blocks: noisy blocks <= i)
 
-Attention inside a block is full. In a `local` layer an image block sees all text and itself. The noise tower comes as
-`draws` sequences per image, which do not see each other. A tower is a tensor [B, heads, P, K]; with k draws the noise
-tower's batch is B * k.
+Attention inside a block is full. In a `local` layer an image block sees all text and itself. The noise tower has `draws`
+sequences per image; they do not see each other. A tower is a tensor [B, heads, P, K]; with k draws the noise tower's batch
+is B * k.
 """
 
 from __future__ import annotations
@@ -44,12 +44,18 @@ class TrainingContext:
         return self.plan.queries
 
     def attend(self, q: Towers, k: Towers, v: Towers) -> Towers:
-        """Attention of every query tower, [B, H, P, K] each; keys and values have G heads."""
+        """Attention of every query tower, [B, H, P, K] each.
+
+        Args:
+            q: queries of the query towers, H heads each.
+            k: keys of all towers of the plan, G heads each.
+            v: values, as the keys.
+        """
         plan = self.plan
         if self.block_mask is not None:
             queries, keys, values = (_join_towers(x, plan) for x in (q, k, v))
             grouped = queries.shape[1] != keys.shape[1]
-            # Inside a compiled layer it is part of it.
+            # A compiled layer compiles FlexAttention as a part of it.
             flex = cast("Callable[..., Tensor]", flex_attention) if is_compiling() else _compiled_flex_attention()
             return _split_towers(flex(queries, keys, values, block_mask=self.block_mask, enable_gqa=grouped), plan)
         attended: Towers = {}
@@ -75,15 +81,22 @@ class TrainingContext:
 
 @functools.lru_cache(maxsize=256)
 def training_context(plan: LayerPlan, backend: str, device: torch.device) -> TrainingContext:
-    """The context of a layer with a backend, `flex` or `sdpa`; made once for each plan."""
+    """The context in which a layer with this plan runs; made once for each plan.
+
+    Args:
+        backend: `flex` or `sdpa`, as `choose_backend` returns it.
+    """
     return TrainingContext(plan, _block_mask(plan, device) if backend == "flex" else None)
 
 
 def choose_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that the configuration names; `auto`: FlexAttention on CUDA, where its kernels take head and dtype.
+    """The backend of the configuration. `auto` takes FlexAttention on CUDA if its kernels support the head width and dtype.
+
+    Args:
+        dtype: the dtype of queries, keys and values.
 
     Raises:
-        ValueError: FlexAttention on the CPU in training, or inside compiled layers: torch can do neither.
+        ValueError: FlexAttention on the CPU, in training or inside compiled layers. Torch supports neither.
     """
     if config.attention_backend != "auto":
         cannot = "train" if torch.is_grad_enabled() else "be part of compiled layers" if config.compile is True else ""
@@ -95,10 +108,10 @@ def choose_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype
 
 
 def configure_dynamo() -> None:
-    """Set what torch.compile needs for this model, whose layers are compiled one by one.
+    """Set torch.compile's limits for this model, whose layers are compiled one by one.
 
-    Every combination of layer pattern, batch size and training or sampling is a shape. Past the limit of shapes per
-    function, torch silently runs it uncompiled. And DDP's own optimiser would split each layer into several graphs.
+    A layer is compiled for each combination of attention pattern, batch size, and training or sampling. Past its limit torch
+    silently runs the layer uncompiled. DDP's own optimiser is off, as it would split each layer into several graphs.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
@@ -106,17 +119,22 @@ def configure_dynamo() -> None:
 
 
 def sdpa(q_BHPK: Tensor, k_BGMK: Tensor, v_BGMK: Tensor, causal: bool = False) -> Tensor:
-    """Attention without a mask tensor; key/value heads are shared by groups of query heads."""
+    """Attention without a mask tensor. Groups of query heads share a key/value head.
+
+    Args:
+        q_BHPK: queries; H is a multiple of G.
+        causal: query i sees keys 0 .. i; for text.
+    """
     groups = q_BHPK.shape[1] // k_BGMK.shape[1]
     grouped = groups > 1
     if grouped and q_BHPK.device.type == "cuda" and q_BHPK.dtype == torch.float32:
-        # CUDA's only kernel for float32 that keeps no scores takes as many heads of keys as of queries.
+        # In float32, CUDA's only kernel that keeps no scores needs as many key heads as query heads.
         k_BGMK, v_BGMK = (x.repeat_interleave(groups, dim=1) for x in (k_BGMK, v_BGMK))
         grouped = False
     return scaled_dot_product_attention(q_BHPK, k_BGMK, v_BGMK, is_causal=causal, enable_gqa=grouped)
 
 
-# ---- keys and values for scaled_dot_product_attention: exactly those that are seen
+# ---- keys and values for scaled_dot_product_attention: exactly the visible ones
 
 
 def _block(x_BHPK: Tensor, block: int, plan: LayerPlan) -> Tensor:
@@ -124,13 +142,13 @@ def _block(x_BHPK: Tensor, block: int, plan: LayerPlan) -> Tensor:
 
 
 def _text_and_past(x: Towers, plan: LayerPlan) -> Tensor:
-    """Keys (values) of the text and then of the context tower, so that what a block sees is a slice."""
+    """Keys (or values) of the text, followed by those of the context tower. A block sees a slice of them."""
     past = x[plan.context_tower]
     return torch.cat([_repeat_batch(x["text"], len(past) // len(x["text"])), past], dim=2) if "text" in x else past
 
 
 def _visible(past_BGMK: Tensor, tower_BGPK: Tensor, tower: str, block: int, plan: LayerPlan) -> Tensor:
-    """The keys (values) that a block of a tower sees: of `_text_and_past`, and the block's own."""
+    """The keys (or values) that a block of a tower sees: a slice of `_text_and_past`, and the block's own."""
     end = plan.text_tokens + block * plan.block_tokens
     if tower == plan.context_tower:
         return past_BGMK[:, :, : end + plan.block_tokens]
@@ -141,7 +159,7 @@ def _visible(past_BGMK: Tensor, tower_BGPK: Tensor, tower: str, block: int, plan
 
 
 def _text_and_itself(x: Towers, tower: str, plan: LayerPlan) -> Tensor:
-    """Keys (values) of the text and one block, [B * L, G, T + S, K]."""
+    """Keys (or values) of the text and one block, [B * L, G, T + S, K]."""
     blocks = _fold_blocks(x[tower], plan)
     return torch.cat([_repeat_batch(x["text"], len(blocks) // len(x["text"])), blocks], dim=2) if "text" in x else blocks
 
@@ -158,7 +176,7 @@ def _repeat_batch(x_BHPK: Tensor, times: int) -> Tensor:
     return x_BHPK if times == 1 else repeat(x_BHPK, "b h p k -> (b times) h p k", times=times)
 
 
-# ---- FlexAttention: one call, all-masked tiles are skipped
+# ---- FlexAttention: one call, which skips fully masked tiles
 
 
 @functools.cache
@@ -184,7 +202,7 @@ def _split_towers(attended_BHPK: Tensor, plan: LayerPlan) -> Towers:
 
 
 def _block_mask(plan: LayerPlan, device: torch.device) -> BlockMask:
-    # The cached mask must serve training, also if validation under inference mode comes first.
+    # The mask is cached. Training must be able to use it even if validation, under inference mode, makes it.
     with torch.inference_mode(False), torch.no_grad():
         queries, keys = (_token_table(plan, towers, device) for towers in (plan.queries, plan.keys))
 
@@ -195,7 +213,7 @@ def _block_mask(plan: LayerPlan, device: torch.device) -> BlockMask:
 
 
 def dense_mask(plan: LayerPlan, device: torch.device | str = "cpu") -> Tensor:
-    """Who sees whom as a boolean matrix [queries, keys], for pictures and for checks; True: sees."""
+    """Which query tokens see which keys, a boolean matrix [queries, keys]. For pictures and tests."""
     queries, keys = _token_table(plan, plan.queries, device), _token_table(plan, plan.keys, device)
     return _sees(plan, tuple(column[:, None] for column in queries), keys)
 
@@ -204,7 +222,7 @@ _TEXT, _CLEAN, _NOISE = range(3)
 
 
 def _token_table(plan: LayerPlan, towers: tuple[str, ...], device: torch.device | str) -> tuple[Tensor, ...]:
-    """Kind, place (index of text tokens, block of image tokens) and noise draw of every token, a column [tokens] each."""
+    """Kind, place (text: index, image: block) and noise draw of every token: three columns [tokens]."""
     size = plan.block_tokens
     rows = {
         "text": [(_TEXT, token, 0) for token in range(plan.text_tokens)],
@@ -218,7 +236,7 @@ def _token_table(plan: LayerPlan, towers: tuple[str, ...], device: torch.device 
 
 
 def _sees(plan: LayerPlan, query: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
-    """Whether tokens see tokens; entries of `_token_table`, broadcast against each other."""
+    """Whether query tokens see key tokens. Both are entries of `_token_table` that broadcast against each other."""
     (q_kind, q_place, q_draw), (k_kind, k_place, k_draw) = query, key
     earlier = _CLEAN if plan.context_tower == "clean" else _NOISE
     sees_text = (k_kind == _TEXT) & ((q_kind != _TEXT) | (k_place <= q_place))

@@ -1,7 +1,7 @@
-"""What a model costs, from its configuration alone: parameters, NFE, FLOPs, memory. Needs no torch.
+"""Parameters, NFE and FLOPs of a model, and the memory of its U-Net, from the configuration alone. Needs no torch.
 
-FLOPs count multiplications and additions of matrix products, convolutions and attention, as torch's flop counter does; norms,
-activations and rotations are left out. All FLOPs are for one image.
+FLOPs are the multiplications and additions of matrix products, convolutions and attention, as torch's flop counter counts
+them. Norms, activations and rotations are left out. All FLOPs are for one image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part: the U-Net halves, BOI block, each tower's (or the shared) layers, text embedding and head."""
+    """Parameter counts by part: the U-Net halves, BOI block, each tower's (or the shared) layers, text embedding and head."""
     towers = ["shared"]
     if config.parameter_sets == "separate":
         towers = ["text"] * (config.text is not None) + ["clean"] * config.use_clean_blocks + ["noise"]
@@ -82,11 +82,11 @@ class SamplingFlops:
 
     @property
     def step(self) -> int:
-        """One denoising step of every block."""
+        """One denoising step of every block, U-Net included."""
         return self.step_layers + self.step_unet
 
     def total(self, steps: int) -> int:
-        """All of it for `steps` denoising steps per block."""
+        """FLOPs of one image with `steps` denoising steps per block."""
         return self.text + self.ar_pass + self.ar_unet + steps * self.step
 
 
@@ -94,7 +94,7 @@ def sampling_flops(config: ModelConfig, guidance: bool = False) -> SamplingFlops
     """FLOPs of `generate` for one image.
 
     Args:
-        guidance: classifier-free guidance at every step: two rows in the Transformer, one in the downsampler.
+        guidance: whether every step is guided. Guidance doubles the work of the Transformer and the upsampler.
     """
     plans, rows = layer_plans(config, frozenset()), 2 if guidance else 1
     text, size = text_tokens(config), config.block_tokens
@@ -133,26 +133,26 @@ class TrainingFlops:
     """Forward: text tower and head."""
     backward: int
     recomputation: int
-    """What activation checkpointing computes again in the backward pass: layers, and blocks of the U-Net."""
+    """Layers and U-Net blocks that activation checkpointing computes again in the backward pass."""
 
     @property
     def forward(self) -> int:
-        """All of the forward pass."""
+        """The whole forward pass: Transformer, U-Net and text."""
         return self.ar_stage + self.diffusion_stage + self.unet + self.text
 
     @property
     def model_flops(self) -> int:
-        """Forward and backward pass without recomputation: what an MFU counts."""
+        """Forward and backward pass without recomputation. The MFU is computed from these."""
         return self.forward + self.backward
 
     @property
     def total(self) -> int:
-        """All that the device computes."""
+        """Forward and backward pass with recomputation."""
         return self.model_flops + self.recomputation
 
 
 def training_flops(config: ModelConfig, outputs: Iterable[str] | None = None, draws: int = 1) -> TrainingFlops:
-    """FLOPs of one training forward and backward for one image; of an elastic run, the mean over its depths.
+    """FLOPs of a training forward and backward pass for one image; for an elastic run, their mean over its depths.
 
     Args:
         outputs: auxiliary outputs in the loss (`config.wanted_outputs`); None: all that exist.
@@ -170,12 +170,12 @@ def training_flops(config: ModelConfig, outputs: Iterable[str] | None = None, dr
             else:
                 image[layer >= config.ar_depth] += _image_layer_flops(config, plan, tower)
         if plan.queries:
-            # Recomputation stops when it has what the backward pass reads: before the last tower's last product.
+            # Recomputation stops before the last tower's last product, as the backward pass does not read its result.
             not_recomputed += 2 * plan.tokens(plan.queries[-1]) * config.ffn_width * config.width
     head = 2 * text * config.width * config.text.vocab_size if config.text is not None and "text_logits" in outputs else 0
     down, up = unet_passes(config, outputs, draws)
     unet = down * downsampler(config).flops + up * upsampler(config).flops
-    # The gradient of a product is two products, but nobody needs the one of the latents.
+    # The backward pass of a product is two products. Only the gradient of the latents is not computed.
     backward = 2 * (sum(image) + prompt + head + unet) - down * downsampler(config).first_flops
     again = 0
     if config.activation_checkpointing:
@@ -186,13 +186,18 @@ def training_flops(config: ModelConfig, outputs: Iterable[str] | None = None, dr
 
 
 def unet_passes(config: ModelConfig, outputs: frozenset[str], draws: int) -> tuple[int, int]:
-    """Blocks of one image that go through the downsampler and the upsampler in training."""
+    """Blocks of one image that go through the downsampler and the upsampler in training.
+
+    Args:
+        outputs: auxiliary outputs in the loss (`existing_outputs`).
+        draws: noise draws per image.
+    """
     auxiliary = len(outputs & {"condition", "clean_tower"})
     return embedded_block_count(config, outputs) + config.ar_length * draws, config.ar_length * (draws + auxiliary)
 
 
 def _layer_flops(config: ModelConfig, tokens: int, keys: int, with_queries: bool = True) -> int:
-    """One tower's tokens in one layer, each attending to `keys` keys; without queries: keys and values are projected."""
+    """FLOPs of one tower's tokens in a layer, each attending to `keys` keys. Without queries, only keys and values count."""
     kv = 2 * config.width * 2 * config.kv_heads * config.head_width
     if not with_queries:
         return tokens * kv
@@ -201,7 +206,7 @@ def _layer_flops(config: ModelConfig, tokens: int, keys: int, with_queries: bool
 
 
 def _image_layer_flops(config: ModelConfig, plan: LayerPlan, tower: str) -> int:
-    """All blocks and draws of an image tower in one layer, in training."""
+    """FLOPs of all blocks and draws of an image tower in one layer, in training."""
     size = plan.block_tokens
     blocks, draws = (plan.clean_blocks, 1) if tower == "clean" else (plan.noisy_blocks, plan.draws)
     keys_by_block = (plan.text_tokens + size * (1 if plan.local else block + 1) for block in range(blocks))
@@ -213,53 +218,73 @@ def _image_layer_flops(config: ModelConfig, plan: LayerPlan, tower: str) -> int:
 
 @dataclass
 class CostCounter:
-    """Adds up what modules of the U-Net cost, for one block of the image."""
+    """Adds up the cost of U-Net modules for one block of the image."""
 
     flops: int = 0
     parameters: int = 0
     kept: int = 0
     """Elements kept for the backward pass in the dtype that products run in."""
     kept_float32: int = 0
-    """Elements kept in float32 also under autocast, which runs group norms in it, and what follows until the next product."""
+    """Elements kept in float32 even under autocast: it runs group norms, and all up to the next product, in float32."""
     first_flops: int = 0
-    """Of the first product, which the input goes into."""
+    """FLOPs of the first product, which reads the input."""
     last_flops: int = 0
-    """Of the last product. Recomputation stops before it: all that the backward pass reads is there."""
+    """FLOPs of the last product. Recomputation stops before it, as the backward pass does not read its result."""
 
     def add(self, other: CostCounter) -> None:
-        """Count what another counter has."""
+        """Add the FLOPs, parameters and kept elements of another counter."""
         self.flops += other.flops
         self.parameters += other.parameters
         self.kept += other.kept
         self.kept_float32 += other.kept_float32
 
     def kept_bytes(self, size: int) -> int:
-        """Bytes kept for the backward pass; `size`: of an element of the dtype that products run in."""
+        """Bytes kept for the backward pass; `size` is the bytes of an element in the products' dtype."""
         return self.kept * size + self.kept_float32 * DTYPE_BYTES["float32"]
 
     def linear(self, inputs: int, outputs: int, rows: int = 1, bias: bool = True) -> None:
-        """A linear layer over `rows` vectors."""
+        """Count a linear layer.
+
+        Args:
+            inputs: width of an input vector.
+            outputs: width of an output vector.
+            rows: number of vectors.
+        """
         self.kept += rows * inputs
         self._product(2 * rows * inputs * outputs, (inputs + bias) * outputs)
 
     def conv(self, inputs: int, outputs: int, rows: int, kernel: int = 3, stride: int = 1) -> None:
-        """A convolution that gives `rows` x `rows` positions."""
+        """Count a convolution with `rows` x `rows` outputs.
+
+        Args:
+            inputs: input channels.
+            outputs: output channels.
+            rows: rows, and columns, of the output.
+            kernel: rows, and columns, of the kernel.
+        """
         self.kept += (rows * stride) ** 2 * inputs
         self._product(2 * rows**2 * kernel**2 * inputs * outputs, (kernel**2 * inputs + 1) * outputs)
 
     def norm(self, channels: int, rows: int) -> None:
-        """A group norm over `rows` x `rows` positions."""
+        """Count a group norm over `rows` x `rows` positions."""
         self.parameters += 2 * channels
         self.kept_float32 += rows**2 * channels
 
     def time_embedding(self, config: ModelConfig) -> None:
-        """The two layers that embed the timestep."""
+        """Count the two layers that embed the timestep."""
         dim = config.unet.time_embed_dim
         self.linear(dim if config.timestep_embedding == "sinusoidal" else 1, dim, bias=False)
         self.linear(dim, dim, bias=False)
 
     def resnet(self, inputs: int, outputs: int, rows: int, time_dim: int) -> None:
-        """A ResNet layer over `rows` x `rows` positions."""
+        """Count a ResNet layer over `rows` x `rows` positions.
+
+        Args:
+            inputs: input channels.
+            outputs: output channels.
+            rows: rows, and columns, of the features.
+            time_dim: width of the timestep embedding.
+        """
         for channels in (inputs, outputs):
             self.norm(channels, rows)
             self.kept_float32 += rows**2 * channels  # SiLU's input
@@ -269,11 +294,11 @@ class CostCounter:
             self.conv(inputs, outputs, rows, kernel=1)
 
     def attention(self, channels: int, rows: int) -> None:
-        """A self-attention layer over `rows` x `rows` positions."""
+        """Count a self-attention layer over `rows` x `rows` positions."""
         self.norm(channels, rows)
         for _ in range(3):
             self.linear(channels, channels, rows=rows**2)
-        self.kept += (3 - 2) * rows**2 * channels  # queries, keys, values; of the three inputs, which are one tensor, two less
+        self.kept += (3 - 2) * rows**2 * channels  # plus queries, keys, values; minus two: the three inputs are one tensor
         self.flops += 4 * rows**4 * channels
         self.linear(channels, channels, rows=rows**2)
 
@@ -285,22 +310,22 @@ class CostCounter:
 
 @dataclass
 class HalfCost(CostCounter):
-    """What one half of the U-Net costs, for one block of the image."""
+    """The cost of one half of the U-Net, for one block of the image."""
 
     blocks: list[CostCounter] = field(default_factory=list)
     """Its down or up blocks, which activation checkpointing recomputes one by one."""
     inputs: list[int] = field(default_factory=list)
-    """Elements that go into each of them, skips included."""
+    """Input elements of each of these blocks, skips included."""
 
     def add_block(self, block: CostCounter, inputs: int) -> None:
-        """Count a down or an up block."""
+        """Count a down or up block with so many input elements."""
         self.add(block)
         self.blocks.append(block)
         self.inputs.append(inputs)
 
 
 def downsampler(config: ModelConfig) -> HalfCost:
-    """What the downsampler costs for one block."""
+    """The downsampler's cost for one block."""
     unet, rows, half = config.unet, config.block_size, HalfCost()
     half.conv(config.latent_channels, unet.channels[0], rows)
     half.time_embedding(config)
@@ -320,7 +345,7 @@ def downsampler(config: ModelConfig) -> HalfCost:
 
 
 def upsampler(config: ModelConfig) -> HalfCost:
-    """What the upsampler costs for one block."""
+    """The upsampler's cost for one block."""
     unet, rows, half = config.unet, config.token_rows, HalfCost()
     half.conv(config.width, unet.channels[-1], rows)
     half.time_embedding(config)
@@ -340,7 +365,7 @@ def upsampler(config: ModelConfig) -> HalfCost:
 
 
 def _upsampler_inputs(unet: UNetConfig, level: int) -> list[int]:
-    """Input channels of a level's ResNets in the upsampler: what comes from below, and a skip."""
+    """Input channels of the ResNets of an upsampler level: those of the features and of a skip."""
     channels = unet.channels[level]
     hidden = [unet.channels[min(level + 1, len(unet.channels) - 1)]] + [channels] * unet.layers[level]
     skips = [channels] * unet.layers[level] + [unet.channels[max(level - 1, 0)]]

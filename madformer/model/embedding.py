@@ -21,7 +21,7 @@ def to_blocks(latents_BChw: Tensor, ar_length: int) -> Tensor:
     """Cut square latents [B, C, h, w] into `ar_length` blocks [B, L, C, Y, X].
 
     Raises:
-        ValueError: `ar_length` is no square number whose root divides both sides.
+        ValueError: `ar_length` is not a square number whose root divides both sides.
     """
     rows = math.isqrt(ar_length)
     height, width = latents_BChw.shape[-2:]
@@ -31,7 +31,7 @@ def to_blocks(latents_BChw: Tensor, ar_length: int) -> Tensor:
 
 
 def to_image(blocks_BLCYX: Tensor) -> Tensor:
-    """Put blocks [B, L, C, Y, X] together to latents [B, C, h, w]; the inverse of `to_blocks`."""
+    """Assemble blocks [B, L, C, Y, X] into latents [B, C, h, w]; the inverse of `to_blocks`."""
     return rearrange(blocks_BLCYX, "b (ly lx) c y x -> b c (ly y) (lx x)", ly=math.isqrt(blocks_BLCYX.shape[1]))
 
 
@@ -44,7 +44,11 @@ def token_positions(config: ModelConfig, device: torch.device | str | None = Non
 
 
 def text_positions(tokens: int, device: torch.device | str | None = None, form: str = "axial") -> Tensor:
-    """Token j of T sits at (j - T, j - T), before the image's origin: [T, 2]; `released`: at j of its own axis, [T, 1]."""
+    """Positions of text tokens, [T, 2]: token j is at (j - T, j - T), before the image's origin.
+
+    Args:
+        form: `config.rope`. With `released`, text has an axis of its own, and token j is at j: [T, 1].
+    """
     if form == "released":
         return torch.arange(tokens, device=device)[:, None]
     return torch.arange(-tokens, 0, device=device)[:, None].expand(tokens, 2)
@@ -65,8 +69,8 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(dim, dim, bias=False)
 
     def forward(self, t_U: Tensor) -> Tensor:
-        """[U] -> [U, time_embed_dim]."""
-        # In float32 at least: to bfloat16 the neighbours of 999 are 999.
+        """Embed timesteps, [U] -> [U, time_embed_dim]."""
+        # In float32 at least: bfloat16 rounds 998 and 999 to the same number.
         device = t_U.device.type
         full_precision = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
         with full_precision:
@@ -78,7 +82,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class Downsampler(nn.Module):
-    """Latents of a block at a timestep to token features (the `Embed` of Eq. 1)."""
+    """Maps a block's latents at a timestep to token features (`Embed` of Eq. 1)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,7 +104,7 @@ class Downsampler(nn.Module):
 
 
 class Upsampler(nn.Module):
-    """Token features and skips of a block at a timestep to latents (`Proj`)."""
+    """Maps a block's token features and skips at a timestep to latents (`Proj`)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -112,7 +116,11 @@ class Upsampler(nn.Module):
         self.conv_out = nn.Conv2d(unet.channels[0], config.latent_channels, kernel_size=3, padding=1)
 
     def forward(self, features_UDyx: Tensor, t_U: Tensor, skips: Skips) -> Tensor:
-        """[U, D, rows, columns] and [U] -> latents [U, C, Y, X]."""
+        """[U, D, rows, columns] and [U] -> latents [U, C, Y, X].
+
+        Args:
+            skips: all skips of the downsampler, in its order.
+        """
         time_embedding_Ue = self.time_embedding(t_U)
         x = self.conv_in(_conv_input(features_UDyx, self.conv_in))
         for block, used in zip(self.up_blocks, self.used_skips, strict=True):
@@ -128,21 +136,21 @@ def _run(block: nn.Module, checkpointing: bool, *inputs: Any) -> Any:
 
 
 def _conv_input(x_UcYX: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
-    """What a convolution, or the attention, reads: on CUDA cast and laid out in the same copy."""
+    """The input of a convolution or an attention, in its dtype; on CUDA also channels-last, in the same copy."""
     dtype = autocast_dtype(x_UcYX.device, layer.weight.dtype)
     return x_UcYX.to(dtype, memory_format=torch.channels_last) if x_UcYX.device.type == "cuda" else x_UcYX.to(dtype)
 
 
 def conv_layout(x: Tensor) -> Tensor:
-    """Features or a kernel as convolutions take them: channels-last on CUDA, as they are elsewhere."""
+    """Features or a kernel in the layout for convolutions: channels-last on CUDA, unchanged elsewhere."""
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cuda" else x
 
 
-# ---- a U-Net's blocks: diffusers' DownBlock2D, UpBlock2D and those with attention, with their parameters' names
+# ---- the U-Net's blocks, named as those of diffusers (DownBlock2D, UpBlock2D, and the same with attention)
 
 
 class DownBlock(nn.Module):
-    """One level of the downsampler: ResNet layers, each with self-attention if the level has it, then half the sides."""
+    """One level of the downsampler: ResNet layers, each with self-attention if the level has it, then a `Downsample`."""
 
     def __init__(self, unet: UNetConfig, level: int) -> None:
         super().__init__()
@@ -168,7 +176,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level of the upsampler: each ResNet layer takes a skip, the last one first, then twice the sides."""
+    """One level of the upsampler: ResNet layers, each of which takes a skip (the last skip first), then an `Upsample`."""
 
     def __init__(self, unet: UNetConfig, level: int) -> None:
         super().__init__()
@@ -180,7 +188,12 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(channels)] if level else [])
 
     def forward(self, x: Tensor, skips: Skips, time_embedding_Ue: Tensor) -> Tensor:
-        """Features [U, channels, rows, columns] and the level's skips -> features of the level above."""
+        """Features [U, channels, rows, columns] -> those of the level above.
+
+        Args:
+            skips: the downsampler's skips of this level, in its order.
+            time_embedding_Ue: [U, time_embed_dim].
+        """
         for index, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips[-1 - index]], dim=1), time_embedding_Ue)
             if self.attentions:
@@ -208,7 +221,7 @@ class ResNetLayer(nn.Module):
         hidden = hidden + self.time_emb_proj(F.silu(time_embedding_Ue))[:, :, None, None]
         hidden = self.conv2(_conv_input(F.silu(self.norm2(hidden)), self.conv2))
         if self.conv_shortcut is not None:
-            # Training on the CPU: as diffusers does, whose numbers these are.
+            # In training on the CPU diffusers makes this copy; with it the numbers are equal bit for bit.
             x = self.conv_shortcut(x.contiguous() if self.training and x.device.type == "cpu" else x)
         return x + hidden
 
@@ -232,7 +245,7 @@ class SelfAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the rows and columns."""
+    """Halves the rows and columns with a strided convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -244,7 +257,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns."""
+    """Doubles the rows and columns by nearest neighbours, followed by a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -253,15 +266,15 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[U, channels, rows, columns] -> [U, channels, 2 * rows, 2 * columns]."""
         if x.device.type == "cpu" and len(x) >= 64:
-            x = x.contiguous()  # as diffusers does, whose numbers these are
+            x = x.contiguous()  # diffusers makes this copy; with it the numbers are equal bit for bit
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in float32 at least, and so its result. Input and result may be channels-last, the kernels are not.
+    """Group norm that computes and returns float32 or wider. The input may be channels-last; the kernel never sees it so.
 
-    The CPU's kernel for channels-last input loses up to 1e-2 of relative accuracy; three axes have no channels-last form.
-    CUDA has none.
+    The CPU's kernel for channels-last input has relative errors of up to 1e-2. So the input is flattened to three axes, which
+    have no channels-last layout. CUDA has no kernel for channels-last input.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -284,7 +297,7 @@ def skip_shapes(unet: UNetConfig, block_size: int) -> list[tuple[int, int]]:
 
 
 class TextInterface(nn.Module):
-    """Token ids to the text tower's input and its output to logits; the head is not tied to the embeddings."""
+    """The text tower's token embeddings, and its head for the next token. They do not share weights."""
 
     def __init__(self, config: TextConfig, width: int) -> None:
         super().__init__()
@@ -299,7 +312,12 @@ class TextInterface(nn.Module):
 
 
 def null_text(config: TextConfig, batch: int, device: torch.device | str | None = None, length: int | None = None) -> Tensor:
-    """Prompts of padding alone, [B, T]: what the model sees for a dropped prompt."""
+    """Null texts [B, T]: prompts of padding only. The model sees them in place of dropped prompts.
+
+    Args:
+        batch: number of prompts (B).
+        length: tokens of a prompt (T); None: `config.length`.
+    """
     return torch.full(
         (batch, config.length if length is None else length), config.pad_token_id, dtype=torch.long, device=device
     )
@@ -308,7 +326,8 @@ def null_text(config: TextConfig, batch: int, device: torch.device | str | None 
 def drop_text(text_BT: Tensor, config: TextConfig, generator: torch.Generator | None = None) -> Tensor:
     """Replace whole prompts by the null text with probability `config.dropout`, so that guidance works when sampling.
 
-    The draw is made on the generator's device, so that it is the same wherever the text lies.
+    Args:
+        generator: draws on its own device, so that the draw is the same wherever the text is; None: torch's default.
     """
     device = generator.device if generator else text_BT.device
     dropped_B = torch.rand(len(text_BT), generator=generator, device=device) < config.dropout

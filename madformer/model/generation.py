@@ -1,11 +1,11 @@
 """Sampling block by block, with keys and values in buffers allocated once.
 
-A layer's buffer has room for the text and every block, in the order of the sequence. While block i is denoised its own
-keys and values lie in its slot and are overwritten at every step. A query sees the slice up to the slot's end, so there
-is no mask and nothing is concatenated. Afterwards the clean tower overwrites the slot; without clean blocks, those of the
-last denoising step stay. In a layer of local denoising one slot after the text serves all blocks.
+A layer's buffer has room for the text and every block, in the order of the sequence. Block i has a slot in it. Each of its
+denoising steps overwrites the keys and values there. A query sees the slice up to the slot's end, so there is no mask and
+nothing is concatenated. At last the clean tower overwrites the slot. Without clean blocks it keeps the keys and values of the
+last denoising step. In a layer of local denoising all blocks use one slot after the text.
 
-On CUDA the network call of a denoising step is one launch, of a graph. Its inputs lie in buffers too.
+On CUDA the network call of a denoising step is the launch of one CUDA graph. Its inputs are in buffers too.
 """
 
 from __future__ import annotations
@@ -50,32 +50,28 @@ def generate(
     """Sample images, block by block.
 
     Args:
-        model: the model; its device and dtype are used. Works under autocast. In evaluation mode on CUDA, steps are graphs.
-        scheduler: any diffusers scheduler with the model's prediction type. Its steps are set anew for every block.
-        steps: denoising steps per block, as the scheduler counts them. NFE = (N - D) + D * calls of the network, which is
-            one per step but for schedulers of higher order (Heun: 2 * steps - 1).
-        batch_size: images to sample; not needed with seeds, noise, context or text.
-        seeds: one for each image. Image b depends on its own seed alone, also with stochastic schedulers. It starts from
-            the same image of noise whatever the number of blocks that the model cuts it into.
-        initial_noise_BLCYX: noise that the blocks start from, instead of drawn noise.
-        context_BLCYX: clean latents of true images (teacher forcing): block i is generated as the next one of the true
-            blocks < i, instead of those generated so far. Without clean blocks, where a block is read as it was at the
-            last denoising step, the true one is read at that timestep too, in the noise that the block started from.
+        model: samples on its device, in its dtype or autocast's. In evaluation mode on CUDA, steps run as CUDA graphs.
+        scheduler: any diffusers scheduler with the model's prediction type. Its timesteps are set anew for every block.
+        steps: denoising steps per block, as the scheduler counts them. NFE = (N - D) + D * calls of the network. There is one
+            call per step; schedulers of higher order make more (Heun: 2 * steps - 1).
+        batch_size: number of images; None: that of the seeds, noise, context or text.
+        seeds: one for each image. An image depends on no other seed, and its noise does not depend on the number of blocks.
+        initial_noise_BLCYX: noise that the blocks start from; None: it is drawn.
+        context_BLCYX: clean latents of true images (teacher forcing): block i is generated after the true blocks < i, not the
+            generated ones. Without clean blocks, a true block is read at the last timestep, in the noise it started from.
         text: token ids [B, T]; None: the null text.
         guidance: scale of classifier-free guidance; 1 is none. Needs text.
         guidance_interval: lowest and highest timestep at which guidance acts; None: all.
-        diffusion_depth: layers that iterate (D), of an elastic run one that it was trained with; None: the configuration's.
-        on_block: called with (i, latents [B, L, C, Y, X]) after block i; later blocks are still zero. For previews and
-            clocks: the latents are those being written, so copy what you keep, and a GPU may still be at work on them.
-        make_sampler: `BlockSampler`, the default. `functools.lru_cache(maxsize=1)(BlockSampler)`, given to several calls,
-            keeps buffers and graphs from one to the next.
+        diffusion_depth: layers that iterate (D), one of an elastic run's depths; None: the configuration's.
+        on_block: called with (i, latents [B, L, C, Y, X]) after block i; later blocks are still zero. The latents are still
+            being written, perhaps by a GPU: copy them to keep them.
+        make_sampler: None: `BlockSampler`. A shared `functools.lru_cache(maxsize=1)(BlockSampler)` keeps buffers and graphs.
 
     Returns:
-        Latents [B, L, C, Y, X]; `embedding.to_image` puts them together.
+        Latents [B, L, C, Y, X]; `embedding.to_image` assembles them.
 
     Raises:
-        ValueError: a scheduler of another prediction type, timesteps outside the schedule, sizes that contradict each
-            other or the model, or guidance without text.
+        ValueError: another prediction type, timesteps outside the schedule, sizes that do not fit, or guidance without text.
     """
     _check_scheduler(model, scheduler, steps)
     _check_guidance(model, text, guidance, guidance_interval)
@@ -107,10 +103,9 @@ def generate(
 
 
 class BlockSampler:
-    """What `generate` needs at each step: the cache and the inputs of the network, in buffers allocated once.
+    """Runs the network for `generate`, with the cache and the network's inputs in buffers allocated once.
 
-    It serves any number of batches of `images` images with `text_tokens` tokens of text and the same guidance. `dtype` is
-    that of keys and values.
+    It samples batches of `images` images with `text_tokens` tokens of text at one guidance. Keys and values have `dtype`.
     """
 
     def __init__(
@@ -131,17 +126,21 @@ class BlockSampler:
         self.cache = KeyValueCache(config, self.rows, text_tokens, device, dtype)
         self.t_B1 = torch.empty(self.rows, 1, device=device)
         self.condition_BSD = model.boi_SD.new_empty(self.rows, *model.boi_SD.shape) if config.use_condition else None
-        # A model in training changes its weights, and other threads work on its GPU: no graphs for a preview.
+        # No graphs for a preview in training: weights change, and other threads use the GPU.
         self.graphs = StepGraphs(device) if use_graphs and device.type == "cuda" and not model.training else None
 
     def start_images(self, scheduler: Any, text: Tensor | None, interval: tuple[float, float] | None) -> None:
-        """Begin a batch: fill the cache with its text."""
+        """Begin a batch: fill the cache with its text.
+
+        Args:
+            interval: lowest and highest timestep at which guidance acts; None: all.
+        """
         self.scheduler, self.interval = scheduler, interval
         if self.model.text is not None:
             self._extend("text", self.model.text.embedding(self._prompts(text)), block=0)
 
     def _prompts(self, text: Tensor | None) -> Tensor:
-        """Token ids for all rows of the batch: the prompts, under guidance followed by as many null texts."""
+        """Token ids for all rows of the batch: the prompts, and with guidance as many null texts after them."""
         assert self.config.text is not None
         device = self.model.boi_SD.device
         prompts = null_text(self.config.text, self.images, device) if text is None else text.to(device)
@@ -150,7 +149,7 @@ class BlockSampler:
 
     def set_timesteps(self, steps: int) -> None:
         """Start the scheduler anew, and refuse timesteps that the model was never trained on."""
-        # On the CPU: schedulers look timesteps up by value, and on a GPU every look-up would wait for it.
+        # On the CPU: schedulers look up timesteps by value, and each look-up would wait for a GPU.
         self.scheduler.set_timesteps(steps)
         timesteps, end = self.scheduler.timesteps, self.scheduler.config.num_train_timesteps
         if bool(((timesteps < 0) | (timesteps >= end)).any()):
@@ -158,7 +157,7 @@ class BlockSampler:
             raise ValueError(f"scheduler.timesteps: {outside}, outside 0..{end - 1}; take another number of steps")
 
     def start_block(self, block: int, previous_BCYX: Tensor | None) -> None:
-        """Clean tower over the finished block before this one, then the AR stage: fills the cache, and `condition_BSD`."""
+        """Run the clean tower on the previous block, then the AR stage. This fills the cache and `condition_BSD`."""
         self.block = block
         tokens_BSD = self.model.boi_SD.detach().expand(self.rows, -1, -1)
         if previous_BCYX is not None and embedded_block_count(self.config, frozenset()):
@@ -180,7 +179,7 @@ class BlockSampler:
         return self.graphs.run(self._denoise, noisy_BCYX, *kind) if self.graphs else self._denoise(noisy_BCYX, *kind)
 
     def _denoise(self, noisy_BCYX: Tensor, block: int, guided: bool, rows: int) -> Tensor:
-        """The network call of a step, which a graph repeats: all that changes from step to step is in tensors."""
+        """The network call of a step. A graph repeats it, so everything that changes from step to step is in tensors."""
         tokens_BSD, skips = self._embed(noisy_BCYX)
         x_BSD = self._for_all_rows(tokens_BSD)[:rows]
         if self.condition_BSD is not None:
@@ -193,7 +192,7 @@ class BlockSampler:
         return null_BCYX + self.guidance * (prompted_BCYX - null_BCYX)
 
     def replace_block(self, true_BCYX: Tensor, noise_BCYX: Tensor) -> None:
-        """Let later blocks see the true block, at the last step's timestep, where they would see the denoised one."""
+        """Without clean blocks, let later blocks see the true block in place of the denoised one, at the last timestep."""
         last = len(self.scheduler.timesteps) - 1
         if self._fills_cache(last):
             alpha = self.scheduler.alphas_cumprod[int(self.scheduler.timesteps[last])]
@@ -203,13 +202,13 @@ class BlockSampler:
         return self.rows > self.images and (self.interval is None or self.interval[0] <= float(t) <= self.interval[1])
 
     def _fills_cache(self, index: int) -> bool:
-        """Without clean blocks, later blocks see the noisy one as it was at the last step: all rows must run then."""
+        """Whether later blocks see the noisy block of this step (without clean blocks, the last step): all rows must run."""
         noisy_context = not (self.config.use_clean_blocks or self.config.local_denoising)
         is_last_block = self.block == self.config.ar_length - 1
         return noisy_context and not is_last_block and index == len(self.scheduler.timesteps) - 1
 
     def _extend(self, tower: str, x_BSD: Tensor, block: int, first: int = 0, last: int | None = None) -> Tensor:
-        """Run a tower's tokens through layers first .. last - 1 as far as the plan has them, and fill the cache."""
+        """Run a tower's tokens through those of layers first .. last - 1 that the plan runs it in, and fill the cache."""
         rope = self.ropes[tower]
         if tower != "text":
             rope = rope.part(block * self.config.block_tokens, (block + 1) * self.config.block_tokens)
@@ -235,10 +234,10 @@ class BlockSampler:
 
 
 class StepGraphs:
-    """Runs the network call of a step as a CUDA graph (torch.cuda.graph): the same kernels, launched at once.
+    """Runs the network call of a step as a CUDA graph (torch.cuda.graph): the same kernels, in one launch.
 
-    There is one graph for each kind of step. The first call of a kind runs as it is, which sets up libraries and compiles
-    layers; the second is captured. A graph reads and writes tensors where they lay then: inputs must be buffers.
+    There is one graph for each kind of step. The first call of a kind runs without a graph, to set up libraries and compile
+    layers. The second call is captured. A graph always uses the same memory, so inputs must be in buffers.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -249,13 +248,18 @@ class StepGraphs:
         self._failed = False
 
     def run(self, step: Callable[..., Tensor], noisy_BCYX: Tensor, *kind: Hashable) -> Tensor:
-        """`step(noisy_BCYX, *kind)`, whose result depends on nothing but these and buffers."""
+        """Run `step(noisy_BCYX, *kind)`, and return its result.
+
+        Args:
+            step: a function whose result depends only on its arguments and on buffers.
+            kind: what decides the kernels; there is one graph for each.
+        """
         if self._failed:
             return step(noisy_BCYX, *kind)
         self._noisy_BCYX = torch.empty_like(noisy_BCYX) if self._noisy_BCYX is None else self._noisy_BCYX
         call = functools.partial(step, self._noisy_BCYX.copy_(noisy_BCYX), *kind)
         name = self._device.type
-        # The casts of weights that autocast keeps do not outlive it: a graph must make its own.
+        # A graph must cast weights itself: autocast frees its cached casts at its end.
         with torch.autocast(name, enabled=torch.is_autocast_enabled(name), cache_enabled=False):
             if kind not in self._graphs:
                 self._graphs[kind] = None
@@ -266,7 +270,7 @@ class StepGraphs:
                 _log.warning("CUDA graphs are off, sampling is slower without: a step cannot be captured (%s)", error)
                 self._failed = True
                 self._graphs.clear()
-        if self._failed:  # outside of the handler, whose error keeps what the capture had allocated
+        if self._failed:  # outside of the handler: its error keeps the memory of the capture
             return step(noisy_BCYX, *kind)
         replay()
         return output_BCYX.clone()  # the next replay overwrites it, and samplers keep outputs
@@ -275,7 +279,7 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
 
         def capture() -> Tensor:
-            # Other threads may go on using the GPU: data loaders, NCCL's watchdog.
+            # Other threads may use the GPU meanwhile: data loaders, NCCL's watchdog.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 return call()
 
@@ -284,7 +288,7 @@ class StepGraphs:
         return graph.replay, output_BCYX
 
     def _aside(self, call: Callable[[], Tensor]) -> Tensor:
-        """Call on the stream of captures, after what was launched before it and before what comes next."""
+        """Call on the stream for captures, in order with the current stream's work before and after."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -302,7 +306,7 @@ class StepGraphs:
 
 @dataclass
 class CacheSlot:
-    """Context of a layer when sampling: one tower's tokens lie at [start, end) of the buffers and see [0, end)."""
+    """Context of a layer when sampling: one tower's tokens are at [start, end) of the buffers and see [0, end)."""
 
     keys_BGMK: Tensor
     values_BGMK: Tensor
@@ -311,7 +315,11 @@ class CacheSlot:
     queries: tuple[str, ...]
 
     def attend(self, q: Towers, k: Towers, v: Towers) -> Towers:
-        """Store the keys and values; attention of the queries, if any, over [0, end)."""
+        """Store the keys and values, and return the attention of the queries over [0, end).
+
+        Args:
+            q: queries [B, H, P, K] by tower; empty: only store.
+        """
         for tower in k:
             self.keys_BGMK[:, :, self.start : self.end] = k[tower]
             self.values_BGMK[:, :, self.start : self.end] = v[tower]
@@ -320,7 +328,7 @@ class CacheSlot:
 
 
 class KeyValueCache:
-    """The buffers of all layers, for a batch of `batch` rows."""
+    """Key and value buffers of all layers, for a batch of `batch` rows."""
 
     def __init__(self, config: ModelConfig, batch: int, text_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         self.text_tokens, self.block_tokens = text_tokens, config.block_tokens
@@ -331,7 +339,12 @@ class KeyValueCache:
         ]
 
     def slot(self, layer: int, tower: str, block: int = 0, rows: int | None = None, with_queries: bool = True) -> CacheSlot:
-        """Where a tower's tokens of `block` go in `layer`; `rows`: the first rows of the batch alone."""
+        """The slot of a tower's tokens in a layer.
+
+        Args:
+            rows: number of rows, from the first one; None: all.
+            with_queries: whether the tower's output is read.
+        """
         keys, values = self.layers[layer][:, :rows]
         if tower == "text":
             start, end = 0, self.text_tokens
@@ -342,7 +355,7 @@ class KeyValueCache:
 
     @property
     def bytes(self) -> int:
-        """Memory of the buffers."""
+        """Memory of all buffers, in bytes."""
         return sum(layer.numel() * layer.element_size() for layer in self.layers)
 
 
@@ -394,11 +407,11 @@ def _batch_size(batch_size: int | None, **inputs: Sized | None) -> int:
 
 
 def _initial_noise(model: MADFormer, batch: int, generators: list[torch.Generator] | None, noise: Tensor | None) -> Tensor:
-    # The latents of the loop are float32 also where the weights are not: steps add up small differences.
+    # Latents are float32 even if the weights are not, since steps add up small differences.
     c, device, dtype = model.config, model.boi_SD.device, torch.promote_types(model.boi_SD.dtype, torch.float32)
     if noise is not None:
         return noise.to(device, dtype)
-    # Drawn as an image and then cut: models of other AR lengths start from the same one.
+    # Noise is drawn as an image and then cut, so that it does not depend on the AR length.
     shape = (c.latent_channels, c.latent_size, c.latent_size)
     if generators is None:
         return to_blocks(torch.randn(batch, *shape, device=device, dtype=dtype), c.ar_length)

@@ -15,11 +15,11 @@ from madformer.model.attention import Towers
 
 
 class Rope(NamedTuple):
-    """Cosines and signed sines for a tower's tokens, each [P, 1, K], and which dimensions are paired."""
+    """Cosines and signed sines for a tower's tokens, each [P, 1, K], and the form that says which dimensions are paired."""
 
     cos_P1K: Tensor
     sin_P1K: Tensor
-    """The sines that belong to the first entry of a pair are negated: its partner enters with a minus sign."""
+    """The sine of a pair's first entry is negated: the rotation subtracts the second entry there."""
     form: Literal["axial", "released"]
 
     def part(self, start: int, end: int) -> Rope:
@@ -40,11 +40,15 @@ def _pairs(x_K: Tensor, form: str) -> tuple[Tensor, Tensor]:
 
 
 def rope(positions_PA: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
-    """Angles for tokens at positions on two axes (row, column), or on one: the released code's text.
+    """Rotary angles of tokens.
 
-    `axial`: each axis rotates within its half of the head, frequencies 10000 ** (-2k / axis_dim), so that scores depend
-    on relative position alone. `released`: the released code's angles, whose pairs straddle the two axes; for its
-    checkpoints only. A single axis has the whole head and the frequencies of `axial`.
+    With `config.rope` = `axial` each axis rotates its half of the head, with frequencies 10000 ** (-2k / axis_dim), so that
+    scores depend only on relative positions. `released` gives the released code's angles, whose pairs straddle the two axes;
+    it is for released checkpoints only. A single axis has the whole head and the frequencies of `axial`.
+
+    Args:
+        positions_PA: positions on two axes (row, column), or on one: the released code's text.
+        dtype: dtype of the sines and cosines; they are computed in float64 (float32 on MPS).
     """
     axes = positions_PA.shape[-1]
     axis_dim = config.head_width // axes
@@ -64,20 +68,26 @@ def rope(positions_PA: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
 
 
 class Context(Protocol):
-    """What a layer attends over: `attention.TrainingContext` in training, `generation.CacheSlot` when sampling."""
+    """Computes a layer's attention: `attention.TrainingContext` in training, `generation.CacheSlot` when sampling."""
 
     @property
     def queries(self) -> tuple[str, ...]:
-        """Towers whose output is read; the others give keys and values alone."""
+        """Towers whose output is read; the others only give keys and values."""
         ...
 
     def attend(self, q: Towers, k: Towers, v: Towers) -> Towers:
-        """Attention of every query tower."""
+        """Attention of every query tower, [B, H, P, K] each.
+
+        Args:
+            q: queries of the query towers, H heads each.
+            k: keys of all towers that run, G heads each.
+            v: values, as the keys.
+        """
         ...
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm in float32 at least, and so its result, also of bfloat16 weights."""
+    """RMS norm that computes and returns float32 or wider, also with bfloat16 weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> the same shape."""
@@ -107,7 +117,7 @@ class Tower(nn.Module):
         self.register_buffer("qk_scale", None, persistent=False)
 
     def join_weights(self, gate_and_up: bool) -> None:
-        """For sampling: one product for the weights of both norms of queries and keys, and one for gate and up if asked to."""
+        """Join weights for sampling: those of the query and key norms, and those of the gate and up projections if asked to."""
         if gate_and_up:
             self.gate_up = torch.cat([self.gate.weight, self.up.weight]).detach()
             gate, up = self.gate_up.chunk(2)  # the same memory
@@ -117,7 +127,12 @@ class Tower(nn.Module):
         self.qk_scale = scale_HK.to(torch.promote_types(scale_HK.dtype, torch.float32))
 
     def project(self, x_BPD: Tensor, rope: Rope, with_queries: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Queries (None without), keys and values, [B, heads, P, K] each."""
+        """Queries, keys and values, [B, heads, P, K] each.
+
+        Args:
+            rope: the angles of these tokens.
+            with_queries: False: no query of the tower is needed, and None is returned in their place.
+        """
         y_BPD = self._to_weights(self.attention_norm(x_BPD))
         query_heads = self.query_heads if with_queries else 0
         if with_queries:
@@ -126,7 +141,7 @@ class Tower(nn.Module):
             rows = self.query_heads * self.head_width
             projected = F.linear(y_BPD, self.qkv.weight[rows:], self.qkv.bias[rows:])
         heads_BPHK = projected.unflatten(-1, (-1, self.head_width))
-        # Normed and rotated in float32 at least also under autocast, then back to the values' dtype.
+        # Norms and rotations are in float32 at least, also under autocast. Then the values' dtype again.
         if self.qk_scale is not None and with_queries:
             qk_BPHK, v_BPGK = heads_BPHK.split([query_heads + self.kv_heads, self.kv_heads], dim=2)
             wide_BPHK = qk_BPHK.to(self.qk_scale.dtype)
@@ -155,7 +170,7 @@ class Tower(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """DecoderBlock of Eq. 2 and 5."""
+    """One Transformer layer with a parameter set for each tower, or one that all share: DecoderBlock of Eq. 2 and 5."""
 
     def __init__(self, config: ModelConfig, towers: tuple[str, ...]) -> None:
         super().__init__()
@@ -167,7 +182,13 @@ class DecoderLayer(nn.Module):
         return cast(Tower, self.towers["shared" if self.shared else name])
 
     def forward(self, x: Towers, ropes: dict[str, Rope], context: Context) -> Towers:
-        """Residual streams [B, P, D] of the key towers -> those of the query towers."""
+        """Residual streams [B, P, D] of the key towers -> those of the query towers.
+
+        Args:
+            x: residual streams by tower.
+            ropes: rotary angles by tower, for the same tokens.
+            context: the keys and values to attend to.
+        """
         q, k, v = {}, {}, {}
         for name, x_BPD in x.items():
             q_BHPK, k[name], v[name] = self.tower(name).project(x_BPD, ropes[name], name in context.queries)
@@ -178,6 +199,6 @@ class DecoderLayer(nn.Module):
 
 
 def autocast_dtype(device: torch.device, default: torch.dtype) -> torch.dtype:
-    """The dtype that linear layers compute in here: autocast's, or the weights'."""
+    """The dtype in which linear layers compute now: autocast's, or `default`, the weights', without autocast."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.get_autocast_dtype(device.type) if available and torch.is_autocast_enabled(device.type) else default

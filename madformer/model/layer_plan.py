@@ -1,8 +1,8 @@
 """The plan of each layer: which towers it runs for the requested outputs, and its attention pattern. Needs no torch.
 
-A layer's *keys* are the towers that some query attends to. Its *queries* are the towers whose output is read later.
-Walking back from the requested outputs leaves out all the rest: the clean tower's queries in the last layer, the noise
-tower's AR stage when nothing reads the condition, the clean tower in local denoising, ...
+A layer's *keys* are the towers that a query attends to. Its *queries* are the towers whose output is read later.
+The plan is made from the last layer to the first and leaves out everything that no requested output needs: the clean tower's
+queries in the last layer, the noise tower's AR stage if nothing reads the condition, the clean tower in local denoising.
 The training forward, sampling and the cost formulas follow the same plan.
 """
 
@@ -38,15 +38,15 @@ class LayerPlan:
     draws: int = 1
     """Noise draws per image (k); they do not see each other."""
     local: bool = False
-    """An image block sees the text and itself alone."""
+    """An image block sees only the text and itself."""
 
     @property
     def context_tower(self) -> str:
-        """The image tower whose earlier blocks are seen."""
+        """The image tower whose earlier blocks an image block sees."""
         return "clean" if "clean" in self.keys else "noise"
 
     def tokens(self, tower: str) -> int:
-        """Tokens of a tower per image, all draws together."""
+        """Number of a tower's tokens per image, all draws together."""
         blocks = {"clean": self.clean_blocks, "noise": self.noisy_blocks * self.draws}
         return self.text_tokens if tower == "text" else blocks[tower] * self.block_tokens
 
@@ -55,7 +55,7 @@ def existing_outputs(config: ModelConfig, requested: Iterable[str] | None = None
     """The requested auxiliary outputs (None: all) that this configuration has.
 
     Raises:
-        ValueError: a name that is no auxiliary output.
+        ValueError: an unknown name.
     """
     requested = AUXILIARY_OUTPUTS if requested is None else tuple(requested)
     if unknown := [name for name in requested if name not in AUXILIARY_OUTPUTS]:
@@ -65,7 +65,7 @@ def existing_outputs(config: ModelConfig, requested: Iterable[str] | None = None
 
 
 def text_tokens(config: ModelConfig) -> int:
-    """Tokens of the prompt (T)."""
+    """Number of the prompt's tokens (T); 0 without text."""
     return config.text.length if config.text is not None else 0
 
 
@@ -81,7 +81,7 @@ def layer_plans(
     """
     towers = _towers_by_layer(config, outputs)
     prompt_tokens = text_tokens(config) if prompt_tokens is None else prompt_tokens
-    # Only the clean tower's output reads the last clean block.
+    # Only the output `clean_tower` reads the last clean block.
     clean_blocks = config.ar_length if "clean_tower" in outputs else config.ar_length - 1
     return tuple(
         LayerPlan(
@@ -99,13 +99,13 @@ def layer_plans(
 
 
 def embedded_block_count(config: ModelConfig, outputs: frozenset[str]) -> int:
-    """Clean blocks whose embedding is read: those in the sequence, and all but the last for the condition."""
+    """Number of clean blocks to embed: those in the sequence, and all but the last for the condition."""
     return max(layer_plans(config, outputs)[0].clean_blocks, config.ar_length - 1 if config.use_condition else 0)
 
 
 def _towers_by_layer(config: ModelConfig, outputs: frozenset[str]) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """(queries, keys) of every layer."""
-    # No query sees the last clean block: a single block is in the sequence for its own output alone.
+    # No query sees the last clean block. So a single block is in the sequence only if its own output is requested.
     clean = {"clean"} if config.use_clean_blocks and (config.ar_length > 1 or "clean_tower" in outputs) else set()
     text = {"text"} if config.text is not None else set()
     queries = {"noise"} | (clean if "clean_tower" in outputs else set()) | (text if "text_logits" in outputs else set())

@@ -29,20 +29,20 @@ from madformer.model.layer import DecoderLayer, Rope, Tower, rope
 from madformer.model.layer_plan import TOWERS, embedded_block_count, existing_outputs, layer_plans
 
 AUXILIARY_TIMESTEP = -1000
-"""Where auxiliary outputs leave the upsampler. Its embedding must be far from those of noisy blocks, t = 0 .. 999: at t = 0 the
-upsampler learns to predict a block from the condition, and no longer to denoise it."""
+"""The upsampler's timestep for auxiliary outputs. Its embedding must be far from those of noisy blocks, t = 0 .. 999. At t = 0
+the upsampler would learn to predict a block from the condition and no longer to denoise it."""
 
 
 @dataclass
 class Outputs:
-    """What a training forward computes; None: not requested, or not in this configuration."""
+    """The outputs of a training forward. None: not requested, or not in this configuration."""
 
     denoised_BLCYX: Tensor
     """The network's raw output for the noisy blocks, in its prediction type; batch B * k."""
     condition_BLCYX: Tensor | None = None
     """The upsampled condition of each block (Eq. 3), a prediction of its clean latents."""
     clean_tower_BLCYX: Tensor | None = None
-    """The upsampled clean tower at block i, a prediction of block i + 1's clean latents."""
+    """The clean tower's upsampled output at block i, a prediction of block i + 1's clean latents."""
     text_logits: Tensor | None = None
     """Logits of the next text token, [B, T, V]."""
 
@@ -66,8 +66,10 @@ class MADFormer(nn.Module):
         self._compile_parts()
 
     def reset_parameters(self) -> None:
-        """Initialise as released, also after building on the meta device: Xavier-uniform linears with zero biases,
-        N(0, 1) for BOI, torch's defaults in the convolutions; text embeddings N(0, 0.02) (Table 7).
+        """Initialise all weights, as the released code does. Call it after building on the meta device.
+
+        Linear layers are Xavier-uniform with zero biases, BOI is N(0, 1), text embeddings are N(0, 0.02) (Table 7), and
+        convolutions have torch's defaults.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -96,14 +98,15 @@ class MADFormer(nn.Module):
             clean_BLCYX: clean latents, [B, L, C, Y, X].
             noisy_BLCYX: noisy latents, [B * k, L, C, Y, X]; k draws share the clean tower and the AR stage.
             t_BL: the noisy blocks' timesteps, [B * k, L].
-            clean_t_BL: timesteps that clean blocks are embedded with, [B, L]; None: as `config.clean_timestep` says. With
-                `released`, auxiliary outputs leave the upsampler at these timesteps; else at `AUXILIARY_TIMESTEP`.
+            clean_t_BL: timesteps that clean blocks are embedded with, [B, L]; None: as `config.clean_timestep` says. If that is
+                `released`, auxiliary outputs have these timesteps too, else `AUXILIARY_TIMESTEP`.
             text: token ids [B, T]; None: the null text.
             outputs: names of the auxiliary outputs to compute (`layer_plan.AUXILIARY_OUTPUTS`); None: all that exist.
-            diffusion_depth: layers of the diffusion stage (D); None: `config.diffusion_depth`. The parameters are the same.
+            diffusion_depth: layers of the diffusion stage (D); None: `config.diffusion_depth`.
 
         Raises:
-            ValueError: shapes that do not fit the configuration or each other, an unknown output, text for a model without.
+            ValueError: shapes that do not fit the configuration or each other, an unknown output, or text for a model without
+                text.
         """
         run = _prepare(self, clean_BLCYX, noisy_BLCYX, t_BL, clean_t_BL, text, outputs, diffusion_depth)
         x: Towers = {}  # residual streams by tower, [B, P, D]
@@ -146,24 +149,34 @@ class MADFormer(nn.Module):
         return result
 
     def embed(self, latents_BLCYX: Tensor, t_BL: Tensor) -> tuple[Tensor, Skips]:
-        """Blocks at their timesteps to tokens [B, L * S, D], and the skips (batch B * L) for `unembed`."""
+        """Map blocks at their timesteps to tokens [B, L * S, D], and return the skips (batch B * L) for `unembed`."""
         latents_UCYX = latents_BLCYX.flatten(0, 1).to(self.stream_dtype)
         features_UDyx, skips = self.downsampler(latents_UCYX, t_BL.flatten())
         tokens_BPD = rearrange(features_UDyx, "(b l) d y x -> b (l y x) d", l=latents_BLCYX.shape[1])
         return tokens_BPD.to(self.stream_dtype), skips
 
     def unembed(self, tokens_BPD: Tensor, t_BL: Tensor, skips: Skips) -> Tensor:
-        """Tokens [B, L * S, D] of blocks at their timesteps back to latents [B, L, C, Y, X]."""
+        """Map tokens [B, L * S, D] of blocks at their timesteps back to latents [B, L, C, Y, X].
+
+        Args:
+            t_BL: the timesteps, which may differ from those of `embed`.
+            skips: of the same blocks, batch B * L.
+        """
         blocks, rows = t_BL.shape[1], self.config.token_rows
         features_UDyx = rearrange(tokens_BPD, "b (l y x) d -> (b l) d y x", l=blocks, y=rows)
         latents_UCYX = self.upsampler(features_UDyx, t_BL.flatten(), skips)
         return latents_UCYX.unflatten(0, t_BL.shape).to(self.stream_dtype)
 
     def ropes(self, device: torch.device, text_tokens: int, clean_blocks: int | None = None) -> dict[str, Rope]:
-        """Rotary angles by tower, for all tokens of the image; `clean_blocks`: of the first clean blocks alone."""
+        """Rotary angles by tower, for all tokens of the prompt and the image.
+
+        Args:
+            text_tokens: tokens of the prompt (T).
+            clean_blocks: number of clean blocks, from the first one; None: all.
+        """
         key = (device, self.stream_dtype, text_tokens)
         if key not in self._rope_tables:
-            # They must serve training, also if validation under inference mode comes first.
+            # Training must be able to use these tables even if validation, under inference mode, makes them.
             with torch.inference_mode(False):
                 text_PA = text_positions(text_tokens, device, self.config.rope)
                 positions = (text_PA, token_positions(self.config, device).flatten(0, 1))
@@ -175,23 +188,23 @@ class MADFormer(nn.Module):
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        """The dtype of the residual stream and of latents: float32 at least, also of bfloat16 weights and under autocast."""
+        """The dtype of residual stream and latents: float32 or wider, even with bfloat16 weights or under autocast."""
         return torch.promote_types(self.boi_SD.dtype, torch.float32)
 
     def _embed_clean(self, clean_BLCYX: Tensor, run: _Run) -> tuple[Tensor, Skips]:
-        """The clean blocks whose embedding is read, [B, J * S, D], and their skips."""
+        """Embed the clean blocks whose embedding is read: [B, J * S, D], and their skips."""
         blocks = run.embedded_blocks
         if not blocks:
             return self.boi_SD.new_empty(len(clean_BLCYX), 0, self.config.width), ()
         return self.embed(clean_BLCYX[:, :blocks], run.clean_t_BL[:, :blocks])
 
     def _shift(self, embedded_BPD: Tensor) -> Tensor:
-        """[B, L * S, D]: at block i the embedding of block i - 1, the BOI block at 0."""
+        """[B, L * S, D]: at block i the embedding of block i - 1, at block 0 the BOI block."""
         previous_BPD = embedded_BPD[:, : (self.config.ar_length - 1) * self.config.block_tokens]
         return torch.cat([self.boi_SD.expand(len(embedded_BPD), -1, -1), previous_BPD], dim=1)
 
     def _shift_skips(self, skips: Skips, batch: int) -> Skips:
-        """Skips of the block that the position was embedded from, zeros for BOI: the target's own would leak it."""
+        """At each block the skips of the previous block, zeros at block 0. A block's own skips would leak the target."""
         if not skips:
             shapes = skip_shapes(self.config.unet, self.config.block_size)
             return tuple(self.boi_SD.new_zeros(batch, channels, rows, rows) for channels, rows in shapes)
@@ -201,13 +214,14 @@ class MADFormer(nn.Module):
         return tuple(conv_layout(skip) for skip in shifted)
 
     def prepare_for_sampling(self, dtype: torch.dtype | None = None) -> None:
-        """Do once what sampling does at every call. No output changes, but the model can no longer be trained.
+        """Join and cast weights once, so that sampling need not at every call. The model can no longer be trained.
 
-        The weights of each layer's query and key norms are joined, and with `dtype` its gate and up projections too.
+        No output changes. The weights of each layer's query and key norms are joined; with `dtype`, so are those of its gate
+        and up projections.
 
         Args:
-            dtype: what autocast computes in; linear layers and convolutions are cast to it, so sample under autocast.
-                The others keep their precision: norms, embeddings of timesteps and text, and BOI. None: nothing is cast.
+            dtype: autocast's dtype. Linear layers and convolutions are cast to it, so sample under autocast. Norms, BOI and the
+                embeddings of timesteps and text keep their precision. None: nothing is cast.
         """
         self.prepared = True
         self.requires_grad_(False)
@@ -223,25 +237,25 @@ class MADFormer(nn.Module):
                 module.join_weights(gate_and_up=dtype is not None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies and pickles come without compiled code."""
+        """Compile again: copies and pickles come without compiled code."""
         super().__setstate__(state)
         self._compile_parts()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `to`, `cuda` and `to_empty` go through: whether to compile depends on the device."""
+        """Compile again after `to`, `cuda` and `to_empty`: whether to compile depends on the device."""
         super()._apply(fn, recurse)
         self._compile_parts()
         return self
 
     def _compile_parts(self) -> None:
-        """Compile each layer and both halves of the U-Net; under activation checkpointing each block of them."""
+        """Compile each layer and each half of the U-Net; with activation checkpointing, each block of the halves."""
         if self.config.compile is True or (self.config.compile == "auto" and self.boi_SD.device.type == "cuda"):
             configure_dynamo()
             halves = (self.downsampler, self.upsampler)
             blocks = (*self.downsampler.down_blocks, *self.upsampler.up_blocks)
             for layer in self.layers:
                 layer.compile()
-            # Each size is compiled for itself: code for variable sizes is slower.
+            # Every input size is compiled separately, since code for variable sizes is slower.
             for part in blocks if self.config.activation_checkpointing else halves:
                 part.compile(dynamic=False)
 
@@ -255,7 +269,7 @@ Layer = Callable[[Towers, dict[str, Rope], TrainingContext], Towers]
 
 @dataclass(frozen=True)
 class _Run:
-    """Arguments of a forward other than latents: checked, with defaults filled in."""
+    """Checked arguments of a forward other than the latents, with defaults filled in, and its layers."""
 
     outputs: frozenset[str]
     """The auxiliary outputs to compute."""
@@ -263,7 +277,7 @@ class _Run:
     """Noise draws per image (k)."""
     clean_t_BL: Tensor
     auxiliary_t_BL: Tensor
-    """Timesteps at which the auxiliary outputs leave the upsampler."""
+    """The upsampler's timesteps for the auxiliary outputs."""
     text_BT: Tensor | None
     clean_blocks: int
     """Clean blocks in the sequence."""
@@ -319,7 +333,7 @@ def _prepare(
 def _check_latents(
     config: ModelConfig, clean_BLCYX: Tensor, noisy_BLCYX: Tensor, t_BL: Tensor, clean_t_BL: Tensor | None
 ) -> int:
-    """The number of draws per image, k."""
+    """Check the shapes, and return the number of draws per image (k)."""
     expected = (config.ar_length, config.latent_channels, config.block_size, config.block_size)
     for name, tensor in (("clean_BLCYX", clean_BLCYX), ("noisy_BLCYX", noisy_BLCYX)):
         if tuple(tensor.shape[1:]) != expected:

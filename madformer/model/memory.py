@@ -1,8 +1,8 @@
 """Memory of training and of the cache, from the configuration alone. Bytes throughout; needs no torch.
 
-Weights, gradients, optimiser and EMA are float32, whatever dtype autocast computes in. Activations are what autograd keeps
-for the backward pass on CUDA, whose kernels for attention keep no scores. Compiled parts keep less: for them it is an
-upper bound. A codec that encodes images while training is not counted.
+Weights, gradients, optimiser state and EMA are float32, whatever autocast's dtype. Activations are the tensors that autograd
+keeps for the backward pass on CUDA, where attention keeps no scores. For compiled parts they are an upper bound. A codec that
+encodes images during training is not counted.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _FULL = 4
 """Bytes of an element in the weights' precision."""
 
 _RESERVE = (GIB, 0.05)
-"""A guess, not measured: 1 GiB for CUDA's context, NCCL and the libraries' workspaces; of all else 5 % for gradients of
-activations and what the allocator cannot use."""
+"""A guess, not measured: 1 GiB for CUDA's context, NCCL and the workspaces of libraries, and 5 % of the rest for gradients of
+activations and fragmentation."""
 
 _COMPILED = 0.5
-"""The least part of the activations that compiled parts keep; kernels of the backward pass recompute the rest. What torch's
-partitioner chose on the CPU for a small model in bfloat16: half in a layer, two thirds in the U-Net."""
+"""The least share of the activations that compiled parts keep; the backward pass recomputes the rest. For a small model in
+bfloat16 on the CPU, torch's partitioner kept half in a layer and two thirds in the U-Net."""
 
 _TIGHT = 0.9
-"""Part of a card's memory above which an estimate may be too low."""
+"""Share of a card's memory above which training may not fit, as an estimate may be too low."""
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on one device. AdamW (fused on CUDA), clipping, EMA and DDP's buckets (the gradients themselves) need no more."""
+    """Bytes on one device. The steps of AdamW (fused on CUDA) and EMA, clipping and DDP's buckets need no further memory."""
 
     weights: int
     gradients: int
@@ -42,23 +42,22 @@ class TrainingMemory:
     """AdamW's two moments."""
     ema: int
     casts: int
-    """Autocast's copies of the weights, one for each call (Lightning keeps none for the next), until the backward pass is
-    done; FSDP does not shard them."""
+    """Autocast's copies of the weights, one for each call, kept until the backward pass is done. FSDP does not shard them."""
     gathered: int
-    """FSDP: weights and gradients that are whole for a while: those outside the layers, and two layers."""
+    """FSDP: weights and gradients that are gathered at one time, those outside the layers and those of two layers."""
     activations: int
     """Kept from the forward for the backward pass, the whole batch."""
     recomputed: int
-    """With activation checkpointing: what the largest part of the model keeps while it is recomputed."""
+    """With activation checkpointing: activations of the model's largest part while it is recomputed."""
 
     @property
     def total(self) -> int:
-        """All of it, with a reserve; more than compiled parts need."""
+        """All of the above with a reserve. It is an upper bound if parts are compiled."""
         return self._with_reserve(self.activations + self.recomputed)
 
     @property
     def compiled(self) -> int:
-        """All of it if parts are compiled: hardly less."""
+        """The least that is needed if parts are compiled, with a reserve."""
         return self._with_reserve(int(_COMPILED * (self.activations + self.recomputed)))
 
     def _with_reserve(self, activations: int) -> int:
@@ -77,13 +76,12 @@ def training_memory(
     """Memory of a training step.
 
     Args:
-        config: activation checkpointing and the attention's backend are taken into account; of an elastic run the depth that
-            needs most counts.
+        config: the model. An elastic one counts at the depth that needs most.
         batch: images on the device.
-        dtype: what autocast computes in, a key of `cost.DTYPE_BYTES`.
+        dtype: autocast's dtype, a key of `cost.DTYPE_BYTES`.
         outputs: auxiliary outputs in the loss (`config.wanted_outputs`); None: all that exist.
         draws: noise draws per image.
-        shards: devices that FSDP shards weights, gradients and optimiser state over; 1: none.
+        shards: devices over which FSDP shards weights, gradients and optimiser state; 1: no FSDP.
     """
     parts, size, outputs = parameters(config), DTYPE_BYTES[dtype], existing_outputs(config, outputs)
     depths = [config.at_depth(depth) for depth in config.elastic_depths] or [config]
@@ -95,7 +93,7 @@ def training_memory(
     copied = sum(count * calls.get(part, 1) for part, count in parts.items())
     layer = sum(count for part, count in parts.items() if part.endswith("_tower")) // config.depth
     outside, copied_again = sum(parts.values()) - config.depth * layer, 0
-    if config.activation_checkpointing:  # of what is recomputed no copies are kept
+    if config.activation_checkpointing:  # recomputed parts keep no copies
         copied = parts.get("text_head", 0)
         copied_again = layer * (calls["shared_tower"] if "shared_tower" in parts else 1)
     return TrainingMemory(
@@ -104,7 +102,7 @@ def training_memory(
         optimizer=2 * shard,
         ema=shard,
         casts=copied * size if size != _FULL else 0,
-        # Each of the two layers is there in weights, in gradients, and in the buffer that is sent.
+        # Of each of the two layers there are the weights, the gradients and the buffer to send.
         gathered=(2 * outside + 2 * 3 * layer) * _FULL if shards > 1 else 0,
         activations=batch * kept,
         recomputed=batch * recomputed + (copied_again * size if size != _FULL else 0),
@@ -112,7 +110,7 @@ def training_memory(
 
 
 def device_memory(config: ExperimentConfig, devices: int) -> TrainingMemory:
-    """Memory of a training step on each of so many devices."""
+    """Memory of a training step on each device, if `devices` of them train together."""
     dtype = "bfloat16" if config.trainer.precision == "bf16-mixed" else "float32"
     shards = devices if config.trainer.strategy == "fsdp" else 1
     batch, draws = micro_batches(config, devices)[0], config.diffusion.draws_per_image
@@ -120,7 +118,7 @@ def device_memory(config: ExperimentConfig, devices: int) -> TrainingMemory:
 
 
 def sampling_memory(config: ExperimentConfig, guidance: bool) -> int:
-    """Memory of sampling `evaluation.batch_size` images on a device: weights, cache, and one part's work on one block.
+    """Memory to sample `evaluation.batch_size` images on a device: weights, cache, and the largest part's work on one block.
 
     Neither the codec nor feature networks are counted.
     """
@@ -135,16 +133,20 @@ def sampling_memory(config: ExperimentConfig, guidance: bool) -> int:
 
 
 def micro_batches(config: ExperimentConfig, devices: int) -> list[int]:
-    """Images that a device can take at once, most first: what `data.batch_size_per_device` allows, and divides its share."""
+    """Possible micro-batches of a device, largest first: divisors of its share, up to `data.batch_size_per_device`."""
     share = max(1, config.data.batch_size // devices)
     limit = config.data.batch_size_per_device or share
     return [images for images in range(min(share, limit), 0, -1) if share % images == 0]
 
 
 def fitting_settings(config: ExperimentConfig, devices: int, capacity: int) -> tuple[str, int] | None:
-    """Settings that fit into devices of so many bytes, as overrides, and what they need; None: there are none.
+    """Settings with which training fits, as overrides, and the bytes that they need; None: there are none.
 
-    The largest micro-batch that fits as it is, else with activation checkpointing, else with FSDP as well.
+    It takes the largest micro-batch that fits with the given settings, else with activation checkpointing, else with FSDP too.
+
+    Args:
+        devices: number of devices.
+        capacity: bytes of a device.
     """
     checkpointing = replace(config, model=replace(config.model, activation_checkpointing=True))
     sharded = replace(checkpointing, trainer=replace(checkpointing.trainer, strategy="fsdp"))
@@ -162,14 +164,15 @@ def fitting_settings(config: ExperimentConfig, devices: int, capacity: int) -> t
 
 
 def check_memory(config: ExperimentConfig, devices: int, capacity: int, card: str) -> str | None:
-    """A warning if training may not fit into its devices; None: it does.
+    """A warning if training may not fit into its devices; None: it fits.
 
     Args:
+        devices: number of devices.
         capacity: bytes of a device.
-        card: its name.
+        card: the device's name, for the message.
 
     Raises:
-        ConfigError: it does not fit, also if compiled parts keep as little as they may.
+        ConfigError: training does not fit, even if compiled parts keep as little as possible.
     """
     memory = device_memory(config, devices)
     if memory.total <= _TIGHT * capacity:
@@ -192,12 +195,18 @@ def _describe_remedy(settings: tuple[str, int] | None) -> str:
 
 
 def weight_memory(config: ModelConfig, dtype: str = "float32") -> int:
-    """The weights alone, as for sampling."""
+    """Memory of the weights alone, as sampling needs them."""
     return DTYPE_BYTES[dtype] * sum(parameters(config).values())
 
 
 def cache_memory(config: ModelConfig, batch: int, dtype: str = "bfloat16", guidance: bool = False) -> int:
-    """The key/value cache of `generate`, for `batch` images."""
+    """Memory of the key/value cache of `generate`.
+
+    Args:
+        batch: number of images.
+        dtype: dtype of keys and values, a key of `cost.DTYPE_BYTES`.
+        guidance: whether sampling is guided, which doubles the rows.
+    """
     local = config.diffusion_depth if config.local_denoising else 0
     blocks = (config.depth - local) * config.ar_length + local
     tokens = config.depth * text_tokens(config) + blocks * config.block_tokens
@@ -206,9 +215,9 @@ def cache_memory(config: ModelConfig, batch: int, dtype: str = "bfloat16", guida
 
 
 def _kept(config: ModelConfig, size: int, outputs: frozenset[str], draws: int) -> tuple[int, int]:
-    """Bytes for one image: kept from the forward, and by the largest part that is recomputed.
+    """Bytes for one image: those kept from the forward, and those of the largest part that is recomputed.
 
-    `size`: bytes of an element that autocast computes with.
+    `size` is the bytes of an element in autocast's dtype.
     """
     plans = layer_plans(config, outputs, draws=draws)
     layers = [_layer(config, size, plan) for plan in plans]
@@ -219,7 +228,7 @@ def _kept(config: ModelConfig, size: int, outputs: frozenset[str], draws: int) -
         inputs = sum(plan.tokens(tower) for plan in plans for tower in plan.keys) * config.width * _FULL
         inputs += sum(passes * sum(half.inputs) * size for half, passes in halves)
         kept += inputs - sum(layers) - sum(passes * block for passes, block in blocks)
-        # A call of the U-Net takes the noisy blocks, or fewer: clean ones, an auxiliary output's.
+        # A call of the U-Net has the noisy blocks, or fewer: the clean ones, or those of an auxiliary output.
         recomputed = max(*layers, *(config.ar_length * draws * block for _, block in blocks))
     if config.text and "text_logits" in outputs:
         kept += text_tokens(config) * config.text.vocab_size * (size + _FULL)  # logits and their log-softmax
@@ -227,15 +236,15 @@ def _kept(config: ModelConfig, size: int, outputs: frozenset[str], draws: int) -
 
 
 def _layer(config: ModelConfig, size: int, plan: LayerPlan) -> int:
-    """Bytes that a layer keeps of one image."""
+    """Bytes that a layer keeps for one image."""
     flex = config.attention_backend != "sdpa" and config.head_width >= MIN_FLEX_HEAD_WIDTH
     query, key = config.num_heads * config.head_width, config.kv_heads * config.head_width
     cast, kept = size != _FULL, 0
     for tower in plan.keys:
         with_queries = tower in plan.queries
         projected, rotated = 2 * key + with_queries * query, key + with_queries * query
-        token = config.width * (_FULL + size) + rotated * _FULL * cast  # the norm's input and result; that of the heads' norms
-        # Attention's arguments. Joined for FlexAttention they are copies; else keys and values are, if there is text.
+        token = config.width * (_FULL + size) + rotated * _FULL * cast  # inputs of all norms, and the first norm's result
+        # Attention's arguments. They are copies if joined for FlexAttention. Else keys and values are, if there is text.
         token += projected * size * (1 if cast else 2) if flex else rotated * size
         if not flex and (not cast or tower == "text" or not plan.text_tokens):
             token += projected * size
@@ -247,7 +256,7 @@ def _layer(config: ModelConfig, size: int, plan: LayerPlan) -> int:
 
 
 def _copied_tokens(plan: LayerPlan) -> int:
-    """Tokens whose keys and values scaled_dot_product_attention sees in a copy, because it sees several towers at once."""
+    """Number of tokens whose keys and values are copied for scaled_dot_product_attention, to join those of several towers."""
     text = plan.text_tokens if "text" in plan.keys else 0
     if plan.local:
         return plan.draws * plan.noisy_blocks * (text + plan.block_tokens) if text else 0

@@ -33,7 +33,7 @@ _LAYER_NAMES = {
 """Released module of a layer -> our module of a tower; {} or the end is the tower's number."""
 
 _TEXT_NAMES = [("embed_tokens.weight", "text.embedding.weight"), ("lm_head.weight", "text.head.weight")]
-"""Names of the `imagenet` branch alone."""
+"""Names that only the `imagenet` branch has: released name, our name."""
 
 _PROMPT_TOKENS = 2
 """BOS and a class number."""
@@ -84,7 +84,7 @@ def from_released(
 
 
 def to_released(model: MADFormer) -> dict[str, Tensor]:
-    """The state dict in released names, copied. A parameter set that several towers share is copied for each.
+    """The model's state dict by released names, copied. A parameter set that several towers share is copied for each.
 
     Raises:
         ValueError: the model does something that the released code cannot.
@@ -93,7 +93,7 @@ def to_released(model: MADFormer) -> dict[str, Tensor]:
 
 
 def rename_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Released weights by our names, for a model of `config` (`released_config`). They share memory with those given.
+    """Released weights by our names, for a model of `config` (`released_config`). They share memory with `state_dict`.
 
     Raises:
         ValueError: tensors are missing or unknown, or have other shapes.
@@ -113,7 +113,7 @@ def rename_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> di
 
 
 def rename_ours(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A model's weights by released names, the inverse of `rename_released`. They share memory with those given.
+    """A model's weights by released names, the inverse of `rename_released`. They share memory with `state_dict`.
 
     Raises:
         ValueError: the model does something that the released code cannot.
@@ -126,7 +126,7 @@ def rename_ours(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[s
     rules += [("model.text", config.text, "final_norm", False)] if config.text else []
     for section, fields, name, value in rules:
         if getattr(fields, name) != value:
-            raise ValueError(f"{section}.{name} = {getattr(fields, name)!r}: the released code knows {value!r} alone")
+            raise ValueError(f"{section}.{name} = {getattr(fields, name)!r}: the released code supports only {value!r}")
     if len(set(config.unet.channels[1:])) > 1:
         raise ValueError(f"model.unet.channels = {config.unet.channels}: the released code needs equal levels after the first")
     weights = {**state_dict, "boi_SD": state_dict["boi_SD"][None]}
@@ -134,7 +134,7 @@ def rename_ours(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[s
 
 
 def released_config(state_dict: Mapping[str, Tensor], *, ar_length: int, **switches: int | bool) -> ModelConfig:
-    """The configuration of a released state dict.
+    """The configuration of a released state dict. Its weights do not contain the AR length and the switches, so pass them.
 
     Raises:
         ValueError: not a released state dict, or switches that contradict its sizes.
@@ -174,7 +174,7 @@ def _check_tensors(state_dict: Mapping[str, Tensor]) -> None:
     for name, value in state_dict.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             whole = "; give the checkpoint's entry 'ema' or 'model'" if name in ("ema", "model") else ""
-            raise ValueError(f"released state dict: {name!r} is no floating-point tensor{whole}")
+            raise ValueError(f"released state dict: {name!r} is not a floating-point tensor{whole}")
 
 
 def _released_unet(shapes: Mapping[str, tuple[int, ...]], levels: int) -> UNetConfig:
@@ -189,7 +189,7 @@ def _released_unet(shapes: Mapping[str, tuple[int, ...]], levels: int) -> UNetCo
 
 
 def _released_text(shapes: Mapping[str, tuple[int, ...]]) -> TextConfig | None:
-    """Text of the `imagenet` branch; None: the state dict is of `main`."""
+    """The text configuration of the `imagenet` branch; None: the state dict is of `main`."""
     if _TEXT_NAMES[0][0] not in shapes:
         return None
     vocab_size = shapes[_TEXT_NAMES[0][0]][0]
@@ -198,7 +198,7 @@ def _released_text(shapes: Mapping[str, tuple[int, ...]]) -> TextConfig | None:
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    """How many numbers the pattern finds at the start of names."""
+    """The number of different indices that the pattern finds at the start of names."""
     found = {int(match[1]) for name in shapes if (match := re.match(pattern, name))}
     if not found:
         raise KeyError(pattern.replace("\\", "").replace("(d+)", "0"))
@@ -212,7 +212,7 @@ def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 def _names(config: ModelConfig, all_towers: bool = False) -> list[tuple[str, str]]:
-    """(released name, our name) of every parameter; `all_towers`: also of released towers that our model lacks."""
+    """(released name, our name) of every parameter; with `all_towers` also those of released towers that our model lacks."""
     unet = [name for name in _shapes(config) if name.startswith(("downsampler.", "upsampler."))]
     names = [("boi_block", "boi_SD"), *((name, name) for name in unet), *(_TEXT_NAMES if config.text else [])]
     released_towers = TOWERS if config.text else TOWERS[1:]

@@ -1,4 +1,4 @@
-"""What a report says of its designs: their differences, and which is the best at each budget."""
+"""Comparison of a report's designs: their differences, and the best design at each budget."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ class Contrast:
 
     design: str
     sampling: str
-    """`fixed` or `tuned`, of both."""
+    """`fixed` or `tuned`, for both designs."""
     column: Column
     difference: Difference
     """The design's metric minus the reference's."""
     p: float | None
-    """Of the difference, corrected for the number of all pairs of designs at all budgets (Holm); None: too few seeds."""
+    """p-value, corrected for the number of all pairs of designs at all budgets (Holm); None: there are too few seeds."""
 
     @property
     def is_clear(self) -> bool:
-        """Whether seeds tell the two apart."""
+        """Whether the difference is significant."""
         return self.p is not None and self.p < SIGNIFICANCE
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which design is the best at one cost."""
+    """The best design at one cost."""
 
     axis: str
     """`nfe`, or a name in `COSTS`."""
@@ -68,18 +68,18 @@ class Choice:
     cost: float
     """The budget, or the cost in the unit of `COSTS`."""
     values: Mapping[str, BySeed]
-    """Of each design that can be had at this cost."""
+    """Design -> values over training seeds, for each design that has a value at this cost."""
     winner: Winner
 
     @property
     def mean(self) -> float:
-        """Of the best."""
+        """The mean of the best design."""
         return fmean(self.values[self.winner.name].values())
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Where the curves of two designs cross that follow each other in tables."""
+    """The crossing of the curves of two designs that are neighbours in tables."""
 
     axis: str
     sampling: str
@@ -89,13 +89,13 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Training:
-    """The comparison of the designs that were trained for so many steps."""
+    """The comparison of the designs that were trained for `steps` steps."""
 
     steps: int
     flops: tuple[float, float]
-    """Of a training, the least and the greatest of the designs."""
+    """The least and the greatest training FLOPs of the designs."""
     choices: tuple[Choice, ...]
-    """For each budget of sampling; designs are named without the training budget."""
+    """The best design for each sampling budget. Names of designs do not contain the training budget."""
 
 
 @dataclass(frozen=True)
@@ -104,20 +104,20 @@ class Verdict:
 
     metric: str
     designs: tuple[str, ...]
-    """Of several training budgets those of the greatest, named without it; so are all comparisons but `trainings`."""
+    """With several training budgets, the designs of the greatest, named without it. All fields but `trainings` are on these."""
     reference: str
     contrasts: tuple[Contrast, ...]
     choices: tuple[Choice, ...]
-    """By axis, sampling and cost."""
+    """The best designs by axis, sampling and cost."""
     neighbours: tuple[Neighbours, ...]
     trainings: tuple[Training, ...]
-    """One for each training budget; empty: there is a single one."""
+    """One comparison for each training budget; empty: there is only one budget."""
     units: Mapping[str, tuple[str, float]]
-    """Axis -> the unit in which its costs are shown, and what they are multiplied with."""
+    """Axis -> the unit in which its costs are shown, and the factor that converts to it."""
 
     @property
     def answer(self) -> str:
-        """In a sentence for each sampling which design is the best for which budget; empty: there are no two designs."""
+        """A sentence for each sampling on the best design for each budget; empty: there are fewer than two designs."""
         sentences = []
         for sampling in (FIXED, TUNED):
             choices = [choice for choice in self.choices if (choice.axis, choice.sampling) == (NFE, sampling)]
@@ -129,11 +129,11 @@ class Verdict:
 
     @property
     def trained(self) -> str:
-        """How long the compared designs were trained; empty: there is a single training budget."""
+        """The training steps of the compared designs in words; empty: there is only one training budget."""
         return f", after {self.trainings[-1].steps:,} training steps" if self.trainings else ""
 
     def markdown(self) -> list[str]:
-        """The best design for each cost with the crossings, by training budget, and the differences."""
+        """Sections on the best design for each cost, with crossings, on each training budget, and on differences."""
         parts = []
         if self.choices:
             is_tested = any(choice.winner.probability is not None for choice in self.choices)
@@ -219,12 +219,12 @@ def judge(rows: Sequence[Row], metric: str, reference: str | None = None) -> Ver
     """Compare all designs with each other.
 
     Args:
-        rows: of the report.
-        metric: what is compared.
-        reference: the design that contrasts are against; None: the first.
+        rows: rows of the report.
+        metric: the metric to compare by.
+        reference: the design that contrasts are against; None: the first one.
 
     Raises:
-        InputError: no design is called as the reference.
+        InputError: no design has the reference's name.
     """
     trained = by_training(rows)
     longest = list(trained.values())[-1] if trained else rows
@@ -247,7 +247,7 @@ def judge(rows: Sequence[Row], metric: str, reference: str | None = None) -> Ver
 
 
 def by_training(rows: Sequence[Row]) -> dict[int, list[Row]]:
-    """Training steps, rising -> the rows of runs of so many; empty: a sweep does not vary them."""
+    """Training steps, rising -> the rows of runs with so many steps; empty: the sweep does not vary them."""
     steps = sorted({row.group.axes[TRAINING] for row in rows if TRAINING in row.group.axes})
     return {each: [row for row in rows if row.group.axes.get(TRAINING) == each] for each in steps} if len(steps) > 1 else {}
 
@@ -282,23 +282,23 @@ def _sampling(row: Row) -> str:
 
 @dataclass(frozen=True)
 class _Side:
-    """The curves of all designs over one cost, at the fixed sampler or tuned."""
+    """The curves of all designs over one cost, either at the fixed sampler or tuned."""
 
     axis: str
     sampling: str
     metric: str
     curves: Mapping[str, tuple[tuple[float, ...], tuple[BySeed, ...]]]
-    """Design -> costs, rising, and the values at each."""
+    """Design -> rising costs, and the values at each."""
     budgets: tuple[int, ...]
-    """NFE budgets; empty: labels meet in steps."""
+    """NFE budgets; empty: designs share numbers of steps instead."""
 
     @cached_property
     def log(self) -> bool:
-        """Whether values are interpolated in their logarithms: not if one is zero or less, as a kernel distance may be."""
+        """Whether to interpolate the logarithms of values. A kernel distance may be zero or less, and has none."""
         return all(value > 0 for _, points in self.curves.values() for values in points for value in values.values())
 
     def costs(self) -> list[float]:
-        """At which costs designs are compared: as many as budgets, evenly in log cost where two or more have points."""
+        """Costs to compare designs at: the budgets, else as many costs, even in log cost, where two designs have values."""
         if self.axis == NFE and self.budgets:
             return [float(budget) for budget in self.budgets]
         if len(self.curves) < 2:
@@ -337,7 +337,7 @@ class _Side:
             curves = [self.curves[one], self.curves[other]]
             low, high = max(costs[0] for costs, _ in curves), min(costs[-1] for costs, _ in curves)
             shared = set.intersection(*(set(values) for _, points in curves for values in points))
-            if shared and low < high:  # a single cost says nothing about crossings
+            if shared and low < high:  # a crossing needs two costs
                 yield Neighbours(self.axis, self.sampling, (one, other), crossing(curves, self.log))
 
 
@@ -365,7 +365,7 @@ def _training(steps: int, rows: Sequence[Row], metric: str) -> Training:
 
 
 def _sentence(choices: Sequence[Choice]) -> str:
-    """Such as `up to NFE 64, d2 (p = 0.97); from 128 on, undecided`."""
+    """The best designs in a sentence, such as `up to NFE 64, d2 (p = 0.97); from 128 on, undecided`."""
     if all(choice.winner.probability is None for choice in choices):
         return f"{_TOO_FEW}, nothing is tested"
     spans = [(key, list(found)) for key, found in itertools.groupby(choices, key=_decision)]

@@ -1,4 +1,4 @@
-"""Diagnostics in a report: loss and denoising error, exposure gap, what the condition explains."""
+"""Diagnostics in a report: loss, denoising error, exposure gap, variance explained by the condition."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from madformer.report.figures import Look
 
 _CONDITIONS = ("weights", "images", "held_out", "source", "nfe", "sampler", "timesteps")
-"""Keys that must agree for two runs' diagnostics to be compared."""
+"""Keys that must agree for diagnostics of runs to be comparable."""
 
 
 @dataclass(frozen=True)
@@ -26,35 +26,35 @@ class Diagnosis:
 
     label: str
     timesteps: tuple[int, ...]
-    """Of the noise schedule, rising."""
+    """Timesteps of the noise schedule, rising."""
     loss_by_timestep: tuple[Estimate, ...]
-    """Over blocks, at each of `timesteps`."""
+    """Mean loss over blocks, at each of `timesteps`."""
     loss_by_block: tuple[Estimate, ...]
-    """Over timesteps, for each block in the order of generation."""
+    """Mean loss over timesteps, for each block in the order of generation."""
     exposure_gap: tuple[Estimate, ...]
-    """For each block, how much farther from real ones it is after the model's own blocks than after real ones."""
+    """For each block, its distance to real blocks after the model's own blocks, minus that after real blocks."""
     condition_explains: tuple[Estimate, ...]
     """For each block, the share of its variance that the condition explains; empty: there is no condition."""
     denoising_timesteps: tuple[int, ...]
-    """Rising; empty, like the next three, if an earlier version diagnosed the runs."""
+    """Timesteps of the next three fields, rising. All four are empty if an earlier version diagnosed the runs."""
     denoising_error: tuple[Estimate, ...]
-    """Of the predicted clean latents, at each of `denoising_timesteps`."""
+    """Squared error of the predicted clean latents, at each of `denoising_timesteps`."""
     noisy_error: tuple[Estimate, ...]
-    """Of returning the noisy block instead."""
+    """Squared error of the noisy block, returned as the prediction."""
     mean_error: tuple[Estimate, ...]
-    """Of returning the mean image instead, the same at each."""
+    """Squared error of the mean image, returned as the prediction; the same at each timestep."""
 
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Diagnoses in the order of a table."""
+    """The diagnoses of a report, in the order of its table."""
 
     diagnoses: tuple[Diagnosis, ...]
     notes: tuple[str, ...]
-    """How they were made, a sentence each."""
+    """Sentences on how the diagnoses were made."""
 
     def markdown(self) -> str:
-        """The notes, and a table: losses at low and high noise and at both ends of the image, the gap, the condition."""
+        """The notes, and a table of losses (low and high noise, first and last block), exposure gap and explained variance."""
         steps = self.diagnoses[0].timesteps
         same = all(diagnosis.timesteps == steps for diagnosis in self.diagnoses)
         ends = {"low": 0, "middle": (len(steps) - 1) // 2, "high": -1}
@@ -69,10 +69,10 @@ class Diagnostics:
 
 
 def gather_diagnostics(curves: Sequence[Curve]) -> Diagnostics | None:
-    """The newest diagnostics of runs; None: none of them was diagnosed.
+    """The newest diagnostics of runs; None: no run was diagnosed.
 
     Raises:
-        InputError: a broken record.
+        InputError: a record is broken.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for curve in sorted(curves, key=lambda curve: (natural(curve.label), curve.seed)):
@@ -85,7 +85,7 @@ def gather_diagnostics(curves: Sequence[Curve]) -> Diagnostics | None:
 
 
 def _diagnosis(label: str, entries: Sequence[dict[str, Any]]) -> Diagnosis:
-    """Means over seeds; one diagnosed at other timesteps than the first is left out, and the notes say that they differ."""
+    """Means over seeds. Seeds with other timesteps than the first are left out; the notes then say that timesteps differ."""
     timesteps = entries[0]["timesteps"]
     alike = [entry for entry in entries if entry["timesteps"] == timesteps]
     denoised_at: list[int] = next((entry["denoising_timesteps"] for entry in alike if "denoising_timesteps" in entry), [])
@@ -111,7 +111,7 @@ def _diagnosis(label: str, entries: Sequence[dict[str, Any]]) -> Diagnosis:
 
 
 def _over_blocks(estimates: Sequence[Estimate]) -> Estimate | None:
-    """The mean over blocks of each seed, over seeds; None: there are no blocks."""
+    """The mean over seeds of each seed's mean over blocks; None: there are no blocks."""
     runs = list(zip(*(estimated.values for estimated in estimates), strict=True))
     return over_training([sum(values) / len(values) for values in runs]) if runs else None
 
@@ -139,7 +139,7 @@ def _notes(entries: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def draw_diagnostics(diagnostics: Diagnostics, title: str) -> dict[str, bytes]:
-    """Where models err, by timestep and by block: kind of file (`png`, `svg`) -> its contents."""
+    """The figure of all diagnostics, by timestep and by block: kind of file (`png`, `svg`) -> its contents."""
     from madformer.report.figures import looks, pictures  # matplotlib takes a second to import
 
     diagnoses = diagnostics.diagnoses
@@ -168,7 +168,7 @@ def _series(
     values_of: Callable[[Diagnosis], Sequence[Estimate]],
     steps_of: Callable[[Diagnosis], Sequence[int]] | None = None,
 ) -> None:
-    """One line for each label, by timestep or by block."""
+    """Draw a line for each label, by timestep or by block."""
     from matplotlib.ticker import MaxNLocator
 
     from madformer.report.figures import fit, line, remark
@@ -187,7 +187,7 @@ def _series(
 
 
 def _denoising(panel: Axes, diagnoses: Sequence[Diagnosis], chosen: dict[str, Look]) -> None:
-    """The denoising error of each label, and in grey those of the first label's trivial denoisers."""
+    """Draw the denoising error of each label, and in grey the errors of the trivial denoisers for the first label."""
     from matplotlib.ticker import FuncFormatter
 
     from madformer.report.figures import fit, line

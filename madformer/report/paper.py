@@ -31,24 +31,24 @@ AXES = (
     "loss.lambda_hidden",
     "loss.lambda_clean_tower",
 )
-"""What the paper's tables vary. The paper's default model is that of `ExperimentConfig`."""
+"""The fields that the paper's tables vary. The paper's default model is that of `ExperimentConfig`."""
 
 Design = Mapping[str, Any]
-"""A value for each of `AXES`; of the depth the share of the layers that iterate, a Fraction."""
+"""A value for each of `AXES`. For the depth it is the share of the layers that iterate, a Fraction."""
 
 
 @dataclass(frozen=True)
 class PaperData:
-    """Images that the paper's models are trained on."""
+    """A data set that the paper's models are trained on."""
 
     name: str
     title: str
     ar_length: int
-    """Blocks of the default model."""
+    """Number of blocks of the default model."""
     latent_size: int
     """Rows and columns of an image's latents."""
     samples: int
-    """Images behind each FID."""
+    """Number of samples for each FID."""
     steps: int
     """Denoising steps per block."""
 
@@ -59,12 +59,17 @@ class PaperCell:
 
     name: str
     change: Mapping[str, Any]
-    """Fields that are not as in the default model -> value."""
+    """Fields that differ from the default model -> value."""
     distances: Mapping[str, float]
     """Name of the data -> FID."""
 
     def has(self, design: Design, data: PaperData, any_length: bool) -> bool:
-        """Whether the model, on these data, is of a design; `any_length`: the default number of blocks stands for any."""
+        """Whether the model has this design, and the paper has its FID on these data.
+
+        Args:
+            data: determines the default number of blocks.
+            any_length: whether the default number of blocks matches any number.
+        """
         config = ExperimentConfig()
         values = {**design_of(config), LENGTH: data.ar_length, **self.change}
         if DEPTH in self.change:
@@ -75,7 +80,7 @@ class PaperCell:
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of the paper."""
+    """One of the paper's tables."""
 
     title: str
     cells: tuple[PaperCell, ...]
@@ -97,18 +102,23 @@ def paper() -> tuple[tuple[PaperData, ...], tuple[PaperTable, ...]]:
 
 
 def design_of(config: ExperimentConfig) -> dict[str, Any]:
-    """The design of a run: a `Design`."""
+    """The `Design` of a run."""
     trained = trained_fields(config)
     return {**{axis: trained[axis] for axis in AXES}, DEPTH: Fraction(config.model.diffusion_depth, config.model.depth)}
 
 
 def matches(table: PaperTable, designs: Mapping[str, Design], data: PaperData, any_length: bool) -> dict[str, PaperCell]:
-    """Label -> the table's cell of its design on these data."""
+    """Label -> the table's cell of the same design on these data. Labels without a cell are left out.
+
+    Args:
+        designs: label -> its design.
+        any_length: as for `PaperCell.has`.
+    """
     return {label: cell for cell in table.cells for label, design in designs.items() if cell.has(design, data, any_length)}
 
 
 FEW, ALL = Fraction(1, 4), Fraction(1)
-"""Shares of the layers that iterate in the models that Figure 4 sets against each other."""
+"""Shares of the layers that iterate in the two models that Figure 4 compares."""
 
 
 @dataclass(frozen=True)
@@ -119,28 +129,28 @@ class ComparedDesign:
     quality: Estimate
     cell: PaperCell
     data: tuple[PaperData, ...]
-    """Those on which the paper's model has this design: the default number of blocks is another for each."""
+    """The data on which the paper's model has this design. Their default numbers of blocks differ."""
 
     def paper_fid(self, data: PaperData) -> float | None:
-        """The paper's FID of this design on some data; None: it has none."""
+        """The paper's FID of this design on these data; None: the paper has none."""
         return self.cell.distances[data.name] if data in self.data else None
 
     @property
     def label(self) -> str:
-        """The row's."""
+        """The label of the report's row."""
         return self.row.label
 
 
 @dataclass(frozen=True)
 class ComparedTable:
-    """What a report has of one of the paper's tables."""
+    """The models of one of the paper's tables that a report has too."""
 
     title: str
     column: Column
-    """Where the values of the report are taken from."""
+    """The column that the report's values come from."""
     lines: tuple[ComparedDesign, ...]
     data: tuple[PaperData, ...]
-    """Those on which the paper has at least two of the lines."""
+    """The data on which the paper has at least two of the lines."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +160,10 @@ class Comparison:
     metric: str
     tables: tuple[ComparedTable, ...]
     figure: str | None
-    """What the paper's Figure 4 says, and what these runs say of it; None: they are not of its depths."""
+    """The result of the paper's Figure 4, and that of these runs; None: the runs lack its depths."""
 
     def markdown(self) -> str:
-        """A table for each of the paper's, with the agreement of the orders below it."""
+        """A table for each of the paper's tables, followed by the agreement of the orders."""
         parts = ["### Beside the paper"]
         if data := {one.name: one for compared in self.tables for one in compared.data}:
             protocols = ", ".join(f"{one.title} {one.samples:,} samples of {one.steps} steps" for one in data.values())
@@ -175,7 +185,7 @@ class Comparison:
         return table(lines)
 
     def rows(self) -> list[list[Any]]:
-        """A heading and lines for CSV, in full precision; empty: there is no table."""
+        """A heading and lines for CSV, in full precision; empty: there are no tables."""
         if not self.tables:
             return []
         data = paper()[0]
@@ -193,9 +203,14 @@ class Comparison:
 def compare(groups: Sequence[Group], rows: Sequence[Row], metric: str) -> Comparison | None:
     """Compare a report's labels with the paper's models of the same design.
 
-    Of a table at least two models must be there; values are those at the greatest budget, or the most steps, that all of them
-    have. AR length counts if the labels differ in it, or the latents are as large as the paper's: else any number of blocks is
-    taken for the default. Labels that differ in something else than the paper's models are left out.
+    A table is compared if the report has at least two of its models. Values are those at the greatest budget, or the most
+    steps, that all of them have. The AR length counts if labels differ in it, or if the latents have the paper's size. Else any
+    number of blocks matches the default. Labels with other differences than the paper's models are left out.
+
+    Args:
+        groups: labels of the report with their runs.
+        rows: rows of the report, whose values are compared.
+        metric: the metric to compare by.
 
     Returns:
         None: there is nothing to compare.
@@ -221,7 +236,7 @@ def _compare_table(
     rows: Sequence[Row],
     metric: str,
 ) -> ComparedTable | None:
-    """The labels of one table; None: on no data are there two of its models."""
+    """The comparison with one table; None: the report has fewer than two of its models on any data."""
     by_data = {one: cells for one in data if len(cells := matches(entry, designs, one, any_length)) > 1}
     having = [row for row in rows if any(row.label in cells for cells in by_data.values())]
     if not (columns := common_columns(having)):
@@ -235,7 +250,7 @@ def _compare_table(
 
 
 def _configs(groups: Sequence[Group]) -> dict[str, ExperimentConfig]:
-    """Label -> its configuration; without labels of the same design, and runs whose configuration is not there.
+    """Label -> its configuration, without labels that share a design and runs that have no configuration file.
 
     An elastic run at one of its depths counts as a model of this depth.
     """
@@ -251,7 +266,7 @@ def _configs(groups: Sequence[Group]) -> dict[str, ExperimentConfig]:
 
 
 def _agreements(compared: ComparedTable, metric: str) -> Iterator[str]:
-    """For each of the paper's data, how many pairs of models stand in its order, and how many of them clearly."""
+    """A sentence for each of the paper's data on how many pairs of models are in its order, and how many of them clearly."""
     sign = -1 if higher_is_better(metric) else 1
     for one in compared.data:
         lines = sorted((line for line in compared.lines if one in line.data), key=lambda line: line.cell.distances[one.name])
@@ -280,7 +295,7 @@ def _agreements(compared: ComparedTable, metric: str) -> Iterator[str]:
 
 
 def _figure(designs: Mapping[str, Design], rows: Sequence[Row], metric: str) -> str | None:
-    """Figure 4 in a sentence: the models of few and of all iterating layers at the least and the greatest budget of both."""
+    """A sentence on Figure 4: models with few and all layers iterating, at the least and the greatest budget of both."""
     default = design_of(ExperimentConfig())
     others = [axis for axis in AXES if axis not in (DEPTH, LENGTH)]
     labels = {

@@ -16,10 +16,10 @@ from scipy.special import stdtr, stdtrit  # type: ignore[import-untyped]  # scip
 from madformer.evaluation.measurement import CONFIDENCE, Point, half_width
 
 Over = Literal["training seeds", "evaluation seeds", "checkpoints"]
-"""What was repeated. Only training seeds say how much another training would differ."""
+"""Kinds of repetition. Only training seeds show how much another training would differ."""
 
 MARKS: dict[Over, str] = {"training seeds": "", "evaluation seeds": " †", "checkpoints": " ‡"}
-"""What follows a spread in a table, so that none is taken for another."""
+"""Marks after a spread in a table, by its kind of repetition."""
 
 
 @dataclass(frozen=True)
@@ -27,35 +27,35 @@ class Estimate:
     """A quantity at one budget of one label."""
 
     mean: float
-    """Over training runs, each of which counts as the mean of its evaluation seeds and checkpoints."""
+    """The mean over training runs. The value of a run is the mean over its evaluation seeds and checkpoints."""
     values: tuple[float, ...]
-    """One for each of what `over` names."""
+    """One value for each repetition."""
     over: Over | None = None
-    """What was repeated; None: nothing, there is one value."""
+    """The kind of repetition; None: there is only one value."""
     checkpoint_deviation: float | None = None
-    """Standard deviation over the checkpoints of a run, pooled over runs; None: one checkpoint each."""
+    """Standard deviation over the checkpoints of a run, pooled over runs; None: each run has one checkpoint."""
 
     @property
     def spread(self) -> float | None:
-        """What follows ±: the half-width of the confidence interval of the mean, over checkpoints their standard deviation."""
+        """The number after ±: half-width of the mean's confidence interval; over checkpoints, their standard deviation."""
         if self.over is None:
             return None
         return stdev(self.values) if self.over == "checkpoints" else half_width(self.values)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The confidence interval of the mean; None where only checkpoints were repeated: they are no independent draws."""
+        """The confidence interval of the mean; None: there are only checkpoints, which are not independent draws."""
         if self.spread is None or self.over == "checkpoints":
             return None
         return self.mean - self.spread, self.mean + self.spread
 
 
 def estimate(runs: Sequence[Sequence[Point]], value: Callable[[Point], float]) -> Estimate:
-    """The mean over training runs, and its spread over the outermost of what was repeated.
+    """The mean over training runs. Its spread is over training seeds, else over evaluation seeds, else over checkpoints.
 
     Args:
         runs: for each training seed its points, over evaluation seeds and checkpoints.
-        value: what to take of a point.
+        value: the quantity of a point.
     """
     trained = tuple(fmean(map(value, points)) for points in runs)
     deviations = [stdev(means) for points in runs if len(means := _means(points, "checkpoint", value)) > 1]
@@ -69,16 +69,16 @@ def estimate(runs: Sequence[Sequence[Point]], value: Callable[[Point], float]) -
 
 
 def over_training(values: Sequence[float]) -> Estimate:
-    """The mean of one value for each training seed."""
+    """The mean over training seeds, from one value for each seed."""
     return Estimate(fmean(values), tuple(values), "training seeds" if len(values) > 1 else None)
 
 
 SIGNIFICANCE = 0.05
-"""The p-value, corrected for the number of tests, below which two means differ."""
+"""Two means differ if the p-value, corrected for the number of tests, is below this."""
 FEWEST_SEEDS = 3
-"""Training seeds from which differences are tested."""
+"""Fewest training seeds for a test of differences."""
 RESAMPLES = 10_000
-"""Of the bootstrap."""
+"""Number of bootstrap resamples."""
 
 BySeed = Mapping[int, float]
 """Training seed -> a quantity of its run."""
@@ -90,27 +90,27 @@ class Difference:
 
     mean: float
     seeds: int
-    """Pairs; without pairs the fewer of both."""
+    """Number of pairs; without pairs, the smaller number of seeds."""
     is_paired: bool
     deviation: float | None = None
-    """Standard deviation of the differences seed by seed; without pairs, of the difference of two draws. None, like the
-    next two: the seeds are too few."""
+    """Standard deviation of the differences seed by seed; without pairs, of the difference of two draws. This and the next two
+    fields are None if there are too few seeds."""
     half_width: float | None = None
-    """Of the 95 % confidence interval of the difference, not corrected."""
+    """Half-width of the difference's 95 % confidence interval, not corrected for the number of tests."""
     p: float | None = None
-    """Of the two-sided t-test, not corrected."""
+    """p-value of the two-sided t-test, not corrected for the number of tests."""
 
     @property
     def effect(self) -> float | None:
-        """The difference in its standard deviations; None: the seeds are too few, or all alike."""
+        """The difference in its standard deviations; None: there are too few seeds, or they do not scatter."""
         return self.mean / self.deviation if self.deviation else None
 
 
 def difference(one: BySeed, other: BySeed) -> Difference:
     """The difference of two means over training seeds.
 
-    Runs of one seed have data order, timesteps and noise in common, so differences seed by seed scatter less than either
-    value: over the seeds that both have, the t-test is paired. If these are fewer than `FEWEST_SEEDS`, it is Welch's (1947).
+    Runs of one seed share data order, timesteps and noise, so differences seed by seed scatter less than the values. The t-test
+    is paired over the seeds that both have. If these are fewer than `FEWEST_SEEDS`, it is Welch's test (1947).
     """
     shared = [seed for seed in one if seed in other]
     fewest = min(len(one), len(other))
@@ -134,10 +134,10 @@ def difference(one: BySeed, other: BySeed) -> Difference:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """p-values corrected for their number (Holm 1979): at most `SIGNIFICANCE` is the chance of any false difference.
+    """p-values corrected for their number (Holm 1979). The probability of any false difference is then `SIGNIFICANCE` at most.
 
     Args:
-        p_values: in any order; None, what was not tested, stays None and does not count.
+        p_values: p-values in any order; None: not tested. It stays None and does not count.
     """
     known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
@@ -150,38 +150,38 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 @cache
 def resamples(seeds: int) -> np.ndarray:
-    """Shares [`RESAMPLES`, S] that each of S seeds has in each resample with replacement (Efron 1979); always the same."""
+    """The share of each of S seeds in each bootstrap resample (Efron 1979), [`RESAMPLES`, S]. The draw is always the same."""
     draws_RS = np.random.default_rng(0).integers(seeds, size=(RESAMPLES, seeds))
     return np.stack([(draws_RS == seed).mean(axis=1) for seed in range(seeds)], axis=1)
 
 
 @dataclass(frozen=True)
 class Winner:
-    """Which of several means is the best."""
+    """The best of several means."""
 
     name: str
-    """The one with the best mean."""
+    """The name with the best mean."""
     level: tuple[str, ...]
-    """Those that cannot be told from it."""
+    """Names that are not significantly worse."""
     probability: float | None
-    """That it is the best: its share of the resamples of the seeds that all have. None: these are too few."""
+    """Probability that it is the best: the share of resamples, over the seeds that all have. None: there are too few seeds."""
     p: Mapping[frozenset[str], float | None]
-    """Of the difference of each pair, corrected for the number of tests; None: the seeds are too few."""
+    """p-value of each pair's difference, corrected for the number of tests; None: there are too few seeds."""
 
     @property
     def is_decided(self) -> bool:
-        """Whether every other differs from it."""
+        """Whether every other mean is significantly worse."""
         return self.probability is not None and not self.level
 
 
 def winners(panels: Sequence[Mapping[str, BySeed]], sign: int) -> list[Winner | None]:
-    """The best of the means in each panel, such as those at one budget; None: the panel is empty.
+    """The best mean in each panel, for instance at each budget; None: the panel is empty.
 
     p-values are corrected for the number of all pairs in all panels (Holm).
 
     Args:
-        panels: by name the values over training seeds.
-        sign: 1 where lower is better, else -1.
+        panels: name -> values over training seeds, in each panel.
+        sign: 1 if lower is better, else -1.
     """
     pairs = [list(itertools.combinations(panel, 2)) for panel in panels]
     tested = [_p_values(panel, of_panel) for panel, of_panel in zip(panels, pairs, strict=True)]
@@ -191,7 +191,7 @@ def winners(panels: Sequence[Mapping[str, BySeed]], sign: int) -> list[Winner | 
 
 
 def _p_values(panel: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> list[float | None]:
-    """That of `difference` for each pair; of many designs with the same seeds all at once."""
+    """The p-value of `difference` for each pair. If all designs have the same seeds, all are computed at once."""
     seeds = next((list(values) for values in panel.values()), [])
     if len(seeds) < FEWEST_SEEDS or any(values.keys() != set(seeds) for values in panel.values()):
         return [difference(panel[one], panel[other]).p for one, other in pairs]
@@ -206,7 +206,7 @@ def _p_values(panel: Mapping[str, BySeed], pairs: Sequence[tuple[str, str]]) -> 
 
 def _winner(panel: Mapping[str, BySeed], sign: int, p: Mapping[frozenset[str], float | None]) -> Winner:
     shared = sorted(set.intersection(*(set(values) for values in panel.values())))
-    # Seeds scatter together: a mean over seeds that others lack would say more about them than about the design.
+    # Designs vary together over seeds. So compare means over shared seeds, else seeds would count more than designs.
     best = min(panel, key=lambda name: sign * fmean(panel[name][seed] for seed in shared or panel[name]))
     told = {
         name
@@ -226,24 +226,24 @@ def _winner(panel: Mapping[str, BySeed], sign: int, p: Mapping[frozenset[str], f
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where two curves over a cost cross for the first time."""
+    """The first crossing of two curves over a cost."""
 
     cost: float | None
-    """Of the means; None: they do not cross."""
+    """Cost at which the means cross; None: they do not cross."""
     count: int
-    """How often the means cross."""
+    """Number of times that the means cross."""
     interval: tuple[float, float] | None
-    """Between the 2.5 % and the 97.5 % quantile of the resamples that cross; None: none does, or the seeds are too few."""
+    """The 2.5 % and 97.5 % quantiles over the resamples that cross; None: no resample crosses, or there are too few seeds."""
     share: float | None
-    """Resamples that cross; None: the seeds are too few."""
+    """Share of resamples that cross; None: there are too few seeds."""
 
 
 def crossing(curves: Sequence[tuple[Sequence[float], Sequence[BySeed]]], log: bool) -> Crossing:
-    """Where the means of two curves cross, by linear interpolation in log cost where both have points on either side.
+    """The crossing of the means of two curves, by linear interpolation in log cost over the costs that both curves span.
 
     Args:
-        curves: of each of two the costs, rising, and the values at each; at least one seed is at all costs of both.
-        log: whether values are interpolated in their logarithms; all are above zero then.
+        curves: for each of two curves the rising costs, and the values at each. At least one seed has values at all costs.
+        log: whether to interpolate the logarithms of values, which must then be above zero.
     """
     shared = sorted(set.intersection(*(set(values) for _, points in curves for values in points)))
     knots = sorted({cost for costs, _ in curves for cost in costs})
@@ -282,7 +282,7 @@ _REPEATED: dict[str, Over] = {"seed": "evaluation seeds", "checkpoint": "checkpo
 
 
 def _means(points: Sequence[Point], key: str, value: Callable[[Point], float]) -> tuple[float, ...]:
-    """The mean for each seed, or for each checkpoint."""
+    """The mean for each value of `key`, an evaluation seed or a checkpoint."""
     names = dict.fromkeys(point[key] for point in points)
     return tuple(fmean(value(point) for point in points if point[key] == name) for name in names)
 
@@ -293,12 +293,12 @@ Priced = TypeVar("Priced")
 def pareto_front(
     rows: Sequence[Priced], cost: Callable[[Priced], float | None], loss: Callable[[Priced], float]
 ) -> list[Priced]:
-    """Rows that are better than every row that costs no more, the cheapest first; means alone count, not their intervals.
+    """Rows that are better than every row of the same or lower cost, cheapest first. Intervals are not considered.
 
     Args:
-        rows: any; those without a cost are left out.
-        cost: what a row costs.
-        loss: how bad it is, lower is better.
+        rows: rows of any type. Those without a cost are left out.
+        cost: the cost of a row; None: unknown.
+        loss: the loss of a row; lower is better.
     """
     priced = sorted(((spent, loss(row), row) for row in rows if (spent := cost(row)) is not None), key=lambda entry: entry[:2])
     front: list[Priced] = []

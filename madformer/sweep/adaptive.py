@@ -1,6 +1,6 @@
-"""The cells that a sweep wants now. One that decides adds seeds where contrasts between its designs are undecided. No torch.
+"""The cells that a sweep needs now. A sweep that decides adds seeds to designs with undecided contrasts. Needs no torch.
 
-What is wanted follows from the runs' records alone, so a driver that was killed, or one of several, goes on as any other would.
+The cells follow from the runs' records alone. So a driver can take over from one that was killed, and several agree.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Design:
-    """Cells that differ in their seed alone; of elastic ones, at one depth."""
+    """Cells that differ only in their seed; elastic cells also at one diffusion depth."""
 
     cells: tuple[Cell, ...]
-    """By rising seed."""
+    """The cells by rising seed."""
     depth: int | None
 
     @property
     def axes(self) -> dict[str, Any]:
-        """Axis -> value."""
+        """Axis -> value. For elastic cells, the depth is an axis too."""
         return {**self.cells[0].axes, **({} if self.depth is None else {DEPTH_AXIS: self.depth})}
 
     @property
     def label(self) -> str:
-        """Such as d4, or elastic · D = 4."""
+        """The design's name, such as d4, or elastic · D = 4."""
         return " · ".join(filter(None, [self.cells[0].design, "" if self.depth is None else f"D = {self.depth}"]))
 
 
@@ -56,36 +56,36 @@ class Contrast:
 
     @property
     def label(self) -> str:
-        """Such as d2 minus d4 at NFE 16."""
+        """The contrast's name, such as d2 minus d4 at NFE 16."""
         return f"{self.one.label} minus {self.reference.label} at NFE {self.nfe}"
 
     @property
     def designs(self) -> tuple[Design, Design]:
-        """Both."""
+        """Both designs, the reference last."""
         return self.one, self.reference
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """What a sweep has found out so far, and the cells that it wants now."""
+    """The decisions of a sweep so far, and the cells that it needs now."""
 
     cells: tuple[Cell, ...]
-    """Those of a sweep that does not decide: all."""
+    """The cells that are needed now; all, if the sweep does not decide."""
     decisions: Mapping[Contrast, Decision] = field(default_factory=dict)
     expected: Mapping[Contrast, int] = field(default_factory=dict)
-    """Seeds that each contrast will still take, an estimate."""
+    """Estimated number of seeds that each contrast still needs."""
     is_too_long: bool = False
-    """Whether seeds were not added because of `decide.hours`."""
+    """Whether `decide.hours` kept the sweep from adding seeds."""
 
     @property
     def lines(self) -> list[str]:
-        """A line for each contrast."""
+        """A line of text for each contrast."""
         lines = [self._line(contrast) for contrast in self.decisions]
         return [*lines, *(["No seeds are added: the sweep would take more than decide.hours."] if self.is_too_long else [])]
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """The contrasts for programs."""
+        """A JSON record for each contrast."""
         return [
             {
                 "one": contrast.one.label,
@@ -102,7 +102,7 @@ class Assessment:
 
     @property
     def expected_runs(self) -> int:
-        """Trainings that are expected in all, those that are done included."""
+        """Expected number of trainings in all, including those that are done."""
         counts = {id(cell): cell for cell in self.cells}
         for contrast, more in self.expected.items():
             seeds = self.decisions[contrast].seeds + more
@@ -121,13 +121,13 @@ class Assessment:
 
 
 def contrasts_of(sweep: Sweep, designs: Sequence[Design] | None = None) -> list[Contrast]:
-    """All contrasts of a sweep that decides, those without data too: their number sets the level of each.
+    """All contrasts of a sweep that decides. Those without data count too, as their number sets the level of each.
 
     Args:
-        designs: the sweep's; None: they are made.
+        designs: the sweep's designs; None: they are made here.
 
     Raises:
-        ConfigError: an axis has no such value, an axis or a budget leaves nothing to compare, or a metric that no network has.
+        ConfigError: an axis lacks a value, an axis or a budget leaves nothing to compare, or no network has the metric.
     """
     assert sweep.decide is not None
     settings, contrasts = sweep.decide, list[Contrast]()
@@ -156,7 +156,7 @@ def _designs(sweep: Sweep) -> list[Design]:
 
 
 def _pairs(sweep: Sweep, settings: Decide, designs: Sequence[Design]) -> Iterator[tuple[str, list[tuple[Design, Design]]]]:
-    """The key in the YAML file, and the pairs of designs that it names."""
+    """Yield each key in the YAML file, and the pairs of designs that it names."""
     if settings.contrasts == "all":
         yield "decide.contrasts", list(itertools.combinations(designs, 2))
         return
@@ -176,7 +176,7 @@ def _pairs(sweep: Sweep, settings: Decide, designs: Sequence[Design]) -> Iterato
 
 
 def _check_metric(metric: str, cell: Cell) -> None:
-    """Refuse a metric of a known network that is not named, before anything is trained."""
+    """Refuse the metric of a known network that the experiment does not name, before anything is trained."""
     networks, key = cell.config.evaluation.feature_networks, metric.removesuffix(HELD_OUT)
     shipped = [name for name in SHIPPED_NETWORKS if key.endswith(f"_{name}")]
     needed = shipped[0] if shipped else INCEPTION if key in ("fid", *METRICS) else ""
@@ -185,15 +185,15 @@ def _check_metric(metric: str, cell: Cell) -> None:
 
 
 def wanted_cells(sweep: Sweep) -> tuple[Cell, ...]:
-    """The cells that a sweep needs now: all of them, or those of the seeds that its contrasts need."""
+    """The cells that a sweep needs now: all, or those of the seeds that its contrasts need."""
     return assess(sweep).cells
 
 
 def assess(sweep: Sweep) -> Assessment:
-    """Decide what the records can decide, and add seeds to the designs of contrasts that they cannot.
+    """Decide contrasts from the records, and add seeds to the designs of undecided ones.
 
     Raises:
-        InputError: `decide.metric` is none of those measured.
+        InputError: `decide.metric` was not measured.
     """
     cells = tuple(sweep_cells(sweep))
     if sweep.decide is None:
@@ -215,10 +215,10 @@ def assess(sweep: Sweep) -> Assessment:
 
 
 def trained_designs(sweep: Sweep) -> list[tuple[Cell, ...]]:
-    """The trained cells of a sweep, together where they differ in the seed alone.
+    """The trained cells of a sweep, grouped by design: cells of a group differ only in the seed.
 
     Raises:
-        InputError: a search, or no cell is trained.
+        InputError: the sweep is a search, or no cell is trained.
     """
     if sweep.search is not None:
         raise InputError(f"{sweep.name} is a search, without designs: name its runs instead")
@@ -234,13 +234,13 @@ def trained_designs(sweep: Sweep) -> list[tuple[Cell, ...]]:
 
 
 def _chosen(sweep: Sweep, cells: Sequence[Cell], counts: Mapping[Design, int]) -> tuple[Cell, ...]:
-    """The first seeds of each design."""
+    """The cells of the first seeds of each design."""
     keys = {cell.key for design, count in counts.items() for cell in design.cells[:count]}
     return related(sweep, [cell for cell in cells if cell.key in keys])
 
 
 def _takes_too_long(sweep: Sweep, settings: Decide, wanted: Sequence[Cell], more: Sequence[Cell]) -> bool:
-    """Whether the sweep would take more than `decide.hours` with more cells, some of which have not begun."""
+    """Whether `more` cells would take the sweep beyond `decide.hours`; False if none of them is yet to begin."""
     known = {cell.key for cell in wanted}
     added = [cell for cell in more if cell.key not in known and not list_checkpoints(cell.run)]
     if settings.hours is None or not added:
@@ -250,14 +250,14 @@ def _takes_too_long(sweep: Sweep, settings: Decide, wanted: Sequence[Cell], more
 
 
 class _Values:
-    """What the contrasts' cells have measured."""
+    """The measured values of the contrasts' cells."""
 
     def __init__(self, settings: Decide) -> None:
         self._settings = settings
         self._known: dict[tuple[str, int | None, int], float | None] = {}
 
     def differences(self, contrast: Contrast, counts: Mapping[Design, int]) -> list[float]:
-        """Seed by seed, up to the first seed that one of the designs lacks."""
+        """The contrast's differences seed by seed, up to the first seed that one of the designs lacks."""
         found, seeds = list[float](), min(counts[design] for design in contrast.designs)
         for pair in itertools.islice(zip(*(design.cells for design in contrast.designs), strict=True), seeds):
             one, other = (
@@ -273,13 +273,13 @@ class _Values:
         if key not in self._known:
             try:
                 measured = self._measured(cell, depth, nfe) if is_trained(cell) else None
-            except (InputError, OSError):  # it is reported as its own cell
+            except (InputError, OSError):  # reported when the cell itself is read
                 measured = None
             self._known[key] = None if measured is None else fmean(map(self._metric, measured))
         return self._known[key]
 
     def _measured(self, cell: Cell, depth: int | None, nfe: int) -> Sequence[Point] | None:
-        """A cell's points at a depth and budget, over evaluation seeds; None: not all are there."""
+        """A cell's points at a depth and budget, one for each evaluation seed; None: some are missing."""
         [default] = [sampling for sampling in cell.defaults(nfe) if sampling.diffusion_depth == depth]
         if self._settings.sampling == "tuned":
             return tuned_points(cell, default)

@@ -1,4 +1,4 @@
-"""The cells of a sweep: the combinations of its axes, each with a checked configuration. No torch."""
+"""The cells of a sweep: the combinations of its axes, each with a checked configuration. Needs no torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Cell:
     """One combination of a sweep's training axes with one seed; it becomes one run."""
 
     name: str
-    """Readable, such as d7-l16-s0."""
+    """A readable name, such as d7-l16-s0."""
     experiment: str
     """The experiment's YAML file."""
     overrides: tuple[str, ...]
@@ -47,74 +47,74 @@ class Cell:
     config: ExperimentConfig
     config_hash: str
     inference: InferenceAxes = field(default_factory=InferenceAxes)
-    """How it is evaluated; an empty axis stands for the value in `config.evaluation`."""
+    """How the cell is evaluated. An empty axis stands for the value in `config.evaluation`."""
     skipped: Mapping[int, str] = field(default_factory=dict)
-    """Budgets that its model cannot have -> the reason."""
+    """Budgets that the cell's model cannot have -> the reason."""
     is_of_search: bool = False
-    """Whether Optuna chose it."""
+    """Whether Optuna chose the cell."""
     tuned_with: tuple[Cell, ...] | None = None
-    """With `evaluate.tune`, for the first cell of each design: those that differ in the seed alone, which it is tuned with."""
+    """With `evaluate.tune`: the first cell of a design has its other cells here, which are tuned with it. Else None."""
     trunk: Cell | None = None
-    """The longest of the cells that differ in `trainer.max_steps` alone, whose first steps are this one's too."""
+    """The longest of the cells that differ only in `trainer.max_steps`; this cell shares its first steps. None: no trunk."""
 
     @property
     def branch_step(self) -> int:
-        """The step of its trunk's run that its own training begins after; 0: there is no trunk."""
+        """The step of the trunk's run after which the cell's own training begins; 0: there is no trunk."""
         return branch_limit(self.trunk.config, self.config) if self.trunk else 0
 
     @property
     def design(self) -> str:
-        """Its name without the seed, such as d2 of d2-s0; empty: there are no axes."""
+        """The cell's name without the seed, such as d2 of d2-s0; empty: there are no axes."""
         return "" if self.name == f"s{self.seed}" else self.name.removesuffix(f"-s{self.seed}")
 
     @property
     def key(self) -> str:
-        """The name of the cell in the study. Cells of a search may share a run and differ in their budget."""
+        """The cell's key in the study. It holds the budget in a search, whose cells may share a run."""
         return f"{self.config_hash}@{self.budgets[0]}" if self.is_of_search else self.config_hash
 
     @property
     def run(self) -> Path:
-        """The run's folder."""
+        """The folder of the cell's run."""
         return self.config.run_dir
 
     @property
     def budgets(self) -> tuple[int, ...]:
-        """NFE budgets of its evaluation."""
+        """NFE budgets at which the cell is evaluated."""
         return self.config.evaluation.nfe
 
     @cached_property
     def samplings(self) -> tuple[Sampling, ...]:
-        """All ways that each of its checkpoints is sampled in, the main sampler and guidance first."""
+        """All samplings of each of the cell's checkpoints, the main sampler and guidance first."""
         budgets = [Sampling.of_nfe(self.config, nfe, depth=depth) for depth in self.depths for nfe in self.budgets_at(depth)]
         return all_samplings(budgets, {name: getattr(self.inference, axis.sweep_key) for name, axis in AXES.items()})
 
     @property
     def main_samplings(self) -> list[Sampling]:
-        """Of each depth those of the first sampler and guidance."""
+        """For each depth the samplings with the first sampler and guidance."""
         mains = {sampling.diffusion_depth: sampling.curve_key for sampling in reversed(self.samplings)}
         return [sampling for sampling in self.samplings if sampling.curve_key == mains[sampling.diffusion_depth]]
 
     @property
     def depths(self) -> tuple[int | None, ...]:
-        """Diffusion depths that it is sampled at; None: its fixed one."""
+        """Diffusion depths at which the cell is sampled; None: its fixed one."""
         return _depths(self.config.model, self.inference)
 
     def defaults(self, nfe: int) -> list[Sampling]:
-        """What tuning at a budget is compared with, at each of its depths that has this budget."""
+        """The default samplings that tuning is compared with at a budget, one for each depth that has this budget."""
         return [Sampling.of_nfe(self.config, nfe, depth=depth) for depth in self.depths if nfe in self.budgets_at(depth)]
 
     def budgets_at(self, depth: int | None) -> tuple[int, ...]:
-        """NFE budgets at one of its depths: those of `evaluate.steps` depend on it."""
+        """NFE budgets at one of the cell's depths. Those of `evaluate.steps` depend on the depth."""
         return tuple(nfe for nfe in self.budgets if _has_budget(self.config.model.at_depth(depth), self.inference, nfe))
 
     @property
     def point_count(self) -> int:
-        """Points of the record, once all is evaluated."""
+        """Number of the record's points, once all are evaluated."""
         return len(self.samplings) * self.inference.last
 
     @property
     def device_count(self) -> int:
-        """Devices of a trial, on all its machines."""
+        """Number of a trial's devices, on all its machines."""
         return (self.config.trainer.devices or 1) * self.config.trainer.num_nodes
 
     @property
@@ -124,7 +124,7 @@ class Cell:
 
 
 class CellMaker:
-    """Makes the cells of one sweep; reads the experiment once and checks each section once."""
+    """Makes the cells of one sweep. It reads the experiment once and checks each section once."""
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
@@ -136,13 +136,13 @@ class CellMaker:
         """Make one cell.
 
         Args:
-            axes: axis -> value; they make the cell's name.
-            seed: of training.
+            axes: axis -> value, for the cell's name.
+            seed: training seed.
             changes: field -> value, on top of the sweep's overrides.
             budgets: NFE budgets; empty: the experiment's.
 
         Raises:
-            ConfigError: the cell's configuration is not legal; the message names the cell.
+            ConfigError: the cell's configuration is not legal. The message names the cell.
         """
         sweep = self._sweep
         labels = (str(value) if key == VARIANT else label(key, value) for key, value in axes.items())
@@ -166,10 +166,10 @@ class CellMaker:
         return Cell(name, sweep.experiment, overrides, dict(axes), seed, config, key, sweep.evaluate, skipped, is_of_search)
 
     def check_search(self, search: Search) -> None:
-        """Refuse a pruner without previews, and a search over what makes no difference.
+        """Refuse a pruner without previews, and a search over the depth of elastic runs, which have all depths.
 
         Raises:
-            ConfigError: there are no previews, or the depth of elastic runs is searched.
+            ConfigError: the search has one of these flaws.
         """
         is_elastic = self._sweep.overrides.get("model.elastic_depths", self._base.model.elastic_depths)
         legal = not (is_elastic and "model.diffusion_depth" in search.space)
@@ -185,9 +185,9 @@ class CellMaker:
         return cast("int | None", self._sweep.overrides.get("evaluation.preview_every", default))
 
     def _configure(self, values: Mapping[str, Any], budgets: Sequence[int]) -> tuple[ExperimentConfig, dict[int, str]]:
-        """The configuration, with the budgets that its model can have, and the others with the reason."""
+        """The configuration with the budgets that its model can have, and the other budgets with the reason."""
         try:
-            # These three are of the right type already, and differ from cell to cell.
+            # These three have the right type already, and differ from cell to cell.
             identity = {key: values[key] for key in ("seed", "name", "output_dir")}
             changes = _nest({key: _convert(key, as_text(value)) for key, value in values.items() if key not in identity})
             model = self._section("model", changes.pop("model", {}))
@@ -200,7 +200,7 @@ class CellMaker:
             sections |= {name: self._section(name, value) for name, value in changes.items()}
             return replace(self._base, **identity, **sections), {budget: flaw for budget, flaw in flaws.items() if flaw}
         except (ConfigError, OmegaConfBaseException, _Overlap):
-            # Loading from the command line gives mistakes their message, and handles unusual but legal values.
+            # Load as from the command line: this gives the error's message, or accepts unusual but legal values.
             overrides = [f"{key}={as_text(value)}" for key, value in values.items()]
             config = load_experiment(self._sweep.experiment, [*overrides, f"evaluation.nfe={self._budgets(budgets)}"])
             return replace(config, evaluation=replace(config.evaluation, nfe=tuple(self._budgets(budgets, config.model)))), {}
@@ -213,7 +213,7 @@ class CellMaker:
         return list(dict.fromkeys([*nfe, *step_budgets])) or list(self._base.evaluation.nfe)
 
     def _flaw(self, budget: int, model: ModelConfig, diffusion: DiffusionConfig) -> str | None:
-        """Why a cell's model cannot have a budget at one of the depths that it is asked for."""
+        """Why a cell's model cannot have a budget at one of the depths for which it is requested; None: it can."""
         models = (model.at_depth(depth) for depth in _depths(model, self._sweep.evaluate))
         asked = [each for each in models if _has_budget(each, self._sweep.evaluate, budget)]
         return next(filter(None, (budget_flaw(budget, each, diffusion) for each in asked)), None)
@@ -234,7 +234,7 @@ class CellMaker:
         for name, default in default_axes(config).items():
             axis, values = AXES[name], getattr(axes, AXES[name].sweep_key)
             if name == DEPTH:
-                continue  # each depth is tuned for itself
+                continue  # each depth is tuned separately
             remedy = f"tuning is compared with evaluation.{name} = {default}: put that first, or set it to {values[:1]}"
             require(not (axes.tune and values and values[0] != default), f"evaluate.{axis.sweep_key}", list(values), remedy)
         count = min(trainer.keep_checkpoints, -(-trainer.max_steps // trainer.checkpoint_every))
@@ -248,15 +248,15 @@ def _depths(model: ModelConfig, inference: InferenceAxes) -> tuple[int | None, .
 
 
 def _has_budget(model: ModelConfig, inference: InferenceAxes, nfe: int) -> bool:
-    """Whether a budget is asked for at the model's depth: those of `evaluate.steps` are of one depth each."""
+    """Whether a budget is requested at the model's depth. Each budget of `evaluate.steps` belongs to one depth."""
     steps = inference.steps
     return not steps or nfe in (*inference.nfe, *(cost.nfe(model, count) for count in steps))
 
 
 def sweep_cells(sweep: Sweep) -> list[Cell]:
-    """All cells of a grid: variants vary slowest, then the grid's axes in order, then the tied axes, the seed fastest.
+    """All cells of a grid. Variants vary slowest, then the grid's axes in order, then the tied axes, then the seed.
 
-    A search has none: its trials are in the study. The cells are made once for each `Sweep` object.
+    A search has no cells here: its trials are in the study. The cells are made once for each `Sweep` object.
 
     Raises:
         FileNotFoundError: there is no such experiment file.
@@ -285,13 +285,13 @@ def _make_cells(sweep: Sweep) -> tuple[Cell, ...]:
 
 
 def related(sweep: Sweep, cells: Sequence[Cell]) -> tuple[Cell, ...]:
-    """The cells, which know their trunk, and the others of their design where these are tuned together."""
+    """The cells, with the field `trunk` set and, if the sweep tunes, the field `tuned_with`."""
     cells = _with_trunks(cells)
     return _with_designs(cells) if sweep.evaluate.tune else cells
 
 
 def _with_trunks(cells: Sequence[Cell]) -> tuple[Cell, ...]:
-    """The cells; those that differ in `trainer.max_steps` alone know the longest, which saves where they branch off."""
+    """The cells. Of those that differ only in `trainer.max_steps`, the longest is the trunk and saves where others branch."""
     groups, changed = dict[str, list[Cell]](), dict[str, Cell]()
     for cell in cells:
         if cell.config.optimizer.warmup_steps is not None:
@@ -306,7 +306,7 @@ def _with_trunks(cells: Sequence[Cell]) -> tuple[Cell, ...]:
 
 
 def _saves_enough(branch: Cell) -> bool:
-    """Whether as many checkpoints as are evaluated come after the step where it branches off."""
+    """Whether a branch saves as many checkpoints after its branch step as are evaluated."""
     trainer = branch.config.trainer
     return sum(map(trainer.saves_regularly, range(branch.branch_step, branch.max_steps + 1))) >= branch.inference.last
 
@@ -320,7 +320,7 @@ def _with_checkpoints(cell: Cell, more: set[int]) -> Cell:
 
 
 def _with_designs(cells: Sequence[Cell]) -> tuple[Cell, ...]:
-    """The cells; the first one of each design knows the others, which differ in the seed alone."""
+    """The cells. The first one of each design has the others, which differ only in the seed, as `tuned_with`."""
     designs: dict[str, list[Cell]] = {}
     for cell in cells:
         designs.setdefault(repr(cell.axes), []).append(cell)
@@ -329,7 +329,7 @@ def _with_designs(cells: Sequence[Cell]) -> tuple[Cell, ...]:
 
 
 def _points(sweep: Sweep) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each combination: axis -> value, and the fields that these set."""
+    """Yield each combination: axis -> value, and field -> value that it sets."""
     variants = [({VARIANT: name}, changes) for name, changes in sweep.variants.items()] or [({}, {})]
     products = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
     ties = [dict(zip(sweep.zip, values, strict=True)) for values in zip(*sweep.zip.values(), strict=True)] or [{}]
@@ -358,7 +358,7 @@ def _require_one_run_each(cells: Sequence[Cell]) -> None:
 
 
 class _Overlap(Exception):  # noqa: N818 - never leaves this module
-    """A section is set as a whole, alone or together with some of its fields."""
+    """A section is set as a whole, on its own or together with some of its fields."""
 
 
 @cache
@@ -372,7 +372,7 @@ def _convert(key: str, text: str) -> Any:
     merged = OmegaConf.merge(_schema(), OmegaConf.from_dotlist([f"{key}={text}"]))
     value = OmegaConf.select(merged, key)
     if isinstance(value, DictConfig):
-        raise _Overlap  # some fields of a section; the others keep the experiment's values, not the defaults
+        raise _Overlap  # only some fields of a section: the others keep the experiment's values, not the defaults
     return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
 
 
@@ -393,9 +393,9 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_changes(value: Any, changes: Any) -> Any:
-    """A section with some changed fields, or the new value of a field."""
+    """A section with some fields changed, or the new value of a field."""
     if not isinstance(changes, dict):
         return changes
     if not is_dataclass(value) or isinstance(value, type):
-        raise _Overlap  # a part of a section that is not there
+        raise _Overlap  # a field of a section that is null
     return replace(value, **{name: _with_changes(getattr(value, name), part) for name, part in changes.items()})

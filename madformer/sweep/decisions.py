@@ -1,15 +1,16 @@
-"""When the difference between two designs is decided: tests that are repeated as seeds are added, and keep their error rate.
+"""When the difference between two designs is decided: sequential tests, which keep their error rate as seeds are added.
 
 A *contrast* is a pair of designs at a budget. Runs of one seed share data order and noise, so its data are differences seed by
 seed. A *look* tests all seeds so far; looks are at `first`, `first + 1`, .. `most` seeds. Each look gives a repeated confidence
-interval (Jennison & Turnbull 1989), wide enough for all looks and all contrasts together: with probability 1 - alpha at least,
-every interval of every contrast at every look holds its true difference. A difference is decided at the first look whose
-interval leaves no doubt, so with that probability no decision is wrong, neither in kind nor in sign.
+interval (Jennison & Turnbull 1989). The intervals are wide enough for all looks and contrasts together: with a probability of
+at least 1 - alpha, all of them contain their true differences. A contrast is decided at the first look whose interval excludes
+zero or lies inside ± margin. So with that probability no decision is wrong, neither in kind nor in sign.
 
-The level of a contrast is alpha over the number of contrasts (Bonferroni), whatever they have in common. It is spent over the
-looks by a power function (Lan & DeMets 1983; Kim & DeMets 1987). The bounds are exact for Student's t (Jennison & Turnbull
-1991), so they assume normal differences. Decided contrasts do not pass their level on, as in Holm's method (1979): its proof
-covers neither "equal" nor signs, and a decision would depend on when the seeds of other contrasts come in.
+The level of a contrast is alpha over the number of contrasts (Bonferroni), which holds however they depend on each other. It
+is spent over the looks by a power function (Lan & DeMets 1983; Kim & DeMets 1987). The bounds are exact for Student's t
+(Jennison & Turnbull 1991), so they assume normal differences. Decided contrasts do not pass on their level, unlike in Holm's
+method (1979). Its proof covers neither "equal" nor signs, and a decision would depend on the order in which other contrasts'
+seeds end.
 """
 
 from __future__ import annotations
@@ -31,34 +32,34 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DEPTH_AXIS = "evaluate.diffusion_depth"
-"""The name, in contrasts, of the axis of depths of an elastic run."""
+"""The name that the axis of an elastic run's depths has in contrasts."""
 
 State = Literal["different", "equal", "undecided"]
 Contrast = TypeVar("Contrast", bound=Hashable)
 
 SPENDING_POWER = 2
-"""At n seeds the share (n / most)^2 of a contrast's level is spent: t-tests of few seeds decide little, later ones more."""
+"""At n seeds the share (n / most)^2 of a contrast's level is spent. Little is spent early, as t-tests of few seeds are weak."""
 
 _CELLS = 200
-"""Of the grid that `critical_values` integrates over; its error rates are then within 1 % of what they should be."""
+"""Cells of the grid that `critical_values` integrates over. Its error rates are then within 1 % of the nominal ones."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """When contrasts are decided.
+    """The rule by which contrasts are decided.
 
     Raises:
-        ConfigError: a field that is out of range.
+        ConfigError: a field is out of range.
     """
 
     alpha: float
     """Probability of one wrong decision or more, over all contrasts and looks."""
     margin: float | None
-    """Differences below it do not matter: a contrast is equal if its interval is inside ± margin. None: nothing is equal."""
+    """Smaller differences do not matter: a contrast is equal if its interval is inside ± margin. None: nothing is equal."""
     first: int
-    """Seeds of the first look."""
+    """Number of seeds at the first look."""
     most: int
-    """Seeds of the last look."""
+    """Number of seeds at the last look."""
 
     def __post_init__(self) -> None:
         require(0 < self.alpha < 1, "alpha", self.alpha, "must be between 0 and 1")
@@ -69,36 +70,36 @@ class Rule:
 
 @dataclass(frozen=True)
 class SeedRange:
-    """How many seeds of each design a sweep that decides trains."""
+    """The number of seeds of each design in a sweep that decides."""
 
     first: int = 3
-    """Seeds that every design has before the first look."""
+    """Number of seeds of every design at the first look."""
     most: int = 12
-    """Seeds of a design at most."""
+    """Most seeds of a design."""
 
 
 @dataclass(frozen=True)
 class Decide:
-    """Contrasts between designs that decide how many seeds are trained."""
+    """Contrasts between designs. The sweep trains seeds until they are decided."""
 
     contrasts: Any = "all"
     """all: every pair of designs; or axis -> value: each other value of the axis against this one, all else equal. The depths
     of an elastic run are the axis evaluate.diffusion_depth."""
     metric: str = DISTANCE
-    """Metric that designs are compared by; `distance`: that of the first feature network."""
+    """Metric to compare designs by; `distance`: the first feature network's distance."""
     sampling: Literal["fixed", "tuned"] = "fixed"
-    """Whether at the fixed sampler, or as tuned (`evaluate.tune`)."""
+    """`fixed`: compare at the default sampling; `tuned`: compare at the tuned one (`evaluate.tune`)."""
     nfe: tuple[int, ...] = ()
-    """NFE budgets at which designs are compared; empty: all that are evaluated."""
+    """NFE budgets to compare designs at; empty: all that are evaluated."""
     alpha: float = 0.05
     """Probability of one wrong decision or more, over all contrasts, budgets and looks."""
     margin: float | None = None
-    """Differences below it do not matter: designs are called equal if the interval is inside ± margin. null: never equal."""
+    """Smaller differences do not matter: designs are equal if the interval is inside ± margin. null: they are never equal."""
     seeds: SeedRange = field(default_factory=SeedRange)
-    """Seeds of each design, 0 to most - 1."""
+    """The number of seeds of each design. The seeds are 0 to most - 1."""
     hours: float | None = None
-    """No more seeds are added once the sweep would take more device hours (trial-hours where trials share a device), by the
-    plan; null: no limit."""
+    """Limit of the sweep's estimated device hours (trial-hours if trials share a device). No seed is added beyond it. null: no
+    limit."""
 
     def __post_init__(self) -> None:
         legal = self.contrasts == "all" or (isinstance(self.contrasts, Mapping) and len(self.contrasts) > 0)
@@ -116,44 +117,43 @@ class Decide:
 
     @property
     def rule(self) -> Rule:
-        """When a contrast is decided."""
+        """The rule by which contrasts are decided."""
         return Rule(self.alpha, self.margin, self.seeds.first, self.seeds.most)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is known of a contrast at the look that decided it, else at its newest look."""
+    """The result of a contrast at the look that decided it, else at its newest look."""
 
     state: State
     difference: float
-    """The mean; NaN: there are no seeds."""
+    """The mean difference; NaN: there are no seeds."""
     interval: tuple[float, float]
-    """The repeated confidence interval that the state rests on; infinite before the first look."""
+    """The repeated confidence interval; infinite before the first look."""
     seeds: int
-    """How many the decision took; of an undecided contrast, those so far."""
+    """Number of seeds that the decision took; of an undecided contrast, those so far."""
 
 
 def decide(differences: Mapping[Contrast, Sequence[float]], rule: Rule) -> dict[Contrast, Decision]:
-    """The state of every contrast, from its own differences and the number of contrasts alone.
+    """The decision on every contrast, which depends only on its own differences and the number of contrasts.
 
-    Looks are replayed from the first one on, and the first that decides a contrast counts: later seeds never change a decision.
+    Looks are replayed from the first one on, and the first that decides a contrast counts. So later seeds never change a
+    decision.
 
     Args:
-        differences: for each contrast its differences, finite, in the order of seeds. All contrasts of the sweep must be there,
-            those without differences too: their number sets the level.
-        rule: when a contrast is decided.
+        differences: for each contrast its finite differences, in the order of seeds. Contrasts without differences must be
+            there too, as the number of contrasts sets the level.
     """
     return {contrast: _decide(values, _bounds(len(differences), rule), rule) for contrast, values in differences.items()}
 
 
 def expected_seeds(differences: Mapping[Contrast, Sequence[float]], rule: Rule) -> dict[Contrast, int]:
-    """How many more seeds each contrast will take, if mean and scatter stay what they are; 0 for those that are decided.
+    """The number of seeds that each contrast still needs, if mean and scatter stay the same; 0 for decided ones.
 
-    With less than two differences there is no scatter yet, and what is missing to the first look counts.
+    With fewer than two differences there is no scatter. Then the number is that of the seeds missing at the first look.
 
     Args:
         differences: as for `decide`.
-        rule: when a contrast is decided; none will have more than `rule.most` seeds.
     """
     expected, bounds = {}, _bounds(len(differences), rule)
     for contrast, decision in decide(differences, rule).items():
@@ -173,7 +173,7 @@ def expected_seeds(differences: Mapping[Contrast, Sequence[float]], rule: Rule) 
 
 
 def _deviation(values: Sequence[float]) -> float:
-    return math.dist(values, [fmean(values)] * len(values)) / math.sqrt(len(values) - 1)  # twenty times as fast as `stdev`
+    return math.dist(values, [fmean(values)] * len(values)) / math.sqrt(len(values) - 1)  # 20 times faster than `stdev`
 
 
 def _bounds(contrasts: int, rule: Rule) -> tuple[float, ...]:
@@ -199,17 +199,17 @@ def _state(mean: float, half_width: float, rule: Rule) -> State:
 
 @cache
 def critical_values(level: float, first: int, most: int) -> tuple[float, ...]:
-    """Bounds of |t| at `first` .. `most` seeds. Where the true difference is zero, one is crossed with probability `level`.
+    """Bounds of |t| at `first` .. `most` seeds. If the true difference is zero, |t| crosses one with probability `level`.
 
-    Let u be the sum of n differences over the root of the sum of their squares, a function of t. One more difference x, divided
-    by that root, is r: sqrt(n) r follows Student's t with n degrees of freedom, and does not depend on how u came about. The
-    next u is (u + r) / sqrt(1 + r^2), so |u| is a Markov chain without parameters. Its distribution among the paths that have
-    not crossed is carried from look to look on a grid, as Armitage, McPherson & Rowe (1969) did for known scatter.
+    Let u be the sum of n differences over the root of the sum of their squares, a function of t. Let r be one more difference
+    over that root. sqrt(n) r follows Student's t with n degrees of freedom, independently of u. The next u is
+    (u + r) / sqrt(1 + r^2), so |u| is a Markov chain without parameters. The distribution of the paths that have not crossed
+    is carried from look to look on a grid, as Armitage, McPherson & Rowe (1969) did for known scatter.
 
     Args:
-        level: of a contrast, two-sided.
-        first: seeds of the first look, at least 2.
-        most: seeds of the last look.
+        level: two-sided level of one contrast.
+        first: number of seeds at the first look, at least 2.
+        most: number of seeds at the last look.
     """
     import numpy as np
 
@@ -218,7 +218,7 @@ def critical_values(level: float, first: int, most: int) -> tuple[float, ...]:
     for seeds in range(first, most + 1):
         before = 0 if seeds == first else seeds - 1
         spent = level * (seeds**SPENDING_POWER - before**SPENDING_POWER) / most**SPENDING_POWER
-        low, high = 0.0, 8.0  # normal scores, which have the scale that t-distributions of few seeds lack
+        low, high = 0.0, 8.0  # bisect normal scores: t-values of few seeds have no common scale
         while high - low > 1e-9:
             middle = (low + high) / 2
             crosses = _crossing(seeds, _t_of(seeds, np.array([middle])), u_K, mass_K)[0] > spent
@@ -231,26 +231,26 @@ def critical_values(level: float, first: int, most: int) -> tuple[float, ...]:
 
 
 def _t_of(seeds: int, score: NDArray[float64]) -> NDArray[float64]:
-    """Values of |t| that are as rare as normal scores."""
+    """Values of |t| with the tail probabilities of these normal scores."""
     from scipy.special import ndtr, stdtrit  # type: ignore[import-untyped]  # scipy.stats takes a second to import
 
     return -stdtrit(seeds - 1, ndtr(-score))
 
 
 def _u_of(seeds: int, t: NDArray[float64]) -> NDArray[float64]:
-    """Sum over root of the sum of squares, from Student's t."""
+    """The sum over the root of the sum of squares (u), from Student's t."""
     return t * (seeds / (seeds - 1 + t**2)) ** 0.5
 
 
 def _crossing(seeds: int, t_J: NDArray[float64], u_K: NDArray[float64], mass_K: NDArray[float64]) -> NDArray[float64]:
-    """Probability of |t| > t_J now among the paths that are in the grid's cells; without a grid, at the first look."""
+    """Probability of |t| > t_J now, for the paths in the grid's cells. At the first look there is no grid."""
     from scipy.special import stdtr
 
     return mass_K @ _beyond_KJ(seeds, u_K, t_J) if len(u_K) else 2 * stdtr(seeds - 1, -t_J)
 
 
 def _beyond_KJ(seeds: int, u_K: NDArray[float64], t_J: NDArray[float64]) -> NDArray[float64]:
-    """Probability of |t| > t_J at so many seeds, for |u| = u_K at one seed less."""
+    """Probability of |t| > t_J at `seeds` seeds, given |u| = u_K at one seed less."""
     import numpy as np
     from scipy.special import stdtr
 

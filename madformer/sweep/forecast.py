@@ -1,4 +1,4 @@
-"""What the cells of a sweep cost and how long they take."""
+"""The FLOPs, memory and time of a sweep's cells, and the lines of `madformer sweep plan`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from madformer.sweep.spec import Sweep
 
 @dataclass(frozen=True)
 class Device:
-    """What is assumed of a device where nothing was measured."""
+    """An assumed device, for times where nothing was measured."""
 
     peak_tflops: float
     """Peak rate in TFLOP/s."""
     mfu: float
-    """Model FLOPs utilisation: the part of the peak that training and sampling reach."""
+    """Model FLOPs utilisation: the share of the peak rate that training and sampling reach."""
     name: str
 
     @property
@@ -50,16 +50,16 @@ class Time:
     training: float
     evaluation: float
     is_measured: bool
-    """Whether it rests on measured rates alone: the cell's, or those of other cells of the sweep."""
+    """Whether only measured rates were used: the cell's own, or those of the sweep's other cells."""
 
     @property
     def total(self) -> float:
-        """Training and evaluation."""
+        """Training and evaluation together, in device seconds."""
         return self.training + self.evaluation
 
 
 class Estimates:
-    """Times of the cells of a sweep: by the cell's measured rates, else those of other cells, else the assumed device's."""
+    """Times of a sweep's cells, by the cell's measured rates, else those of other cells, else those of the assumed device."""
 
     def __init__(self, cells: Sequence[Cell], device: Device) -> None:
         self._device = device
@@ -71,11 +71,16 @@ class Estimates:
         self._median_rate = rates[len(rates) // 2] if rates else None
 
     def cell_time(self, cell: Cell) -> Time:
-        """The time of a cell from its start to its end."""
+        """The whole time of a cell, from its start to its end."""
         return self._time(cell, own_share(cell), sum(evaluation_flops(cell).values()) + sum(tuning_flops(cell).values()))
 
     def remaining_time(self, cell: Cell, needs: Needs, step: int = 0) -> Time:
-        """The time that a cell still needs after so many training steps."""
+        """The time that a cell still needs.
+
+        Args:
+            needs: the training, points and tuning that it lacks.
+            step: training steps that are done.
+        """
         fraction = (1 - max(step, first_step(cell)) / cell.max_steps) if needs.training else 0.0
         costs = evaluation_flops(cell)
         point = sum(costs[budget] for budget in needs.budgets) / max(1, len(needs.budgets)) * len(costs) / cell.point_count
@@ -110,12 +115,12 @@ def _measured_samplings(cell: Cell) -> Iterator[tuple[float, float]]:
 
 @cache
 def parameter_count(model: ModelConfig) -> int:
-    """Parameters of a model."""
+    """Number of parameters of a model, cached."""
     return sum(cost.parameters(model).values())
 
 
 def training_flops(config: ExperimentConfig) -> float:
-    """FLOPs of a whole training."""
+    """FLOPs of a whole training, from the first step to the last."""
     per_image = _training_flops(config.model, wanted_outputs(config.loss), config.diffusion.draws_per_image)
     return float(per_image) * config.data.batch_size * config.trainer.max_steps
 
@@ -134,7 +139,7 @@ def evaluation_flops(cell: Cell) -> dict[int, float]:
 
 
 def tuning_flops(cell: Cell) -> dict[int, float]:
-    """Budget -> FLOPs of tuning the cell's design at most; zero for all but the first cell of a design."""
+    """Budget -> the most FLOPs that tuning the cell's design takes; zero for all but the first cell of a design."""
     from madformer.evaluation.record import confirmation_seeds, search_samples
 
     runs, count = 0 if cell.tuned_with is None else 1 + len(cell.tuned_with), cell.config.evaluation.num_samples
@@ -153,7 +158,12 @@ def _sampling_flops(model: ModelConfig, guided: bool) -> cost.SamplingFlops:
 
 
 def assumed_device(sweep: Sweep, tflops: float | None, mfu: float | None) -> Device:
-    """The device that is assumed where nothing was measured; the user's numbers come first."""
+    """The device to assume where nothing was measured.
+
+    Args:
+        tflops: the user's peak rate in TFLOP/s; None: that of an A100 or a CPU core.
+        mfu: the user's model FLOPs utilisation; None: the default.
+    """
     device = CPU_CORE if sweep.accelerator == "cpu" else A100
     if tflops is None and mfu is None:
         return device
@@ -161,7 +171,12 @@ def assumed_device(sweep: Sweep, tflops: float | None, mfu: float | None) -> Dev
 
 
 def plan_table(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates) -> TextTable:
-    """A row for each cell: its size, a GPU's memory in training, FLOPs in training and per image, its time, its state."""
+    """A table with a row for each cell: its size, a GPU's memory in training, FLOPs of training and per image, time, state.
+
+    Args:
+        needs: for each cell the work that it lacks.
+        estimates: times of these cells.
+    """
     budgets = sorted({nfe for cell in cells for nfe in cell.budgets})
     on_gpus = sweep.accelerator != "cpu"
     headings = ["cell", "parameters", *(["memory"] if on_gpus else []), "training FLOPs"]
@@ -181,12 +196,12 @@ def plan_table(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], esti
         for depth, costs in by_depth.items():
             row[0] = f"{cell.name} {depth}" if depth else cell.name
             table.rows.append([*row, *(costs.get(nfe, "skipped" if nfe in cell.skipped else "") for nfe in budgets), *ends])
-            row, ends = [""] * len(row), ["", ""]  # what its other depths share
+            row, ends = [""] * len(row), ["", ""]  # rows of further depths leave these columns empty
     return table
 
 
 def skipped_budgets(cells: Sequence[Cell]) -> list[str]:
-    """A line for each reason why budgets are not evaluated."""
+    """A line for each reason why budgets are skipped, with the cells that skip them."""
     names: dict[str, list[str]] = {}
     for cell in cells:
         for budget, reason in cell.skipped.items():
@@ -195,7 +210,13 @@ def skipped_budgets(cells: Sequence[Cell]) -> list[str]:
 
 
 def memory_lines(cells: dict[str, Cell], accelerator: str, memory_gib: float | None) -> list[str]:
-    """Which cells, by name, devices of this size cannot train, or perhaps cannot, as `train` sees it; None: no line."""
+    """Lines on the cells that do not fit or may not fit a device, by the check that `madformer train` makes.
+
+    Args:
+        cells: cells by name.
+        accelerator: `trainer.accelerator`.
+        memory_gib: memory of a device; None: no line.
+    """
     if memory_gib is None:
         return []
     if accelerator == "cpu":
@@ -224,7 +245,7 @@ def _needed_gib(cell: Cell, also_sampling: bool = False) -> float:
 
 
 def fitting_trials(cells: Sequence[Cell], gib: float) -> tuple[int, str]:
-    """How many trials fit one device of `gib` GiB together, each with its own CUDA context; and a sentence that says so."""
+    """The number of trials that fit one device of `gib` GiB, each with a CUDA context of its own, and a sentence about it."""
     needed = max(_needed_gib(cell, also_sampling=True) for cell in cells)
     count = int(gib / needed)
     trials = f"{count} {'trial' if count == 1 else 'trials'}"
@@ -232,7 +253,11 @@ def fitting_trials(cells: Sequence[Cell], gib: float) -> tuple[int, str]:
 
 
 def sharing_line(sweep: Sweep, cells: Sequence[Cell], memory_gib: float | None) -> list[str]:
-    """A line on how many trials could share a GPU of `memory_gib`, else of this machine, else of an A100; or no line."""
+    """A line on the number of trials that could share a GPU; no line on the CPU, on Slurm or with several GPUs for a trial.
+
+    Args:
+        memory_gib: memory of the GPU; None: that of this machine's, else of an A100.
+    """
     if sweep.accelerator == "cpu" or sweep.launcher != "local" or sweep.devices_per_trial > 1:
         return []
     gib, wanted = memory_gib or gpu_memory_gib(), sweep.trials_per_device
@@ -251,7 +276,13 @@ def hours_line(sweep: Sweep, hours: float) -> list[str]:
 
 
 def total_lines(sweep: Sweep, cells: Sequence[Cell], needs: Sequence[Needs], estimates: Estimates, device: Device) -> list[str]:
-    """All FLOPs and hours, the remaining hours, and the cells by state."""
+    """Lines with the cells by state, all FLOPs and hours, and the remaining hours.
+
+    Args:
+        needs: for each cell the work that it lacks.
+        estimates: times of these cells.
+        device: the one assumed where nothing was measured.
+    """
     training = sum(own_share(cell) * training_flops(cell.config) for cell in cells)
     evaluation = sum(sum(evaluation_flops(cell).values()) for cell in cells)
     tuning = sum(sum(tuning_flops(cell).values()) for cell in cells)
@@ -285,14 +316,14 @@ def _newest_step(cell: Cell) -> int:
 
 
 def basis(is_measured: bool, device: Device) -> str:
-    """A sentence that says what the times rest on."""
+    """A sentence on whether the times are measured or assumed."""
     if is_measured:
         return "Times by measured rates: each run's own, or those of the others."
     return f"Times assume {device.peak_tflops:g} TFLOP/s ({device.name}) at an MFU of {device.mfu:.0%}: --tflops, --mfu."
 
 
 def hours_unit(sweep: Sweep) -> str:
-    """The unit of its times."""
+    """The unit of the sweep's times."""
     return "CPU-hours" if sweep.accelerator == "cpu" else "trial-hours" if sweep.trials_per_device > 1 else "GPU-hours"
 
 
@@ -301,7 +332,7 @@ def _first_names(names: Sequence[str]) -> str:
 
 
 class Suite:
-    """The models and points that are counted so far."""
+    """Adds up the costs of several sweeps. A model or point that sweeps share counts once."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -309,10 +340,10 @@ class Suite:
         self._points: set[tuple[object, ...]] = set()
         self._cells, self._training, self._evaluation, self._hours = 0, 0.0, 0.0, 0.0
         self.is_measured = True
-        """Whether all times rest on measured rates."""
+        """Whether all times so far come from measured rates."""
 
     def add(self, cells: Sequence[Cell]) -> list[str]:
-        """Count a sweep; the columns of its row."""
+        """Count a sweep, and return the columns of its row."""
         estimates, new_models = Estimates(cells, self._device), []
         training = evaluation = seconds = 0.0
         for cell in cells:
@@ -338,9 +369,9 @@ class Suite:
 
 
 def _point_costs(cell: Cell) -> dict[tuple[object, ...], float]:
-    """FLOPs of each point of a cell, by what it is a measurement of.
+    """FLOPs of each point of a cell, by a key that equal measurements share.
 
-    Checkpoints count from the newest: their steps are not known before there is a run.
+    Checkpoints are numbered from the newest, as their steps are not known before there is a run.
     """
     images = cell.config.evaluation.num_samples
     return {

@@ -1,4 +1,4 @@
-"""The Slurm launcher: trials as jobs. Any driver can take them over; at their time limit they are queued again."""
+"""The Slurm launcher: trials as Slurm jobs. Any driver can take them over. At their time limit they are queued again."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ except ImportError as missing:
     raise ConfigError("launcher = 'slurm': needs submitit: pip install 'madformer[slurm]'") from missing
 
 _ARRAY_SIZE = 500
-"""Jobs in one array; clusters allow 1,000."""
+"""Most jobs in one array; clusters allow 1,000."""
 _SEARCH_TRIALS = 10
-"""Trials of a search side by side, unless `slurm.parallel` is set."""
+"""Trials of a search at once, unless `slurm.parallel` is set."""
 _SECONDS_AFTER_REFUSAL = 60.0
 _SECONDS_UNTIL_REQUEUED = 300.0
 _SECONDS_BETWEEN_QUERIES = 5.0
@@ -46,7 +46,7 @@ _UNLIMITED = 1_000_000
 
 
 class SlurmLauncher:
-    """Submits trials and watches Slurm's queue for their ends. A trial's job is called `ARRAY'S NAME/INDEX`.
+    """Submits trials, and watches Slurm's queue for their end. A trial's job has the name `ARRAY'S NAME/INDEX`.
 
     Raises:
         ConfigError: this machine has no Slurm commands.
@@ -70,17 +70,19 @@ class SlurmLauncher:
         return list(self._jobs.values())
 
     def free_slots(self) -> int:
-        """Trials that can be submitted now. Slurm decides when they run; a search learns from the first ones."""
+        """Number of trials that can be submitted now. It is small in a search, whose later trials depend on earlier ones."""
         if time.monotonic() - self._last_refusal_at < _SECONDS_AFTER_REFUSAL:
             return 0
         limit = self._sweep.slurm.parallel or (_SEARCH_TRIALS if self._sweep.search else _UNLIMITED)
         return min(_ARRAY_SIZE, max(0, limit - len(self._jobs)))
 
     def start(self, trials: Sequence[Trial]) -> None:
-        """Submit trials; watch those that have a job already.
+        """Submit trials, and watch those that have a job already.
+
+        If Slurm refuses trials, they go back to the queue and are submitted again later.
 
         Raises:
-            InputError: Slurm refuses the first ones; they are put back. Later refusals are tried again.
+            InputError: Slurm refuses the first trials of this driver.
         """
         self._jobs |= {trial.job: trial for trial in trials if trial.job is not None}
         unsubmitted = [trial for trial in trials if trial.job is None]
@@ -109,7 +111,7 @@ class SlurmLauncher:
         self._jobs |= jobs
 
     def finished_trials(self, seconds: float) -> Iterator[tuple[Trial, Outcome]]:
-        """Trials whose jobs have ended; waits so long."""
+        """Wait for some seconds, then yield the trials whose jobs have ended."""
         time.sleep(seconds)
         if not self._jobs or time.monotonic() - self._last_query_at < _SECONDS_BETWEEN_QUERIES:
             return
@@ -125,7 +127,7 @@ class SlurmLauncher:
                 yield trial, INTERRUPTED if job in self._cancelled_jobs and outcome != DONE else outcome
 
     def interrupt(self, trial: Trial) -> bool:
-        """Let a trial save its state and end; whether Slurm takes the command."""
+        """Let a trial save its state and end. Returns whether Slurm accepts the command."""
         job_numbers = _queued_jobs() or {}
         for job, other in self._jobs.items():
             if other == trial and job in job_numbers:
@@ -134,10 +136,10 @@ class SlurmLauncher:
         return False
 
     def stop(self, signal_number: signal.Signals) -> None:
-        """Nothing: jobs outlive the driver."""
+        """Do nothing, as jobs outlive the driver."""
 
     def close(self) -> None:
-        """Nothing: there are no resources to free."""
+        """Do nothing, as there are no resources to free."""
 
     @property
     def _threads(self) -> int | None:
@@ -173,11 +175,11 @@ class SlurmLauncher:
 
 @dataclass
 class SlurmTrial:
-    """The work of a job: each of its tasks runs the trial's commands, which find the other tasks by Slurm's variables."""
+    """The work of a job. Each task of the job runs the trial's commands, which find the other tasks by Slurm's variables."""
 
     cell: Cell
     job: str
-    """`ARRAY'S NAME/INDEX`."""
+    """The job's name, `ARRAY'S NAME/INDEX`."""
     commands: Commands
     threads: int | None
     """CPU threads; None: the libraries' default."""
@@ -188,7 +190,7 @@ class SlurmTrial:
         """Run the trial's commands.
 
         Raises:
-            SystemExit: they failed; this ends the other tasks too.
+            SystemExit: a command failed. This ends the other tasks too.
         """
         environment = dict(os.environ)
         if self.threads is not None:
@@ -202,9 +204,9 @@ class SlurmTrial:
             signal.signal(signal.SIGUSR2, self._end)
         outcome = self._processes.run()
         while outcome == INTERRUPTED:
-            time.sleep(1)  # preempted, cancelled or at its time limit: Slurm ends the job, and queues it again if needed
+            time.sleep(1)  # preempted, cancelled or at the time limit: Slurm ends the job, and may queue it again
         if outcome.kind == "hindered" and rank:
-            time.sleep(_SECONDS_UNTIL_REQUEUED)  # the first task's process stopped it; the job is being queued again
+            time.sleep(_SECONDS_UNTIL_REQUEUED)  # the first task's process stopped it: Slurm is queueing the job again
         if outcome.state == "failed":
             raise SystemExit(1)
 
@@ -212,7 +214,7 @@ class SlurmTrial:
         """Save the state before the time limit.
 
         Returns:
-            The job that continues; None: this one made no progress, and the driver decides.
+            The job that continues; None: this job made no progress, so the driver decides.
         """
         if self._processes is not None:
             self._processes.stop(signal.SIGUSR2)
@@ -229,7 +231,7 @@ class SlurmTrial:
 
 
 class _Call:
-    """The function that submitit calls in every task; in the first one also for the job that continues."""
+    """The function that submitit calls in every task. In the first task it also calls `checkpoint`, for the next job."""
 
     def __call__(self, trial: SlurmTrial) -> None:
         trial.run()
@@ -242,7 +244,7 @@ _call = _Call()
 
 
 def _queued_jobs() -> dict[str, str] | None:
-    """`ARRAY'S NAME/INDEX` of waiting and running jobs -> Slurm's number; None: Slurm does not answer."""
+    """`ARRAY'S NAME/INDEX` of waiting and running jobs -> Slurm's job number; None: Slurm does not answer."""
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%K|%j"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
@@ -253,5 +255,5 @@ def _queued_jobs() -> dict[str, str] | None:
 
 
 def _begin(job: str) -> str:
-    """The log's line where a job begins, also when it is queued again."""
+    """The log's line at which a job begins, for the first time or again."""
     return f"job {job}"

@@ -36,16 +36,16 @@ from madformer.sweep.study import Storage, heartbeat_warnings_off, study_exists
 from madformer.sweep.trial import Outcome
 
 NFE = "nfe"
-"""The one parameter of a trial that is no field of its configuration."""
+"""The only parameter of a trial that is not a field of its configuration."""
 
 _RETRY = "retry"
 """Attribute of a trial that retries another one: the number of that trial."""
 
 SAMPLED_TRIALS = 64
-"""Number of random trials that are drawn to estimate the cost of one."""
+"""Number of random trials from which the cost of a trial is estimated."""
 
 _COMMON_FIELDS = "common"
-"""Attribute of the study: what all its trials have in common."""
+"""Attribute of the study: the fields that all its trials have in common."""
 
 
 class SearchQueue(Queue):
@@ -64,7 +64,7 @@ class SearchQueue(Queue):
         """Refuse a search whose trials cannot be compared with those of the study.
 
         Raises:
-            InputError: the study was begun with another experiment, overrides, budgets or objectives.
+            InputError: the study began with another experiment, overrides, budgets or objectives.
         """
         fields = self._space.common_fields()
         study_fields = self.storage.study.user_attrs.get(_COMMON_FIELDS)
@@ -90,7 +90,7 @@ class SearchQueue(Queue):
             self._finish(trial, TrialState.COMPLETE, attributes, values)
 
     def should_prune(self, trial: Trial) -> bool:
-        """Whether the pruner ends a running trial early, by its previews so far."""
+        """Whether the pruner ends a running trial, given its previews so far."""
         if self._search.pruner == "none":
             return False
         optuna_trial = self._optuna_trials[trial.number]
@@ -108,14 +108,14 @@ class SearchQueue(Queue):
         return False
 
     def summary(self) -> list[str]:
-        """The best trial, or those of the Pareto front."""
+        """A line on the best trial, or one for each trial of the Pareto front."""
         return describe_best(self.storage.retry(lambda: self.storage.study.best_trials), self._search)
 
     def _start_trials(self, trials: Sequence[FrozenTrial], limit: int) -> Iterator[Trial]:
         self._fail_unnamed_trials()
         self._retry_dead_trials(trials)
         while limit and self._has_more_trials():
-            # Each trial has its own seed: otherwise several drivers would begin with the same trials.
+            # Each trial has a seed of its own, else several drivers would begin with the same trials.
             count = len(self.storage.study.get_trials(deepcopy=False))
             self.storage.study.sampler = make_sampler(self._search, self._search.seed + count)
             with heartbeat_warnings_off():
@@ -136,13 +136,13 @@ class SearchQueue(Queue):
             yield Trial(trial.number, trial._trial_id, cell, trial.user_attrs.get(JOB))
 
     def _fail_unnamed_trials(self) -> None:
-        """Fail trials whose driver died before it named their cell; under the lock, no driver is about to name one."""
+        """Fail trials whose driver died before it named their cell. The lock is held, so no driver is naming one now."""
         for trial in self.storage.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if KEY not in trial.user_attrs:
                 self.storage.rdb.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
     def _has_more_trials(self) -> bool:
-        """Whether a trial waits, or the search may have another one."""
+        """Whether a trial waits, or the search has not had all its trials yet."""
         trials = self.storage.study.get_trials(deepcopy=False)
         return count_trials(trials) < self._search.trials or any(trial.state == TrialState.WAITING for trial in trials)
 
@@ -159,7 +159,7 @@ class SearchQueue(Queue):
         self.storage.study.enqueue_trial(trial.params, user_attrs={**names, **attributes, **job_attribute(trial)})
 
     def _trials(self) -> list[FrozenTrial]:
-        """Trials of all drivers. The cells of other drivers' trials are made from their parameters."""
+        """Trials of all drivers. Cells of other drivers' trials are made here, from the trials' parameters."""
         trials = [trial for trial in self.storage.study.get_trials(deepcopy=False) if KEY in trial.user_attrs]
         for trial in trials:
             key = trial.user_attrs[KEY]
@@ -169,7 +169,7 @@ class SearchQueue(Queue):
 
 
 class Space:
-    """The space of a search, and the cells of its points."""
+    """The space of a search. It makes the cells of the space's points."""
 
     def __init__(self, sweep: Sweep) -> None:
         assert sweep.search is not None
@@ -181,7 +181,7 @@ class Space:
         }
 
     def common_fields(self) -> dict[str, str]:
-        """Fields that trials must have in common to be compared, and their values as text."""
+        """Fields that trials must have in common to be comparable, with their values as text."""
         search, sweep = self._search, self._sweep
         fields = {**trained_fields(load_experiment(sweep.experiment)), **sweep.overrides, "seed": self._seed}
         criteria = {"search.nfe": list(search.nfe), "search.objectives": list(search.objectives)}
@@ -197,7 +197,7 @@ class Space:
 
         Raises:
             ConfigError: its configuration is not legal.
-            InputError: the study was begun with another space.
+            InputError: the study began with another space.
         """
         try:
             for key, choices in self._search.space.items():
@@ -220,7 +220,7 @@ class Space:
         return self._make(trial.params)
 
     def cell_of(self, params: Mapping[str, Any]) -> Cell | None:
-        """The cell of a trial; None: its values are of another space, or not legal."""
+        """The cell of a trial; None: its values are from another space, or not legal."""
         try:
             return self._make(params)
         except (KeyError, ConfigError):
@@ -236,7 +236,7 @@ class Space:
 
 
 def count_trials(trials: Sequence[FrozenTrial]) -> int:
-    """Trials of a search so far, not counting those that retry others."""
+    """Number of trials of a search so far, without those that retry others."""
     return sum(KEY in trial.user_attrs and _RETRY not in trial.user_attrs for trial in trials)
 
 
@@ -257,7 +257,7 @@ def describe_best(trials: Sequence[FrozenTrial], search: Search) -> list[str]:
 
 
 def study_cells(sweep: Sweep) -> list[Cell]:
-    """The cells of a search so far; opens its study."""
+    """The cells of a search so far, read from its study."""
     if not study_exists(sweep):
         return []
     storage = Storage(sweep)
@@ -271,7 +271,7 @@ def sample_cells(sweep: Sweep, count: int = SAMPLED_TRIALS) -> list[Cell]:
     """The legal cells among `count` random points of a search's space.
 
     Raises:
-        ConfigError: none is legal.
+        ConfigError: no point is legal.
     """
     space = Space(sweep)
     study = optuna.create_study(sampler=RandomSampler(seed=0))
@@ -289,8 +289,12 @@ def sample_cells(sweep: Sweep, count: int = SAMPLED_TRIALS) -> list[Cell]:
 def objective(name: str, cell: Cell, budget: int) -> float:
     """The value of an objective for a cell that is done.
 
+    Args:
+        name: an entry of `search.objectives`.
+        budget: NFE budget that the trial is judged at.
+
     Raises:
-        KeyError: it was not measured.
+        KeyError: the metric was not measured.
     """
     if name == "nfe":
         return float(budget)
@@ -301,7 +305,7 @@ def objective(name: str, cell: Cell, budget: int) -> float:
 
 
 def make_sampler(search: Search, seed: int) -> BaseSampler:
-    """Optuna's sampler by its name."""
+    """Optuna's sampler that `search.sampler` names."""
     makers: dict[str, Any] = {
         "tpe": lambda: TPESampler(seed=seed, constant_liar=True),
         "random": lambda: RandomSampler(seed=seed),
@@ -313,7 +317,7 @@ def make_sampler(search: Search, seed: int) -> BaseSampler:
 
 
 def make_pruner(search: Search, preview_every: int) -> BasePruner:
-    """Optuna's pruner by its name."""
+    """Optuna's pruner that `search.pruner` names; previews are `preview_every` steps apart."""
     makers: dict[str, Any] = {
         "none": NopPruner,
         "median": MedianPruner,

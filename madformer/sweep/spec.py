@@ -1,4 +1,4 @@
-"""The specification of a sweep: the fields of its YAML file, their rules, and how values are written as text. No torch."""
+"""The specification of a sweep: the fields of its YAML file, their rules, and values as text. Needs no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from madformer.evaluation.measurement import AXES, DISTANCE, METRICS, metric_key
 from madformer.sweep.decisions import DEPTH_AXIS, Decide
 
 ALIASES = {"model.diffusion_depth": "d", "model.ar_length": "l", "loss.lambda_hidden": "h", "loss.lambda_clean_tower": "c"}
-"""Short names of axes in the names of cells. Other axes are called by the last part of their key."""
+"""Short names of axes in the names of cells. Other axes have the last part of their key."""
 
 _ILLEGAL_CHARACTERS = re.compile(r"[^A-Za-z0-9._+-]+")
 
@@ -33,10 +33,10 @@ SET_BY_SWEEP = {
     "trainer.threads": "set threads",
     "trainer.num_nodes": "set slurm.nodes_per_trial",
 }
-"""Fields of an experiment that the sweep sets itself -> what to do instead."""
+"""Fields of an experiment that the sweep sets itself -> the remedy, for the message."""
 
 VARIANT = "variant"
-"""The name of the axis of variants; other axes are called by their field."""
+"""The name of the axis of variants. Other axes have the names of their fields."""
 
 COST_OBJECTIVES = ("nfe", "tflops")
 """Objectives of a search that are costs, not metrics."""
@@ -46,14 +46,14 @@ _FIELDS = tuple(all_keys(ExperimentConfig))
 
 @dataclass(frozen=True)
 class InferenceAxes:
-    """How each trained cell is evaluated; never makes a new cell. An empty axis takes the experiment's `evaluation` value."""
+    """How each trained cell is evaluated. It never makes a new cell. An empty axis has the experiment's `evaluation` value."""
 
     nfe: tuple[int, ...] = ()
-    """NFE budgets: layer evaluations per block. One that a cell's model cannot have is skipped for that cell."""
+    """NFE budgets: layer evaluations per block. A cell skips budgets that its model cannot have."""
     steps: tuple[int, ...] = ()
-    """Denoising steps per block, the same for all cells; the budget then depends on the cell's depth."""
+    """Denoising steps per block, the same for all cells. The budget then depends on the cell's depth."""
     diffusion_depths: tuple[int, ...] = ()
-    """Diffusion depths that elastic cells are sampled at; other cells have their own."""
+    """Diffusion depths to sample elastic cells at. Other cells have one depth."""
     samplers: tuple[str, ...] = ()
     """Samplers by name."""
     spacings: tuple[str, ...] = ()
@@ -65,11 +65,11 @@ class InferenceAxes:
     seeds: tuple[int, ...] = ()
     """Sampling seeds."""
     checkpoints: str = "newest"
-    """`newest`, or `last5`: the last five, and their mean."""
+    """`newest`; or `last5` for the last five and their mean, and the like."""
     tune: bool = False
-    """Tune the sampling too (`madformer tune`): all seeds of a design share one choice for each budget."""
+    """Whether to tune the sampling too (`madformer tune`). All seeds of a design share one choice for each budget."""
     tries: int = TRIES
-    """Samplings that tuning tries at each budget, the default included."""
+    """Number of samplings that tuning tries at each budget, the default included."""
 
     def __post_init__(self) -> None:
         for name in ("nfe", "steps", *(axis.sweep_key for axis in AXES.values())):
@@ -78,34 +78,34 @@ class InferenceAxes:
             legal = get_args(SamplerName)
             require(sampler in legal, "evaluate.samplers", sampler, f"must be of {', '.join(legal)}")
         is_newest = not self.tune or self.checkpoints == "newest"
-        require(is_newest, "evaluate.checkpoints", self.checkpoints, "tuning measures the newest one alone: set it to newest")
+        require(is_newest, "evaluate.checkpoints", self.checkpoints, "tuning measures only the newest one: set it to newest")
         require(self.tries >= 1, "evaluate.tries", self.tries, "must be at least 1")
         legal_name = re.fullmatch(r"newest|last[1-9]\d*", self.checkpoints) is not None
         require(legal_name, "evaluate.checkpoints", self.checkpoints, "must be newest, or last5 and the like")
 
     @property
     def last(self) -> int:
-        """How many checkpoints."""
+        """The number of checkpoints that are evaluated."""
         return 1 if self.checkpoints == "newest" else int(self.checkpoints.removeprefix("last"))
 
 
 @dataclass(frozen=True)
 class Search:
-    """Trials that Optuna chooses, in place of a grid."""
+    """A search: Optuna chooses the trials, in place of a grid."""
 
     space: dict[str, Any] = field(default_factory=dict)
     """Field -> list of choices, or a range: {low: 1e-4, high: 1e-2, log: true}, {low: 16, high: 64, step: 16}."""
     nfe: tuple[int, ...] = ()
-    """NFE budgets. With several, each trial is given one; a run is trained once for all of them."""
+    """NFE budgets. With several, Optuna gives each trial one of them; a run is trained once for all of them."""
     trials: int = 20
     """Number of trials."""
     objectives: tuple[str, ...] = (DISTANCE,)
-    """One or two objectives to minimise: `distance` (of the first feature network), a distance by its name such as `fid`,
-    `nfe`, or `tflops` per image."""
+    """One or two objectives to minimise: `distance` (that of the first feature network), the name of a distance such as `fid`,
+    `nfe`, or `tflops` (per image)."""
     sampler: Literal["tpe", "random", "nsga2", "qmc"] = "tpe"
     """Optuna's sampler."""
     pruner: Literal["none", "median", "halving", "hyperband"] = "none"
-    """Optuna's pruner, which ends hopeless trials early by the distances of previews (`evaluation.preview_every`)."""
+    """Optuna's pruner. It ends trials early whose previews have large distances (`evaluation.preview_every`)."""
     seed: int = 0
     """Seed of Optuna's sampler."""
 
@@ -134,7 +134,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Slurm:
-    """Options of a trial's job in Slurm."""
+    """Options of a trial's Slurm job."""
 
     partition: str | None = None
     """Partition of the jobs (`sbatch --partition`); null: the cluster's default."""
@@ -145,19 +145,19 @@ class Slurm:
     minutes: int = 1440
     """Time limit of a job. A trial that takes longer is saved, queued again and resumed."""
     signal_seconds: int = 180
-    """Seconds before the limit at which a trial is signalled to save its state. Slurm may signal up to a minute earlier."""
+    """Seconds before the limit at which Slurm signals a trial to save its state. Slurm may signal up to a minute earlier."""
     nodes_per_trial: int = 1
-    """Machines of a trial, each with `devices_per_trial` devices."""
+    """Number of machines of a trial, each with `devices_per_trial` devices."""
     cpus_per_task: int | None = None
-    """Cores for each device; null: the cluster's default."""
+    """CPU cores for each device; null: the cluster's default."""
     mem_gb: float | None = None
     """Memory on each machine in GB; null: the cluster's default."""
     parallel: int | None = None
-    """Largest number of trials queued or running at once; null: as many as Slurm takes, ten in a search."""
+    """Most trials that are queued or running at once; null: as many as Slurm takes, in a search ten."""
     setup: tuple[str, ...] = field(default=(), metadata={"entries": "shell lines"})
-    """Shell lines before the trial, such as `module load cuda`."""
+    """Shell lines to run before the trial, such as `module load cuda`."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Any other option of sbatch -> value, such as `constraint: a100` or `gres: gpu:a100:4`."""
+    """Other options of sbatch -> value, such as `constraint: a100` or `gres: gpu:a100:4`."""
 
     def __post_init__(self) -> None:
         for name in ("minutes", "nodes_per_trial"):
@@ -171,47 +171,48 @@ class Slurm:
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """Runs of one experiment: a grid, or a search."""
+    """A sweep: runs of one experiment, by a grid or a search."""
 
     name: str = ""
-    """Name of the sweep. Its runs are in the folder output_dir/name. Default: the file's name."""
+    """Name of the sweep. Its runs are in the folder output_dir/name. Empty: the file's name."""
     experiment: str = setting("", path=True)
     """The experiment's YAML file, relative to the working directory."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Field -> value, for every cell."""
     grid: dict[str, Any] = field(default_factory=dict)
-    """Training axes, field -> list of values; a cell is trained for each combination and seed."""
+    """Training axes, field -> list of values. A cell is trained for each combination and seed."""
     zip: dict[str, Any] = field(default_factory=dict)
-    """Tied axes, field -> list of values, all of one length: first values go together, second values go together, ..."""
+    """Tied axes, field -> list of values, all of one length. First values go together, so do second values, and so on."""
     variants: dict[str, Any] = field(default_factory=dict)
     """Named sets of overrides, name -> field -> value. {} overrides nothing."""
     exclude: tuple[Any, ...] = ()
-    """Combinations to leave out. Each entry is axis -> value or list of values; a cell that matches all of it is left out."""
+    """Combinations to leave out. Each entry is axis -> value or list of values. It leaves out cells that match all of it."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds that every combination is trained with."""
+    """Seeds to train every combination with."""
     decide: Decide | None = None
-    """Contrasts to decide, with as few seeds as that takes, instead of `seeds`."""
+    """Contrasts to decide, instead of `seeds`: the sweep trains only as many seeds as the decisions need."""
     search: Search | None = None
     """A search: Optuna chooses the trials, instead of grid, zip and variants."""
     evaluate: InferenceAxes = field(default_factory=InferenceAxes)
-    """Inference axes."""
+    """Inference axes: how each trained cell is evaluated."""
     devices_per_trial: int = 1
-    """Devices of a trial on each machine; on the CPU, processes."""
+    """Number of devices of a trial on each machine; on the CPU, of processes."""
     trials_per_device: int = 1
     """Number of trials that share a GPU. Each reserves an equal share of it, and other sweeps may use the rest."""
     launcher: Literal["local", "slurm"] = "local"
-    """Where trials run: on this machine, or as jobs of Slurm."""
+    """Where trials run: `local`, on this machine, or `slurm`, as Slurm jobs."""
     slurm: Slurm = field(default_factory=Slurm)
-    """Options of a trial's job in Slurm."""
+    """Options of a trial's Slurm job."""
     storage: str | None = None
-    """Database of the study, such as postgresql://user@host/name, for drivers on several machines; ${oc.env:NAME} is a variable
-    of the environment. null: SQLite, in the sweep's folder."""
+    """URL of the study's database, for drivers on several machines, such as postgresql://user@host/name. ${oc.env:NAME} is an
+    environment variable. null: SQLite, in the sweep's folder."""
     retries: int = 3
-    """How many times in a row a trial that died (killed, lost machine) is retried without progress."""
+    """Most retries in a row of a trial that died (killed, lost machine) without progress."""
     workers: int | None = None
-    """Trials at once on this machine; null: `trials_per_device` for each group of GPUs, or as many as the cores allow."""
+    """Number of trials at once on this machine; null: `trials_per_device` for each group of GPUs; on the CPU as many as its
+    cores allow."""
     threads: int = 1
-    """CPU threads of each process on the CPU. The number is fixed, so results do not depend on the machine."""
+    """Threads of each process on the CPU. The number is fixed, so that results do not depend on the machine."""
     output_dir: str | None = setting(None, path=True)
     """Folder of sweeps; null: the experiment's."""
 
@@ -277,7 +278,7 @@ class Sweep:
                 require(key in self.axes, "exclude", key, remedy)
 
     def _check_once(self) -> None:
-        """No field is set in two places."""
+        """Refuse a field that is set in two places."""
         if overlap := self.zip.keys() & self.grid.keys():
             raise ConfigError(f"zip.{min(overlap)}: the grid varies it too; name it once")
         axes = dict.fromkeys(self.zip, "zip") | dict.fromkeys(self.grid, "grid")
@@ -318,23 +319,23 @@ class Sweep:
 
     @property
     def training_seeds(self) -> tuple[int, ...]:
-        """Seeds that a combination may be trained with; of a sweep that decides, as many as it may take."""
+        """Seeds that a combination may be trained with; for a sweep that decides, all up to its limit."""
         return self.seeds if self.decide is None else tuple(range(self.decide.seeds.most))
 
     @property
     def folder(self) -> Path:
-        """The folder of its runs and its study."""
+        """The folder of the sweep's runs and study."""
         assert self.output_dir is not None, "load_sweep resolves it"
         return Path(self.output_dir) / self.name
 
     @property
     def cpu_workers(self) -> int:
-        """Trials side by side without GPUs: `workers`, or as many as the cores allow."""
+        """Number of trials at once on the CPU: `workers`, or as many as the cores allow."""
         return self.workers or max(1, core_count() // (self.threads * self.devices_per_trial))
 
     @cached_property
     def accelerator(self) -> str:
-        """`trainer.accelerator` of its trials."""
+        """The `trainer.accelerator` that the sweep's trials have."""
         default = load_experiment(self.experiment).trainer.accelerator
         return str(self.overrides.get("trainer.accelerator", default))
 
@@ -345,18 +346,23 @@ class Sweep:
 
 
 def core_count() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def require_known(key: str, where: str, also: Sequence[str] = ()) -> None:
-    """Refuse a key that is no field of an experiment; the message names the nearest field, or entry of `also`."""
+    """Refuse a key that is not a field of an experiment. The message names the nearest field.
+
+    Args:
+        where: section of the sweep's file, for the message.
+        also: further keys that the message may name.
+    """
     if key not in _FIELDS:
         raise ConfigError(f"{where}: unknown key {key}; the nearest is {nearest(key, [*also, *_FIELDS])}")
 
 
 def _check_choices(name: str, choices: Any) -> None:
-    """A list of choices, or a range."""
+    """Check that choices are a list of values, or a range."""
     if isinstance(choices, Sequence) and not isinstance(choices, str):
         require(len(choices) > 0, name, choices, "must name at least one value")
         require_distinct(name, choices)
@@ -380,7 +386,7 @@ def label(key: str, value: Any) -> str:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a cell's name can contain it unchanged."""
+    """Whether a cell's name can contain this name unchanged."""
     return bool(name) and not _ILLEGAL_CHARACTERS.search(name)
 
 

@@ -29,9 +29,11 @@ from madformer.training.logging import Throughput, block_losses, mean_terms
 
 
 def build_optimizer(model: MADFormer, config: OptimizerConfig, fused: bool = False) -> torch.optim.AdamW:
-    """AdamW over the parameters that are trained; norms, biases and embeddings (BOI block included) do not decay.
+    """AdamW over the trained parameters, without weight decay for norms, biases and embeddings (BOI block included).
 
-    On an accelerator it is fused: one kernel for many tensors, which leaves all of them alone where `found_inf` is 1.
+    Args:
+        config: learning rate, betas and weight decay.
+        fused: one kernel for many tensors, for accelerators. It skips the step if `found_inf` is 1.
     """
     groups = parameter_groups(model)
     settings: list[dict[str, Any]] = [
@@ -43,14 +45,14 @@ def build_optimizer(model: MADFormer, config: OptimizerConfig, fused: bool = Fal
 
 
 def adopt_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make a state from a checkpoint this device's own: the checkpoint of another device has another kind of AdamW."""
+    """Adapt an optimiser state from a checkpoint to this device. On another device AdamW may have been fused or not."""
     fused = optimizer.defaults.get("fused")
     for group in optimizer.param_groups:
         group["fused"] = fused
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if parameter.device.type == "cpu":
-                state[name] = value.clone()  # a checkpoint's tensors lie in its file
+                state[name] = value.clone()  # a checkpoint's tensors are mapped from its file
             elif name == "step" and fused:
                 state[name] = value.to(parameter.device)
 
@@ -66,10 +68,10 @@ def parameter_groups(model: MADFormer) -> dict[str, list[nn.Parameter]]:
 
 
 def unused_parameters(model: MADFormer, outputs: Iterable[str] | None = None) -> list[nn.Parameter]:
-    """Parameters that get no gradient when these auxiliary outputs are the ones in the loss; None: all that exist.
+    """Parameters that get no gradient if these auxiliary outputs are in the loss (None: all that exist).
 
-    Such are the clean tower's feed-forward in the last layer without its loss, or the noise tower's AR stage without the
-    condition. Freeze them, or DistributedDataParallel waits for their gradients.
+    Examples are the clean tower's last feed-forward layer without its loss, and the noise tower's AR stage without the
+    condition. Freeze these parameters, else DistributedDataParallel waits for their gradients.
     """
     outputs = existing_outputs(model.config, outputs)
     used: set[nn.Parameter] = {*model.downsampler.parameters(), *model.upsampler.parameters()}
@@ -86,20 +88,30 @@ def unused_parameters(model: MADFormer, outputs: Iterable[str] | None = None) ->
 
 
 def draw_depth(config: ExperimentConfig, step: int) -> int:
-    """The diffusion depth of an elastic run's training step (0-based), the same for all its micro-batches and devices."""
+    """Draw an elastic run's diffusion depth for a training step (0-based). All micro-batches and devices draw the same."""
     depths = config.model.elastic_depths
     return depths[int(torch.randint(len(depths), (), generator=keyed_generator(config.seed, "depth", step)))]
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, max_steps: int) -> LambdaLR:
-    """The learning rate schedule (`wsd_factor`), updated at every step."""
+    """The learning rate schedule (`wsd_factor`), updated at every step.
+
+    Args:
+        config: warm-up and decay.
+        max_steps: training steps of the whole run.
+    """
     return LambdaLR(optimizer, lambda step: wsd_factor(step, config, max_steps))
 
 
 def wsd_factor(step: int, config: OptimizerConfig, max_steps: int) -> float:
-    """The factor on the learning rate at a step (0-based): linear warm-up, 1, then 0.5 ** (halvings * progress).
+    """The factor on the learning rate at a step: linear warm-up, 1, then 0.5 ** (halvings * progress).
 
-    As in the released code; transformers' schedule of this name has no exponential decay.
+    This is the schedule of the released code. transformers' schedule of this name has no exponential decay.
+
+    Args:
+        step: number of the step, from 0.
+        config: warm-up and decay.
+        max_steps: training steps of the whole run.
     """
     warmup = config.warmup_fraction * max_steps if config.warmup_steps is None else config.warmup_steps
     decay = config.decay_fraction * max_steps
@@ -114,8 +126,9 @@ def shard(model: MADFormer, mesh: Any, dtype: torch.dtype | None = None) -> None
     """Shard weights, gradients and optimiser state over the devices of the mesh, layer by layer; None: do nothing.
 
     Args:
-        dtype: of the layers' weights where they are gathered; the U-Net, the BOI block and the text keep theirs, and with
-            them the residual stream. Gradients are summed in float32. None: float32.
+        mesh: Lightning's device mesh.
+        dtype: dtype of the layers' gathered weights; None: float32. The U-Net, the BOI block, the text and the residual stream
+            keep theirs. Gradients are summed in float32.
     """
     if mesh is None:
         return
@@ -127,7 +140,7 @@ def shard(model: MADFormer, mesh: Any, dtype: torch.dtype | None = None) -> None
 
 @contextmanager
 def unshard(model: nn.Module) -> Iterator[None]:
-    """Inside the block, parts of the model can be called outside its forward. Layers gather their weights themselves."""
+    """Gather weights, so that parts of the model can be called outside its forward. Layers gather theirs themselves."""
     if not isinstance(model, FSDPModule):
         yield
         return
@@ -141,8 +154,8 @@ def unshard(model: nn.Module) -> Iterator[None]:
 class LitMADFormer(pl.LightningModule):
     """Trains a MADFormer on batches of `LatentDataModule`, with any Trainer.
 
-    Initialisation, timesteps, noise and dropped prompts are keyed by seed, step and place in the global batch: they depend
-    neither on the number of devices nor on restarts. Weights that the configured loss never reaches are frozen.
+    Initialisation, timesteps, noise and dropped prompts are keyed by seed, step and place in the global batch. They depend
+    neither on the number of devices nor on restarts. Weights that get no gradient from the configured loss are frozen.
     Override `losses` for a custom loss.
     """
 
@@ -160,7 +173,7 @@ class LitMADFormer(pl.LightningModule):
         """The newest checkpoint, for the message of a run that diverges."""
         self._restored_ema: dict[str, Tensor] | None = None
         self.last_loss: Tensor | None = None
-        """The total loss of the newest micro-batch. To read it is to wait for the device."""
+        """The total loss of the newest micro-batch. Reading it waits for the device."""
         self.mean_loss: float | None = None
         """The total loss of the last logged step, averaged over micro-batches and devices."""
         self._window: list[tuple[Losses, Tensor]] = []
@@ -168,23 +181,23 @@ class LitMADFormer(pl.LightningModule):
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether the host runs ahead of the device, as on an accelerator. Then a step waits for none of its numbers."""
+        """Whether the host runs ahead of the device, which is then an accelerator. No step may wait for its numbers."""
         return next(self.model.parameters()).device.type != "cpu"
 
     def configure_model(self) -> None:
-        """Shard the model where the strategy asks for it."""
+        """Shard the model if the strategy has a device mesh."""
         mesh = self.device_mesh
         halved = mesh is not None and mesh.device_type != "cpu" and self.config.trainer.precision == "bf16-mixed"
         shard(self.model, mesh, torch.bfloat16 if halved else None)
 
     def configure_optimizers(self) -> Any:
-        """AdamW and the schedule of its learning rate."""
+        """AdamW and its learning rate schedule, for Lightning."""
         optimizer = build_optimizer(self.model, self.config.optimizer, fused=self.runs_ahead)
         schedule = build_schedule(optimizer, self.config.optimizer, self.config.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Start the moving average, from the checkpoint if there is one; Lightning has restored the weights by now."""
+        """Start the moving average, from the checkpoint if there is one. Lightning has restored the weights before."""
         self.ema = MovingAverage(self.model, self.config.optimizer.ema_decay, self._restored_ema)
         self._restored_ema = None
         for optimizer in self.trainer.optimizers:
@@ -192,7 +205,7 @@ class LitMADFormer(pl.LightningModule):
         self.throughput.start()
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Draw for a batch of another loader than `LatentDataModule`'s, whose threads have drawn already."""
+        """Draw noise for batches of other loaders. The threads of `LatentDataModule` have drawn already."""
         return self.draw(batch) if "keys" in batch else batch
 
     def draw(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +223,7 @@ class LitMADFormer(pl.LightningModule):
             timesteps.append(t)
             if model.text is not None and "text" in batch:
                 texts.append(drop_text(batch["text"][row : row + 1], model.text, generator))
-            if "latents" not in batch:  # the device makes them, of moments or images
+            if "latents" not in batch:  # the device makes them from moments or images
                 shape = (1, model.latent_channels, model.latent_size, model.latent_size)
                 posterior_noises.append(torch.randn(shape, generator=keyed_generator(self.config.seed, "posterior", *key)))
         draws = {"noise": noises, "t": timesteps, "text": texts, "posterior_noise": posterior_noises}
@@ -240,13 +253,18 @@ class LitMADFormer(pl.LightningModule):
     ) -> None:
         """Clip the gradient's norm, over all devices and shards, to `optimizer.grad_clip`.
 
-        A norm that is not finite leaves the weights as they are. If the host runs ahead, `require_finite` finds it later.
+        A norm that is not finite leaves the weights unchanged. If the host runs ahead, `require_finite` finds it later.
+
+        Args:
+            optimizer: fused AdamW is told to skip the step if the norm is not finite.
+            gradient_clip_val: the Trainer's; not used.
+            gradient_clip_algorithm: the Trainer's; not used.
 
         Raises:
-            NonFiniteError: the norm is not finite.
+            NonFiniteError: the norm is not finite, and the host does not run ahead.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip)
-        # Gradients are summed over the devices by now: all of them see the same norm, and stop together.
+        # Gradients are already summed over the devices. So all devices see the same norm and stop together.
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._unchecked.append((self.trainer.global_step + 1, norm, [losses.terms for losses, _ in self._window]))
         self._gradient_norm = norm
@@ -256,10 +274,10 @@ class LitMADFormer(pl.LightningModule):
             optimizer.found_inf = (~norm.isfinite()).float()
 
     def require_finite(self) -> None:
-        """Look at the norms of the gradients since the last look, in one copy to the host.
+        """Check the gradient norms since the last check, with one copy to the host.
 
         Raises:
-            NonFiniteError: one of them is not finite; with its step, the term and the newest checkpoint.
+            NonFiniteError: a norm is not finite. The message names the step, the loss term and the newest checkpoint.
         """
         unchecked, self._unchecked = self._unchecked, []
         norms = torch.stack([norm for _, norm, _ in unchecked]).tolist() if unchecked else []
@@ -270,7 +288,12 @@ class LitMADFormer(pl.LightningModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """One step of the optimiser and the moving average; logged here, so that the log of a step precedes its checkpoint."""
+        """Step the optimiser and the moving average, and log. So a step is logged before its checkpoint is written.
+
+        Args:
+            epoch: the Trainer's, as are `batch_idx` and `optimizer`.
+            optimizer_closure: computes loss and gradients.
+        """
         updates = self.trainer.global_step
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.ema.update(updates)
@@ -282,16 +305,20 @@ class LitMADFormer(pl.LightningModule):
         self._window.clear()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The stream is endless: stop at `trainer.max_steps` under any Trainer."""
+        """Stop at `trainer.max_steps` under any Trainer, as the stream has no end.
+
+        Args:
+            outputs: not used, nor are `batch` and `batch_idx`.
+        """
         if self.trainer.global_step >= self.config.trainer.max_steps:
             self.trainer.should_stop = True
 
     def on_train_end(self) -> None:
-        """Look at the last steps."""
+        """Check the gradient norms of the last steps."""
         self.require_finite()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the moving average, the experiment's hash and the class that trains it. None is written after a bad step."""
+        """Add the moving average, the experiment's hash and the training class. No checkpoint is written after a bad step."""
         self.require_finite()
         checkpoint[EMA] = self.ema.state_dict()
         self._number_by_model(checkpoint["optimizer_states"][0])
@@ -299,12 +326,12 @@ class LitMADFormer(pl.LightningModule):
         checkpoint[TRAINED_BY] = type(self).__qualname__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the moving average for `on_train_start`, when the weights lie where they belong."""
+        """Keep the moving average for `on_train_start`, when the weights are on their device."""
         self._restored_ema = checkpoint[EMA]
 
     @contextmanager
     def sampling_weights(self) -> Iterator[MADFormer]:
-        """The model with its averaged weights, to sample from in the middle of training."""
+        """The model with its averaged weights, to sample from during training."""
         with self.ema.swap_in(), unshard(self.model):
             yield self.model
 
@@ -316,7 +343,7 @@ class LitMADFormer(pl.LightningModule):
             values[f"loss_depth/{draw_depth(self.config, step - 1)}"] = values["loss/image"]
         values |= self.throughput.measure(self.device, self.trainer.world_size)
         values["gradient_norm"] = float(self._gradient_norm)
-        # The schedule has not moved yet: this is the rate that the step was made with.
+        # The schedule has not moved yet, so this is the learning rate of the step.
         values["lr"] = float(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         for logger in self.trainer.loggers:
             logger.log_metrics(values, step)

@@ -157,9 +157,9 @@ def test_broken_folders(vae, tmp_path):
     name = f"vae:{folder}"
 
     edit_config(folder, _class_name="UNet2DModel")
-    assert complaint(name).startswith("UNet2DModel is no autoencoder of diffusers")
+    assert complaint(name).startswith("UNet2DModel is not an autoencoder of diffusers")
     edit_config(folder, _class_name="AutoencoderOfTheFuture")
-    assert complaint(name).startswith("AutoencoderOfTheFuture is no autoencoder of diffusers")
+    assert complaint(name).startswith("AutoencoderOfTheFuture is not an autoencoder of diffusers")
     edit_config(folder, _class_name="AutoencoderKL", in_channels=1)
     assert complaint(name).startswith("AutoencoderKL does not map single images to latents and back: ")
     edit_config(folder, in_channels=3, out_channels=4)
@@ -176,9 +176,12 @@ def test_broken_folders(vae, tmp_path):
     assert complaint(name).startswith(f"{folder} cannot be loaded: ")
 
     (folder / "config.json").write_text('{"model_type": "bert"}')
-    assert complaint(name) == f"{folder / 'config.json'} is of no autoencoder of diffusers: it names no _class_name"
+    assert (
+        complaint(name)
+        == f"{folder / 'config.json'} is not the configuration of an autoencoder of diffusers: it has no _class_name"
+    )
     (folder / "config.json").write_text("{")
-    assert complaint(name).startswith(f"{folder / 'config.json'} is no JSON: ")
+    assert complaint(name).startswith(f"{folder / 'config.json'} is not JSON: ")
     (folder / "config.json").unlink()
     assert complaint(name) == f"{folder} holds no config.json, nor a vae/ that does"
 
@@ -192,7 +195,7 @@ def test_broken_folders(vae, tmp_path):
             "AutoencoderKLTemporalDecoder does not map single images to latents and back: ",
         ),
         (diffusers.ConsistencyDecoderVAE, "ConsistencyDecoderVAE cannot be used: its decoder draws random numbers"),
-        (diffusers.AutoencoderRAE, "AutoencoderRAE cannot be used: it takes images of one size alone"),
+        (diffusers.AutoencoderRAE, "AutoencoderRAE cannot be used: it takes images of only one size"),
     ],
 )
 def test_autoencoders_that_are_none_of_images(tmp_path, kind, words):

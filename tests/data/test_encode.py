@@ -201,7 +201,7 @@ def test_what_cannot_be_encoded(tmp_path):
     with pytest.raises(ConfigError, match=r"its latents have 3 channels, the model's 4: set model\.latent_channels=3"):
         encode(experiment(tmp_path, "model.latent_channels=4", latents=tmp_path / "latents"))
     assert not (tmp_path / "latents").exists()
-    with pytest.raises(InputError, match="no image in it that can be read"):
+    with pytest.raises(InputError, match="none of its images can be read"):
         encode(experiment(tmp_path, latents=tmp_path / "latents"))
 
 

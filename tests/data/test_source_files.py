@@ -1,4 +1,4 @@
-"""What a folder says is true: its splits and classes, what is left out of it, and what is refused because it is ambiguous."""
+"""The splits and classes of a folder, the files that are left out, and the ambiguous folders that are refused."""
 
 import glob
 import os

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the model: that it computes there what it computes on the CPU, and fast paths what slow ones do.
+"""The model on a GPU: it computes the same as on the CPU, and fast paths compute the same as slow ones.
 
 `make test-gpu` runs these tests. Distances are relative: the norm of a difference over the norm of what is expected.
 """

@@ -119,7 +119,7 @@ def test_a_whole_checkpoint_is_told_from_its_weights():
 )
 def test_export_refuses_what_the_released_code_cannot_do(changes):
     habits = {"rope": "released", "prediction_type": "epsilon", "clean_timestep": "released"}
-    with pytest.raises(ValueError, match="the released code knows"):
+    with pytest.raises(ValueError, match="the released code supports only"):
         to_released(build(tiny(**{"width": 128, "unet": load().config.unet, **habits, **changes})))
 
 

@@ -1,4 +1,4 @@
-"""The paper's numbers, and runs beside them."""
+"""The comparison of runs with the paper's numbers."""
 
 import csv
 from dataclasses import replace

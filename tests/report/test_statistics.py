@@ -1,4 +1,4 @@
-"""Means and how far they may be off, against scipy."""
+"""Means and their intervals, against scipy."""
 
 import math
 from statistics import fmean, stdev

@@ -1,4 +1,4 @@
-"""What is reported on: sweeps that are not done, and searches."""
+"""Reports on sweeps that are not done, and on searches."""
 
 import re
 

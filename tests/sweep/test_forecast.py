@@ -1,4 +1,4 @@
-"""What several sweeps cost together."""
+"""The forecast of the joint cost of several sweeps."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What a cell needs, by the record of its run: real evaluations of random weights."""
+"""The needs of a cell, by the record of its run: real evaluations of random weights."""
 
 from dataclasses import replace
 from pathlib import Path

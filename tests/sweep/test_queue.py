@@ -1,4 +1,4 @@
-"""Who does what, and what is done: the queue of trials, over a real study and real run folders."""
+"""The queue of trials, over a real study and real run folders."""
 
 import json
 import multiprocessing

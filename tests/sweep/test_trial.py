@@ -1,4 +1,4 @@
-"""What became of a trial, from real processes that end in each of the ways."""
+"""The outcome of a trial, from real processes that end in each possible way."""
 
 import signal
 import sys

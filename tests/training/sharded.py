@@ -1,4 +1,4 @@
-"""What two processes do with a model sharded over them. They import this module when they start."""
+"""The work of two processes with a model sharded over them. They import this module when they start."""
 
 from contextlib import nullcontext
 

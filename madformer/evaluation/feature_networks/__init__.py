@@ -34,14 +34,14 @@ _log = logging.getLogger(__name__)
 
 
 def build_feature_network(name: str, device: torch.device | str = "cpu") -> FeatureNetwork:
-    """Build the network of that name; the global random state stays as it is.
+    """Build the network of that name. The global random state stays as it is.
 
     Args:
         name: an entry of `evaluation.feature_networks`.
         device: where it computes.
 
     Raises:
-        ConfigError: there is none, it cannot be had, or it is no feature network.
+        ConfigError: the network does not exist, is not available, or is not a feature network.
     """
     check_feature_network_name(name)
     try:
@@ -57,7 +57,7 @@ def build_feature_networks(names: Sequence[str], device: torch.device | str = "c
     """Build all of these networks.
 
     Raises:
-        ConfigError: as `build_feature_network`; or metrics of two of them would have the same name.
+        ConfigError: as `build_feature_network`, or metrics of two networks would have the same name.
     """
     networks: dict[str, FeatureNetwork] = {}
     for name in names:
@@ -70,10 +70,13 @@ def build_feature_networks(names: Sequence[str], device: torch.device | str = "c
 
 
 def build_fitting_networks(config: ExperimentConfig, codec: Codec, device: torch.device | str) -> tuple[FeatureNetwork, ...]:
-    """The networks of an experiment, which take images of its size.
+    """Build the networks of an experiment, and check that they accept its images.
+
+    Args:
+        codec: the experiment's codec, which determines the size of its images.
 
     Raises:
-        ConfigError: as `build_feature_networks`, or a network does not take such images.
+        ConfigError: as `build_feature_networks`, or a network does not accept the images.
     """
     networks = build_feature_networks(config.evaluation.feature_networks, device)
     for network in networks:
@@ -82,13 +85,13 @@ def build_fitting_networks(config: ExperimentConfig, codec: Codec, device: torch
 
 
 def require_fitting_networks(config: ExperimentConfig, codec: Codec | None) -> None:
-    """Refuse networks that do not take an experiment's images. Networks of the hub, or not yet on the disk, are not checked.
+    """Refuse networks that do not accept an experiment's images. Networks of the hub or not on the disk are not checked.
 
     Raises:
-        ConfigError: names the first network that does not.
+        ConfigError: a network does not. The message names the first one.
     """
     if codec is None and config.data.codec != PIXELS:
-        return  # training on latents opens none
+        return  # training on latents opens no codec
     for name in config.evaluation.feature_networks:
         if name.partition(":")[0] not in (INCEPTION, "hf"):
             try:

@@ -22,30 +22,30 @@ from madformer.lookup import build_custom, describe, modules_of
 from madformer.runs.checkpoints import weights_sha256
 
 _RESERVED = (INCEPTION, *SHIPPED_NETWORKS, "dinov2")
-"""Labels that promise a certain network."""
+"""Labels that belong to certain networks."""
 
 _PROBE_SIZE = 256
-"""Pixels along the side of the images that are tried."""
+"""Pixels along a side of the images for the check."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a network sees in images."""
+    """A network's outputs for a batch of images."""
 
     features_BD: Tensor
     """float32, on the network's device."""
     logits_BK: Tensor | None = None
-    """Logits of classes without the last layer's bias, for the Inception score; `inception` alone has them."""
+    """Logits of classes without the last layer's bias, for the Inception score. Only `inception` has them."""
 
 
 class FeatureNetwork:
-    """A frozen network that describes each image by a vector; always in float32 (TF32 and autocast do not reach it).
+    """A frozen network that maps each image to a vector. It always computes in float32, without TF32 and autocast.
 
     Attributes:
         name: as in `evaluation.feature_networks`.
-        label: what metrics are named after, such as `dinov2`.
+        label: the part of metrics' names that stands for the network, such as `dinov2`.
         width: d, the features' length.
-        sha256: hexadecimal SHA-256 of the weights and of all else that decides features, whatever device they are on.
+        sha256: hexadecimal SHA-256 of the weights and of all else that determines features, independent of the device.
         device: where it computes, and where its features are.
     """
 
@@ -54,11 +54,11 @@ class FeatureNetwork:
 
         Args:
             name, label, sha256: see above.
-            module: images as in `__call__` to features [B, d], or to `Features`.
-            width: if it is not known, RGB images are tried.
+            module: maps images as in `__call__` to features [B, d], or to `Features`.
+            width: the features' length; None: it is found by trying RGB images.
 
         Raises:
-            InputError: these images show that it is no feature network.
+            InputError: the try shows that this is not a feature network.
         """
         self.name, self.label, self.sha256 = name, label, sha256
         self.device = torch.device("cpu")
@@ -66,20 +66,20 @@ class FeatureNetwork:
         self.width = self._try_images() if width is None else width
 
     def to(self, device: torch.device | str) -> FeatureNetwork:
-        """Move it, and return it."""
+        """Move the network to a device, and return it."""
         self.device = torch.device(device)
         self._module.to(self.device)
         return self
 
     def __call__(self, images_BCYX: Tensor) -> Features:
-        """Features of images; the clipping to [-1, 1] is the network's.
+        """Features of images. The network itself clips images to [-1, 1].
 
         Args:
             images_BCYX: [B, C, Y, X] floating point in [-1, 1], on any device.
 
         Raises:
-            ValueError: images that are not finite, of another type, or of a shape that the network does not take.
-            ConfigError: a custom network returns something else than [B, d].
+            ValueError: images that are not finite, of another type, or of a shape that the network does not accept.
+            ConfigError: a custom network returns something other than [B, d].
         """
         if images_BCYX.ndim != 4:
             raise ValueError(f"images of shape {list(images_BCYX.shape)}: {self.name} needs [B, C, Y, X]")
@@ -99,7 +99,7 @@ class FeatureNetwork:
             return self._module(images_BCYX)
 
     def try_images(self, channels: int, size: int) -> None:
-        """Check that the network takes images of this many channels and pixels along one side.
+        """Check that the network accepts square images of this many channels and pixels along a side.
 
         Raises:
             ConfigError: it does not.
@@ -120,26 +120,26 @@ class FeatureNetwork:
             raise InputError(f"fails on images of shape {list(images_BCYX.shape)}: {describe(error)}") from error
         once_BD, again_BD = (_require_features(each, len(images_BCYX)).features_BD for each in found)
         if not torch.allclose(once_BD, again_BD, rtol=1e-3, atol=1e-3 * float(once_BD.abs().max())):
-            raise InputError("gives other features each time it sees the same images")
+            raise InputError("gives different features for the same images")
         return once_BD.shape[1]
 
 
 def make_label(kind: str, text: str) -> str:
-    """A label of lower-case letters, digits and underscores that promises no network but `text` itself."""
+    """A label of lower-case letters, digits and underscores, made from `text`. Reserved labels get the prefix `kind`."""
     label = re.sub(r"[^a-z0-9]", "_", text.lower())
     return f"{kind}_{label}" if label in _RESERVED else label
 
 
 def network_error(name: str, reason: InputError) -> ConfigError:
-    """What is wrong with a network, with the field that names it."""
+    """An error on a network, with the field that names it."""
     return ConfigError(f"evaluation.feature_networks: {name!r}: {reason}")
 
 
 def as_files(images_BCYX: Tensor) -> Tensor:
-    """Images as files would hold them, which is what published distances are of.
+    """Images as bytes, as files hold them. Published distances are computed on files.
 
     Args:
-        images_BCYX: [B, 1 or 3, Y, X] floating point; what lies outside [-1, 1] is clipped, grey becomes RGB.
+        images_BCYX: [B, 1 or 3, Y, X] floating point. Values are clipped to [-1, 1], and grey becomes RGB.
 
     Returns:
         [B, 3, Y, X] uint8.
@@ -166,7 +166,7 @@ def _require_features(found: object, batch: int, width: int | None = None) -> Fe
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """The trainer's precision is not the network's."""
+    """Compute in full float32, whatever the trainer's precision."""
     backends: Any = torch.backends  # whose types lack these switches
     switches = (
         *(backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul),
@@ -194,14 +194,14 @@ class _Custom(nn.Module):
 
 
 def build_custom_network(name: str) -> FeatureNetwork:
-    """The class that `module.path:Class` or `file.py:Class` names, built without arguments; an nn.Module or not.
+    """The network of a class that `module.path:Class` or `file.py:Class` names. The class is built without arguments.
 
-    It is called with images [B, C, Y, X] float32 in [-1, 1] and gives features [B, d]. Where it has an attribute
-    `num_features`, that is d; else it must take RGB images of 256 x 256, which are tried. Its SHA-256 is of the weights and
-    of the file that the class is in.
+    It may be an nn.Module, but need not. It is called with images [B, C, Y, X] float32 in [-1, 1] and returns features [B, d].
+    If it has an attribute `num_features`, that is d. Else it must accept RGB images of 256 x 256, with which it is tried. Its
+    SHA-256 covers the weights and the file of the class.
 
     Raises:
-        InputError: it cannot be imported or built, or is no feature network.
+        InputError: the class cannot be imported or built, or is not a feature network.
     """
     place, _, kind = name.rpartition(":")
     custom = build_custom(place, kind)

@@ -23,7 +23,7 @@ from madformer.lookup import CONFIG, describe, find_model, first_line
 from madformer.runs.checkpoints import weights_sha256
 
 _FIDELITY_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
-"""torch-fidelity's file. Its name holds the first digits of its SHA-256, as is torch.hub's custom."""
+"""torch-fidelity's file. Its name contains the first digits of its SHA-256, by torch.hub's convention."""
 
 _WEIGHTS_SHA256 = "6726825d"
 
@@ -58,11 +58,11 @@ def build_inception(name: str, file: Path | None) -> FeatureNetwork:
 
     Args:
         name: as in `evaluation.feature_networks`.
-        file: its weights; None: torch-fidelity's own, from the cache of torch.hub or the network. Of other weights, the label
-            is the file's name.
+        file: its weights; None: torch-fidelity's own, from torch.hub's cache or the network. With other weights, the label is
+            the file's name.
 
     Raises:
-        InputError: torch-fidelity is not installed, or there are no such weights.
+        InputError: torch-fidelity is not installed, or the weights are not available.
     """
     library = _import_library()
     path = _find_weights(library.URL_INCEPTION_V3) if file is None else file
@@ -83,18 +83,18 @@ def build_inception(name: str, file: Path | None) -> FeatureNetwork:
 def build_torchscript(name: str, file: Path) -> FeatureNetwork:
     """A TorchScript file whose `forward` takes images [B, 3, Y, X] uint8 of any size.
 
-    With an argument `return_features`, that is set.
+    If `forward` has an argument `return_features`, it is set.
 
     Raises:
-        InputError: there is no such file, or it is no feature network.
+        InputError: the file does not exist, or is not a feature network.
     """
     sha256 = _sha256(file)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # what is to replace TorchScript does not read its files
+            warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript's successor does not read its files
             script = torch.jit.load(str(file), map_location="cpu")
     except Exception as error:  # a file can be broken in every way
-        raise InputError(f"{file} is no TorchScript file: {first_line(error)}") from error
+        raise InputError(f"{file} is not a TorchScript file: {first_line(error)}") from error
     label = INCEPTION if sha256 == _SCRIPT_SHA256 else make_label("torchscript", file.stem)
     return FeatureNetwork(name, label, _Script(script), sha256)
 
@@ -140,15 +140,15 @@ _FILTERS = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers, which image processors use."""
 
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
-"""What the parameter of a class token is called; it is token 0."""
+"""Names of the class token's parameter. The class token is token 0."""
 
 _IRRELEVANT = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version")
-"""Entries of config.json that change no features."""
+"""Entries of config.json that do not change features."""
 
 
 @dataclass(frozen=True)
 class _Input:
-    """What a network takes."""
+    """The input that a network expects."""
 
     height: int
     width: int
@@ -158,9 +158,9 @@ class _Input:
     deviation: tuple[float, ...]
 
     def prepare(self, images_BCYX: Tensor) -> Tensor:
-        """Bytes [B, 3, Y, X] to the network's input.
+        """Turn bytes [B, 3, Y, X] into the network's input.
 
-        The whole image is resized as by Pillow, which is behind published distances: along x, then along y, rounded after each.
+        The whole image is resized as Pillow does it for published distances: along x, then along y, with rounding after each.
         """
         images_BCYX = images_BCYX.float()
         for size in ((images_BCYX.shape[2], self.width), (self.height, self.width)):
@@ -172,7 +172,7 @@ class _Input:
 
 
 class _Pretrained(nn.Module):
-    """A vision network, and one vector of what it gives."""
+    """A vision network with one vector of its output for each image."""
 
     def __init__(self, network: nn.Module, input: _Input, has_pooler: bool) -> None:
         super().__init__()
@@ -193,14 +193,14 @@ class _Pretrained(nn.Module):
 
 
 def build_pretrained(name: str, location: str) -> FeatureNetwork:
-    """A vision network of transformers; of one with a text tower, the vision tower.
+    """A vision network of transformers. If it has a text tower too, only its vision tower is used.
 
     Args:
         name: as in `evaluation.feature_networks`.
-        location: a folder that `save_pretrained` wrote, or a hub id. What the hub's cache holds is used without asking the hub.
+        location: a folder that `save_pretrained` wrote, or a hub id. Files in the hub's cache are used without asking the hub.
 
     Raises:
-        InputError: it cannot be had, or is no network that takes single images.
+        InputError: the network is not available, or does not take single images.
     """
     folder = find_model(location, _PROCESSORS, _WEIGHTS)
     with _quiet():
@@ -217,7 +217,7 @@ def build_pretrained(name: str, location: str) -> FeatureNetwork:
 
 
 def _load(folder: Path) -> tuple[Any, bool]:
-    """The network, and whether its pooler can be used: checkpoints of classifiers leave some of them untrained."""
+    """The network, and whether its pooler is trained: checkpoints of classifiers may lack the pooler's weights."""
     from transformers import AutoModel
 
     try:
@@ -263,7 +263,7 @@ def _read_input(folder: Path) -> _Input:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's progress bars, and its reports of weights that are missing or not needed."""
+    """Silence the library's progress bars, and its reports on missing and unused weights."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -20,9 +20,9 @@ from madformer.runs.checkpoints import weights_sha256
 
 
 def digits_classifier() -> nn.Sequential:
-    """An untrained classifier of digits: [B, 1, 8, 8] in [-1, 1] to 10 logits, the last layer's input being 64 features.
+    """An untrained classifier of digits: images [B, 1, 8, 8] in [-1, 1] to 10 logits. Its last layer reads 64 features.
 
-    GELU, not ReLU: no feature is dead, so that their covariance is regular.
+    With GELU no feature is dead, as it may be with ReLU. So the features' covariance is regular.
     """
     return nn.Sequential(
         nn.Conv2d(1, 24, kernel_size=3, padding=1),
@@ -37,10 +37,10 @@ def digits_classifier() -> nn.Sequential:
 
 
 class DigitsFeatures(nn.Module):
-    """Penultimate features of a classifier of 8 x 8 digits, in place of Inception; the metric is `fd_digits`, never "FID".
+    """Penultimate features of a classifier of 8 x 8 digits, in place of Inception. The metric is `fd_digits`, never "FID".
 
-    There is nothing that differs between training and evaluation mode. The layers run in float64, so that neither the batch
-    size nor reduced precision of matrix products (TF32, autocast) shows in the features.
+    Training and evaluation mode are the same. The layers run in float64, so that features depend neither on the batch size nor
+    on reduced precision of matrix products (TF32, autocast).
     """
 
     num_features = 64
@@ -56,7 +56,7 @@ class DigitsFeatures(nn.Module):
         """Features of images.
 
         Args:
-            images_BCYX: [B, 1, 8, 8] in [-1, 1]; what lies outside is clipped, as it is when an image is saved.
+            images_BCYX: [B, 1, 8, 8]. Values are clipped to [-1, 1], as when an image is saved.
 
         Returns:
             [B, 64] float32.
@@ -75,7 +75,7 @@ class DigitsFeatures(nn.Module):
 
 
 class Residual(nn.Sequential):
-    """Layers whose input is added to their output."""
+    """Layers with a residual connection around them."""
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
         """[B, C, Y, X] to the same shape."""
@@ -83,9 +83,9 @@ class Residual(nn.Sequential):
 
 
 def cifar10_classifier() -> nn.Sequential:
-    """An untrained classifier of CIFAR-10: [B, 3, 32, 32] in [-1, 1] to 10 logits, the last layer's input being 128 features.
+    """An untrained classifier of CIFAR-10: images [B, 3, 32, 32] in [-1, 1] to 10 logits. Its last layer reads 128 features.
 
-    A residual network (He et al. 2016) of 360 thousand parameters and 16 million multiplications an image.
+    It is a residual network (He et al. 2016) of 360 thousand parameters and 16 million multiplications per image.
     """
 
     def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
@@ -99,7 +99,7 @@ def cifar10_classifier() -> nn.Sequential:
 
 
 class CIFAR10Features(nn.Module):
-    """Penultimate features of a classifier of CIFAR-10, in place of Inception; the metric is `fd_cifar10`, never "FID".
+    """Penultimate features of a classifier of CIFAR-10, in place of Inception. The metric is `fd_cifar10`, never "FID".
 
     Images of another size than 32 x 32 are resized by a fixed bilinear filter, with antialiasing when they shrink.
     """
@@ -108,7 +108,7 @@ class CIFAR10Features(nn.Module):
     """Width of the features, under the name by which torchmetrics asks for it."""
 
     size = 32
-    """Pixels along the side of the images that the classifier was trained on."""
+    """Pixels along a side of the images that the classifier was trained on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class CIFAR10Features(nn.Module):
         """Features of images.
 
         Args:
-            images_BCYX: [B, 1 or 3, Y, X] floating point in [-1, 1], seen as files would hold them.
+            images_BCYX: [B, 1 or 3, Y, X] floating point in [-1, 1], rounded to bytes as in files.
 
         Returns:
             [B, 128] float32.
@@ -133,7 +133,7 @@ class CIFAR10Features(nn.Module):
 
 
 def resize(images_BCYX: Tensor, size: int) -> Tensor:
-    """Square images at `size` pixels, by the filter of `CIFAR10Features`; as they are if they have that size."""
+    """Square images resized to `size` pixels with the filter of `CIFAR10Features`; unchanged if they have that size."""
     if images_BCYX.shape[2:] == (size, size):
         return images_BCYX
     return F.interpolate(images_BCYX, (size, size), mode="bilinear", antialias=True)
@@ -148,7 +148,7 @@ def build_shipped(name: str) -> FeatureNetwork:
 def _trained(name: str, build: Callable[[], nn.Sequential]) -> nn.Sequential:
     """A classifier with the weights that ship with the package, frozen."""
     weights = resources.files("madformer.evaluation.feature_networks") / f"{name}_features.safetensors"
-    with torch.device("meta"):  # nothing is drawn: building a metric must not move the global random state
+    with torch.device("meta"):  # draws no random numbers: building a metric must not change the global random state
         classifier = build()
     classifier.load_state_dict(load(weights.read_bytes()), assign=True)
     return classifier.eval().requires_grad_(False)

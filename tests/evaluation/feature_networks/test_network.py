@@ -324,7 +324,7 @@ def test_random_weights_are_the_same_whenever_a_network_is_built(user_file):
         ("mine.py:Whole", "must give features of shape [2, d], floating point; not [2, 196608], torch.int64"),
         ("mine.py:Pair", "must give features of shape [2, d], not tuple"),
         ("mine.py:Small", "must give features of shape [2, d], floating point; not [6144, 64], torch.float32"),
-        ("mine.py:Random", "gives other features each time it sees the same images"),
+        ("mine.py:Random", "gives different features for the same images"),
     ],
 )
 def test_own_class_that_is_no_network(user_file, name, words):

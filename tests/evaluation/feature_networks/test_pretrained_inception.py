@@ -93,9 +93,9 @@ def test_the_published_file_is_inception(tmp_path, monkeypatch):
 def test_files_that_are_no_torchscript(tmp_path):
     assert complaint("torchscript:missing.pt") == "no such file: missing.pt"
     (tmp_path / "text.pt").write_text("no network")
-    assert complaint(f"torchscript:{tmp_path / 'text.pt'}").startswith(f"{tmp_path / 'text.pt'} is no TorchScript file: ")
+    assert complaint(f"torchscript:{tmp_path / 'text.pt'}").startswith(f"{tmp_path / 'text.pt'} is not a TorchScript file: ")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "state.pt")
-    assert complaint(f"torchscript:{tmp_path / 'state.pt'}").startswith(f"{tmp_path / 'state.pt'} is no TorchScript file: ")
+    assert complaint(f"torchscript:{tmp_path / 'state.pt'}").startswith(f"{tmp_path / 'state.pt'} is not a TorchScript file: ")
     script(Maps, tmp_path / "maps.pt")
     assert complaint(f"torchscript:{tmp_path / 'maps.pt'}").startswith("must give features of shape [2, d]")
 
