@@ -236,5 +236,4 @@ class RunWandbLogger(WandbLogger):
         try:
             return super().experiment
         except wandb.Error as error:
-            remedy = "wandb login, or set WANDB_MODE=offline"
-            raise InputError(f"wandb: {str(error).splitlines()[0]}; {remedy}") from error
+            raise InputError(f"{str(error).splitlines()[0]} Without a server: set WANDB_MODE=offline") from error
