@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import Markdown, MarkdownElement, TableElement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -189,7 +190,7 @@ class TextTable:
         """The table for a terminal."""
         table = Table(title=Text(self.title), title_justify="left")
         for heading in self.headings:
-            table.add_column(heading, justify="left" if heading in self.left_aligned else "right")
+            table.add_column(heading, justify="left" if heading in self.left_aligned else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*(Text(word, _STYLES.get((name, word), "")) for name, word in zip(self.headings, row, strict=True)))
         return table
@@ -214,6 +215,29 @@ def print_table(table: TextTable, lines: Sequence[str]) -> None:
     else:
         print(table.plain())
     print("\n".join(lines))
+
+
+class _WholeTable(TableElement):
+    """A table in Markdown whose cells are folded where the terminal is narrow. Rich would cut their ends off."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in super().__rich_console__(console, options):
+            assert isinstance(table, Table)
+            for column in table.columns:
+                column.overflow = "fold"
+            yield table
+
+
+class _Markdown(Markdown):
+    elements: ClassVar[dict[str, type[MarkdownElement]]] = {**Markdown.elements, "table_open": _WholeTable}
+
+
+def print_markdown(text: str) -> None:
+    """Print Markdown: typeset on a terminal, as it is in a log."""
+    if sys.stdout.isatty():
+        Console().print(_Markdown(text))
+    else:
+        print(text)
 
 
 def with_unit(number: float) -> str:
