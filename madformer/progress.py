@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from madformer.config import ExperimentConfig
+from madformer.config.identity import is_imported
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.runs.files import to_json, write_text
 from madformer.runs.folder import is_claimed, progress_path
@@ -70,6 +71,8 @@ def read_progress(path: Path) -> dict[str, dict[str, Any]]:
 def training_state(config: ExperimentConfig) -> str:
     """How far a run's training is, whether a process trains it now, and what it can go on from."""
     run, last = config.run_dir, config.trainer.max_steps
+    if is_imported(run):
+        return "its weights are imported: nothing is trained here"
     steps = [checkpoint_step(path) for path in list_checkpoints(run)]
     kept = f"newest checkpoint: step {steps[-1]}" if steps else "no checkpoint yet"
     entry, claimed = read_progress(progress_path(run)).get("step"), is_claimed(run, "train")

@@ -284,6 +284,11 @@ def read_branch_step(run: Path) -> int:
     return int(match[1]) if match else 0
 
 
+def is_imported(run: Path) -> bool:
+    """Whether a run's weights came from a file, by its config.yaml."""
+    return "\n  imported:\n" in _read_head(run)
+
+
 def _read_head(run: Path) -> str:
     try:
         with config_path(run).open(encoding="utf-8") as file:

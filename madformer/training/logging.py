@@ -152,8 +152,8 @@ class RunCsvLogger(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
-        """Lightning's writer."""
+    def experiment(self) -> Any:
+        """Lightning's writer of the file."""
         if self._experiment is None:
             self._experiment = _Rows(self.log_dir)
         return self._experiment
