@@ -285,7 +285,7 @@ def diff(
 
     rows, line = compare(one, other)
     if rows:
-        print_table(TextTable("what differs", ("field", one, other), frozenset(("field", one, other)), rows), [line])
+        print_table(TextTable("what differs", ("field", one, other), frozenset(("field", one, other)), [*rows]), [line])
     else:
         print(f"nothing differs\n{line}")
 

@@ -237,3 +237,10 @@ class RunWandbLogger(WandbLogger):
             return super().experiment
         except wandb.Error as error:
             raise InputError(f"{str(error).splitlines()[0]} Without a server: set WANDB_MODE=offline") from error
+
+    def finalize(self, status: str) -> None:
+        """End the run, so that the next one of this process is another."""
+        super().finalize(status)
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=int(status != "success"))
+            self._experiment = None
