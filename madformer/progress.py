@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Markdown, MarkdownElement, TableElement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -191,7 +192,7 @@ class TextTable:
 
     def rich(self) -> Table:
         """The table for a terminal."""
-        table = Table(title=Text(self.title), title_justify="left")
+        table = Table(title=Text(self.title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for heading in self.headings:
             table.add_column(heading, justify="left" if heading in self.left_aligned else "right", overflow="fold")
         for row in self.rows:

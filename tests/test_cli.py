@@ -191,10 +191,18 @@ def test_show_says_how_far_a_run_is_and_writes_nothing(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--help", "sweep --help", "train {digits} model.depth=0", "sweep plan sweeps/quickstart.yaml"]
+    "arguments",
+    [
+        "--help",
+        "sweep --help",
+        "train {digits} model.depth=0",
+        "sweep plan sweeps/quickstart.yaml",
+        "config {digits}",
+        "show {run}",
+    ],
 )
-def test_what_needs_no_torch_does_not_import_it(arguments):
-    words = arguments.format(digits=DIGITS).split()
+def test_what_needs_no_torch_does_not_import_it(arguments, run):
+    words = arguments.format(digits=DIGITS, run=run).split()
     code = f"import sys\nsys.argv = ['madformer', *{words!r}]\nfrom madformer.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
     argv = [command()[0], "-c", code]
     printed = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False).stdout
