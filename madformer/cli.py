@@ -19,11 +19,10 @@ from madformer import __version__
 from madformer.config import load_experiment, load_run
 from madformer.config.evaluation import SPACINGS, TRIES, SamplerName
 from madformer.config.validation import typed_path
-from madformer.errors import DataError, InputError
+from madformer.errors import DataError, InputError, describe, explain
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -35,10 +34,15 @@ _TUNED = "Sample each budget as madformer tune chose."
 _DEPTH = "Diffusion depths of an elastic run, of model.elastic_depths; default: model.diffusion_depth"
 _INTERVAL = "Timesteps at which guidance acts, such as 100/900, or all"
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields that replace the file's.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Fields that replace the file's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", parser=typed_path)]
 SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.yaml")]
+
+
+def _examples(*commands: str) -> str:
+    r"""The end of a command's help. `\b` keeps its lines apart."""
+    return "\n".join(["\b", "Examples:", *(f"  madformer {command}" for command in commands)])
 
 
 def _print_version(wanted: bool) -> None:
@@ -50,13 +54,13 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say it and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """A laboratory for mixed autoregressive/diffusion image generators."""
 
 
-@app.command()
+@app.command(epilog=_examples("train experiments/digits.yaml name=first model.diffusion_depth=2", "train --resume runs/first"))
 def train(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="EXPERIMENT.yaml [KEY=VALUE]...")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run.", parser=typed_path)] = None,
@@ -87,7 +91,7 @@ def train(
     train_run(config, branch=branch)
 
 
-@app.command()
+@app.command(epilog=_examples("evaluate runs/first --nfe 16,64", "evaluate runs/first --steps 5,29 --sampler ddim,unipc"))
 def evaluate(
     run: RunFolder,
     overrides: Overrides = None,
@@ -110,7 +114,7 @@ def evaluate(
     devices: Annotated[int | None, typer.Option(min=1, help="Devices that share the work; default: all GPUs.")] = None,
     diagnostics: Annotated[bool, typer.Option("--diagnostics", help="Also losses on held-out images, and why.")] = False,
 ) -> None:
-    """Measure samples of a run; what is recorded already is not computed again."""
+    """Measure samples of a run. A point that is recorded already is not computed again."""
     from madformer.evaluation.request import parse_request
 
     options = {"references": tuple(reference or ()), "devices": devices, "diagnostics": diagnostics}
@@ -124,7 +128,7 @@ def evaluate(
         evaluate(request)
 
 
-@app.command()
+@app.command(epilog=_examples("tune runs/first --nfe 16,64", "tune sweeps/quickstart.yaml"))
 def tune(
     sources: Annotated[list[str], typer.Argument(metavar="RUN... [KEY=VALUE]... | SWEEP.yaml [KEY=VALUE]...")],
     nfe: Annotated[str | None, typer.Option(help="Budgets, such as 16,64; default: the experiment's, or the sweep's.")] = None,
@@ -133,7 +137,7 @@ def tune(
     minutes: Annotated[float | None, typer.Option(min=0, help="When to stop trying; what was found is confirmed.")] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="Devices that share the work; default: all GPUs.")] = None,
 ) -> None:
-    """Find the sampler, spacing and guidance that suit a run at each budget best; several runs share one choice."""
+    """Find the best sampler, spacing and guidance for each budget. Several runs share one choice."""
     names = list(itertools.takewhile(lambda word: "=" not in word, sources))
     overrides = sources[len(names) :]
     if not names:
@@ -148,12 +152,9 @@ def tune(
 
         sweep = load_sweep(Path(names[0]), overrides)
         tries = tries or sweep.evaluate.tries
-        work = [
-            (tuple(cell.config for cell in cells), budgets or cells[0].budgets_at(depth), depth)
-            for cells in trained_designs(sweep)
-            for depth in cells[0].depths
-            if diffusion_depth is None or depth in (None, *depths)
-        ]
+        designs = [(cells, depth) for cells in trained_designs(sweep) for depth in cells[0].depths]
+        chosen = [pair for pair in designs if diffusion_depth is None or pair[1] in (None, *depths)]
+        work = [(tuple(cell.config for cell in cells), budgets or cells[0].budgets_at(depth), depth) for cells, depth in chosen]
     else:
         configs = tuple(load_run(name, overrides) for name in names)
         work = [(configs, budgets or configs[0].evaluation.nfe, depth) for depth in depths]
@@ -164,7 +165,7 @@ def tune(
             tune(TuningRequest(runs, nfes, tries or TRIES, minutes, devices, depth))
 
 
-@app.command()
+@app.command(epilog=_examples("sample runs/first --num 64 --nfe 64 --out samples"))
 def sample(
     run: RunFolder,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the images.", parser=typed_path)],
@@ -183,7 +184,7 @@ def sample(
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
     devices: Annotated[int | None, typer.Option(min=1, help="Devices that share the work; default: all GPUs.")] = None,
 ) -> None:
-    """Write images, and a grid of them; those that are there already are left alone."""
+    """Write sampled images into a folder, and a grid of them. Images that are there already stay as they are."""
     from madformer.evaluation.request import parse_sampling
 
     axes = {"diffusion_depth": diffusion_depth, "sampler": sampler, "spacing": spacing, "guidance": guidance}
@@ -196,12 +197,12 @@ def sample(
         write_samples(request, out)
 
 
-@app.command()
+@app.command(epilog=_examples("encode experiments/folder.yaml data.source=photos data.latents=latents/photos"))
 def encode(
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
     overrides: Overrides = None,
 ) -> None:
-    """Turn images into shards of latents (data.latents); run again, it goes on."""
+    """Turn images into shards of latents (data.latents). Run again, it goes on."""
     config = load_experiment(experiment, overrides or [])
     from madformer.data.encode import encode as encode_images
 
@@ -209,7 +210,7 @@ def encode(
         encode_images(config)
 
 
-@app.command("import")
+@app.command("import", epilog=_examples("import JunhaoC/MADFormer-FFHQ --out runs/theirs"))
 def import_(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="FILE", help="A released checkpoint, a hub's owner/name, or an exported file.")
@@ -224,7 +225,7 @@ def import_(
     import_run(checkpoint, out, weights, overrides or [])
 
 
-@app.command()
+@app.command(epilog=_examples("export runs/first --out first.safetensors"))
 def export(
     run: RunFolder,
     out: Annotated[
@@ -232,13 +233,13 @@ def export(
     ],
     weights: Annotated[str, typer.Option(help="ema or model.")] = "ema",
 ) -> None:
-    """Write a run's weights: as safetensors with the configuration, or as a checkpoint of the released code."""
+    """Write a run's weights to one file: safetensors, or the released code's."""
     from madformer.runs.exchange import export_run
 
     export_run(run, out, weights)
 
 
-@app.command()
+@app.command(epilog=_examples("report sweeps/quickstart.yaml --samples 12", "report runs/first runs/second"))
 def report(
     sources: Annotated[list[str], typer.Argument(metavar="SWEEP.yaml [KEY=VALUE]... | RUN...")],
     out: Annotated[
@@ -256,23 +257,68 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which design for which budget: tables and curves of a sweep, or of runs side by side, beside the paper's numbers."""
+    """Compare designs: which is the best for which budget. Tables and curves of a sweep, or of runs, beside the paper's."""
     from madformer.report.write import report_on
 
     with _going_on_later():
         report_on(sources, out, metric, against, samples, reference, as_json)
 
 
-@sweep_app.command("run")
+@app.command(epilog=_examples("config experiments/digits.yaml model.diffusion_depth=2 > mine.yaml"))
+def config(experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")], overrides: Overrides = None) -> None:
+    """Print every field of an experiment and where it comes from. The YAML can be saved and trained."""
+    from madformer.config.identity import annotated_yaml
+    from madformer.config.loading import field_origins
+
+    loaded = load_experiment(experiment, overrides or [])
+    print(annotated_yaml(loaded, field_origins(experiment, overrides or [])), end="")
+
+
+@app.command(epilog=_examples("diff runs/first runs/second", "diff runs/first experiments/digits.yaml"))
+def diff(
+    one: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, or an experiment's YAML file.")],
+    other: Annotated[str, typer.Argument(metavar="RUN", help="The same.")],
+) -> None:
+    """Print the fields in which two runs or experiments differ. The last line says whether their weights do."""
+    from madformer.config.identity import compare
+    from madformer.progress import TextTable, print_table
+
+    rows, line = compare(one, other)
+    if rows:
+        print_table(TextTable("what differs", ("field", one, other), frozenset(("field", one, other)), [*rows]), [line])
+    else:
+        print(f"nothing differs\n{line}")
+
+
+@app.command(epilog=_examples("show runs/first"))
+def show(run: RunFolder) -> None:
+    """Print what a run is, how far it is, and its newest numbers. It may be in training."""
+    from madformer.config.identity import design_lines, run_hash
+    from madformer.evaluation.record import newest_values
+    from madformer.progress import print_table, training_state
+
+    config = load_run(run)
+    print("\n".join([f"{config.run_dir}, configuration hash {run_hash(config)}", *design_lines(config)]))
+    state, values = training_state(config), newest_values(config.run_dir)
+    if values.rows:
+        print_table(values, [state])
+    else:
+        print(f"no evaluations; make them: madformer evaluate {config.run_dir}\n{state}")
+
+
+@sweep_app.command(
+    "run", epilog=_examples("sweep run sweeps/quickstart.yaml", "sweep run sweeps/quickstart.yaml 'seeds=[0,1,2]'")
+)
 def sweep_run(
     sweep: SweepFile,
     overrides: Overrides = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what has failed.")] = False,
 ) -> None:
-    """Train and evaluate every cell; what is done is not done again."""
+    """Train and evaluate every cell of a sweep. Run again, it does only the rest."""
     from madformer.sweep.load_sweep import load_sweep
 
     spec = load_sweep(sweep, overrides or [])
+    from madformer.evaluation.tensorboard import board_address
     from madformer.sweep.cells import sweep_cells
     from madformer.sweep.driver import run_sweep
 
@@ -281,10 +327,11 @@ def sweep_run(
         print(f"table and curves: madformer report {shlex.join([str(sweep), *(overrides or [])])}")
         in_sweep_folder = all(cell.run.parent == spec.folder for cell in sweep_cells(spec))
         print(f"in TensorBoard:   tensorboard --logdir {spec.folder if in_sweep_folder else spec.folder.parent}")
+        print(f"                  {board_address(tagFilter='_vs_', runColorGroup='regex:(.*)-s')}")
     raise typer.Exit(status)
 
 
-@sweep_app.command("plan")
+@sweep_app.command("plan", epilog=_examples("sweep plan sweeps/quickstart.yaml", "sweep plan sweeps/paper/*.yaml --memory 80"))
 def sweep_plan(
     sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP.yaml... [KEY=VALUE]...", help="Of several, what all cost.")],
     tflops: Annotated[float | None, typer.Option(min=1e-3, help="Peak of a device in TFLOP/s; default: an A100's.")] = None,
@@ -292,31 +339,27 @@ def sweep_plan(
     memory: Annotated[float | None, typer.Option(min=1e-3, help="Of a device, in GiB: say which cells do not fit.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what would run, and what it costs: by measured rates if there are any, else by FLOPs."""
+    """Show what a sweep would run and what it costs, by measured rates if there are any, else by FLOPs."""
     files = list(itertools.takewhile(lambda word: "=" not in word, sweeps))
     if not files:
         raise InputError(f"{sweeps[0]}: name a SWEEP.yaml before overrides")
     from madformer.sweep.load_sweep import load_sweep
-    from madformer.sweep.status import print_plan
+    from madformer.sweep.status import print_json, print_plan, print_suite
 
     loaded = [load_sweep(Path(file), sweeps[len(files) :]) for file in files]
     if as_json:
-        from madformer.sweep.status import print_json
-
         if len(loaded) > 1 or memory is not None:
             raise InputError("--json: one sweep at a time, and without --memory")
         print_json(loaded[0], tflops, mfu)
     elif len(loaded) == 1:
         print_plan(loaded[0], tflops, mfu, memory)
     else:
-        from madformer.sweep.status import print_suite
-
         print_suite(loaded, tflops, mfu, memory)
 
 
-@sweep_app.command("status")
+@sweep_app.command("status", epilog=_examples("sweep status sweeps/quickstart.yaml"))
 def sweep_status(sweep: SweepFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Show how far every cell is; live on a terminal."""
+    """Show how far every cell of a sweep is, live on a terminal."""
     from madformer.sweep.load_sweep import load_sweep
     from madformer.sweep.status import print_json, print_status
 
@@ -333,19 +376,19 @@ def main() -> None:
     except DataError as error:
         _fail(f"bad data: {error}", 2)
     except (InputError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        _fail(_describe(error), 2)
+        _fail(describe(error), 2)
     except OSError as error:
         if error.errno in (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP):
-            _fail(_describe(error), 2)
+            _fail(describe(error), 2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _fail(f"{_describe(error)}; what was complete is kept, the same command goes on", 1)
+        _fail(f"{describe(error)}; what was complete is kept, the same command goes on", 1)
     except UnicodeEncodeError as error:
         _fail(f"{error.object!r}: no path of this locale ({error.encoding}): name it otherwise, or set LC_ALL=C.UTF-8", 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except RuntimeError as error:
-        _fail_if_expected(error)
+        _fail(*explain(error))
 
 
 @contextmanager
@@ -355,32 +398,6 @@ def _going_on_later() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _fail("interrupted; what was complete is kept, the same command goes on", 130)
-
-
-def _fail_if_expected(error: RuntimeError) -> None:
-    """Commands that end as they must: interrupted, diverged, killed. Anything else is a defect and shows where."""
-    from madformer.errors import Interrupted, NonFiniteError, ProcessKilledError
-
-    if isinstance(error, Interrupted):
-        _fail(str(error), 128 + error.signal_number)
-    if type(error).__name__ == "OutOfMemoryError":  # torch's
-        remedy = "lower data.batch_size_per_device, data.codec_batch_size or evaluation.batch_size"
-        _fail(f"out of memory: {str(error).splitlines()[0]}; {remedy}, or set model.activation_checkpointing=true", 1)
-    if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):  # torch's
-        remedy = "install gcc and Python's headers, or set model.compile=false and model.attention_backend=sdpa"
-        _fail(f"the model cannot be compiled here: {str(error).splitlines()[0]}; {remedy}", 1)
-    if isinstance(error, (NonFiniteError, ProcessKilledError)):
-        _fail(str(error), 1)
-    if "torchvision::" in str(error):  # every import of Lightning or torchmetrics ends so, whatever was asked for
-        remedy = "install the one that was, or uninstall it"
-        _fail(f"the installed torchvision was not built for this torch ({error}): {remedy}", 1)
-    raise error
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
 
 
 def _fail(message: Any, status: int) -> None:

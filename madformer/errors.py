@@ -42,3 +42,32 @@ class StoppedError(RuntimeError):
 
 class BadImage(ValueError):  # noqa: N818 - the state of a row, not an error of the program
     """A row without a readable image. The message is the reason. Readers skip the row and count it: no exit status."""
+
+
+def describe(error: Exception) -> str:
+    """An error in one line; of the system's, the file and the reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def explain(error: RuntimeError) -> tuple[str, int]:
+    """Message and exit status of a command that ended as it must: interrupted, diverged, killed, or something is missing here.
+
+    Raises:
+        RuntimeError: anything else is a defect and shows where.
+    """
+    if isinstance(error, Interrupted):
+        return str(error), 128 + error.signal_number
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        remedy = "lower data.batch_size_per_device, data.codec_batch_size or evaluation.batch_size"
+        return f"out of memory: {str(error).splitlines()[0]}; {remedy}, or set model.activation_checkpointing=true", 1
+    if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):  # torch's
+        remedy = "install gcc and Python's headers, or set model.compile=false and model.attention_backend=sdpa"
+        return f"the model cannot be compiled here: {str(error).splitlines()[0]}; {remedy}", 1
+    if isinstance(error, (NonFiniteError, ProcessKilledError)):
+        return str(error), 1
+    if "torchvision::" in str(error):  # every import of Lightning or torchmetrics ends so, whatever was asked for
+        remedy = "install the one that was, or uninstall it"
+        return f"the installed torchvision was not built for this torch ({error}): {remedy}", 1
+    raise error

@@ -6,6 +6,8 @@ Progress is also written to a file, for other processes.
 from __future__ import annotations
 
 import json
+import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,18 +15,29 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import Markdown, MarkdownElement, TableElement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from madformer.config import ExperimentConfig
+from madformer.config.identity import is_imported
+from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.runs.files import to_json, write_text
+from madformer.runs.folder import is_claimed, progress_path
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_REDRAWS = 0.2
 SECONDS_BETWEEN_WRITES = 5.0
+SILENT_SECONDS = 120.0
+"""Without progress for so long, a process is reported as silent."""
+
+_STYLES = {("state", "failed"): "red", ("state", "done"): "green", ("state", "waiting"): "dim"}
+"""Heading and text of a cell -> its style in a terminal. Rich leaves colours out where `NO_COLOR` is set."""
 
 
 class ProgressFile:
@@ -54,6 +67,26 @@ def read_progress(path: Path) -> dict[str, dict[str, Any]]:
     except (FileNotFoundError, ValueError):
         return {}
     return entries if isinstance(entries, dict) else {}
+
+
+def training_state(config: ExperimentConfig) -> str:
+    """How far a run's training is, whether a process trains it now, and what it can go on from."""
+    run, last = config.run_dir, config.trainer.max_steps
+    if is_imported(run):
+        return "its weights are imported: nothing is trained here"
+    steps = [checkpoint_step(path) for path in list_checkpoints(run)]
+    kept = f"newest checkpoint: step {steps[-1]}" if steps else "no checkpoint yet"
+    entry, claimed = read_progress(progress_path(run)).get("step"), is_claimed(run, "train")
+    silence = time.time() - entry["time"] if entry else math.inf
+    if steps and steps[-1] >= last:
+        return f"done, {last} steps; {kept}"
+    step = max([int(entry["done"]) if entry else 0, *steps])
+    if claimed or (claimed is None and silence < SILENT_SECONDS):
+        rate = entry["per_second"] if entry else 0
+        left = f", {rate:.3g} steps/s, about {format_duration((last - step) / rate)} left" if rate else ""
+        return f"training, step {step} of {last}{left}; {kept}"
+    elsewhere = f", or trained on another machine ({silence:.0f} s ago)" if silence < SILENT_SECONDS else ""
+    return f"stopped at step {step} of {last}{elsewhere}; {kept}; to go on: madformer train --resume {shlex.quote(str(run))}"
 
 
 class ProgressDisplay:
@@ -159,11 +192,11 @@ class TextTable:
 
     def rich(self) -> Table:
         """The table for a terminal."""
-        table = Table(title=Text(self.title), title_justify="left")
+        table = Table(title=Text(self.title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for heading in self.headings:
-            table.add_column(heading, justify="left" if heading in self.left_aligned else "right")
+            table.add_column(heading, justify="left" if heading in self.left_aligned else "right", overflow="fold")
         for row in self.rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(word, _STYLES.get((name, word), "")) for name, word in zip(self.headings, row, strict=True)))
         return table
 
     def plain(self) -> str:
@@ -186,6 +219,29 @@ def print_table(table: TextTable, lines: Sequence[str]) -> None:
     else:
         print(table.plain())
     print("\n".join(lines))
+
+
+class _WholeTable(TableElement):
+    """A table in Markdown whose cells are folded where the terminal is narrow. Rich would cut their ends off."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in super().__rich_console__(console, options):
+            assert isinstance(table, Table)
+            for column in table.columns:
+                column.overflow = "fold"
+            yield table
+
+
+class _Markdown(Markdown):
+    elements: ClassVar[dict[str, type[MarkdownElement]]] = {**Markdown.elements, "table_open": _WholeTable}
+
+
+def print_markdown(text: str) -> None:
+    """Print Markdown: typeset on a terminal, as it is in a log."""
+    if sys.stdout.isatty():
+        Console().print(_Markdown(text))
+    else:
+        print(text)
 
 
 def with_unit(number: float) -> str:

@@ -2,18 +2,24 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from madformer.config import load_run
+from madformer.cli import app, sweep_app
+from madformer.config import load_experiment, load_run, read_config_hash
+from madformer.config.identity import flat_fields
 from madformer.evaluation.evaluate import evaluate
+from madformer.evaluation.record import read_points
 from madformer.evaluation.request import parse_request
 from madformer.runs.checkpoints import checkpoint_path
+from madformer.runs.folder import claim_folder, progress_path
 from tests.conftest import ROOT
 from tests.tiny_runs import DIGITS, command, environment, execute, perform, scalars, train_command
 
@@ -37,6 +43,8 @@ MISTAKES = {
     "train {digits} trainer.max_steps=many": "trainer.max_steps: Value 'many' of type 'str' could not be converted to Integer",
     "train {digits} evaluation.nfe=[4]": "evaluation.nfe = 4: with model.depth = 8 and model.diffusion_depth = 4 a budget must be in 8..",
     "train {digits} data.batch_size=9 trainer.devices=2": "data.batch_size = 9: must be a multiple of the 2 devices",
+    "train {digits} trainer.loggers=[tensorbord]": "trainer.loggers = ['tensorbord']: must be some of tensorboard, csv, wandb, each once",
+    "train {digits} trainer.loggers=[csv,csv]": "must be some of tensorboard, csv, wandb, each once",
     "train {digits} data.source=null": "data.source = null: nothing to train on",
     "train {digits} output_dir={tmp}/broken.yaml": "Not a directory",
     "train {digits} output_dir=/proc/1": "/proc/1/digits: ",
@@ -54,6 +62,11 @@ MISTAKES = {
     "import {tmp}/broken.yaml --out {tmp}/new": "broken.yaml: torn, or no checkpoint that torch reads",
     "import {tmp}/broken.yaml --out {run}": "exists already; name a new folder",
     "export {run} --out {tmp}/weights.bin": "must end in .safetensors",
+    "config {run}": "a run; madformer train --resume",
+    "config {digits} model.difusion_depth=3": "unknown key model.difusion_depth; the nearest is model.diffusion_depth",
+    "diff {run} {tmp}": "not a run: it has no config.yaml",
+    "diff {run} nowhere.yaml": "nowhere.yaml: no such experiment file",
+    "show {tmp}": "not a run: it has no config.yaml",
     "report {run}": "no evaluations; make them: madformer evaluate",
     "sweep run nowhere.yaml": "nowhere.yaml: no such sweep file",
 }
@@ -83,11 +96,113 @@ def test_mistakes_are_one_clear_line_and_leave_nothing_behind(arguments, run, tm
     assert (sorted(tmp_path.rglob("*")), sorted(run.rglob("*"))) == before
 
 
+def test_every_command_has_a_sentence_and_examples_of_its_own():
+    for prefix, group in (("", app), ("sweep ", sweep_app)):
+        for each in group.registered_commands:
+            name = prefix + (each.name or each.callback.__name__)
+            usage, sentence, *rest = perform(command(*name.split(), "--help")).split("\n\n")
+            assert usage.startswith("Usage: ") and re.match(r"  [A-Z][^.]+\.", sentence), sentence
+            examples = rest[-1].removeprefix("  Examples:\n").splitlines()
+            assert examples and all(example.startswith(f"    madformer {name} ") for example in examples), rest[-1]
+
+
 @pytest.mark.parametrize(
-    "arguments", ["--help", "sweep --help", "train {digits} model.depth=0", "sweep plan sweeps/quickstart.yaml"]
+    ("typed", "offered"),
+    [("madformer di", ["diff"]), ("madformer sweep sta", ["status"]), ("madformer evaluate --num", ["--num-samples"])],
 )
-def test_what_needs_no_torch_does_not_import_it(arguments):
-    words = arguments.format(digits=DIGITS).split()
+def test_the_shell_completes_commands_and_options(typed, offered):
+    variables = {"_MADFORMER_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    script = str((ROOT / command()[0]).parent / "madformer")
+    printed = subprocess.run([script], capture_output=True, text=True, env={**environment(), **variables}, check=False).stdout
+    assert printed.split() == offered
+
+
+def test_config_prints_an_experiment_that_is_the_same(tmp_path):
+    """Each field once with where it comes from, through the files that an experiment is based on."""
+    (tmp_path / "base.yaml").write_text(f"base: {DIGITS}\noptimizer: {{lr: 0.002, betas: [0.8, 0.9]}}\nname: '007'\n")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\noptimizer: {lr: 1e-05}\nmodel: {text: {length: 8, pad_token_id: 3}}\n")
+    overrides = ["model.text.vocab_size=40", "evaluation.nfe=[16,32]", "trainer.devices=null", "data.class_names=a b: #c"]
+    printed = perform(command("config", "top.yaml", *overrides), cwd=tmp_path)
+    (tmp_path / "saved.yaml").write_text(printed)
+    assert load_experiment(tmp_path / "saved.yaml") == load_experiment(tmp_path / "top.yaml", overrides)
+    lines = [re.split(r"\s+# ", line.strip()) for line in printed.splitlines()]
+    origins = {line[0]: line[-1] for line in lines if len(line) > 1}
+    assert (
+        origins["lr: 1e-05"] == "top.yaml"
+        and origins["betas: [0.8,0.9]"] == "base.yaml"
+        and origins['name: "007"'] == "base.yaml"
+    )
+    assert (
+        origins["width: 32"] == str(DIGITS)
+        and origins["length: 8"] == "top.yaml"
+        and origins["rope: axial"] == "default"
+        and origins["ar_length: 4"] == str(DIGITS)
+    )
+    assert [origins[line] for line in ("vocab_size: 40", "nfe: [16,32]", "devices: null")] == ["command line"] * 3
+    assert printed.count("# ") == len(flat_fields(load_experiment(tmp_path / "saved.yaml")))
+
+
+def test_diff_names_the_fields_and_says_whether_the_weights_differ(run, tmp_path):
+    before = sorted(tmp_path.rglob("*")), {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    same = perform(command("diff", run, run))
+    assert same.splitlines() == [
+        "nothing differs",
+        f"both have the configuration hash {read_config_hash(run)}: the same weights",
+    ]
+    (tmp_path / "other.yaml").write_text(perform(command("config", run / "config.yaml", "trainer.log_every=7")))
+    table = perform(command("diff", run, tmp_path / "other.yaml"))
+    assert "│ trainer.log_every │ 2 " in table and table.count("\n│") == 2 and "the same weights" in table
+    (tmp_path / "text.yaml").write_text(
+        perform(command("config", DIGITS, "model.text={vocab_size: 9, length: 2, pad_token_id: 0}"))
+    )
+    table = perform(command("diff", DIGITS, tmp_path / "text.yaml"))
+    assert re.search(r"│ model.text +│ null +│ - ", table) and re.search(r"│ model.text.vocab_size +│ - +│ 9 ", table)
+    assert "other weights" in table and "│ name" not in table
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before[1]
+
+
+def test_show_says_how_far_a_run_is_and_writes_nothing(run, tmp_path):
+    """Trained, being trained, killed, evaluated, and with imported weights."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    printed = perform(command("show", copy))
+    assert f"{copy}, configuration hash {read_config_hash(run)}\n" in printed and "model.depth=3" in printed.split()
+    assert "model.rope=" not in printed, "that is the default"
+    assert "done, 6 steps; newest checkpoint: step 6" in printed and "no evaluations; make them: madformer evaluate" in printed
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+    checkpoint_path(copy, 6).unlink()
+    with claim_folder(copy, "train"):
+        assert "training, step 6 of 6" in perform(command("show", copy))
+    entry = {"done": 5, "total": 6, "per_second": 2.0, "time": time.time() - 1000}
+    progress_path(copy).write_text(json.dumps({"step": entry}))
+    with claim_folder(copy, "train"):
+        assert "training, step 5 of 6, 2 steps/s, about 0:00:00 left; newest checkpoint: step 3" in perform(
+            command("show", copy)
+        )
+    printed = perform(command("show", copy))
+    assert f"stopped at step 5 of 6; newest checkpoint: step 3; to go on: madformer train --resume {copy}" in printed
+    perform(command("evaluate", copy, "--nfe", "3"))
+    [point] = read_points(copy)
+    cells = [cell.strip() for cell in perform(command("show", copy)).splitlines()[-2].strip("│").split("│")]
+    assert cells[:7] == ["ddim, EMA weights", "3", "3", "1", "0", "16", f"{point['metrics']['fd_digits']:.4g}"]
+    perform(command("export", run, "--out", tmp_path / "weights.safetensors"))
+    perform(command("import", tmp_path / "weights.safetensors", "--out", tmp_path / "imported"))
+    assert "its weights are imported" in perform(command("show", tmp_path / "imported"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--help",
+        "sweep --help",
+        "train {digits} model.depth=0",
+        "sweep plan sweeps/quickstart.yaml",
+        "config {digits}",
+        "show {run}",
+    ],
+)
+def test_what_needs_no_torch_does_not_import_it(arguments, run):
+    words = arguments.format(digits=DIGITS, run=run).split()
     code = f"import sys\nsys.argv = ['madformer', *{words!r}]\nfrom madformer.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
     argv = [command()[0], "-c", code]
     printed = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False).stdout

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from madformer import progress
-from madformer.progress import ProgressDisplay
+from madformer.progress import ProgressDisplay, TextTable, print_markdown, print_table
 
 
 class Clock:
@@ -70,6 +70,16 @@ def test_silence(clock, capsys):
     assert capsys.readouterr().out == ""
 
 
+def everything(reader):
+    """What was written to the other end of a terminal."""
+    pieces = []
+    with contextlib.suppress(OSError):  # its end
+        while piece := os.read(reader, 1 << 16):
+            pieces.append(piece)
+    os.close(reader)
+    return b"".join(pieces).decode()
+
+
 @pytest.mark.parametrize(("total", "counted"), [(30, "30/30"), (None, r"30/\?")])
 def test_a_terminal_gets_a_bar(total, counted, monkeypatch):
     reader, writer = pty.openpty()
@@ -79,11 +89,52 @@ def test_a_terminal_gets_a_bar(total, counted, monkeypatch):
         monkeypatch.setattr(sys, "stdout", terminal)
         with ProgressDisplay("sampled", "images", total, done=10) as display:
             display.show(30)
-    pieces = []
-    with contextlib.suppress(OSError):  # its end
-        while piece := os.read(reader, 1 << 16):
-            pieces.append(piece)
-    os.close(reader)
-    output = b"".join(pieces).decode()
+    output = everything(reader)
     assert "━" in output and re.search(counted, output) and re.search(r"\d images/s", output)
     assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1, "the cursor is back"
+
+
+TABLE = TextTable("cells", ("cell", "state", "fd_digits"), frozenset(("cell", "state")))
+TABLE.rows += [["done", "failed", "12345.678"], ["d2", "done", "1"], ["d4", "waiting", "-"]]
+
+
+def shown(monkeypatch, show, width=100, **variables):
+    """What is printed on a terminal."""
+    for name, value in {"TERM": "xterm-256color", "COLUMNS": str(width), **variables}.items():
+        monkeypatch.setenv(name, value)
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        show()
+    return everything(reader)
+
+
+def test_a_terminal_shows_states_in_colour_unless_it_should_not(monkeypatch, capsys):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = shown(monkeypatch, lambda: print_table(TABLE, ["a line"]))
+    for state, code in (("failed", 31), ("done", 32), ("waiting", 2)):
+        assert coloured.count(f"\x1b[{code}m{state}") == 1, "the state, not a cell that is called so"
+    plain = shown(monkeypatch, lambda: print_table(TABLE, ["a line"]), NO_COLOR="1")
+    assert "\x1b[3" not in plain and "failed" in plain
+    print_table(TABLE, ["a line"])
+    assert capsys.readouterr().out.splitlines() == [
+        "cells",
+        "│ cell │ state   │ fd_digits │",
+        "├──────┼─────────┼───────────┤",
+        "│ done │ failed  │ 12345.678 │",
+        "│ d2   │ done    │         1 │",
+        "│ d4   │ waiting │         - │",
+        "a line",
+    ]
+
+
+MARKDOWN = "## Title\n\n- **bold** text\n\n| a design's name | NFE 16 |\n| --- | ---: |\n| local_denoising_off | 62.0125 |\n"
+
+
+def test_a_terminal_shows_markdown_typeset_and_whole(monkeypatch, capsys):
+    typeset = shown(monkeypatch, lambda: print_markdown(MARKDOWN), NO_COLOR="1")
+    assert "**" not in typeset and "| ---" not in typeset and re.search("local_denoising_off +62.0125", typeset)
+    narrow = shown(monkeypatch, lambda: print_markdown(MARKDOWN), 20, NO_COLOR="1")
+    assert "…" not in narrow
+    print_markdown(MARKDOWN)
+    assert capsys.readouterr().out == MARKDOWN + "\n", "as it is, where it is not a terminal"

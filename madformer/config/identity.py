@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Hashable, Mapping, Sequence
+import shlex
+import textwrap
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +17,7 @@ from omegaconf import OmegaConf
 
 from madformer import __version__
 from madformer.config.experiment import ExperimentConfig
-from madformer.config.loading import HEADER, load_experiment
+from madformer.config.loading import HEADER, as_text, load_experiment
 from madformer.config.model import ModelConfig
 from madformer.config.training import decay_start
 from madformer.config.validation import is_folder_name, typed_path
@@ -27,6 +29,8 @@ _BRANCH_STEP = re.compile(r"^  branch:\n    step: (\d+)$", re.MULTILINE)
 _HEAD_CHARACTERS = 200
 """These stand at the beginning of the file."""
 
+_COMMENT_COLUMN = 48
+"""Comments stand in one column, at most this one; a longer line has its own."""
 
 AUXILIARY_REVISION = "auxiliary outputs at timestep -1000"
 """In the hash of a configuration with an auxiliary loss: version 0.1.0 trained other weights."""
@@ -87,6 +91,73 @@ def to_yaml(config: ExperimentConfig, origin: Mapping[str, Any] | None = None) -
     """All fields, with the code version and the hash, and more about the origin; `load_experiment` reads it."""
     header = {HEADER: {"madformer": __version__, "config_hash": config_hash(config), **(origin or {})}}
     return OmegaConf.to_yaml(OmegaConf.create({**header, **to_container(config)}))
+
+
+def annotated_yaml(config: ExperimentConfig, origins: Mapping[str, str]) -> str:
+    """All fields, and behind each one a comment that says where it comes from; `load_experiment` reads it.
+
+    Args:
+        origins: as of `field_origins`.
+    """
+    lines: list[tuple[str, str]] = []
+    above: list[str] = []
+    for key, value in flat_fields(config).items():
+        *sections, name = key.split(".")
+        new = [depth for depth in range(len(sections)) if above[: depth + 1] != sections[: depth + 1]]
+        lines += [(f"{'  ' * depth}{sections[depth]}:", "") for depth in new]
+        lines.append((f"{'  ' * len(sections)}{name}: {as_text(value)}", origins.get(key, "default")))
+        above = sections
+    width = max(len(text) for text, origin in lines if len(text) <= _COMMENT_COLUMN)
+    return "".join(f"{text:{width}}  # {as_text(origin)}\n" if origin else f"{text}\n" for text, origin in lines)
+
+
+def flat_fields(config: ExperimentConfig) -> dict[str, Any]:
+    """All fields, as `section.field` -> value; a section that is null is a field of that value."""
+
+    def flat(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in section.items():
+            if isinstance(value, Mapping):
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    return dict(flat(to_container(config), ""))
+
+
+def differing_fields(one: ExperimentConfig, other: ExperimentConfig, but: Collection[str] = ()) -> list[tuple[str, str, str]]:
+    """The fields that differ, each with both values as the command line has them; `-` where its section is null.
+
+    Args:
+        but: fields that may differ.
+    """
+    pair = flat_fields(one), flat_fields(other)
+    names = [name for name in {**pair[0], **pair[1]} if name not in but]
+    texts = [(name, *(as_text(each[name]) if name in each else "-" for each in pair)) for name in names]
+    return [(name, left, right) for name, left, right in texts if left != right]
+
+
+def compare(one: str, other: str) -> tuple[list[tuple[str, str, str]], str]:
+    """The fields that differ between two runs' folders, or experiments' files, and a line that says if their weights do.
+
+    Raises:
+        FileNotFoundError, InputError: as of `load_run` and `load_experiment`.
+    """
+    are_runs = Path(one).is_dir(), Path(other).is_dir()
+    left, right = (
+        load_run(path) if is_run else load_experiment(path) for path, is_run in zip((one, other), are_runs, strict=True)
+    )
+    fields = differing_fields(left, right, but=("name", "output_dir") if any(are_runs) else ())  # a run has its folder's name
+    hashes = [run_hash(each) if is_run else config_hash(each) for each, is_run in zip((left, right), are_runs, strict=True)]
+    if hashes[0] == hashes[1]:
+        return fields, f"both have the configuration hash {hashes[0]}: the same weights"
+    return fields, f"configuration hashes {hashes[0]} and {hashes[1]}: other weights"
+
+
+def design_lines(config: ExperimentConfig) -> list[str]:
+    """The fields that are not the defaults', as they are typed, in lines of at most a hundred characters."""
+    fields = differing_fields(ExperimentConfig(), config, but=("name", "output_dir"))
+    words = (shlex.quote(f"{name}={value}") for name, _, value in fields)
+    return textwrap.wrap(" ".join(words), 96, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def load_run(run: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -211,6 +282,11 @@ def read_branch_step(run: Path) -> int:
     """After which step of another run a run begins, by its config.yaml; 0: it begins at the start, or there is none."""
     match = _BRANCH_STEP.search(_read_head(run))
     return int(match[1]) if match else 0
+
+
+def is_imported(run: Path) -> bool:
+    """Whether a run's weights came from a file, by its config.yaml."""
+    return "\n  imported:\n" in _read_head(run)
 
 
 def _read_head(run: Path) -> str:

@@ -54,16 +54,42 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     return build(ExperimentConfig, _read_experiment(Path(path)), overrides, f"{path}: ")
 
 
-def _read_experiment(path: Path, above: Sequence[Path] = ()) -> DictConfig:
-    """A file's fields on top of those of its base, or of the defaults; `above` are the files that are based on it."""
+def _read_experiment(path: Path) -> DictConfig:
+    """A file's fields on top of those of its bases, and these on top of the defaults."""
+    fields = defaults(ExperimentConfig)
+    for file, own in reversed(_read_files(path)):
+        fields = merge(fields, own, f"{file}: ")
+    return fields
+
+
+def _read_files(path: Path, above: Sequence[Path] = ()) -> list[tuple[Path, DictConfig]]:
+    """An experiment's file, its base, the base of that, ..., with their own fields; `above` are the files based on this one."""
     fields = read_yaml(path, "experiment", "sections (model, data, trainer, ...) to fields")
     if "experiment" in fields:
         raise ConfigError(f"{path}: a sweep, no experiment; madformer sweep run {path}")
     base = _find_base(fields, path, above)
-    below = defaults(ExperimentConfig) if base is None else _read_experiment(base, [*above, path.resolve()])
     for key in {BASE, HEADER} & fields.keys():
         del fields[key]
-    return merge(below, fields, f"{path}: ")
+    return [(path, fields), *(_read_files(base, [*above, path.resolve()]) if base else [])]
+
+
+def field_origins(path: Path, overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Where the fields of a legal experiment come from: `section.field` -> `command line`, or a file's path.
+
+    Fields that are left out have their defaults.
+    """
+    sources = [(str(file), own) for file, own in reversed(_read_files(path))]
+    sources.append(("command line", OmegaConf.from_dotlist([as_typed(override, ExperimentConfig) for override in overrides])))
+    return {name: source for source, own in sources for name in _leaves(OmegaConf.to_container(own))}
+
+
+def _leaves(fields: Any, prefix: str = "") -> Iterator[str]:
+    """The keys of nested mappings, as `section.field`."""
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def _find_base(fields: DictConfig, path: Path, above: Sequence[Path]) -> Path | None:

@@ -8,6 +8,9 @@ from typing import Literal
 
 from madformer.config.validation import require, require_at_least, require_types, setting
 
+LOGGERS = ("tensorboard", "csv", "wandb")
+"""What can be in `trainer.loggers`."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -81,6 +84,9 @@ class TrainerConfig:
     """Number of checkpoints to keep, the newest ones."""
     log_every: int = setting(50, new_run=False)
     """Number of steps between logged values."""
+    loggers: tuple[str, ...] = setting(("tensorboard",), new_run=False)
+    """Where the scalars of training go, of `tensorboard`, `csv` (`RUN/metrics.csv`) and `wandb` (Weights & Biases). Previews,
+    samples and curves of evaluations are TensorBoard's alone."""
     profile: bool = setting(False, new_run=False)
     """Whether to write a trace of steps 11 to 15 after each start to `RUN/profile/`. Perfetto shows where their time goes."""
 
@@ -93,6 +99,8 @@ class TrainerConfig:
                 require_at_least(1, "trainer", self, name)
         legal = all(step >= 1 for step in self.checkpoint_steps)
         require(legal, "trainer.checkpoint_steps", list(self.checkpoint_steps), "must be integers of at least 1")
+        legal = set(self.loggers) <= set(LOGGERS) and len(set(self.loggers)) == len(self.loggers)
+        require(legal, "trainer.loggers", list(self.loggers), f"must be some of {', '.join(LOGGERS)}, each once")
 
     def saves_regularly(self, step: int) -> bool:
         """Whether a checkpoint is saved after this step even without `checkpoint_steps`."""

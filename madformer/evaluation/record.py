@@ -18,7 +18,8 @@ from typing import Any
 from madformer.config import ExperimentConfig
 from madformer.config.evaluation import MAX_EVALUATION_SEED
 from madformer.errors import InputError
-from madformer.evaluation.measurement import Measurement, Point, Sampling
+from madformer.evaluation.measurement import DEFAULTS, Measurement, Point, Sampling
+from madformer.progress import TextTable
 from madformer.runs.files import append_line
 
 SHARED = ("weights", "sampler", "guidance", "num_samples", "prompts", "precision", "codec", "references", "feature_networks")
@@ -183,6 +184,28 @@ def append_point(run: Path, point: Mapping[str, Any]) -> None:
 def find_point(points: Sequence[dict[str, Any]], wanted: Measurement) -> dict[str, Any] | None:
     """The last of a run's points that is this measurement, if there is one."""
     return next((point for point in reversed(points) if Measurement.of_point(point).key == wanted.key), None)
+
+
+def newest_values(run: Path) -> TextTable:
+    """The last point of each sampling, with the training step that it is of and its metrics as they are recorded.
+
+    Raises:
+        InputError: as `read_points`.
+    """
+    points = read_points(run)
+    metrics = list(dict.fromkeys(name for point in points for name in point["metrics"]))
+    newest = {(Measurement.of_point(point).curve_key, point["nfe"], point["seed"]): point for point in points}
+    facts = ("step", "nfe", "steps", "seed", "num_samples")
+    table = TextTable(
+        "newest evaluations", ("sampling", "step", "NFE", "steps", "seed", "samples", *metrics), frozenset(["sampling"])
+    )
+    for point in sorted(newest.values(), key=lambda point: (point["step"], point["nfe"])):
+        sampling = Sampling.of_point(point)
+        usual = {name: text for name, text in sampling.texts.items() if sampling.curve_fields[name] == DEFAULTS[name]}
+        words = [text for name, text in sampling.texts.items() if name in ("sampler", "weights") or name not in usual]
+        values = (f"{point['metrics'][name]:.4g}" if name in point["metrics"] else "" for name in metrics)
+        table.rows.append([", ".join(words), *(str(point[name]) for name in facts), *values])
+    return table
 
 
 def run_curves(run: Path, networks: Sequence[tuple[str, str | None]] | None = None) -> list[RunCurve]:

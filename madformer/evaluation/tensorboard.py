@@ -25,6 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any, BinaryIO
+from urllib.parse import quote, urlencode
 
 from google.protobuf.message import DecodeError
 from google.protobuf.struct_pb2 import Value
@@ -74,6 +75,15 @@ DIAGNOSTICS: dict[str, tuple[Callable[[Point], Sequence[float] | None], str]] = 
     "denoising_error_by_timestep": (lambda entry: entry.get("denoising_error"), "timestep"),
 }
 """The part of a tag after `diagnostics/` -> its values (None: the model has none), and the step's unit."""
+
+
+def board_address(**filters: str) -> str:
+    """Where TensorBoard shows its time series without smoothing, once it runs on this machine.
+
+    Args:
+        filters: what else its page reads: regular expressions as `tagFilter` and `runFilter`, and `runColorGroup`.
+    """
+    return f"http://localhost:6006/?{urlencode({'smoothing': '0', **filters}, quote_via=quote)}#timeseries"
 
 
 def write_curves(run: Path, hparams: Mapping[str, Scalar], depth: int | None = None) -> None:

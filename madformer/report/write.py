@@ -23,6 +23,7 @@ from madformer.errors import InputError
 from madformer.evaluation.measurement import DISTANCE, Sampling
 from madformer.evaluation.record import read_points
 from madformer.evaluation.request import SamplingRequest
+from madformer.progress import print_markdown
 from madformer.report.contrasts import Choice, Verdict
 from madformer.report.diagnostics_report import draw_diagnostics
 from madformer.report.formatting import AGAINST, COSTS, csv_text, parse_against
@@ -391,5 +392,5 @@ def report_on(
     if as_json:
         print(to_json(document(report), indent=1, ensure_ascii=False))
         return
-    print(report.markdown())
+    print_markdown(report.markdown())
     print("\n".join(map(str, paths)))

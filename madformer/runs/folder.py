@@ -112,5 +112,14 @@ def claim_folder(folder: Path, purpose: Purpose, rank: int = 0) -> Iterator[None
             folder.rmdir()
 
 
+def is_claimed(folder: Path, purpose: Purpose) -> bool | None:
+    """Whether a process of this machine claims a folder, found out without claiming it; None: the system does not say."""
+    try:
+        number, locks = (folder / f".{purpose}.lock").stat().st_ino, Path("/proc/locks").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None if is_run(folder) and not Path("/proc/locks").exists() else False
+    return any(line.split()[1] == "FLOCK" and line.split()[5].endswith(f":{number}") for line in locks.splitlines())
+
+
 def _previews_path(run: Path) -> Path:
     return run / "previews.jsonl"

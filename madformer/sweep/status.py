@@ -15,7 +15,7 @@ from rich.text import Text
 
 from madformer.errors import InputError
 from madformer.evaluation.measurement import DEPTH
-from madformer.progress import TextTable, format_duration, print_table, read_progress
+from madformer.progress import SILENT_SECONDS, TextTable, format_duration, print_table, read_progress
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.runs.files import to_json
 from madformer.runs.folder import progress_path, read_previews
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from madformer.sweep.study import Storage
 
 _REFRESH_SECONDS = 2.0
-_SILENT_SECONDS = 120.0
 _LOG_LINES = 5
 _LINES_AROUND_TABLE = 12
 """Lines of a terminal that the table does not take."""
@@ -228,7 +227,7 @@ def _rate(row: Row) -> str:
     """The rate of a running cell."""
     entries = row.progress
     silence = time.time() - max([row.started, *(float(entry["time"]) for entry in entries.values())])
-    if row.started and silence > _SILENT_SECONDS:
+    if row.started and silence > SILENT_SECONDS:
         return f"silent for {format_duration(silence)}"
     if not entries:
         return ""

@@ -181,8 +181,8 @@ class Preview(Callback):
         grid = to_grid(images_BCYX[:64])
         save_png(grid, self.config.run_dir / "samples" / f"preview-{step:08d}.png")
         for logger in trainer.loggers:
-            logger.log_metrics({f"preview/{metric}": value for metric, value in values.items()}, step)
             if isinstance(logger, TensorBoardLogger):
+                logger.log_metrics({f"preview/{metric}": value for metric, value in values.items()}, step)
                 logger.experiment.add_image("preview/samples", grid, step, dataformats="HWC")
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,7 +15,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from madformer.config import ExperimentConfig, TrainerConfig, load_run, write_config
@@ -42,6 +40,7 @@ from madformer.runs.checkpoints import (
 from madformer.runs.files import atomic_write, link_or_copy
 from madformer.runs.folder import claim_folder, copy_traces, drop_previews, is_run
 from madformer.training.callbacks import AtomicCheckpointIO, Preview, Profile, RunCheckpoints, RunProgress
+from madformer.training.logging import build_loggers, copy_rows, where_logged
 from madformer.training.module import LitMADFormer
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -59,7 +58,8 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
         The run's folder.
 
     Raises:
-        ConfigError: there is nothing to train on, or the devices are missing, too small, or cannot share the batch.
+        ConfigError: there is nothing to train on, a logger is not installed, or the devices are missing, too small, or cannot
+            share the batch.
         InputError: another process trains this run, none of its checkpoints is intact, or they are of another class; or there
             is nothing to branch from.
         NonFiniteError: the run has diverged.
@@ -86,12 +86,13 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
         if _rank() == 0:
             drop_orphans(run, step)
             drop_previews(run, step)
+            copy_rows(run, run, step)
         goal = f"{config.trainer.max_steps} steps (config hash {run_hash(config)})"
         origin = f"branching from {branch}" if begins_as_branch else "resuming"
         _print(f"{run}: {f'{origin} after step {step} of' if step else 'training'} {goal}")
         _print(f"  {data.summary}")
         _fit(trainer, checkpoints, module_class(config), data, checkpoint)
-    _print(f"{run}: trained, {config.trainer.max_steps} steps")
+    _print("\n".join([f"{run}: trained, {config.trainer.max_steps} steps", *where_logged(config)]))
     return run
 
 
@@ -113,6 +114,7 @@ def _begin_branch(config: ExperimentConfig, module_class: type[LitMADFormer], tr
             copy_events(trunk, run, step)
             drop_previews(run, 0)
             copy_traces(trunk, run, step)
+            copy_rows(trunk, run, step)
             write_config(config, run, {"step": step, "run": str(trunk)})
     except FileNotFoundError:
         if source.is_file():
@@ -194,7 +196,8 @@ def build_trainer(config: ExperimentConfig) -> tuple[pl.Trainer, RunCheckpoints]
     """Lightning's Trainer for an experiment, and its callback that saves and stops.
 
     Raises:
-        ConfigError: the devices are missing, have too little memory, or cannot share the batch equally.
+        ConfigError: the devices are missing, have too little memory, or cannot share the batch equally; or a logger is not
+            installed.
     """
     settings = config.trainer
     devices = find_devices(settings)
@@ -216,7 +219,7 @@ def build_trainer(config: ExperimentConfig) -> tuple[pl.Trainer, RunCheckpoints]
         benchmark=devices[0] != "cpu" and not settings.deterministic,
         callbacks=[Preview(config), Profile(config), RunProgress(config), checkpoints],
         plugins=[AtomicCheckpointIO(), *_slurm()],
-        logger=RunLogger(save_dir=config.run_dir, name="", version=""),
+        logger=build_loggers(config),
         default_root_dir=config.run_dir,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -242,23 +245,6 @@ def build_strategy(config: TrainerConfig, devices: int) -> Strategy | str:
 def _slurm() -> list[SLURMEnvironment]:
     """Under srun, Slurm's tasks are the processes. Lightning's own save at a time limit would win over later checkpoints."""
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-
-
-class RunLogger(TensorBoardLogger):
-    """Event files in the run's folder, without Lightning's hparams.yaml."""
-
-    @property
-    def log_dir(self) -> str:
-        """The run's folder as it is named. Lightning would expand `~` and `$` in it."""
-        return str(self._root_dir)
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log finite values only: TensorBoard draws NaN and infinity as if they were numbers."""
-        super().log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step)
-
-    def save(self) -> None:
-        """Write the log to the disk."""
-        self.experiment.flush()
 
 
 def _silence_lightning() -> None:

@@ -18,7 +18,7 @@ from madformer.runs.exchange import export_run
 from madformer.runs.files import to_json
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
-from madformer.training.train import RunLogger
+from madformer.training.logging import RunLogger
 from tests.tiny_runs import DIGITS, command, execute, perform, tiny_run
 
 
