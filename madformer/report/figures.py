@@ -370,7 +370,8 @@ def view(report: Report, against: Sequence[str]) -> dict[str, Any]:
             axes.append({**of_cost, "unit": unit.title, "factor": unit.factor})
     better = {None: None, True: "higher", False: "lower"}
     metrics = {name: better[higher_is_better(name)] for name in report.metrics}
-    return {"looks": drawn, "costs": axes, "metrics": metrics, "key": report.short_names}
+    titles = dict.fromkeys(f"{key}: {METRICS[key].title}" for key in map(metric_key, metrics) if key in ("fd", "kid"))
+    return {"looks": drawn, "costs": axes, "metrics": metrics, "key": ", ".join(filter(None, [report.short_names, *titles]))}
 
 
 def remark(panel: Axes, text: str) -> None:

@@ -117,10 +117,12 @@ class Report:
         steps = {group.base: distinct(point["step"] for point in group.points) for group in self.groups}
         if len(set(steps.values())) == 1:
             return ""
-        named = ", ".join(f"{name}: {count}" for name, count in steps.items()) if len(steps) <= 4 else f"{len(steps)} designs"
-        across = "Comparisons are of the longest training" if self.verdict.trainings else "All comparisons are across these"
+        named = ", ".join(f"{name}: {count}" for name, count in steps.items())
+        counts = distinct(point["step"] for group in self.groups for point in group.points)
+        across = "comparisons are of the longest training" if self.verdict.trainings else "all comparisons are across these"
         return (
-            f"**Not all designs were trained for as many steps** ({named}). {across}; the first table and the fronts show all."
+            f"**Not all designs were trained for as many steps** ({named if len(steps) <= 4 else counts}): "
+            f"{across}; the first table and the Pareto fronts show all."
         )
 
     @property
@@ -137,13 +139,21 @@ class Report:
             pictures: names of files that are shown below the first table.
         """
         shown = [f"![{self.title}]({name})" for name in pictures]
-        parts = [f"## {self.title}", *self.answer(), self.measured(), self.quality(), *shown, *self.details()]
+        parts = [
+            f"## {self.title}",
+            *self.answer(),
+            *filter(None, [self.caution]),
+            self.measured(),
+            self.quality(),
+            *shown,
+            *self.details(),
+        ]
         return "\n\n".join(parts) + "\n"
 
     def answer(self) -> list[str]:
         """What was found, as Markdown."""
         decided = [] if self.decided is None else [_DECIDED, "\n".join(f"- {line}" for line in self.decided.lines)]
-        return [*decided, *filter(None, [self.verdict.answer, self.caution])]
+        return [*decided, *filter(None, [self.verdict.answer])]
 
     def measured(self) -> str:
         """How the numbers were made, as a list of Markdown."""

@@ -54,6 +54,7 @@ def _page(report: Report, folder: Path, pictures: Mapping[str, bytes], against: 
     runs, facts = _runs(report, folder)
     tables = [renderer.render("\n\n".join(parts)) for parts in ([report.quality(), report.measured()], report.details())]
     answer = renderer.render("\n\n".join(report.answer()))
+    answer += f'<div class="caution">{renderer.render(report.caution)}</div>\n' if report.caution else ""
     places = {"title": html.escape(report.title), "answer": answer, "facts": facts, "figure": figure}
     places["body"] = "".join([tables[0], *others, tables[1], "<h3>Runs</h3>\n", runs])
     return page(places, {"report": to_json(document(report)), "view": to_json(view(report, against))})
@@ -68,7 +69,7 @@ def _runs(report: Report, folder: Path) -> tuple[str, str]:
             own = trained_fields(load_run(run)) if report.sweep is None and is_run(run) else group.axes
             fields[run] = {**own, "seed": seed}
             points.setdefault(run, []).extend(itertools.chain.from_iterable(curve.points.values()))
-    texts = {run: {name: distinct([str(value)]) for name, value in own.items()} for run, own in fields.items()}
+    texts = {run: {name: str(value) for name, value in own.items()} for run, own in fields.items()}
     names = [
         name for name in dict.fromkeys(itertools.chain(*texts.values())) if len({own.get(name) for own in texts.values()}) > 1
     ]
@@ -78,7 +79,7 @@ def _runs(report: Report, folder: Path) -> tuple[str, str]:
         lines.append([run.name, *(own.get(name, NOTHING) for name in names), steps, max(times)[:16].replace("T", " ")])
     links = [quote(os.path.relpath(record_path(run), folder)) for run in texts]
     days = sorted({str(point["time"])[:10] for each in points.values() for point in each})
-    found = [f"{name}: {distinct(own[name] for own in texts.values() if name in own)}" for name in names]
+    found = [f"{name}: {', '.join(dict.fromkeys(own.get(name, NOTHING) for own in texts.values()))}" for name in names]
     facts = {"Measured": " to ".join(dict.fromkeys([days[0], days[-1]])), "Command": report.command}
     facts |= {"Runs": str(len(texts)), "They differ in": "; ".join(found)}
     shown = "".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>\n" for name, text in facts.items() if text)

@@ -34,8 +34,8 @@ function mark(look, x, y, size) {
   return element("polygon", { points: places.join(" "), fill: look.color, class: "mark" });
 }
 
-/** A scale from values to pixels, with its ticks: logarithmic where values above zero span a factor of four or more. */
-function scale(values, from, to, given) {
+/** A scale from values to pixels, with ticks so far apart; logarithmic where values above zero span a factor of four or more. */
+function scale(values, from, to, apart, given) {
   let [low, high] = [Math.min(...values), Math.max(...values)];
   const log = low > 0 && high / low >= 4;
   const [forth, back] = log ? [Math.log, Math.exp] : [(value) => value, (value) => value];
@@ -47,14 +47,14 @@ function scale(values, from, to, given) {
     const decades = Array.from({ length: 40 }, (_, index) => index - 20);
     const all = decades.flatMap((decade) => [1, 2, 5].map((digit) => Number(`${digit}e${decade}`)));
     ticks = all.filter((tick) => back(low) <= tick && tick <= back(high));
-    if (ticks.length > 8) ticks = ticks.filter((tick) => Number.isInteger(Number(Math.log10(tick).toFixed(6))));
+    if (ticks.length > 12) ticks = ticks.filter((tick) => Number.isInteger(Number(Math.log10(tick).toFixed(6))));
   } else if (!ticks) {
     const rough = (high - low) / 4, power = 10 ** Math.floor(Math.log10(rough));
     const step = power * [1, 2, 5, 10].find((digit) => digit * power >= rough);
     const first = Math.ceil(low / step);
     ticks = Array.from({ length: Math.floor(high / step) - first + 1 }, (_, index) => Number(((first + index) * step).toPrecision(6)));
   }
-  const most = Math.max(2, Math.abs(to - from) / 40), every = Math.ceil(ticks.length / most);
+  const most = Math.max(2, Math.abs(to - from) / apart), every = Math.ceil(ticks.length / most);
   return { place, ticks: ticks.filter((_, index) => index % every === 0) };
 }
 
@@ -91,15 +91,15 @@ function chart(metric, cost, width) {
   const name = `${metric}${better ? ` (${better} is better)` : ""}`;
   const svg = element("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", tabindex: 0, "aria-label": `${name} against ${cost.title}` });
   svg.append(element("text", { x: 4, y: 14, class: "title" }, name));
-  svg.append(element("text", { x: (LEFT + width - RIGHT) / 2, y: HEIGHT - 6, "text-anchor": "middle" }, cost.title));
+  svg.append(element("text", { x: width / 2, y: HEIGHT - 6, "text-anchor": "middle" }, cost.title));
   if (!points.length) {
     svg.append(element("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle", class: "tick" }, "nothing measured or chosen"));
     return svg;
   }
   const seeds = on.shown.has("seeds");
   const budgets = cost.key === "nfe" ? [...new Set(points.map((point) => point.x))].sort((one, other) => one - other) : null;
-  const x = scale(points.map((point) => point.x), LEFT, width - RIGHT, budgets);
-  const y = scale(points.flatMap((point) => (seeds ? [point.y, ...point.values] : [point.y])), HEIGHT - BOTTOM, TOP);
+  const x = scale(points.map((point) => point.x), LEFT, width - RIGHT, 45, budgets);
+  const y = scale(points.flatMap((point) => (seeds ? [point.y, ...point.values] : [point.y])), HEIGHT - BOTTOM, TOP, 24);
   const text = (tick) => tick.toLocaleString("en", { maximumSignificantDigits: 6 });
   for (const tick of x.ticks) {
     svg.append(element("line", { x1: x.place(tick), x2: x.place(tick), y1: TOP, y2: HEIGHT - BOTTOM, class: "grid" }));
