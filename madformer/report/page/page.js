@@ -172,7 +172,8 @@ function chart(metric, cost, width) {
 function draw() {
   tooltip.hidden = true;
   const charts = byId("charts");
-  const panels = [...on.metrics].flatMap((metric) => view.costs.filter((cost) => on.costs.has(cost.key)).map((cost) => [metric, cost]));
+  const metrics = Object.keys(view.metrics).filter((metric) => on.metrics.has(metric));
+  const panels = metrics.flatMap((metric) => view.costs.filter((cost) => on.costs.has(cost.key)).map((cost) => [metric, cost]));
   charts.replaceChildren(...panels.map(() => document.createElement("div")));
   panels.forEach(([metric, cost], index) => {
     charts.children[index].append(chart(metric, cost, Math.max(240, charts.children[index].clientWidth)));
