@@ -1,4 +1,4 @@
-"""TensorBoard's pages in a real browser, where there is one: Debian's Chromium, which `make test-browser` installs."""
+"""TensorBoard's pages and those of reports in a real browser, where there is one: Debian's Chromium, which `make test-browser` installs."""
 
 import re
 import shutil
@@ -92,13 +92,13 @@ class Browser:
 
     def click(self, selector: str, text: str) -> None:
         """Click on the first such element with this text."""
-        clicked = self._run(f"{FIRST} element?.click(); return Boolean(element)", selector, text)
+        clicked = self.run(f"{FIRST} element?.click(); return Boolean(element)", selector, text)
         assert clicked, f"nothing to click on: {text}"
 
     def untick(self, selector: str, text: str) -> None:
         """Require a box without a tick. Click on a ticked one and fail: a page that starts may tick it again."""
         box = "const box = element?.querySelector('input') ?? element, ticked = box?.checked;"
-        ticked = self._run(f"{FIRST} {box} if (ticked) box.click(); return ticked", selector, text)
+        ticked = self.run(f"{FIRST} {box} if (ticked) box.click(); return ticked", selector, text)
         assert ticked is False, f"missing or ticked: {text}"
 
     def charts(self) -> list[Chart]:
@@ -110,25 +110,26 @@ class Browser:
                 [(colour, _corners(path)) for colour, path in chart["curves"]],
                 {(colour, tuple(place)) for colour, place in chart["marks"]},
             )
-            for chart in self._run(CHARTS)
+            for chart in self.run(CHARTS)
         ]
 
     def legend(self) -> dict[str, str]:
         """Runs and their colours, from top to bottom."""
-        return dict(self._run(LEGEND))
+        return dict(self.run(LEGEND))
 
     def picture(self, selector: str | None = None) -> bytes:
         """The window, or the first such element in it, as a PNG."""
         if selector is None:
             return self._driver.get_screenshot_as_png()
-        [element, *_] = self._run("return [...visibleElements(arguments[0])]", selector) or [None]
+        [element, *_] = self.run("return [...visibleElements(arguments[0])]", selector) or [None]
         assert element is not None, f"nothing to see: {selector}"
         try:
             return element.screenshot_as_png
         except StaleElementReferenceException as gone:
             raise AssertionError(f"drawn anew: {selector}") from gone
 
-    def _run(self, script: str, *arguments: Any) -> Any:
+    def run(self, script: str, *arguments: Any) -> Any:
+        """What a script returns; it may use `visibleElements`."""
         return self._driver.execute_script(VISIBLE_ELEMENTS + script, *arguments)
 
 

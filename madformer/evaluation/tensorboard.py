@@ -42,7 +42,7 @@ from madformer.runs.files import atomic_write
 
 Scalar = bool | int | float | str
 
-_PREFIX, _SUFFIX = "events.out.tfevents.", ".curves"
+_PREFIX, _SUFFIX, _REPORT = "events.out.tfevents.", ".curves", ".report"
 
 _HPARAM_TYPES = {
     bool: ("DATA_TYPE_BOOL", "bool_value"),
@@ -100,13 +100,34 @@ def write_curves(run: Path, hparams: Mapping[str, Scalar], depth: int | None = N
         InputError: the record is broken.
     """
     curves, diagnostics = [*run_curves(run), *tuned_curves(run)], newest_diagnostics(run)
-    former = list(run.glob(f"{_PREFIX}*{_SUFFIX}"))
     events = [*_curve_events(curves), *_hparam_events(curves, hparams, depth), *_diagnostic_events(diagnostics)]
     events += _layout_events(curves, diagnostics)
+    _replace_file(run, _SUFFIX, events)
+
+
+def write_pictures(folder: Path, pictures: Mapping[str, bytes], measured: str) -> None:
+    """Show a report's pictures among TensorBoard's *Images*, in an event file that replaces the former one.
+
+    Args:
+        folder: the sweep's. TensorBoard shows it as a run of its own.
+        pictures: tag -> contents of a PNG.
+        measured: ISO time of the newest point.
+    """
+    point, events = {"time": measured}, []
+    for tag, content in pictures.items():
+        width, height = struct.unpack(">II", content[16:24])
+        image = {"width": width, "height": height, "colorspace": 4, "encoded_image_string": content}
+        events.append(_event(point, tag=tag, image=image, metadata={"plugin_data": {"plugin_name": "images"}}))
+    _replace_file(folder, _REPORT, events)
+
+
+def _replace_file(folder: Path, suffix: str, events: Sequence[Event]) -> None:
+    """Write events to a new file in place of those with this suffix; no events: no file."""
+    former = list(folder.glob(f"{_PREFIX}*{suffix}"))
     if events:
         start = Event(wall_time=events[0].wall_time, file_version="brain.Event:2")
         # Under a new name, else a running TensorBoard goes on with the file that it has open.
-        with _atomic_write(run / f"{_PREFIX}{time.time():017.6f}{_SUFFIX}") as file:
+        with _atomic_write(folder / f"{_PREFIX}{time.time():017.6f}{suffix}") as file:
             writer = RecordWriter(file)
             for event in (start, *events):
                 writer.write(event.SerializeToString())

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from madformer import __version__
+from madformer.config import load_run
 from madformer.config.identity import run_hash
 from madformer.data.codec import build_codec, require_fit
 from madformer.data.image_files import read_settings, save_png, to_pixels, to_tiles
@@ -25,7 +26,7 @@ from madformer.evaluation.sampling import choose_prompts, inference_devices, loa
 from madformer.model import cost
 from madformer.parallel import Share, cluster_rank, share_out
 from madformer.progress import ProgressDisplay
-from madformer.runs.checkpoints import checkpoint_step, load_model, weights_sha256
+from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, load_model, weights_sha256
 from madformer.runs.folder import claim_folder
 
 IN_GRID = 64
@@ -166,6 +167,21 @@ def _draw(request: SamplingRequest, grid_YX3: np.ndarray, prompts: Sequence[str]
             writer.add_text(f"{tag} prompts", ", ".join(prompts), step)
     for path in former:
         path.unlink(missing_ok=True)
+
+
+def compared_samples(run: Path, step: int, sampling: Sampling, count: int) -> np.ndarray:
+    """Images [B, Y, X, 3] of a run, kept in RUN/samples/compared and made where they are not there yet.
+
+    Raises:
+        InputError: a run without the checkpoint of this step, or files there that were made in another way.
+    """
+    path = checkpoint_path(run, step)
+    if not path.is_file():
+        raise InputError(f"--samples: {path} was evaluated and is gone; evaluate one that is there: madformer evaluate {run}")
+    named = [str(value) for value in sampling.curve_fields.values() if value is not None]
+    folder = run / "samples/compared" / "-".join([path.stem, *named, f"{sampling.steps}steps"])
+    write_samples(SamplingRequest(load_run(run), path, sampling, count), folder)
+    return np.stack([_read(sample_path(folder, index)) for index in range(count)])
 
 
 def _read(path: Path) -> np.ndarray:

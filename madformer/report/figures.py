@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from madformer.evaluation.measurement import METRICS, higher_is_better, metric_key
 from madformer.report.contrasts import Contrast, by_training, without_training
-from madformer.report.formatting import AGAINST, NFE, in_words
-from madformer.report.points import TUNED
+from madformer.report.formatting import AGAINST, COSTS, NFE, in_words
+from madformer.report.points import FIXED, TUNED
 from madformer.report.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ STYLE: dict[Any, Any] = {
 }
 _PER_ROW, _MOST = 4, 40
 """Panels of contrasts in a row, and designs in a panel."""
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Of Okabe and Ito (2008), which the colour-blind tell apart; without their yellow, which is pale on white."""
 _MARKERS = "os^Dv<>p"
 _LINES = ("-", "--", ":", "-.")
 _THIN = 0.6
@@ -81,13 +83,12 @@ def looks(labels: Mapping[str, tuple[str, str]]) -> dict[str, Look]:
     bases = list(dict.fromkeys(base for base, _ in labels.values()))
     differences = sorted(dict.fromkeys(difference for _, difference in labels.values()), key=lambda each: each != TUNED)
     hues = [each for each in differences if each != TUNED] if len(bases) == 1 else bases
-    colors = _colors(len(hues))
     made = {}
     for label, (base, difference) in labels.items():
         hue = hues.index((difference if difference != TUNED else "") if len(bases) == 1 else base)
         marker, dashes = _MARKERS[hue % len(_MARKERS)], _LINES[differences.index(difference) % len(_LINES)]
         size = _THIN if TUNED in differences and not difference else 1.0
-        made[label] = Look(colors[hue], marker, dashes, max(0.2, min(0.45, 3 / len(labels))), size)
+        made[label] = Look(_COLORS[hue % len(_COLORS)], marker, dashes, max(0.2, min(0.45, 3 / len(labels))), size)
     return made
 
 
@@ -111,7 +112,9 @@ def line(
     counts = {len(estimated.values) for estimated in estimates}
     if len(x) > 1 and len(counts) == 1 and same_seeds and counts != {1}:
         for values in zip(*(estimated.values for estimated in estimates), strict=True):
-            panel.plot(x, values, color=look.color, linestyle=look.line, linewidth=0.5, alpha=look.shade)
+            panel.plot(
+                x, values, color=look.color, linestyle=look.line, linewidth=0.5, marker=".", markersize=2.5, alpha=look.shade
+            )
         return
     for place, estimated in zip(x, estimates, strict=True):
         if len(estimated.values) > 1:
@@ -188,11 +191,6 @@ def save(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
     return file.getvalue()
 
 
-def _colors(count: int) -> list[str]:
-    """Colours from dark to light in the order of the labels, told apart by the colour-blind too; no pale yellow."""
-    return [to_hex(colormaps["viridis"](0.8 * index / max(1, count - 1))) for index in range(count)]
-
-
 def draw(report: Report, against: Sequence[str] = AGAINST) -> dict[str, bytes]:
     """The report's metric against costs: kind of file (`png`, `svg`) -> its contents.
 
@@ -237,17 +235,18 @@ def _curves(report: Report, bases: Mapping[str, str], parts: Mapping[str, Report
             line(panels[0], name, look, [], [])
         if several:
             panels[0].plot([], [], ".-", color="0.4", linewidth=0.5, markersize=4, label="a seed")
-        panels[0].set_ylabel(f"{report.metric} ({report.better} is better)")
+        panels[0].set_ylabel(f"{METRICS[metric_key(report.metric) or ''].title}\n{report.metric} ({report.better} is better)")
 
     shown = list(dict.fromkeys(name for name in names.values() if not name.startswith("_")))
     labels = [*shown, *(["Pareto front"] if len(chosen) > 1 else []), *key, *(["a seed"] if several else [])]
-    return pictures(len(parts), labels, report.title, fill, sharey=True)
+    title = report.title + (f" ({report.short_names})" if report.short_names else "")
+    return pictures(len(parts), labels, title, fill, sharey=True)
 
 
 def draw_contrasts(report: Report) -> dict[str, bytes]:
     """Each design's difference from the reference, a panel for each budget and sampling: kind of file -> its contents."""
     verdict, contrasts = report.verdict, report.verdict.contrasts
-    colors = {name: look.color for name, look in looks({name: (name, "") for name in verdict.designs}).items()}
+    chosen = looks({name: (name, "") for name in verdict.designs})
     panels = list(dict.fromkeys((contrast.sampling, contrast.column) for contrast in contrasts))
     rows = [
         of_sampling[start : start + _PER_ROW]
@@ -273,7 +272,7 @@ def draw_contrasts(report: Report) -> dict[str, bytes]:
                     for each in contrasts
                     if (each.sampling, each.column, each.design in designs) == (sampling, column, True)
                 ]
-                _forest(axis, found, designs, colors)
+                _forest(axis, found, designs, chosen)
                 axis.set_title(f"{column}, {sampling}", fontsize=9.5)
                 axis.set_yticks(range(len(designs)), designs if index == 0 else [""] * len(designs))
         title = f"{report.title}: {report.metric} minus that of {verdict.reference}{verdict.trained}{some}"
@@ -287,13 +286,13 @@ def draw_contrasts(report: Report) -> dict[str, bytes]:
         return {kind: save(figure, kind) for kind in ("png", "svg")}
 
 
-def _forest(axis: Axes, contrasts: Sequence[Contrast], designs: Sequence[str], colors: Mapping[str, str]) -> None:
+def _forest(axis: Axes, contrasts: Sequence[Contrast], designs: Sequence[str], chosen: Mapping[str, Look]) -> None:
     axis.axvline(0, color="0.6", linewidth=1)
     for contrast in contrasts:
-        color, found = colors[contrast.design], contrast.difference
-        fill = color if contrast.is_clear else "white"
+        look, found = chosen[contrast.design], contrast.difference
+        fill = look.color if contrast.is_clear else "white"
         place = [found.mean], [designs.index(contrast.design)]
-        axis.errorbar(*place, xerr=found.half_width, fmt="o", color=color, markerfacecolor=fill, elinewidth=1.4)
+        axis.errorbar(*place, xerr=found.half_width, fmt=look.marker, color=look.color, markerfacecolor=fill, elinewidth=1.4)
     axis.set_ylim(len(designs) - 0.4, -0.6)
     axis.margins(x=0.12)
     axis.tick_params(axis="y", length=0)
@@ -320,16 +319,14 @@ def _against(panel: Axes, report: Report, cost: str, chosen: dict[str, Look], na
         )
         highlight(panel, "Pareto front", cheapest_first)
     known = [spent for spent in costs if spent is not None]
+    panel.set_xlabel(report.axis(cost))
     if cost == NFE:
-        panel.set_xlabel("layer evaluations per block (NFE)")
         _budget_ticks(panel, report.budgets)
+    elif known:
+        panel.set_xscale("log")
+        log_ticks(panel.xaxis, known)
     else:
-        panel.set_xlabel(report.unit(cost).title)
-        if known:
-            panel.set_xscale("log")
-            log_ticks(panel.xaxis, known)
-        else:
-            panel.set_xticks([])
+        panel.set_xticks([])
     if len(known) < len(costs):
         remark(panel, "not measured for all" if known else "not measured")
 
@@ -350,6 +347,31 @@ def _budget_ticks(panel: Axes, budgets: Sequence[int]) -> None:
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.xaxis.set_minor_formatter(NullFormatter())
     panel.xaxis.set_minor_locator(NullLocator())
+
+
+def view(report: Report, against: Sequence[str]) -> dict[str, Any]:
+    """How the report's page draws its curves: as the figures, with lines in SVG's terms."""
+    chosen = looks({group.label: (group.base, group.difference) for group in report.groups})
+    drawn = {
+        group.label: {
+            "design": group.base,
+            "sampling": group.difference or f"{FIXED}: {in_words(group.sampling)}",
+            "color": look.color.replace("#000000", "currentColor"),
+            "marker": look.marker,
+            "dashes": {"-": "", "--": "6 3", ":": "1.5 3", "-.": "7 3 1.5 3"}[look.line],
+        }
+        for group, look in zip(report.groups, chosen.values(), strict=True)
+    }
+    axes = [{"key": NFE, "title": report.axis(NFE), "unit": "NFE", "factor": 1.0, "shown": NFE in against}]
+    for name, cost in COSTS.items():
+        if any(row.costs[name] is not None for row in report.rows):
+            unit = report.unit(name)
+            of_cost = {"key": cost.column, "title": report.axis(name), "shown": name in against}
+            axes.append({**of_cost, "unit": unit.title, "factor": unit.factor})
+    better = {None: None, True: "higher", False: "lower"}
+    metrics = {name: better[higher_is_better(name)] for name in report.metrics}
+    titles = dict.fromkeys(f"{key}: {METRICS[key].title}" for key in map(metric_key, metrics) if key in ("fd", "kid"))
+    return {"looks": drawn, "costs": axes, "metrics": metrics, "key": ", ".join(filter(None, [report.short_names, *titles]))}
 
 
 def remark(panel: Axes, text: str) -> None:

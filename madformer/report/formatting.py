@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
+import html
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from statistics import fmean
 from typing import Any
 
@@ -39,10 +43,12 @@ def number(value: float) -> str:
 
 
 def show(estimated: Estimate | None) -> str:
-    """The mean, and its spread to as many digits, such as `17.8 ± 0.4`."""
+    """The mean, and its spread to as many digits, such as `17.8 ± 0.4`. Of two seeds both values."""
     if estimated is None:
         return NOTHING
     mark = "" if estimated.over is None else MARKS[estimated.over]
+    if estimated.is_pair:
+        return " and ".join(map(number, estimated.values)) + mark
     return with_spread(estimated.mean, estimated.spread) + mark
 
 
@@ -107,11 +113,41 @@ def table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], ruler, *cells[1:]))
 
 
+def page(places: Mapping[str, str], scripts: Mapping[str, str]) -> str:
+    """A report's page: the files in `report/page` as one, which needs no other file and asks no server for anything.
+
+    Args:
+        places: place in `page.html` -> its HTML.
+        scripts: id of a script of data -> its JSON. No `<` stays in it, so it cannot end the script.
+    """
+    frame, style, script = (
+        files(__package__).joinpath(f"page/page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # no other script may run
+    data = {name: text.replace("<", "\\u003c") for name, text in scripts.items()}
+    filled = {**places, **data, "style": style, "script": script, "digest": digest}
+    return re.sub(r"<!-- (\w+) -->", lambda place: filled[place[1]], frame)
+
+
 def csv_text(lines: Iterable[Sequence[Any]]) -> str:
     """Lines of CSV."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue()
+
+
+def csv_of(records: Sequence[Mapping[str, Any]]) -> str:
+    """Records with the same keys as CSV; lists with semicolons between their entries."""
+    lines = [["; ".join(value) if isinstance(value, list) else value for value in record.values()] for record in records]
+    return csv_text([list(records[0]), *lines])
+
+
+def html_table(lines: Sequence[Sequence[str]], links: Sequence[str]) -> str:
+    """A table: the first line heads it, and the first cells of the others lead to addresses. All texts stay texts."""
+    heading, *rows = [[html.escape(cell) for cell in line] for line in lines]
+    rows = [[f'<a href="{link}">{first}</a>', *rest] for link, (first, *rest) in zip(links, rows, strict=True)]
+    body = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>\n" for row in rows)
+    return f"<table>\n<thead><tr><th>{'</th><th>'.join(heading)}</th></tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
 
 
 def _decimals(value: float) -> int:
@@ -144,6 +180,8 @@ class Cost:
     """From a point, in this unit."""
     titles: tuple[str, str]
     """With the unit, and with the smaller one."""
+    name: str
+    """Of what is spent."""
     factor: float = 1000.0
     """Smaller units in one unit."""
 
@@ -159,11 +197,13 @@ def _mean_of_blocks(point: Point) -> float | None:
 
 
 COSTS = {
-    "flops": Cost("tflops_per_image", lambda point: point.get("tflops_per_image"), ("TFLOPs per image", "GFLOPs per image")),
-    "seconds": Cost("seconds_per_image", lambda point: point.get("seconds_per_image"), ("s per image", "ms per image")),
-    "seconds_per_block": Cost("seconds_per_block", _mean_of_blocks, ("s per block", "ms per block")),
+    "flops": Cost(
+        "tflops_per_image", lambda point: point.get("tflops_per_image"), ("TFLOPs per image", "GFLOPs per image"), "compute"
+    ),
+    "seconds": Cost("seconds_per_image", lambda point: point.get("seconds_per_image"), ("s per image", "ms per image"), "time"),
+    "seconds_per_block": Cost("seconds_per_block", _mean_of_blocks, ("s per block", "ms per block"), "time"),
     "memory": Cost(
-        "peak_memory_gib", lambda point: point.get("peak_memory_gib"), ("GiB at the peak", "MiB at the peak"), 1024.0
+        "peak_memory_gib", lambda point: point.get("peak_memory_gib"), ("GiB at the peak", "MiB at the peak"), "memory", 1024.0
     ),
 }
 """By the names that `--against` takes; of the blocks' seconds the mean over blocks."""

@@ -43,6 +43,11 @@ class Estimate:
         return stdev(self.values) if self.over == "checkpoints" else half_width(self.values)
 
     @property
+    def is_pair(self) -> bool:
+        """Whether these are two seeds, which are shown as they are."""
+        return len(self.values) == 2 and self.over != "checkpoints"
+
+    @property
     def interval(self) -> tuple[float, float] | None:
         """The confidence interval of the mean; None: there are only checkpoints, which are not independent draws."""
         if self.spread is None or self.over == "checkpoints":

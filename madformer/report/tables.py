@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ from madformer.report.paper import Comparison, compare
 from madformer.report.points import Column, Curve, Group, Row, columns_of, gather, make_rows
 from madformer.report.statistics import FEWEST_SEEDS, Over, pareto_front, winners
 from madformer.sweep.adaptive import Assessment
+from madformer.sweep.spec import ALIASES, label
 
 _ALWAYS = ("flops", "seconds")
 """Costs that always have a column in Markdown, measured or not."""
@@ -65,6 +67,8 @@ class Report:
     """What a sweep that decides has decided."""
     sweep: Path | None = None
     """The sweep's file; None: runs side by side."""
+    command: str = ""
+    """Of the command line that asked for it."""
 
     @property
     def groups(self) -> list[Group]:
@@ -103,17 +107,61 @@ class Report:
         """In which a cost is shown, by its name in `COSTS`."""
         return COSTS[cost].unit(row.costs[cost] for row in self.rows)
 
+    def axis(self, cost: str) -> str:
+        """The name of an axis of costs, with the unit."""
+        return "layer evaluations per block (NFE)" if cost == NFE else f"sampling {COSTS[cost].name}, {self.unit(cost).title}"
+
+    @property
+    def caution(self) -> str:
+        """What is to be said where designs were not trained for as many steps; empty: they were."""
+        steps = {group.base: distinct(point["step"] for point in group.points) for group in self.groups}
+        if len(set(steps.values())) == 1:
+            return ""
+        named = ", ".join(f"{name}: {count}" for name, count in steps.items())
+        counts = distinct(point["step"] for group in self.groups for point in group.points)
+        across = "comparisons are of the longest training" if self.verdict.trainings else "all comparisons are across these"
+        return (
+            f"**Not all designs were trained for as many steps** ({named if len(steps) <= 4 else counts}): "
+            f"{across}; the first table and the Pareto fronts show all."
+        )
+
+    @property
+    def short_names(self) -> str:
+        """What short names of axes in labels stand for, such as `d: model.diffusion_depth`; empty: there are none."""
+        labelled = {(key, label(key, value)) for group in self.groups for key, value in group.axes.items() if key in ALIASES}
+        used = {key for key, text in labelled if any(text in re.split("[- ]", group.base) for group in self.groups)}
+        return ", ".join(f"{name}: {key}" for key, name in ALIASES.items() if key in used)
+
     def markdown(self, pictures: Sequence[str] = ()) -> str:
         """The report as Markdown: quality by budget, the paper's numbers, costs, other metrics, tuned samplings, diagnostics.
 
         Args:
             pictures: names of files that are shown below the first table.
         """
-        parts = [f"## {self.title}"]
-        if self.decided is not None:
-            parts += [_DECIDED, "\n".join(f"- {line}" for line in self.decided.lines)]
-        parts += [*filter(None, [self.verdict.answer]), "\n".join(f"- {note}" for note in self.notes)]
-        parts += [self._quality(), *(f"![{self.title}]({name})" for name in pictures), *self.verdict.markdown()]
+        shown = [f"![{self.title}]({name})" for name in pictures]
+        parts = [
+            f"## {self.title}",
+            *self.answer(),
+            *filter(None, [self.caution]),
+            self.measured(),
+            self.quality(),
+            *shown,
+            *self.details(),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def answer(self) -> list[str]:
+        """What was found, as Markdown."""
+        decided = [] if self.decided is None else [_DECIDED, "\n".join(f"- {line}" for line in self.decided.lines)]
+        return [*decided, *filter(None, [self.verdict.answer])]
+
+    def measured(self) -> str:
+        """How the numbers were made, as a list of Markdown."""
+        return "\n".join(f"- {note}" for note in self.notes)
+
+    def details(self) -> list[str]:
+        """All that follows the first table, as Markdown."""
+        parts = self.verdict.markdown()
         if self.comparison is not None:
             parts.append(self.comparison.markdown())
         parts += ["### What it cost", self._costs()]
@@ -124,7 +172,7 @@ class Report:
             parts += ["### Sampling chosen", f"Chosen by `madformer tune`. {interval}", self._chosen()]
         if self.diagnostics is not None:
             parts.append(self.diagnostics.markdown())
-        return "\n\n".join(parts) + "\n"
+        return parts
 
     def csv(self) -> str:
         """One line a row, in full precision, with the unit in each column's name; what was measured by a clock comes last."""
@@ -151,7 +199,8 @@ class Report:
             lines.append([row.label, *values, *on_counted, *(row.costs[name] for name in COSTS), on_measured])
         return csv_text(lines)
 
-    def _quality(self) -> str:
+    def quality(self) -> str:
+        """The metric of each label by budget, as a table of Markdown."""
         lines = [[arrow(self.metric), *map(str, self.columns)]]
         clear = self._clear()
         for group in self.groups:
@@ -271,6 +320,7 @@ _SPREADS: dict[Over, str] = {
     "it is about sampling and says nothing about training again.",
     "checkpoints": "± … ‡ is the standard deviation over checkpoints of one run, no confidence interval.",
 }
+_PAIRS = "Of two seeds both values are shown, in the order of the seeds: too few for an interval."
 
 _MEMORISATION = (
     "Memorisation: the probability that a sample is nearer to its nearest training image than a held-out image is to its own. "
@@ -284,10 +334,12 @@ _NOTEWORTHY = 0.05
 def _notes(groups: Sequence[Group], rows: Sequence[Row], metric: str) -> list[str]:
     """How a report's numbers were measured, a sentence or two each."""
     points = [point for group in groups for point in group.points]
-    used = {estimated.over for row in rows for estimated in row.quality.values()}
+    estimates = [estimated for row in rows for estimated in row.quality.values()]
+    used = {estimated.over for estimated in estimates if not (estimated.is_pair and estimated.over == "training seeds")}
     return [
         f"Metric {metric}, {'higher' if higher_is_better(metric) else 'lower'} is better; {_repeated(groups)}.",
         *(text for over, text in _SPREADS.items() if over in used),
+        *([_PAIRS] if any(estimated.is_pair for estimated in estimates) else []),
         *([_MEMORISATION] if MEMORISATION in {metric_key(name) for row in rows for name in row.quality} else []),
         *([_BOLD] if len(groups) > 1 and any(len(row.seeds) >= FEWEST_SEEDS for row in rows) else []),
         _sampled(groups, points),

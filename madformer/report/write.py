@@ -7,30 +7,31 @@ import html
 import itertools
 import json
 import logging
+import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from markdown_it import MarkdownIt
-from PIL import Image
 
-from madformer.config import load_run
+from madformer.config import load_run, trained_fields
 from madformer.errors import InputError
-from madformer.evaluation.measurement import DISTANCE, Sampling
-from madformer.evaluation.record import read_points
-from madformer.evaluation.request import SamplingRequest
+from madformer.evaluation.measurement import DISTANCE, Point, Sampling
+from madformer.evaluation.record import read_points, record_path
+from madformer.evaluation.tensorboard import write_pictures
 from madformer.progress import print_markdown
 from madformer.report.contrasts import Choice, Verdict
 from madformer.report.diagnostics_report import draw_diagnostics
-from madformer.report.formatting import AGAINST, COSTS, csv_text, parse_against
+from madformer.report.formatting import AGAINST, COSTS, NOTHING, csv_of, csv_text, distinct, html_table, page, parse_against
 from madformer.report.points import Curve, Row, common_columns, curves_of_runs, curves_of_sweep, gather
 from madformer.report.statistics import Estimate
 from madformer.report.tables import Report, build_report
-from madformer.runs.checkpoints import checkpoint_path
 from madformer.runs.files import atomic_write, to_json
 from madformer.runs.folder import is_run
 from madformer.sweep.adaptive import assess
@@ -41,45 +42,49 @@ _log = logging.getLogger(__name__)
 
 _TYPES = {"svg": "image/svg+xml", "png": "image/png"}
 
-_FRAME = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1.5rem; }}
-h2 {{ margin-top: 0; }}
-h3 {{ margin: 2.5rem 0 0.5rem; }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 0.25rem 0.8rem; border-bottom: 1px solid #8884; white-space: nowrap; }}
-tbody tr:hover {{ background: #8882; }}
-img {{ max-width: 100%; background: white; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+
+def _page(report: Report, folder: Path, pictures: Mapping[str, bytes], against: Sequence[str]) -> str:
+    """The page of a report in `folder`: curves to explore, tables, figures, and where each run's record lies."""
+    from madformer.report.figures import view
+
+    renderer = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "image", "autolink", "reference"])
+    figure, *others = (
+        f'<p><img alt="{name}" src="data:{_TYPES[name[-3:]]};base64,{base64.b64encode(content).decode()}"></p>\n'
+        for name, content in pictures.items()
+    )
+    runs, facts = _runs(report, folder)
+    tables = [renderer.render("\n\n".join(parts)) for parts in ([report.quality(), report.measured()], report.details())]
+    answer = renderer.render("\n\n".join(report.answer()))
+    answer += f'<div class="caution">{renderer.render(report.caution)}</div>\n' if report.caution else ""
+    places = {"title": html.escape(report.title), "answer": answer, "facts": facts, "figure": figure}
+    places["body"] = "".join([tables[0], *others, tables[1], "<h3>Runs</h3>\n", runs])
+    return page(places, {"report": to_json(document(report)), "view": to_json(view(report, against))})
 
 
-def page(title: str, markdown: str, pictures: Mapping[str, bytes]) -> str:
-    """A page of Markdown in which links to pictures have become the pictures.
-
-    Args:
-        title: of the window.
-        markdown: with tables; what looks like HTML in it is shown as it is.
-        pictures: file name, as the links have it -> contents.
-    """
-    renderer = MarkdownIt("commonmark", {"html": False}).enable("table")
-    body = renderer.render(markdown)
-    for name, content in pictures.items():
-        kind = _TYPES[name.rpartition(".")[2]]
-        body = body.replace(f'src="{name}"', f'src="data:{kind};base64,{base64.b64encode(content).decode()}"')
-    return _FRAME.format(title=html.escape(title), body=body)
+def _runs(report: Report, folder: Path) -> tuple[str, str]:
+    """HTML: a table of the runs with what differs between them and links to their records, and the facts above all curves."""
+    fields: dict[Path, Mapping[str, Any]] = {}
+    points: dict[Path, list[Point]] = {}
+    for group in report.groups:
+        for run, seed, curve in zip(group.runs, group.seeds, group.curves, strict=True):
+            own = trained_fields(load_run(run)) if report.sweep is None and is_run(run) else group.axes
+            fields[run] = {**own, "seed": seed}
+            points.setdefault(run, []).extend(itertools.chain.from_iterable(curve.points.values()))
+    texts = {run: {name: str(value) for name, value in own.items()} for run, own in fields.items()}
+    names = [
+        name for name in dict.fromkeys(itertools.chain(*texts.values())) if len({own.get(name) for own in texts.values()}) > 1
+    ]
+    lines = [["run (its record)", *names, "training steps", "measured (UTC)"]]
+    for run, own in texts.items():
+        steps, times = distinct(point["step"] for point in points[run]), [str(point["time"]) for point in points[run]]
+        lines.append([run.name, *(own.get(name, NOTHING) for name in names), steps, max(times)[:16].replace("T", " ")])
+    links = [quote(os.path.relpath(record_path(run), folder)) for run in texts]
+    days = sorted({str(point["time"])[:10] for each in points.values() for point in each})
+    found = [f"{name}: {', '.join(dict.fromkeys(own.get(name, NOTHING) for own in texts.values()))}" for name in names]
+    facts = {"Measured": " to ".join(dict.fromkeys([days[0], days[-1]])), "Command": report.command}
+    facts |= {"Runs": str(len(texts)), "They differ in": "; ".join(found)}
+    shown = "".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>\n" for name, text in facts.items() if text)
+    return html_table(lines, links), shown
 
 
 def document(report: Report) -> dict[str, Any]:
@@ -111,6 +116,8 @@ def document(report: Report) -> dict[str, Any]:
         for row in report.rows
     ]
     said: dict[str, Any] = {"title": report.title, "answer": verdict.answer.replace("*", ""), "notes": report.notes}
+    said |= {"caution": report.caution.replace("*", "")} if report.caution else {}
+    said |= {"command": report.command} if report.command else {}
     said |= {} if report.sweep is None else {"sweep": str(report.sweep)}
     said |= {} if report.decided is None else {"decisions": report.decided.records}
     measured = {"metric": report.metric, "better": report.better, "reference": verdict.reference}
@@ -249,11 +256,11 @@ def write_report(report: Report, folder: Path, stem: str, against: Sequence[str]
     links = [f"{name}.{'svg' if 'svg' in kinds else 'png'}" for name, kinds in pictures.items()]
     markdown = report.markdown(links)
     shown = {link: drawn[link] for link in links}
-    texts = {f"{stem}.md": markdown, f"{stem}.html": page(report.title, markdown, shown), f"{stem}.csv": report.csv()}
+    texts = {f"{stem}.md": markdown, f"{stem}.html": _page(report, folder, shown, against), f"{stem}.csv": report.csv()}
     texts[f"{stem}.json"] = to_json(document(report), indent=1, ensure_ascii=False) + "\n"
     for ending, records in (("contrasts", _contrast_records(verdict)), ("best", _choice_records(verdict.choices))):
         if records:
-            texts[f"{stem}-{ending}.csv"] = _csv_of(records)
+            texts[f"{stem}-{ending}.csv"] = csv_of(records)
     if report.comparison is not None and (lines := report.comparison.rows()):
         texts[f"{stem}-paper.csv"] = csv_text(lines)
     contents = {**{name: text.encode() for name, text in texts.items()}, **drawn}
@@ -264,12 +271,6 @@ def write_report(report: Report, folder: Path, stem: str, against: Sequence[str]
         if (name := stem + ending) not in contents:
             (folder / name).unlink(missing_ok=True)  # of a former report: it is not of these numbers
     return [folder / name for name in contents]
-
-
-def _csv_of(records: Sequence[Mapping[str, Any]]) -> str:
-    """Records with the same keys as CSV; lists with semicolons between their entries."""
-    lines = [["; ".join(value) if isinstance(value, list) else value for value in record.values()] for record in records]
-    return csv_text([list(records[0]), *lines])
 
 
 def draw_samples(report: Report, count: int) -> dict[str, bytes]:
@@ -283,6 +284,7 @@ def draw_samples(report: Report, count: int) -> dict[str, bytes]:
             or files there that were made in another way.
     """
     from madformer.data.image_files import to_tiles
+    from madformer.evaluation.write_samples import compared_samples
     from madformer.report.figures import contact_sheet
 
     columns = common_columns(report.rows)
@@ -291,7 +293,7 @@ def draw_samples(report: Report, count: int) -> dict[str, bytes]:
     sheets = []
     for column in dict.fromkeys([columns[0], columns[-1]]):
         rows = [row for row in report.rows if column.holds(row)]
-        images = [_samples(row, count) for row in rows]
+        images = [compared_samples(*_newest(row), row.samplings[0], count) for row in rows]
         if len(sizes := {" x ".join(map(str, each.shape[1:3])) for each in images}) > 1:
             raise InputError(f"--samples: images of {' and '.join(sorted(sizes))} pixels have no noise in common")
         tiles_YX3 = to_tiles(np.concatenate(images), columns=count)
@@ -299,24 +301,10 @@ def draw_samples(report: Report, count: int) -> dict[str, bytes]:
     return {"png": contact_sheet(f"{report.title}: samples from the same noise", sheets)}
 
 
-def _samples(row: Row, count: int) -> np.ndarray:
-    """Images [B, Y, X, 3] of a row's first run, sampled as its points were, from the newest of their checkpoints."""
-    from madformer.evaluation.write_samples import sample_path, write_samples
-
-    first, sampling = row.group.seeds.index(row.seeds[0]), row.samplings[0]
-    run, points = row.group.runs[first], row.group.curves[first].points[row.nfe]
-    path = checkpoint_path(run, max(point["step"] for point in points))
-    if not path.is_file():
-        raise InputError(f"--samples: {path} was evaluated and is gone; evaluate one that is there: madformer evaluate {run}")
-    named = [str(value) for value in sampling.curve_fields.values() if value is not None]
-    folder = run / "samples/compared" / "-".join([path.stem, *named, f"{row.steps}steps"])
-    write_samples(SamplingRequest(load_run(run), path, sampling, count), folder)
-    return np.stack([_read(sample_path(folder, index)) for index in range(count)])
-
-
-def _read(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+def _newest(row: Row) -> tuple[Path, int]:
+    """A row's first run, and the newest step at which it was measured."""
+    first = row.group.seeds.index(row.seeds[0])
+    return row.group.runs[first], max(point["step"] for point in row.group.curves[first].points[row.nfe])
 
 
 def curves_of(sources: Sequence[str | Path]) -> tuple[list[Curve], str, Path, Sweep | None]:
@@ -382,13 +370,19 @@ def report_on(
     decided = assess(sweep) if sweep is not None and sweep.decide is not None else None
     if sweep is not None and sweep.decide is not None and sweep.decide.metric != DISTANCE:
         metric = metric or sweep.decide.metric
+    options = {"--out": out, "--metric": metric, "--against": against, "--samples": samples or None, "--reference": reference}
+    given = [str(word) for option in options.items() if option[1] is not None for word in option]
     report = build_report(curves, title, metric, reference, decided)
+    report = replace(report, command=shlex.join(["madformer", "report", *map(str, sources), *given]))
     if sweep is not None:
         report = replace(report, sweep=Path(sources[0]).resolve())
         if out is None:
             _require_own_place(folder, Path(sources[0]).resolve())
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         paths = write_report(report, out or folder, "report", panels, samples)
+        if sweep is not None and out is None:
+            pictures = {path.stem: path.read_bytes() for path in paths if path.suffix == ".png"}
+            write_pictures(folder, pictures, max(point["time"] for group in report.groups for point in group.points))
     if as_json:
         print(to_json(document(report), indent=1, ensure_ascii=False))
         return

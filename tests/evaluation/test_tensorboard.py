@@ -1,5 +1,6 @@
 """Curves in TensorBoard: read back as TensorBoard reads them, and asked of a real server."""
 
+import io
 import re
 import time
 from pathlib import Path
@@ -8,13 +9,15 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from torch.utils.tensorboard import RecordWriter, SummaryWriter
 
 from madformer.evaluation.evaluate import _hparams
 from madformer.evaluation.record import record_path
-from madformer.evaluation.tensorboard import drop_orphans, write_curves
+from madformer.evaluation.tensorboard import drop_orphans, write_curves, write_pictures
+from madformer.runs.folder import is_run
 from tests.board import tensorboard, until
 from tests.conftest import ROOT
 from tests.data.test_datamodule import TEXT
@@ -353,3 +356,17 @@ def test_the_page_lists_the_tags_of_a_run(tmp_path):
     assert {tag for tag in tags if not any(re.fullmatch(pattern, tag) for pattern in patterns.values())} == set()
     missing = {row for row, pattern in patterns.items() if not any(re.fullmatch(pattern, tag) for tag in tags)}
     assert missing == {row for row, condition in conditions.items() if condition.startswith(("GPUs", "elastic"))}
+
+
+def test_a_report_s_pictures_take_the_place_of_former_ones(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(file, "png")
+    for tag in ("former", "report"):
+        write_pictures(tmp_path, {tag: file.getvalue()}, "2026-01-01T00:00:00+00:00")
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1 and not is_run(tmp_path)
+    events = EventAccumulator(str(tmp_path), {"images": 0}).Reload()
+    [picture] = events.Images("report")
+    assert events.Tags()["images"] == ["report"]
+    assert (picture.width, picture.height, picture.encoded_image_string) == (3, 2, file.getvalue())
+    write_curves(recorded(tmp_path, point(16, 72.25)), HPARAMS)
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2, "a run's curves leave them alone"

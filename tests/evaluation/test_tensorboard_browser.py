@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from madformer.config import load_run
-from madformer.evaluation.tensorboard import AXES
+from madformer.evaluation.tensorboard import AXES, write_pictures
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.trial import trial_commands
@@ -42,6 +42,8 @@ def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for cell in sweep_cells(load_sweep(ROOT / "sweeps/digits/digits_figure4_nfe.yaml", [*tiny, *changes])):
         for command in trial_commands(cell):
             perform(command)
+    Image.new("L", (2, 1)).save(picture := io.BytesIO(), "png")
+    write_pictures(folder, {"report": picture.getvalue()}, "2026-01-01T00:00:00+00:00")
     return folder
 
 
@@ -79,7 +81,7 @@ def curve(points: list[dict], axis: str) -> list[tuple[int, float]]:
 
 def test_the_server_has_every_curve_and_every_row(board, logdir):
     runs = measured(logdir)
-    assert len(runs) >= 3 and set(runs) == set(board.ask("runs"))
+    assert len(runs) >= 3 and set(runs) == set(board.ask("runs")) - {"."}, "the sweep's folder has the report's pictures"
     for run, points in runs.items():
         for axis in AXES:
             shown = board.ask(f"plugin/scalars/scalars?run={quote(run)}&tag={METRIC}_vs_{axis}")
@@ -117,6 +119,11 @@ def assert_drawn(chart: Chart, legend: dict[str, str], curves: dict[str, list[tu
         assert (slope > 0) == rises and (pixels >= 0).all() and (pixels <= length).all()
 
 
+def legend_of(runs: dict[str, list[dict]], window: Browser) -> dict[str, str]:
+    """The runs' colours, without the sweep's folder, which has no curves."""
+    return {run: colour for run, colour in window.legend().items() if run != "."}
+
+
 PAGES = {
     "scalars": f"/#scalars&_smoothingWeight=0&tagFilter={METRIC}_vs_",
     "custom_scalars": "/#custom_scalars&_smoothingWeight=0",
@@ -131,7 +138,7 @@ def test_every_curve_is_drawn(page, board, logdir, window):
 
     def every_curve_is_drawn() -> None:
         window.untick("paper-checkbox", OUTLIERS)
-        legend, charts = window.legend(), {chart.title.split()[0]: chart for chart in window.charts()}
+        legend, charts = legend_of(runs, window), {chart.title.split()[0]: chart for chart in window.charts()}
         assert set(legend) == set(runs) and {f"{METRIC}_vs_{axis}" for axis in AXES} <= set(charts)
         for axis in AXES:
             curves = {run: curve(points, axis) for run, points in runs.items()}
@@ -148,7 +155,7 @@ def test_the_time_series_have_a_colour_for_all_seeds_of_a_cell(board, logdir, wi
     window.open(f"{board.url}/?smoothing=0&tagFilter={METRIC}_vs_&runColorGroup={quote('regex:(.*)-s')}#timeseries")
 
     def every_colour_is_drawn() -> None:
-        legend, cells = window.legend(), {run.rpartition("-s")[0] for run in runs}
+        legend, cells = legend_of(runs, window), {run.rpartition("-s")[0] for run in runs}
         assert set(legend) == set(runs) and len(set(legend.values())) == min(len(cells), 7), "TensorBoard has seven colours"
         pixels = np.asarray(Image.open(io.BytesIO(window.picture("line-chart"))).convert("RGB")).astype(int)
         for colour in set(legend.values()):

@@ -262,7 +262,7 @@ def test_json_and_csv_say_the_same(tmp_path):
             assert row == {key: "; ".join(value) if isinstance(value, list) else str(value) for key, value in entry.items()}
     assert {entry["cost"] for entry in found["best"] if entry["axis"] == "nfe"} == {16.0, 32.0, 64.0}
     before = {name: path.read_bytes() for name, path in paths.items()}
-    again = write_report(two(tmp_path / "again"), tmp_path / "again", "report", ("nfe",))
+    again = write_report(two(tmp_path / "again"), tmp_path / "again/out", "report", ("nfe",))
     assert {path.name: path.read_bytes().replace(b"again/", b"") for path in again} == before
 
 

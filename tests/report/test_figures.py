@@ -31,15 +31,17 @@ def test_the_png_is_white_of_its_size_and_coloured(tmp_path):
     assert pixels.shape == (760, 2000, 4) and np.all(pixels[:3, :3] == 1.0)
     colors = np.unique(np.round(pixels[..., :3] * 255).astype(int).reshape(-1, 3), axis=0)
     assert len(colors) > 200
-    lines = [[68, 1, 84], [122, 209, 81]]  # the two ends of the palette
+    lines = [[0, 114, 178], [213, 94, 0]]  # Okabe and Ito's blue and vermilion
     assert all(any(np.abs(colors - line).max(axis=1) <= 2) for line in lines)
 
 
 def test_the_svg_names_labels_axes_and_budgets(tmp_path):
     svg = draw(small(tmp_path))["svg"].decode()
     written = texts(svg.encode())
-    for text in ("Digits", "d2", "d16", "16", "32", "128", "GFLOPs per image", "ms per image", "fd_digits (lower is better)"):
-        assert text in written
+    named = ["Digits (d: model.diffusion_depth)", "d2", "d16", "16", "32", "128"]
+    named += ["Fréchet distance", "fd_digits (lower is better)"]
+    named += ["sampling compute, GFLOPs per image", "sampling time, ms per image"]
+    assert set(named) <= set(written)
     assert written.index("d2") < written.index("d16") and "dc:date" not in svg and "fill: #ffffff" in svg
 
 
@@ -56,7 +58,7 @@ def test_seeds_are_thin_lines_below_the_mean_and_dots_where_they_differ():
     line(panel, "d2", looks({"d2": ("d2", "")})["d2"], [1, 2], both)
     mean, *seeds = panel.lines
     assert [list(seed.get_ydata()) for seed in seeds] == [[19.0, 10.0], [21.0, 12.0]] and list(mean.get_ydata()) == [20.0, 11.0]
-    assert all(seed.get_linewidth() < mean.get_linewidth() / 2 for seed in seeds)
+    assert all(seed.get_linewidth() < mean.get_linewidth() / 2 and seed.get_marker() == "." for seed in seeds)
     dots = Figure().subplots()
     line(dots, "d2", looks({"d2": ("d2", "")})["d2"], [1, 2], both, same_seeds=False)
     assert [(list(seed.get_xdata()), list(seed.get_ydata())) for seed in dots.lines[1:]] == [
@@ -79,8 +81,8 @@ def test_a_picture_without_seconds_says_so_and_zero_or_less_is_drawn(tmp_path):
 def test_every_cost_has_its_panel(tmp_path):
     pictures = draw(small(tmp_path), ("nfe", "flops", "seconds", "seconds_per_block", "memory"))
     written = texts(pictures["svg"])
-    for text in ("layer evaluations per block (NFE)", "GFLOPs per image", "ms per image", "ms per block", "MiB at the peak"):
-        assert text in written
+    measured = ("compute, GFLOPs per image", "time, ms per image", "time, ms per block", "memory, MiB at the peak")
+    assert {"layer evaluations per block (NFE)", *(f"sampling {name}" for name in measured)} <= set(written)
     assert written.count("not measured") == 1 and size(pictures["png"]) == (760, 3333)
 
 
@@ -101,6 +103,8 @@ def test_colour_tells_configurations_apart_and_dashes_how_they_were_sampled():
     assert made["d2"].line == made["d4"].line != made["d2 · unipc"].line
     alone = looks({"d2": ("d2", ""), "d2 · unipc": ("d2", "unipc")})
     assert alone["d2"].color != alone["d2 · unipc"].color
+    many = looks({f"d{depth}": (f"d{depth}", "") for depth in range(50)}).values()
+    assert len({(look.color, look.marker) for look in many}) == 50
 
 
 def test_diagnostics_are_drawn_in_three_panels(tmp_path):

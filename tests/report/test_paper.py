@@ -172,7 +172,7 @@ def test_the_files_hold_the_comparison_and_a_page_that_needs_no_other(tmp_path):
         ("d2", "18.0", "20.2", "NFE 128"), ("d8", "17.0", "15.9", "NFE 128"),
     ]  # fmt: skip
     page = paths["report.html"].read_text()
-    assert page.count("<table>") == 6 and 'src="data:image/svg+xml;base64,' in page and 'src="report' not in page
+    assert page.count("<table>") == 7 and 'src="data:image/svg+xml;base64,' in page and 'src="report' not in page
     assert (
         "<title>_Depths_ &amp; &lt;more&gt;</title>" in page
         and "<more>" not in page

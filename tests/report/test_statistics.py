@@ -59,10 +59,12 @@ def test_deviations_over_checkpoints_are_pooled_over_runs():
         ([17.5, 18.0, 17.8], "training seeds", "17.8 ± 0.6"),
         ([17.5, 18.0, 17.8], "evaluation seeds", "17.8 ± 0.6 †"),
         ([17.5, 18.0, 17.8], "checkpoints", "17.8 ± 0.3 ‡"),
-        ([10.0, 30.0], "training seeds", "20.0 ± 127"),
-        ([0.0123, 0.0127], "training seeds", "0.0125 ± 0.0025"),
+        ([10.0, 30.0], "training seeds", "10.0 and 30.0"),
+        ([10.0, 30.0], "evaluation seeds", "10.0 and 30.0 †"),
+        ([10.0, 30.0], "checkpoints", "20.0 ± 14.1 ‡"),
+        ([0.0123, 0.0125, 0.0127], "training seeds", "0.0125 ± 0.0005"),
         ([1000.0, 1000.5, 1000.2], "checkpoints", "1,000 ± 0.3 ‡"),
-        ([5.0, 5.0], "training seeds", "5.00 ± 0.00"),
+        ([5.0, 5.0, 5.0], "training seeds", "5.00 ± 0.00"),
     ],
 )
 def test_a_cell_has_as_many_digits_as_it_means(values, over, text):

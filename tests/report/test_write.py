@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from madformer.config import write_config
 from madformer.errors import InputError
@@ -10,6 +11,7 @@ from madformer.report.write import report_on
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.search import SearchQueue
+from madformer.sweep.status import print_status
 from madformer.sweep.study import Storage
 from tests.conftest import ROOT
 from tests.points import point, recorded
@@ -95,3 +97,21 @@ def test_another_sweep_of_the_same_name_does_not_overwrite_the_report(grid, here
     report_on(["grid.yaml"], None)
     (here / "grid.yaml").rename(here / "moved.yaml")
     report_on(["moved.yaml"], None)
+
+
+def test_the_sweep_s_folder_has_the_pictures_for_tensorboard_once(here, capsys):
+    (here / "grid.yaml").write_text(GRID)
+    for cell in sweep_cells(load_sweep("grid.yaml")):
+        measure(cell, 30.0)
+    for _ in range(2):
+        report_on(["grid.yaml"], None, metric="fd_digits")
+    events = EventAccumulator(str(here / "runs/grid"), {"images": 0}).Reload()
+    assert len(list((here / "runs/grid").glob("events.out.tfevents.*"))) == 1
+    assert {tag: len(events.Images(tag)) for tag in events.Tags()["images"]} == {"report": 1, "report-contrasts": 1}
+    assert events.Images("report")[0].encoded_image_string == (here / "runs/grid/report.png").read_bytes()
+    page = (here / "runs/grid/report.html").read_text()
+    assert "<dd>madformer report grid.yaml --metric fd_digits</dd>" in page and "<dd>model.diffusion_depth: 2, 4</dd>" in page
+    print_status(load_sweep("grid.yaml"))
+    assert "2 cells" in capsys.readouterr().out
+    report_on(["grid.yaml"], here / "other")
+    assert not list((here / "other").glob("events.out.tfevents.*"))
