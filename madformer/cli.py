@@ -75,7 +75,7 @@ def train(
         config = load_experiment(given[0], given[1:])
     else:
         raise InputError("nothing to train: give an EXPERIMENT.yaml, or --resume RUN")
-    from madformer.runs.folder import require_no_other_run
+    from madformer.config.identity import require_no_other_run
 
     require_no_other_run(config, but="data.source" if resume is not None else "")  # the checkpoint knows the images
     if branch is not None:

@@ -70,6 +70,11 @@ def config_path(run: Path) -> Path:
     return run / "config.yaml"
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun there."""
+    return config_path(folder).is_file()
+
+
 def write_config(
     config: ExperimentConfig, run: Path, branch: Mapping[str, Any] | None = None, imported: Mapping[str, Any] | None = None
 ) -> None:
@@ -199,6 +204,19 @@ def require_same_run(config: ExperimentConfig, but: str = "") -> None:
     if is_outdated(run):
         change = "version 0.1.0 trained it with auxiliary outputs at timestep 0, which broke the denoiser there"
         raise InputError(f"{run}: {change}; train it anew under another name, or delete it")
+
+
+def require_no_other_run(config: ExperimentConfig, but: str = "") -> None:
+    """Refuse an experiment whose folder holds another experiment's run.
+
+    Args:
+        but: a field that may differ.
+
+    Raises:
+        InputError: the first field that differs, with both values.
+    """
+    if is_run(config.run_dir):
+        require_same_run(config, but)
 
 
 def read_config_hash(run: Path) -> str | None:

@@ -36,8 +36,7 @@ from madformer.data.sources import ROWS_PER_SHARD, ImageSource, open_source
 from madformer.errors import ConfigError, DataError, InputError
 from madformer.parallel import Share, cluster_rank, find_devices, own_device, share_out
 from madformer.progress import ProgressDisplay
-from madformer.runs.files import write_text
-from madformer.runs.folder import claim_folder
+from madformer.runs.files import claim_folder, write_text
 
 RECONSTRUCTED = 32
 """Images that are decoded again when all is done, to see that the latents mean what they should."""

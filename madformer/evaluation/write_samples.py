@@ -26,7 +26,7 @@ from madformer.model import cost
 from madformer.parallel import Share, cluster_rank, share_out
 from madformer.progress import ProgressDisplay
 from madformer.runs.checkpoints import checkpoint_step, load_model, weights_sha256
-from madformer.runs.folder import claim_folder
+from madformer.runs.files import claim_folder
 
 IN_GRID = 64
 """Images of the grid, the first ones."""

@@ -19,6 +19,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from madformer.config import load_run
+from madformer.config.identity import is_run
 from madformer.errors import InputError
 from madformer.evaluation.measurement import DISTANCE, Sampling
 from madformer.evaluation.record import read_points
@@ -31,7 +32,6 @@ from madformer.report.statistics import Estimate
 from madformer.report.tables import Report, build_report
 from madformer.runs.checkpoints import checkpoint_path
 from madformer.runs.files import atomic_write, to_json
-from madformer.runs.folder import is_run
 from madformer.sweep.adaptive import assess
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.spec import Sweep

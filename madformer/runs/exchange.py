@@ -31,7 +31,7 @@ from madformer.config import (
     write_config,
 )
 from madformer.config.data import DIGITS, PIXELS
-from madformer.config.identity import named_folder, require_no_move, to_yaml
+from madformer.config.identity import is_run, named_folder, require_no_move, to_yaml
 from madformer.config.loading import build, read_value
 from madformer.errors import ConfigError, InputError
 from madformer.lookup import find_file
@@ -49,8 +49,7 @@ from madformer.runs.checkpoints import (
     parse_weights,
     save_checkpoint,
 )
-from madformer.runs.files import atomic_write, write_text
-from madformer.runs.folder import claim_folder, is_run
+from madformer.runs.files import atomic_write, claim_folder, write_text
 
 HUB_FILE = "ckpts.pt"
 """The checkpoint in the authors' repository on the hub, `JunhaoC/MADFormer-FFHQ`."""

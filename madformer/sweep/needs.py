@@ -17,12 +17,11 @@ from typing import Any
 from madformer.config import read_config_hash, require_same_run
 from madformer.config.evaluation import SHIPPED_NETWORKS
 from madformer.config.experiment import has_held_out
-from madformer.config.identity import read_branch_step
+from madformer.config.identity import is_run, read_branch_step
 from madformer.config.validation import expand_path
 from madformer.errors import InputError
 from madformer.evaluation.measurement import INCEPTION, Measurement, Sampling
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints, newest_intact, regular_checkpoints
-from madformer.runs.folder import is_run
 from madformer.sweep.cells import Cell
 
 _log = logging.getLogger(__name__)

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 from madformer.config import load_run
-from madformer.config.identity import to_yaml
+from madformer.config.identity import is_run, to_yaml
 from madformer.errors import InputError
 from madformer.evaluation.measurement import AXES, DEPTH
 from madformer.runs.checkpoints import newest_intact
 from madformer.runs.files import write_text
-from madformer.runs.folder import is_run
 from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_needs
 

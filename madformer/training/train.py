@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from madformer.config import ExperimentConfig, TrainerConfig, load_run, write_config
-from madformer.config.identity import run_hash
+from madformer.config.identity import is_run, run_hash
 from madformer.data.datamodule import LatentDataModule
 from madformer.errors import InputError, Interrupted
 from madformer.evaluation.feature_networks import require_fitting_networks
@@ -39,8 +39,7 @@ from madformer.runs.checkpoints import (
     newest_intact,
     require_own,
 )
-from madformer.runs.files import atomic_write, link_or_copy
-from madformer.runs.folder import claim_folder, copy_traces, drop_previews, is_run
+from madformer.runs.files import atomic_write, claim_folder, copy_traces, drop_previews, link_or_copy
 from madformer.training.callbacks import AtomicCheckpointIO, Preview, Profile, RunCheckpoints, RunProgress
 from madformer.training.module import LitMADFormer
 

@@ -278,7 +278,7 @@ def test_killed_it_ends_with_the_same_shards(tmp_path):
 
 def test_only_one_program_fills_a_folder(tmp_path):
     write_parquet(tmp_path / "pictures.parquet", rows=5)
-    holder = f"import time\nfrom pathlib import Path\nfrom madformer.runs.folder import claim_folder\nwith claim_folder(Path({str(tmp_path / 'latents')!r}), 'encode'):\n    print('held', flush=True)\n    time.sleep(60)"
+    holder = f"import time\nfrom pathlib import Path\nfrom madformer.runs.files import claim_folder\nwith claim_folder(Path({str(tmp_path / 'latents')!r}), 'encode'):\n    print('held', flush=True)\n    time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout.readline() == b"held\n"
         with pytest.raises(InputError, match=r"is in use by another process \(encode\)"):

@@ -14,7 +14,7 @@ from madformer.config import load_experiment
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.record import read_points
 from madformer.runs.checkpoints import checkpoint_path
-from madformer.runs.folder import claim_folder
+from madformer.runs.files import claim_folder
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.driver import run_sweep
 from madformer.sweep.load_sweep import load_sweep

@@ -16,8 +16,7 @@ from madformer.errors import InputError
 from madformer.evaluation.record import append_point
 from madformer.model import cost
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
-from madformer.runs.files import append_line
-from madformer.runs.folder import append_preview, claim_folder
+from madformer.runs.files import append_line, append_preview, claim_folder
 from madformer.sweep.needs import network_sha256
 
 

@@ -9,7 +9,7 @@ import torch
 
 from madformer.progress import read_progress
 from madformer.runs.checkpoints import checkpoint_path, list_checkpoints
-from madformer.runs.folder import progress_path, read_previews
+from madformer.runs.files import progress_path, read_previews
 from tests.tiny_runs import command, differences, perform, run_until, scalars, tiny_run, train_command
 
 LAST = 24
@@ -91,7 +91,7 @@ def test_torn_checkpoint_is_skipped_with_a_warning(undisturbed, tmp_path):
 
 
 def test_a_run_is_not_trained_by_two_processes(undisturbed, tmp_path):
-    from madformer.runs.folder import claim_folder
+    from madformer.runs.files import claim_folder
 
     config = tiny_run(tmp_path)
     shutil.copytree(undisturbed, config.run_dir)
