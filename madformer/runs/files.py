@@ -15,8 +15,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
+import xxhash
 from filelock import FileLock, Timeout
 
 from madformer.errors import InputError
@@ -41,6 +42,61 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+class ChecksumWriter:
+    """A file that takes the checksum of what is written to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest = file, xxhash.xxh3_128()
+
+    def write(self, content: Any) -> int:
+        """Write bytes, or what has some."""
+        self._digest.update(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        """Hand everything to the system."""
+        self._file.flush()
+
+    @property
+    def checksum(self) -> str:
+        """Hexadecimal XXH3 (128 bits) of everything so far."""
+        return self._digest.hexdigest()
+
+
+def file_checksum(path: Path, leave_out: int = 0, ending: bytes = b"") -> str:
+    """Hexadecimal XXH3 (128 bits) of a file, which keeps up with the memory: it finds accidents, not attacks.
+
+    Args:
+        path: the file.
+        leave_out: bytes at its end that do not count.
+        ending: counts in their place.
+    """
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as file:
+        left = os.fstat(file.fileno()).st_size - leave_out
+        while left > 0 and (count := file.readinto(buffer[: min(left, len(buffer))])):
+            digest.update(buffer[:count])
+            left -= count
+    digest.update(ending)
+    return digest.hexdigest()
+
+
+def text_checksum(text: str) -> str:
+    """Hexadecimal XXH3 (128 bits) of a text."""
+    return xxhash.xxh3_128(text.encode()).hexdigest()
+
+
+def remove_stale(folder: Path, name: str = "*") -> None:
+    """Remove temporary files of processes that were killed. Only for whoever alone may write these files now.
+
+    Args:
+        folder: where they are.
+        name: a pattern of the names that they were to have.
+    """
+    for path in folder.glob(f".{name}.*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
