@@ -12,6 +12,7 @@ import math
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,9 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from madformer.errors import InputError
+
+_CHECKSUM = "checksum"
+"""Key of a JSON file's checksum, which is of all other keys."""
 
 Purpose = Literal["train", "evaluate", "tune", "encode", "sample", "import"]
 """The command that claims a folder."""
@@ -83,20 +87,18 @@ def file_checksum(path: Path, leave_out: int = 0, ending: bytes = b"") -> str:
     return digest.hexdigest()
 
 
-def text_checksum(text: str) -> str:
-    """Hexadecimal XXH3 (128 bits) of a text."""
-    return xxhash.xxh3_128(text.encode()).hexdigest()
-
-
-def remove_stale(folder: Path, name: str = "*") -> None:
-    """Remove temporary files of processes that were killed. Only for whoever alone may write these files now.
+def remove_stale(folder: Path, name: str = "*", seconds: float = 0) -> None:
+    """Remove temporary files that killed processes left in a folder.
 
     Args:
         folder: where they are.
         name: a pattern of the names that they were to have.
+        seconds: how long nobody has written to them. 0: for whoever alone may write such files now, as its lock says.
     """
     for path in folder.glob(f".{name}.*.tmp"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if not seconds or time.time() - path.stat().st_mtime > seconds:
+                path.unlink()
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -128,6 +130,35 @@ def _finite(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object with a checksum of itself."""
+    checked = {**content, _CHECKSUM: _checksum_of(content)}
+    write_text(path, json.dumps(checked, indent=1) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
+    """The JSON object that `write_json` wrote, without the checksum; None: there is no such file.
+
+    Raises:
+        InputError: it is torn; the message ends with the remedy.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}; {remedy}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object; {remedy}")
+    if content.pop(_CHECKSUM, None) not in (None, _checksum_of(content)):  # older versions wrote none
+        raise InputError(f"{path}: torn: it does not match its checksum; {remedy}")
+    return content
+
+
+def _checksum_of(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(content).encode()).hexdigest()
 
 
 def append_line(path: Path, line: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import secrets
 import time
 import warnings
@@ -211,6 +212,9 @@ class Storage:
 
     def _unusable_error(self, error: Exception) -> InputError:
         if self._url.get_backend_name() == "sqlite":
+            if re.search(r"full|disk I/O|readonly|unable to open|locked", reason := first_line(error)):  # not the file's fault
+                remedy = "make room there, or make it writable; what was complete is kept, the same command goes on"
+                return InputError(f"{self._path}: the study cannot be written or read now ({reason}); {remedy}")
             remedy = "delete it: what is done is read from the runs"
             return InputError(f"{self._path}: no study of a sweep ({first_line(error)}); {remedy}")
         return InputError(f"storage = {self._display_url}: cannot be used ({first_line(error)})")

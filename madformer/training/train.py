@@ -39,9 +39,12 @@ from madformer.runs.checkpoints import (
     newest_intact,
     require_own,
 )
-from madformer.runs.files import atomic_write, claim_folder, copy_traces, drop_previews, link_or_copy
+from madformer.runs.files import atomic_write, claim_folder, copy_traces, drop_previews, link_or_copy, remove_stale
 from madformer.training.callbacks import AtomicCheckpointIO, Preview, Profile, RunCheckpoints, RunProgress
 from madformer.training.module import LitMADFormer
+
+_STALE_SECONDS = 3600.0
+"""A process that lives replaces a temporary file sooner."""
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -71,6 +74,10 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
     if _rank() == 0:
         require_fitting_networks(config, data.codec)
     with claim_folder(run, "train", _rank()):
+        if _rank() == 0:
+            remove_stale(run / "checkpoints")
+            remove_stale(run / "samples", "preview-*")
+            remove_stale(run, seconds=_STALE_SECONDS)  # other commands write there too
         begins_as_branch = branch is not None and not list_checkpoints(run)
         if branch is not None and begins_as_branch and _rank() == 0:
             _begin_branch(config, module_class, branch)
@@ -104,8 +111,6 @@ def _begin_branch(config: ExperimentConfig, module_class: type[LitMADFormer], tr
     step = checkpoint_step(source)
     _require_trainable(checkpoint := load_checkpoint(source), trunk, module_class)
     require_own(checkpoint, source, load_run(trunk))
-    for left in (run / "checkpoints").glob(".step-*.tmp"):  # by a process that was killed
-        left.unlink()
     try:
         with atomic_write(checkpoint_path(run, step)) as temporary:
             link_or_copy(source, temporary)  # ours from now on, though the other run may remove its own

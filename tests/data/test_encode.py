@@ -150,7 +150,8 @@ def test_repaired_latents_have_a_new_manifest(tmp_path):
     folder = tmp_path / "latents"
     encode(experiment(tmp_path, latents=folder))
     before, manifest = read_manifest(folder), folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"rows": 20', '"rows": 19').replace("   7,", "   6,"))
+    changed = manifest.read_text().replace('"rows": 20', '"rows": 19').replace("   7,", "   6,")
+    manifest.write_text(re.sub(r',\s*"checksum": "\w+"', "", changed))
     assert read_manifest(folder) != before, "as if another image had been broken then"
     encode(experiment(tmp_path, latents=folder))
     assert read_manifest(folder) == before
@@ -177,6 +178,7 @@ def test_another_crop_is_another_encoding(tmp_path):
     # What lies on disks has no such field, and keeps its hash.
     encoding, manifest = json.loads((centre / "encoding.json").read_text()), read_manifest(centre)
     assert "crop" not in encoding and read_manifest(corner).encoding.crop == "top_left"
+    encoding.pop("checksum")
     before = json.dumps([encoding, manifest.shards], sort_keys=True).encode()
     assert manifest.sha256 == hashlib.sha256(before).hexdigest()
 

@@ -2,13 +2,11 @@
 
 import random
 import re
-import shutil
 import zipfile
 
 import pytest
 import torch
 
-from madformer.config import load_run
 from madformer.errors import InputError
 from madformer.runs.checkpoints import (
     checkpoint_path,
@@ -18,7 +16,6 @@ from madformer.runs.checkpoints import (
     read_checksum,
     save_checkpoint,
 )
-from tests.tiny_runs import command, perform, train_command
 
 
 def flip(path, bit):
