@@ -200,13 +200,29 @@ def sample(
 def encode(
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
     overrides: Overrides = None,
+    only_verify: Annotated[bool, typer.Option("--verify", help="Only compare what is there with its checksums.")] = False,
 ) -> None:
-    """Turn images into shards of latents (data.latents); run again, it goes on."""
+    """Turn images into shards of latents (data.latents); run again, it goes on, and makes torn shards again."""
     config = load_experiment(experiment, overrides or [])
+    if only_verify and config.data.latents is not None:
+        verify([Path(config.data.latents)])
     from madformer.data.encode import encode as encode_images
 
     with _going_on_later():
         encode_images(config)
+
+
+@app.command()
+def verify(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Runs, latents, references, sweeps, or folders of them.", parser=typed_path),
+    ],
+) -> None:
+    """Compare what lies on the disk with its checksums; exit with 1 if something is broken. It writes nothing."""
+    from madformer.report.verify import verify as verify_paths
+
+    raise typer.Exit(0 if verify_paths(paths) else 1)
 
 
 @app.command("import")

@@ -233,7 +233,7 @@ def read_branch_step(run: Path) -> int:
 
 def _read_head(run: Path) -> str:
     try:
-        with config_path(run).open(encoding="utf-8") as file:
+        with config_path(run).open(encoding="utf-8", errors="replace") as file:
             return file.read(_HEAD_CHARACTERS)
     except FileNotFoundError:
         return ""
