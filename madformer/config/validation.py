@@ -119,7 +119,7 @@ def from_json(kind: type[T], content: Mapping[str, Any], path: Path, remedy: str
         built = kind(**{name: _tuple(value) for name, value in content.items()})
     except TypeError as error:
         raise InputError(f"{path}: not what it should hold: {error}; {remedy}") from error
-    for name, hint in type_hints(kind).items():
+    for name, hint in type_hints(cast(Hashable, kind)).items():
         if not _fits(value := getattr(built, name), hint):
             raise InputError(f"{path}: {name} = {str(value)[:40]!r} is of another type; {remedy}")
     return built

@@ -81,7 +81,11 @@ def test_torn_checkpoint_is_skipped_with_a_warning(undisturbed, tmp_path):
     whole = bytearray(checkpoint_path(run, 18).read_bytes())
     whole[len(whole) // 2] ^= 1
     checkpoint_path(run, 18).write_bytes(whole)
+    left = [run / "checkpoints/.step-00000030.ckpt.0a1b2c3d.tmp", run / "samples/.preview-00000030.png.0a1b2c3d.tmp"]
+    for path in left:
+        path.touch()
     printed = perform(command("train", "--resume", run))
+    assert not any(path.exists() for path in left), "what a killed process left"
     assert f"{checkpoint_path(run, 24)} is torn" in printed and f"{checkpoint_path(run, 18)} is torn" in printed
     assert "resuming after step 12 of 24" in printed
     assert differences(loaded(undisturbed), loaded(run)) == []
