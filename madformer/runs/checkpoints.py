@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import IO, TYPE_CHECKING, Any, Literal, cast, get_args
 
 from madformer.config import ExperimentConfig, load_run, read_config_hash
 from madformer.config.identity import branch_limit, read_branch_step, require_same_trunk, run_hash
@@ -168,7 +168,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         writer = ChecksumWriter(file)
         try:
-            torch.save(checkpoint, writer)
+            torch.save(checkpoint, cast(IO[bytes], writer))
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # torch hides the error of the file
                 raise error.__context__ from None

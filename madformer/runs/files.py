@@ -192,15 +192,17 @@ def append_preview(run: Path, step: int, metrics: Mapping[str, float]) -> None:
 
 
 def read_previews(run: Path) -> list[dict[str, Any]]:
-    """`step` and `metrics` of all previews so far, without a last line that a crash cut short."""
+    """`step` and `metrics` of all previews so far, without broken lines."""
     try:
-        lines = _previews_path(run).read_text(encoding="utf-8").splitlines()
+        lines = _previews_path(run).read_bytes().splitlines()
     except FileNotFoundError:
         return []
     previews = []
     for line in lines:
-        with contextlib.suppress(ValueError):
-            previews.append(json.loads(line))
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            preview = json.loads(line)
+            if isinstance(preview["step"], int) and isinstance(preview["metrics"], dict):
+                previews.append(preview)
     return previews
 
 

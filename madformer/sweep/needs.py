@@ -178,8 +178,8 @@ def drop_torn(cell: Cell) -> bool:
     """
     paths = (checkpoint_path(cell.run, step) for step in sorted({step for step, _ in _requested(cell)}))
     torn = next((path for path in paths if path.is_file() and find_flaw(path)), None)
-    for path in list_checkpoints(cell.run) if torn else ():
-        if path >= torn:
+    for path in list_checkpoints(cell.run):
+        if torn is not None and path >= torn:
             _log.warning("%s is removed: %s is torn; it is trained again", path, torn)
             path.unlink()
     return torn is not None

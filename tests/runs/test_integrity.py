@@ -25,7 +25,7 @@ from madformer.runs.checkpoints import (
     read_checksum,
     save_checkpoint,
 )
-from madformer.runs.files import remove_stale
+from madformer.runs.files import read_previews, remove_stale
 from tests.data.test_latents import fill
 from tests.tiny_runs import command, perform, train_command
 
@@ -248,3 +248,10 @@ def test_verify_checks_the_structure_of_a_study(tmp_path, capsys):
     for damaged in (content[:5000], content[:4096] + bytes(4096) + content[8192:], b"\0" + content[1:], b""):
         path.write_bytes(damaged)
         assert not verify([tmp_path]) and "delete it: what is done is read from the runs" in capsys.readouterr().out
+
+
+def test_broken_lines_of_previews_are_left_out(tmp_path):
+    whole = {"step": 6, "metrics": {"fd_digits": 1.5}}
+    lines = [json.dumps(whole).encode(), b'{"step": 7}', b"[8]", b"\xff\xfe", b'{"step": "9", "metrics": {}}', b'{"step": 1']
+    (tmp_path / "previews.jsonl").write_bytes(b"\n".join(lines))
+    assert read_previews(tmp_path) == [whole]
