@@ -13,7 +13,7 @@ from functools import partial
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from madformer.config import DataConfig
 from madformer.config.data import WHOLE
@@ -321,7 +321,7 @@ class _WholeTarInfo(tarfile.TarInfo):
     def fromtarfile(cls, archive: tarfile.TarFile) -> _WholeTarInfo:
         file: Any = archive.fileobj
         try:
-            return cast(_WholeTarInfo, super().fromtarfile(archive))
+            return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             rest = [len(block) if not any(block) else -1 for block in iter(lambda: file.read(10240), b"")]
             if -1 in rest or sum(rest) < 512:  # a second block of zeros, and more of them, as tar writes
