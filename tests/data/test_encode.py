@@ -17,6 +17,7 @@ from datasets import Dataset, Features, Image
 from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from madformer.config.identity import to_yaml
 from madformer.data import encode as encoding_module
 from madformer.data import sources
 from madformer.data.encode import encode
@@ -25,7 +26,7 @@ from madformer.data.latents import ShardReader, read_manifest
 from madformer.errors import ConfigError, InputError
 from tests.conftest import ROOT
 from tests.pictures import as_bytes, experiment, moments, overrides, picture, write_parquet, write_tars
-from tests.tiny_runs import DIGITS, command, environment, execute
+from tests.tiny_runs import DIGITS, command, environment, execute, perform
 
 
 @pytest.fixture(autouse=True)
@@ -294,3 +295,26 @@ def test_the_manifest_is_json_that_others_read(tmp_path):
     manifest = json.loads((tmp_path / "latents/manifest.json").read_text())
     assert manifest["rows"] == 5 and manifest["encoding"]["codec"].endswith("halving.py:Halving")
     assert len(manifest["channel_means"]) == len(manifest["channel_deviations"]) == 3
+
+
+@pytest.mark.parametrize("damage", ["shard", "description", "manifest", "encoding", "older version"])
+def test_what_is_torn_is_made_again(damage, tmp_path, caplog):
+    write_parquet(tmp_path / "pictures.parquet", rows=21)
+    folder, file = tmp_path / "latents", tmp_path / "experiment.yaml"
+    config = experiment(tmp_path, latents=folder)
+    encode(config)
+    file.write_text(to_yaml(config))
+    before = contents(folder)
+    names = {"shard": "shard-000000-000001.arrow", "description": "shard-000000-000002.json"}
+    names |= {"manifest": "manifest.json", "encoding": "encoding.json", "older version": "shard-000000-000000.json"}
+    path = folder / names[damage]
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    if damage == "older version":
+        path.write_text(re.sub(r',\s*"(xxh3|checksum)": "\w+"', "", before[path.name].decode()))
+    printed = perform(command("encode", file, "--verify"), status=0 if damage == "older version" else 1)
+    assert ("no checksum: 1 shards" if damage == "older version" else "broken: ") in printed
+    encode(config)
+    assert contents(folder) == before and (caplog.records or damage in ("manifest", "encoding", "older version"))
+    assert "broken" not in perform(command("encode", file, "--verify"))
