@@ -305,7 +305,7 @@ def test_what_is_torn_is_made_again(damage, tmp_path, caplog):
     encode(config)
     file.write_text(to_yaml(config))
     before = contents(folder)
-    names = {"shard": "shard-000000-000001.arrow", "description": "shard-000000-000002.json"}
+    names = {"shard": "shard-000001-000000.arrow", "description": "shard-000002-000000.json"}
     names |= {"manifest": "manifest.json", "encoding": "encoding.json", "older version": "shard-000000-000000.json"}
     path = folder / names[damage]
     content = bytearray(path.read_bytes())
