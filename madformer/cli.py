@@ -79,7 +79,7 @@ def train(
         config = load_experiment(given[0], given[1:])
     else:
         raise InputError("nothing to train: give an EXPERIMENT.yaml, or --resume RUN")
-    from madformer.runs.folder import require_no_other_run
+    from madformer.config.identity import require_no_other_run
 
     require_no_other_run(config, but="data.source" if resume is not None else "")  # the checkpoint knows the images
     if branch is not None:
@@ -201,13 +201,29 @@ def sample(
 def encode(
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml")],
     overrides: Overrides = None,
+    only_verify: Annotated[bool, typer.Option("--verify", help="Only compare what is there with its checksums.")] = False,
 ) -> None:
-    """Turn images into shards of latents (data.latents). Run again, it goes on."""
+    """Turn images into shards of latents (data.latents). Run again, it goes on, and makes torn shards again."""
     config = load_experiment(experiment, overrides or [])
+    if only_verify and config.data.latents is not None:
+        verify([Path(config.data.latents)])
     from madformer.data.encode import encode as encode_images
 
     with _going_on_later():
         encode_images(config)
+
+
+@app.command(epilog=_examples("verify runs", "verify latents/photos references runs/first"))
+def verify(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Runs, latents, references, sweeps, or folders of them.", parser=typed_path),
+    ],
+) -> None:
+    """Compare what lies on the disk with its checksums. Nothing is written; the exit status is 1 if something is broken."""
+    from madformer.report.verify import verify as verify_paths
+
+    raise typer.Exit(0 if verify_paths(paths) else 1)
 
 
 @app.command("import", epilog=_examples("import JunhaoC/MADFormer-FFHQ --out runs/theirs"))

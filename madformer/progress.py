@@ -27,8 +27,7 @@ from rich.text import Text
 from madformer.config import ExperimentConfig
 from madformer.config.identity import is_imported
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
-from madformer.runs.files import to_json, write_text
-from madformer.runs.folder import is_claimed, progress_path
+from madformer.runs.files import is_claimed, progress_path, to_json, write_text
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_REDRAWS = 0.2

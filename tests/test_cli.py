@@ -19,7 +19,7 @@ from madformer.evaluation.evaluate import evaluate
 from madformer.evaluation.record import read_points
 from madformer.evaluation.request import parse_request
 from madformer.runs.checkpoints import checkpoint_path
-from madformer.runs.folder import claim_folder, progress_path
+from madformer.runs.files import claim_folder, progress_path
 from tests.conftest import ROOT
 from tests.tiny_runs import DIGITS, command, environment, execute, perform, scalars, train_command
 

@@ -74,6 +74,11 @@ def config_path(run: Path) -> Path:
     return run / "config.yaml"
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun there."""
+    return config_path(folder).is_file()
+
+
 def write_config(
     config: ExperimentConfig, run: Path, branch: Mapping[str, Any] | None = None, imported: Mapping[str, Any] | None = None
 ) -> None:
@@ -272,6 +277,19 @@ def require_same_run(config: ExperimentConfig, but: str = "") -> None:
         raise InputError(f"{run}: {change}; train it anew under another name, or delete it")
 
 
+def require_no_other_run(config: ExperimentConfig, but: str = "") -> None:
+    """Refuse an experiment whose folder holds another experiment's run.
+
+    Args:
+        but: a field that may differ.
+
+    Raises:
+        InputError: the first field that differs, with both values.
+    """
+    if is_run(config.run_dir):
+        require_same_run(config, but)
+
+
 def read_config_hash(run: Path) -> str | None:
     """The hash in a run's config.yaml, without reading the rest of the file; None: there is none."""
     match = _HASH.search(_read_head(run))
@@ -291,7 +309,7 @@ def is_imported(run: Path) -> bool:
 
 def _read_head(run: Path) -> str:
     try:
-        with config_path(run).open(encoding="utf-8") as file:
+        with config_path(run).open(encoding="utf-8", errors="replace") as file:
             return file.read(_HEAD_CHARACTERS)
     except FileNotFoundError:
         return ""

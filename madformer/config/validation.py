@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import MISSING, field, is_dataclass
 from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 from unicodedata import category
 
-from madformer.errors import ConfigError
+from madformer.errors import ConfigError, InputError
 
 T = TypeVar("T")
 
@@ -106,3 +107,38 @@ def expand_path(name: str, path: str) -> str:
 def typed_path(text: str | Path) -> Path:
     """A path of the command line. A shell leaves the `~` of --out=~/x alone."""
     return Path(text) if Path(text).exists() else Path(expand_path("path", str(text)))
+
+
+def from_json(kind: type[T], content: Mapping[str, Any], path: Path, remedy: str) -> T:
+    """A dataclass of a JSON object, with tuples in place of lists, so that what was read equals what was written.
+
+    Raises:
+        InputError: a field is missing, unknown or of another type; the message ends with the remedy.
+    """
+    try:
+        built = kind(**{name: _tuple(value) for name, value in content.items()})
+    except TypeError as error:
+        raise InputError(f"{path}: not what it should hold: {error}; {remedy}") from error
+    for name, hint in type_hints(cast(Hashable, kind)).items():
+        if not _fits(value := getattr(built, name), hint):
+            raise InputError(f"{path}: {name} = {str(value)[:40]!r} is of another type; {remedy}")
+    return built
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, with its entries."""
+    kinds = get_args(hint)
+    if isinstance(hint, UnionType):
+        return any(_fits(value, kind) for kind in kinds)
+    if get_origin(hint) is tuple:
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis and isinstance(value, tuple) else kinds
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if get_origin(hint) is Mapping:
+        return isinstance(value, Mapping) and all(_fits(entry, kinds[1]) for entry in value.values())
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is hint

@@ -192,7 +192,11 @@ class LatentDataModule(pl.LightningDataModule):
         """Add broken images to the run's file, each once."""
         if not skipped:
             return
-        lines = self._skipped_file.read_text(encoding="utf-8").splitlines() if self._skipped_file.is_file() else []
+        lines = (
+            self._skipped_file.read_text(encoding="utf-8", errors="replace").splitlines()
+            if self._skipped_file.is_file()
+            else []
+        )
         self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
         for key, flaw in skipped:
             if (line := f"{key}\t{flaw}") not in lines:

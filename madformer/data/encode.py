@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -16,12 +18,14 @@ from madformer.config.data import DIGITS
 from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.data.image_files import load_square, save_png, to_grid, to_unit
 from madformer.data.latents import (
+    ENCODING,
     Encoding,
     Manifest,
     Shard,
     ShardReader,
     ShardWriter,
     complete_units,
+    find_shard_flaw,
     read_encoding,
     read_manifest,
     read_shards,
@@ -29,6 +33,7 @@ from madformer.data.latents import (
     summarise,
     write_encoding,
     write_manifest,
+    write_shard,
 )
 from madformer.data.loader import DecodedImage, batched, decode_rows, require_few, skip_broken
 from madformer.data.prompts import class_prompts
@@ -36,8 +41,9 @@ from madformer.data.sources import ROWS_PER_SHARD, ImageSource, open_source
 from madformer.errors import ConfigError, DataError, InputError
 from madformer.parallel import Share, cluster_rank, find_devices, own_device, share_out
 from madformer.progress import ProgressDisplay
-from madformer.runs.files import write_text
-from madformer.runs.folder import claim_folder
+from madformer.runs.files import claim_folder, file_checksum, remove_stale, write_text
+
+_log = logging.getLogger(__name__)
 
 RECONSTRUCTED = 32
 """Number of images that are decoded at the end, to check the latents."""
@@ -91,7 +97,13 @@ class _Encoder:
         self.shards = read_shards(self.folder)
 
     def encode_unit(self, unit: int) -> Iterator[int]:
-        """Write the missing shards of a unit. Yields the number of rows read since the last yield."""
+        """Write the shards of a unit that are missing or torn. Yields the number of rows read since the last yield."""
+        for shard in [shard for shard in self.shards.values() if shard.unit == unit and shard.rows]:
+            if flaw := find_shard_flaw(self.folder, shard.name, shard.sha256, shard.xxh3):
+                _log.warning("%s: %s: it is made again", self.folder / f"{shard.name}.arrow", flaw)
+                del self.shards[shard.name]
+            elif not shard.xxh3:  # an older version wrote it
+                write_shard(self.folder, replace(shard, xxh3=file_checksum(self.folder / f"{shard.name}.arrow")))
         first_part = next(part for part in itertools.count() if shard_name(unit, part) not in self.shards)
         if first_part and self.shards[shard_name(unit, first_part - 1)].last:
             return
@@ -177,14 +189,37 @@ def _begin(folder: Path, encoding: Encoding) -> Encoding:
     Raises:
         InputError: the folder holds other latents.
     """
-    existing = read_encoding(folder)
+    existing = _find_encoding(folder)
     if existing is None:
         write_encoding(folder, encoding)
     elif difference := existing.describe_difference(replace(encoding, source=existing.source)):
         raise InputError(f"{folder}: holds other latents: {difference}; name another folder (data.latents), or delete it")
     if cluster_rank() is None:
-        _remove_temporary_files(folder)
+        remove_stale(folder)
     return existing or encoding
+
+
+def _find_encoding(folder: Path) -> Encoding | None:
+    """The encoding that a folder was begun with; the manifest has it too, should its own file be torn or lost.
+
+    Raises:
+        InputError: it is torn, and so is the manifest, or there is none yet.
+    """
+    flaw = None
+    try:
+        if (found := read_encoding(folder)) is not None:
+            return found
+    except InputError as error:
+        flaw = error
+    try:
+        encoding = read_manifest(folder).encoding
+    except InputError:
+        if flaw is None:
+            return None
+        remedy = "delete the folder, or this file alone if you know that all shards are of this experiment"
+        raise InputError(f"{folder / ENCODING}: torn, and no manifest says what it held; {remedy}") from flaw
+    write_encoding(folder, encoding)
+    return encoding
 
 
 def _finish(folder: Path, encoding: Encoding, source: ImageSource, codec: Codec) -> None:
@@ -196,20 +231,17 @@ def _finish(folder: Path, encoding: Encoding, source: ImageSource, codec: Codec)
         return
     if not any(shard.rows for shard in shards):
         raise DataError(f"{encoding.source}: none of its images can be read")
-    _remove_temporary_files(folder)
+    remove_stale(folder, "shard-*")
     skipped = _skipped(shards)
     write_text(folder / "skipped.txt", "".join(f"{key}\t{flaw}\n" for key, flaw in skipped))
     manifest = summarise(encoding, shards, {})
-    existing = read_manifest(folder) if (folder / "manifest.json").is_file() else None
-    if existing is None or (existing.sha256, existing.skipped) != (manifest.sha256, manifest.skipped):
+    existing = None
+    with contextlib.suppress(InputError):  # it is missing or torn
+        existing = read_manifest(folder)
+    fresh = manifest.sha256, manifest.skipped, manifest.checksums
+    if existing is None or (existing.sha256, existing.skipped, existing.checksums) != fresh:
         write_manifest(folder, replace(manifest, reconstruction=_reconstruct(folder, manifest, source, codec)))
     _report(folder, read_manifest(folder), source)
-
-
-def _remove_temporary_files(folder: Path) -> None:
-    """Remove unfinished files of processes that were killed."""
-    for path in folder.glob(".shard-*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def _skipped(shards: Iterable[Shard]) -> list[tuple[str, str]]:

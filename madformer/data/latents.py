@@ -1,9 +1,13 @@
-"""Read and write a folder of latents: shards in Arrow's format, a JSON file for each, and one manifest."""
+"""Read and write a folder of latents: shards in Arrow's format, a JSON file for each, and one manifest.
+
+Each JSON file ends with a checksum of itself, and names that of its shards. Files of older versions have none.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -12,15 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
+from madformer.config.validation import from_json
 from madformer.errors import DataError, InputError
-from madformer.runs.files import atomic_write, write_text
+from madformer.runs.files import atomic_write, file_checksum, read_json, write_json
 
 FORMAT = 1
 """Number of the files' layout."""
 
+ENCODING, MANIFEST = "encoding.json", "manifest.json"
+
 RECORD_BYTES = 64 * 2**20
 """Rows of so many bytes lie together in a shard and are mapped as one array."""
+
+_REMEDY = "madformer encode makes it again"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,8 @@ class Shard:
     square_sums: tuple[float, ...]
     skipped: tuple[tuple[str, str], ...]
     """Key and reason of each broken image."""
+    xxh3: str = ""
+    """`file_checksum` of its Arrow file; empty without rows, or if an older version wrote it."""
 
     @property
     def unit(self) -> int:
@@ -128,6 +142,8 @@ class Manifest:
     """`psnr`, in dB, of the decoded latents of the first `images`."""
     shards: tuple[tuple[str, int, str], ...]
     """Name, rows and SHA-256 of each, in the order of their rows."""
+    checksums: tuple[str, ...] = ()
+    """`Shard.xxh3` of each; older versions wrote none."""
 
     @property
     def sha256(self) -> str:
@@ -154,20 +170,20 @@ class ShardWriter:
 
     def finish(self, seen: int, last: bool, skipped: Sequence[tuple[str, str]]) -> Shard:
         """Write the shard, then its description."""
-        sha256, channels = "", self.encoding.latent_channels
+        sha256, xxh3, channels = "", "", self.encoding.latent_channels
         sums = square_sums = np.zeros(channels)
         if self._rows:
             arrays = {column: np.concatenate(parts) for column, parts in self._latents.items()}
             for mean_Chw in arrays["mean"]:  # row by row: all of it in float64 would be four times the shard
                 sums = sums + mean_Chw.sum(axis=(1, 2), dtype=np.float64)
                 square_sums = square_sums + np.square(mean_Chw, dtype=np.float64).sum(axis=(1, 2))
-            sha256 = self._write(arrays)
+            sha256, xxh3 = self._write(arrays)
         channel_sums = tuple(sums.tolist()), tuple(square_sums.tolist())
-        shard = Shard(self.name, len(self._rows), seen, last, sha256, *channel_sums, tuple(skipped))
+        shard = Shard(self.name, len(self._rows), seen, last, sha256, *channel_sums, tuple(skipped), xxh3)
         write_shard(self.folder, shard)
         return shard
 
-    def _write(self, arrays: Mapping[str, np.ndarray]) -> str:
+    def _write(self, arrays: Mapping[str, np.ndarray]) -> tuple[str, str]:
         import pyarrow as pa
         from datasets import Features, List, Value
         from datasets.arrow_writer import ArrowWriter
@@ -188,11 +204,13 @@ class ShardWriter:
             writer.write_table(pa.table(table), writer_batch_size=rows_per_record)
             writer.finalize()
             with temporary.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+                return hashlib.file_digest(file, "sha256").hexdigest(), file_checksum(temporary)
 
 
 class ShardReader:
     """All rows of a folder of latents, mapped from the disk and numbered in the order of the shards.
+
+    The checksum of a shard is looked at when the first of its rows is read, and never again.
 
     Raises:
         DataError: a shard that is missing or has other rows than the manifest says.
@@ -200,7 +218,13 @@ class ShardReader:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self._tables = [table for name, rows, _ in manifest.shards for table in self._record_tables(name, rows)]
+        self._content: dict[str, Any] = {}
+        tables = [list(self._record_tables(name, rows)) for name, rows, _ in manifest.shards]
+        self._tables = [table for parts in tables for table in parts]
+        self._names = [name for (name, _, _), parts in zip(manifest.shards, tables, strict=True) for _ in parts]
+        checksums = zip(manifest.shards, manifest.checksums, strict=bool(manifest.checksums))
+        self._unread = {name: checksum for (name, _, _), checksum in checksums if checksum}
+        """Shards of which no row was read, with their checksums."""
         self._ends = np.cumsum([len(table) for table in self._tables])
         self._starts = self._ends - [len(table) for table in self._tables]
         size = int(np.prod(manifest.encoding.latent_shape))
@@ -213,7 +237,11 @@ class ShardReader:
         return self.manifest.rows
 
     def read(self, column: str, samples: np.ndarray) -> np.ndarray:
-        """Latents [B, C, h, w] float16 of rows, copied out of a column."""
+        """Latents [B, C, h, w] float16 of rows, copied out of a column.
+
+        Raises:
+            DataError: a shard does not match its checksum.
+        """
         chunks, shape = self._arrays[column], self.manifest.encoding.latent_shape
         if not len(samples):
             return np.empty((0, *shape), dtype=np.float16)
@@ -230,23 +258,33 @@ class ShardReader:
 
     def _locate(self, samples: np.ndarray) -> Iterator[tuple[int, int]]:
         chunks = np.searchsorted(self._ends, samples, side="right")
+        for name in {self._names[chunk] for chunk in chunks.tolist()} if self._unread else ():
+            self._require_whole(name)
         return zip(chunks.tolist(), (samples - self._starts[chunks]).tolist(), strict=True)
+
+    def _require_whole(self, name: str) -> None:
+        """Look at a shard's checksum, in the memory that its rows are mapped to."""
+        checksum = self._unread.get(name)
+        if checksum and xxhash.xxh3_128_hexdigest(self._content[name]) != checksum:
+            path = self.folder / f"{name}.arrow"
+            raise DataError(f"{path}: torn: it does not match its checksum; madformer encode makes it again")
+        self._unread.pop(name, None)
 
     def _record_tables(self, name: str, rows: int) -> Iterator[Any]:
         import pyarrow as pa
-        from datasets import Dataset
 
-        path = self.folder / f"{name}.arrow"
+        path, encoding, remedy = self.folder / f"{name}.arrow", self.manifest.encoding, "madformer encode makes it again"
         if not path.is_file():
-            raise DataError(f"{path}: missing, the manifest has it with {rows} rows; madformer encode makes what is missing")
+            raise DataError(f"{path}: missing, the manifest has it with {rows} rows; {remedy}")
         try:
-            table = Dataset.from_file(str(path)).data.table
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{path}: not a shard: {' '.join(str(error).split())}; delete it and its .json, and encode again"
-            ) from error
+            self._content[name] = pa.memory_map(str(path)).read_buffer()
+            table = pa.ipc.open_stream(self._content[name]).read_all()
+            columns = {"label": encoding.labels, "text": encoding.texts, "key": True, **dict.fromkeys(encoding.arrays, True)}
+            table.select([name for name in columns if columns[name]]).validate()  # a flipped bit may lead outside the file
+        except Exception as error:  # it leads pyarrow anywhere
+            raise DataError(f"{path}: not a shard: {' '.join(str(error).split())}; {remedy}") from error
         if len(table) != rows:
-            raise DataError(f"{path}: {len(table)} rows, the manifest says {rows}; delete it and its .json, and encode again")
+            raise DataError(f"{path}: {len(table)} rows, the manifest says {rows}; {remedy}")
         for batch in table.to_batches():
             yield pa.Table.from_batches([batch])
 
@@ -262,25 +300,62 @@ def read_encoding(folder: Path) -> Encoding | None:
     Raises:
         InputError: another program's file.
     """
-    content = _read_json(folder / "encoding.json")
-    return _encoding(content, folder / "encoding.json") if content else None
+    content = read_json(folder / ENCODING, _REMEDY)
+    return None if content is None else _encoding(content, folder / ENCODING)
 
 
 def write_encoding(folder: Path, encoding: Encoding) -> None:
     """Write what is encoded into a folder, before the first shard."""
-    _write_json(folder / "encoding.json", encoding_fields(encoding))
+    write_json(folder / ENCODING, encoding_fields(encoding))
 
 
 def write_shard(folder: Path, shard: Shard) -> None:
     """Write the description of a shard, which means that it is done."""
-    _write_json(folder / f"{shard.name}.json", asdict(shard))
+    write_json(folder / f"{shard.name}.json", asdict(shard))
 
 
 def read_shards(folder: Path) -> dict[str, Shard]:
-    """The shards that are done, by name, in order; one whose Arrow file was lost is not."""
-    names = sorted(path for path in folder.glob("shard-*.json") if re.fullmatch(r"shard-\d+-\d+", path.stem))
-    shards = (Shard(**_tuples(_read_json(path) or {})) for path in names)
-    return {shard.name: shard for shard in shards if not shard.rows or (folder / f"{shard.name}.arrow").is_file()}
+    """The shards that are done, by name, in order; one whose Arrow file was lost, or whose JSON file is broken, is not."""
+    shards = dict[str, Shard]()
+    for path in shard_descriptions(folder):
+        try:
+            shard = read_shard(path)
+        except InputError as error:
+            _log.warning("%s", error)
+            continue
+        if not shard.rows or (folder / f"{shard.name}.arrow").is_file():
+            shards[shard.name] = shard
+    return shards
+
+
+def shard_descriptions(folder: Path) -> list[Path]:
+    """The JSON files of shards, in the order of their rows."""
+    return sorted(path for path in folder.glob("shard-*.json") if re.fullmatch(r"shard-\d+-\d+", path.stem))
+
+
+def read_shard(path: Path) -> Shard:
+    """The description of a shard.
+
+    Raises:
+        InputError: the file is broken.
+    """
+    shard = from_json(Shard, read_json(path, _REMEDY) or {}, path, _REMEDY)
+    if shard.name != path.stem:
+        raise InputError(f"{path}: it describes {shard.name}; {_REMEDY}")
+    return shard
+
+
+def find_shard_flaw(folder: Path, name: str, sha256: str, xxh3: str) -> str | None:
+    """The reason why the Arrow file of a shard is torn; None: its checksum holds, or that of older versions, its SHA-256."""
+    path = folder / f"{name}.arrow"
+    if not path.is_file():
+        return "missing"
+    if xxh3:
+        found, expected = file_checksum(path), xxh3
+    else:
+        with path.open("rb") as file:
+            found, expected = hashlib.file_digest(file, "sha256").hexdigest(), sha256
+    return None if found == expected else "it does not match its checksum"
 
 
 def complete_units(shards: Iterable[Shard]) -> set[int]:
@@ -297,21 +372,20 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         InputError: there is none, or it is of another program.
     """
-    path = folder / "manifest.json"
-    content = _read_json(path)
+    path = folder / MANIFEST
+    content = read_json(path, _REMEDY)
     if content is None:
-        problem = "encoding has not ended there" if (folder / "encoding.json").is_file() else "no latents there"
+        problem = "encoding has not ended there" if (folder / ENCODING).is_file() else "no latents there"
         raise InputError(f"{folder}: {problem} (no {path.name}); madformer encode EXPERIMENT.yaml goes on")
-    encoding = _encoding(content.pop("encoding", {}), path)
-    try:
-        return Manifest(encoding=encoding, **_tuples(content))
-    except TypeError as error:
-        raise InputError(f"{path}: not a manifest of latents: {error}") from error
+    manifest = from_json(Manifest, {**content, "encoding": _encoding(content.get("encoding"), path)}, path, _REMEDY)
+    if manifest.checksums and len(manifest.checksums) != len(manifest.shards):
+        raise InputError(f"{path}: {len(manifest.checksums)} checksums of {len(manifest.shards)} shards; {_REMEDY}")
+    return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, which means that all shards are done."""
-    _write_json(folder / "manifest.json", asdict(manifest))
+    write_json(folder / MANIFEST, asdict(manifest))
 
 
 def summarise(encoding: Encoding, shards: Sequence[Shard], reconstruction: Mapping[str, float]) -> Manifest:
@@ -328,38 +402,13 @@ def summarise(encoding: Encoding, shards: Sequence[Shard], reconstruction: Mappi
         channel_deviations=tuple(np.sqrt(np.maximum(squares - means**2, 0)).tolist()),
         reconstruction=dict(reconstruction),
         shards=tuple((shard.name, shard.rows, shard.sha256) for shard in shards if shard.rows),
+        checksums=tuple(shard.xxh3 for shard in shards if shard.rows),
     )
 
 
-def _encoding(content: Mapping[str, Any], path: Path) -> Encoding:
+def _encoding(content: Any, path: Path) -> Encoding:
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: its encoding is no JSON object; {_REMEDY}")
     if content.get("format") != FORMAT:
         raise InputError(f"{path}: format {content.get('format')!r}, this version reads {FORMAT}; encode into a new folder")
-    try:
-        return Encoding(**_tuples(content))
-    except TypeError as error:
-        raise InputError(f"{path}: not of latents: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}; delete it, and encode again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object; delete it, and encode again")
-    return content
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON's lists as tuples, so that what was read equals what was written."""
-
-    def convert(value: Any) -> Any:
-        return tuple(convert(entry) for entry in value) if isinstance(value, list) else value
-
-    return {name: convert(value) for name, value in content.items()}
+    return from_json(Encoding, content, path, _REMEDY)

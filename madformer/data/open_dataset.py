@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import tarfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -301,23 +302,51 @@ def _tar_features(data: DataConfig, tars: list[str]) -> Features:
 
 def _sample_columns(tar: str, many: bool) -> Iterator[set[str]]:
     """Names of the columns of a tar's first samples; of tars at an address only the first is looked at."""
-    import tarfile
-
     import fsspec
     from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
 
     if "://" in tar and not many:
         return
-    with fsspec.open(tar, "rb") as file, tarfile.open(fileobj=file) as archive:
+    with fsspec.open(tar, "rb") as file, tarfile.open(fileobj=file, tarinfo=_WholeTarInfo) as archive:
         names = (base_plus_ext(member.name) for member in archive if member.isfile())
         samples = groupby(names, key=itemgetter(0))
         limit = MANY_SAMPLES if many and "://" not in tar else FIRST_SAMPLES
         yield from ({column for _, column in sample} for key, sample in islice(samples, limit) if key is not None)
 
 
-def _samples(
-    empty: dict[str, None], main: str | None, tar: str, members: Iterable[tuple[str, Any]]
-) -> Iterator[dict[str, Any]]:
+class _WholeTarInfo(tarfile.TarInfo):
+    """A header. Where tarfile would take a broken one, or a cut, for the end of the tar, it raises tarfile.ReadError."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _WholeTarInfo:
+        file: Any = archive.fileobj
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            rest = [len(block) if not any(block) else -1 for block in iter(lambda: file.read(10240), b"")]
+            if -1 in rest or sum(rest) < 512:  # a second block of zeros, and more of them, as tar writes
+                raise tarfile.ReadError("a block of zeros that is not the end") from None
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+
+
+def _members(tar: str) -> Iterator[tuple[str, Any]]:
+    """The files of a tar, opened, by name. A ConfigError names the one after which the tar is broken."""
+    from datasets.utils.file_utils import xopen
+
+    last = "its beginning"
+    try:
+        with xopen(tar, "rb") as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_WholeTarInfo) as archive:
+            for member in archive:
+                archive.members, last = [], member.name  # type: ignore[attr-defined]
+                if member.isreg() and not member.name.rpartition("/")[2].startswith((".", "__")):
+                    yield member.name, archive.extractfile(member)
+    except tarfile.ReadError as error:
+        raise ConfigError(f"{tar}: broken after {last} ({error}): later rows are lost; make or download it again") from error
+
+
+def _samples(empty: dict[str, None], main: str | None, tar: str, _: object) -> Iterator[dict[str, Any]]:
     """Samples of a tar, each with all columns.
 
     Args:
@@ -331,7 +360,7 @@ def _samples(
     from datasets.packaged_modules.webdataset.webdataset import DECODERS, base_plus_ext, text_loads
 
     decoders, has_image = {**DECODERS, **dict.fromkeys(TEXT_NAMES, text_loads)}, dict[str, bool]()
-    for key, group in groupby(members, key=lambda member: base_plus_ext(member[0])[0]):
+    for key, group in groupby(_members(tar), key=lambda member: base_plus_ext(member[0])[0]):
         if key is None:
             continue
         sample: dict[str, Any] = {**empty, "__key__": key, "__url__": tar}

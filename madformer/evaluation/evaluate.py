@@ -53,7 +53,7 @@ from madformer.model import cost
 from madformer.parallel import Share, cluster_rank, device_name, own_device, share_out
 from madformer.progress import ProgressDisplay, ProgressFile
 from madformer.runs.checkpoints import load_model
-from madformer.runs.folder import claim_folder, progress_path
+from madformer.runs.files import claim_folder, progress_path
 
 __all__ = ["evaluate"]
 

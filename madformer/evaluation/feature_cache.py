@@ -10,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from madformer.config import ExperimentConfig
@@ -27,13 +27,14 @@ from madformer.model import MADFormer
 from madformer.model.generation import BlockSampler
 from madformer.runs.files import atomic_write
 
-Content = TypeVar("Content")
-
 INDICES = "indices"
 """Which samples the rows of a part are, [n] int64."""
 
 FEATURES = "features"
 """Their features, [n, d]."""
+
+CHECKSUM = "xxh3"
+"""Key of the checksum (`tensors_checksum`) in a file's metadata. Files of older versions have none."""
 
 
 def write_part(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -41,41 +42,54 @@ def write_part(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     first = int(tensors[INDICES][0])
     with atomic_write(folder / f"part-{first:020d}-{secrets.token_hex(4)}.safetensors") as temporary:
-        save_file(contiguous, temporary)
+        save_file(contiguous, temporary, {CHECKSUM: tensors_checksum(contiguous)})
 
 
 def read_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
     """The parts' tensors by their names, in the order of their first samples.
 
-    A part that a crash of the machine tore is removed: its samples are missing then.
+    A part that is torn is removed: its samples are missing then.
     """
-    yield from _read(folder, load_file)
-
-
-def read_indices(folder: Path) -> set[int]:
-    """Samples that are there, in whatever part."""
-    return {index for indices_N in _read(folder, _load_indices) for index in indices_N.tolist()}
-
-
-def remove_parts(folder: Path) -> None:
-    """Delete the cached features."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _read(folder: Path, load: Callable[[Path], Content]) -> Iterator[Content]:
     for path in sorted(folder.glob("part-*.safetensors")):
         try:
-            content = load(path)
+            content = load_part(path)
         except SafetensorError:
             path.unlink(missing_ok=True)
         else:
             yield content
 
 
-def _load_indices(path: Path) -> Tensor:
+def read_indices(folder: Path) -> set[int]:
+    """Samples that are there, in whatever part."""
+    return {index for part in read_parts(folder) for index in part[INDICES].tolist()}
+
+
+def load_part(path: Path) -> dict[str, Tensor]:
+    """The tensors of a part.
+
+    Raises:
+        SafetensorError: it is torn.
+    """
     with safe_open(path, framework="pt") as part:
-        indices_N: Tensor = part.get_tensor(INDICES)
-    return indices_N
+        checksum = (part.metadata() or {}).get(CHECKSUM)
+        tensors = {name: part.get_tensor(name) for name in part.keys()}  # noqa: SIM118 - not a dictionary
+    if INDICES not in tensors or checksum not in (None, tensors_checksum(tensors)):
+        raise SafetensorError("it does not match its checksum")
+    return tensors
+
+
+def tensors_checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Hexadecimal XXH3 (128 bits) of tensors with their names, types and shapes, and of a text."""
+    digest = xxhash.xxh3_128(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete the cached features."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 SECONDS_BETWEEN_PARTS = 30.0

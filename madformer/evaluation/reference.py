@@ -28,13 +28,22 @@ from madformer.data.image_files import to_unit
 from madformer.data.loader import batched, decode_rows, skip_broken
 from madformer.data.sources import digits_sha256, load_digits, open_source
 from madformer.errors import ConfigError, InputError
-from madformer.evaluation.feature_cache import FEATURES, INDICES, read_indices, read_parts, remove_parts, write_part
+from madformer.evaluation.feature_cache import (
+    CHECKSUM,
+    FEATURES,
+    INDICES,
+    read_indices,
+    read_parts,
+    remove_parts,
+    tensors_checksum,
+    write_part,
+)
 from madformer.evaluation.feature_networks import FeatureNetwork
 from madformer.evaluation.metrics import Moments
 from madformer.evaluation.neighbours import Within, nearest_distances, pairs_within
 from madformer.progress import ProgressDisplay
 from madformer.randomness import keyed_generator
-from madformer.runs.files import atomic_write
+from madformer.runs.files import atomic_write, remove_stale
 
 KEPT = 50_000
 """Images of a reference whose features are kept, chosen by chance but always the same ones: as many as are usually sampled."""
@@ -116,6 +125,7 @@ def find_reference(
         path.parent.mkdir(parents=True, exist_ok=True)
         with _turn(path):
             if not path.is_file():
+                remove_stale(path.parent, path.name)
                 _compute(network, images or _open(config, image_size, source_sha256), described, path)
     return load_reference(path)
 
@@ -147,9 +157,12 @@ def load_reference(path: Path) -> Reference:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {})[METADATA])
             tensors = {name: file.get_tensor(name) for name in ("sum", "outer", FEATURES)}
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise InputError(f"{path}: torn, or no reference that madformer evaluate made: {error}") from error
-    moments = Moments(described["images"], tensors["sum"], tensors["outer"])
+        if described.pop(CHECKSUM, None) not in (None, tensors_checksum(tensors, json.dumps(described))):
+            raise ValueError("it does not match its checksum")
+        moments = Moments(described["images"], tensors["sum"], tensors["outer"])
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+        remedy = "if it is deleted, it is computed again"
+        raise InputError(f"{path}: torn, or no reference that madformer evaluate made: {error}; {remedy}") from error
     return Reference(moments, tensors[FEATURES], described)
 
 
@@ -205,8 +218,9 @@ def _compute(network: FeatureNetwork, images: _Images, described: dict[str, Any]
     moments, features_MD = _gather(folder)
     tensors = {"sum": moments.sum_D, "outer": moments.outer_DD, FEATURES: features_MD}
     with atomic_write(path) as temporary:
-        metadata = {METADATA: json.dumps({**described, "images": moments.count})}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        described = {**described, "images": moments.count}
+        described[CHECKSUM] = tensors_checksum(tensors, json.dumps(described))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {METADATA: json.dumps(described)})
     remove_parts(folder)
 
 

@@ -40,7 +40,7 @@ from madformer.evaluation.sampling import known_classes
 from madformer.model import cost
 from madformer.parallel import cluster_rank
 from madformer.runs.checkpoints import checkpoint_step, newest_intact
-from madformer.runs.folder import claim_folder
+from madformer.runs.files import claim_folder
 
 _STARTS: tuple[dict[str, Any], ...] = (
     {"sampler": "unipc", "spacing": "power", "power": 1.5},

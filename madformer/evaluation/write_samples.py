@@ -27,7 +27,7 @@ from madformer.model import cost
 from madformer.parallel import Share, cluster_rank, share_out
 from madformer.progress import ProgressDisplay
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, load_model, weights_sha256
-from madformer.runs.folder import claim_folder
+from madformer.runs.files import claim_folder, remove_stale
 
 IN_GRID = 64
 """Most images of the grid; it has the first ones."""
@@ -56,8 +56,7 @@ def write_samples(request: SamplingRequest, folder: Path) -> None:
     with claim_folder(folder, "sample", rank or 0):
         missing = frozenset(image["index"] for image in images if not _is_written(folder, image))
         if rank is None:
-            for left in folder.glob(".*.png.*.tmp"):  # left by killed processes
-                left.unlink()
+            remove_stale(folder, "*.png")
         before = request.num - len(missing)
         if missing:
             with ProgressDisplay("sampled", "images", request.num, before, silent=bool(rank)) as display:

@@ -147,7 +147,7 @@ def fit(panel: Axes, estimates: Iterable[Estimate], log: bool) -> None:
 
 
 def log_ticks(axis: Axis, values: Sequence[float]) -> None:
-    """Ticks at 1, 2 and 5 times the powers of ten, at least three; fewer over many decades, even ones within one; no minor ones."""
+    """At least three ticks: at 1, 2, 5 times the powers of ten, fewer over many decades, more within one; no minor ones."""
     ratio = max(values) / min(values)
     subs = (1.0,) if ratio >= 1000 else (1.0, 2.0, 5.0) if ratio >= 20 else (1.0, 2.0, 3.0, 5.0, 7.0)
     axis.set_major_locator(LogLocator(subs=subs) if ratio > 5 else MaxNLocator(5))

@@ -21,6 +21,7 @@ import numpy as np
 from markdown_it import MarkdownIt
 
 from madformer.config import load_run, trained_fields
+from madformer.config.identity import is_run
 from madformer.errors import InputError
 from madformer.evaluation.measurement import DISTANCE, Point, Sampling
 from madformer.evaluation.record import read_points, record_path
@@ -33,7 +34,6 @@ from madformer.report.points import Curve, Row, common_columns, curves_of_runs, 
 from madformer.report.statistics import Estimate
 from madformer.report.tables import Report, build_report
 from madformer.runs.files import atomic_write, to_json
-from madformer.runs.folder import is_run
 from madformer.sweep.adaptive import assess
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.spec import Sweep

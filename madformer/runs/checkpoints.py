@@ -10,18 +10,18 @@ import hashlib
 import itertools
 import logging
 import math
-import pickle
+import os
 import re
 import zipfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import IO, TYPE_CHECKING, Any, Literal, cast, get_args
 
 from madformer.config import ExperimentConfig, load_run, read_config_hash
 from madformer.config.identity import branch_limit, read_branch_step, require_same_trunk, run_hash
 from madformer.errors import InputError
-from madformer.runs.files import atomic_write
+from madformer.runs.files import ChecksumWriter, atomic_write, file_checksum
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,6 +48,9 @@ CLASS_PROMPTS = "class_prompts"
 
 MODEL_PREFIX = "model."
 """Prefix of the model's parameter names in a checkpoint's `state_dict`."""
+
+_COMMENT = b"madformer xxh3 "
+"""Begins the comment of a checkpoint's zip archive. The checksum follows, of the archive before it had a comment."""
 
 _NAME = re.compile(r"step-(\d{8,})\.ckpt")
 
@@ -127,15 +130,31 @@ def find_branch_point(config: ExperimentConfig, run: Path) -> Path:
 def find_flaw(path: Path, checksums: bool = True) -> str | None:
     """The reason why a checkpoint file is torn; None: its checksums hold. Reads the file without keeping it in memory.
 
+    Files of other programs have no checksum of the whole; then those of the zip archive's members count.
+
     Args:
         checksums: whether to look at them; without them only a file that was cut short is found.
     """
     try:
+        if checksums and (expected := read_checksum(path)):
+            found = file_checksum(path, leave_out=len(_COMMENT) + 32 + 2, ending=b"\0\0")
+            return None if found == expected else "it does not match its checksum"
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip() if checksums else None
         return f"{broken} does not match its checksum" if broken else None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:
+    except Exception as error:  # a flipped bit leads zipfile anywhere
         return str(error) or type(error).__name__
+
+
+def read_checksum(path: Path) -> str | None:
+    """The checksum of a checkpoint file, which is the comment of its zip archive; None: it has none."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
+        match = re.search(rb"(..)" + re.escape(_COMMENT) + rb"(.{32})\Z", file.read(), re.DOTALL)
+    if match is None:
+        return None
+    length = int.from_bytes(match[1], "little")  # of the comment: the checksum does not cover it
+    return match[2].decode("latin-1") if length == len(_COMMENT) + 32 else "of another length"
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -147,12 +166,16 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     import torch
 
     with atomic_write(path) as temporary, temporary.open("wb") as file:
+        writer = ChecksumWriter(file)
         try:
-            torch.save(checkpoint, file)
+            torch.save(checkpoint, cast(IO[bytes], writer))
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # torch hides the error of the file
                 raise error.__context__ from None
             raise
+        comment = _COMMENT + writer.checksum.encode()
+        file.seek(-2, os.SEEK_END)  # the length of the comment, zero so far
+        file.write(len(comment).to_bytes(2, "little") + comment)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -167,8 +190,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: corrupt, or no checkpoint: {find_flaw(path) or str(error).splitlines()[0]}") from error
+    except Exception as error:  # a flipped bit leads torch anywhere
+        reason = find_flaw(path) or next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{path}: corrupt, or no checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or EMA not in checkpoint:
         raise InputError(f"{path}: no checkpoint of a run: it must hold state_dict and {EMA}")
     return checkpoint

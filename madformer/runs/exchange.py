@@ -31,7 +31,7 @@ from madformer.config import (
     write_config,
 )
 from madformer.config.data import DIGITS, PIXELS
-from madformer.config.identity import named_folder, require_no_move, to_yaml
+from madformer.config.identity import config_path, is_run, named_folder, require_no_move, to_yaml
 from madformer.config.loading import build, read_value
 from madformer.errors import ConfigError, InputError
 from madformer.lookup import find_file
@@ -49,8 +49,7 @@ from madformer.runs.checkpoints import (
     parse_weights,
     save_checkpoint,
 )
-from madformer.runs.files import atomic_write, write_text
-from madformer.runs.folder import claim_folder, is_run
+from madformer.runs.files import atomic_write, claim_folder, remove_stale, write_text
 
 HUB_FILE = "ckpts.pt"
 """The checkpoint in the authors' repository on the hub, `JunhaoC/MADFormer-FFHQ`."""
@@ -95,7 +94,7 @@ def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) 
         InputError: no such file, another format, weights that contradict the switches, or a folder that is in use.
     """
     requested = parse_weights(weights)
-    begun = (run / ".import.lock").exists() and not is_run(run)  # left by an import that was killed
+    begun = (run / ".import.lock").exists()  # by an import that was killed, or is at work
     if run.exists() and not begun and (not run.is_dir() or any(run.iterdir())):
         raise InputError(f"{run}: exists already; name a new folder")
     file = _find(source)
@@ -115,11 +114,15 @@ def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) 
         "global_step": 0,
         CONFIG_HASH: config_hash(config),
     }
+    origin = {"source": str(source), "sha256": sha256, "weights": weights}
     with claim_folder(run, "import"):
-        for left in run.glob("**/.*.tmp"):
-            left.unlink()
-        save_checkpoint(checkpoint, checkpoint_path(run, 0))
-        write_config(config, run, imported={"source": str(source), "sha256": sha256, "weights": weights})
+        if is_run(run) and config_path(run).read_text(encoding="utf-8") != to_yaml(config, {"imported": origin}):
+            raise InputError(f"{run}: exists already; name a new folder")
+        if not is_run(run):
+            for folder in (run, checkpoint_path(run, 0).parent):
+                remove_stale(folder)
+            save_checkpoint(checkpoint, checkpoint_path(run, 0))
+            write_config(config, run, imported=origin)
     print(f"{run}: {sum(tensor.numel() for tensor in state.values()):,} parameters of {source} (SHA-256 {sha256[:12]})")
 
 

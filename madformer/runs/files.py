@@ -1,16 +1,33 @@
-"""Atomic writes: after a crash a file is the old one or the new one, never a part."""
+"""Atomic writes: after a crash a file is the old one or the new one, never a part. And what a run's folder holds.
+
+A run is `config.yaml`, `checkpoints/`, `samples/`, `evaluations.jsonl` and TensorBoard's event files. `previews.jsonl` holds
+the quick distances of training, `progress.json` the progress of its commands.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
+
+import xxhash
+from filelock import FileLock, Timeout
+
+from madformer.errors import InputError
+
+_CHECKSUM = "checksum"
+"""Key of a JSON file's checksum, which is of all other keys."""
+
+Purpose = Literal["train", "evaluate", "tune", "encode", "sample", "import"]
+"""The command that claims a folder."""
 
 
 @contextmanager
@@ -29,6 +46,59 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+class ChecksumWriter:
+    """A file that takes the checksum of what is written to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest = file, xxhash.xxh3_128()
+
+    def write(self, content: Any) -> int:
+        """Write bytes, or what has some."""
+        self._digest.update(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        """Hand everything to the system."""
+        self._file.flush()
+
+    @property
+    def checksum(self) -> str:
+        """Hexadecimal XXH3 (128 bits) of everything so far."""
+        return self._digest.hexdigest()
+
+
+def file_checksum(path: Path, leave_out: int = 0, ending: bytes = b"") -> str:
+    """Hexadecimal XXH3 (128 bits) of a file, which keeps up with the memory: it finds accidents, not attacks.
+
+    Args:
+        path: the file.
+        leave_out: bytes at its end that do not count.
+        ending: counts in their place.
+    """
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as file:
+        left = os.fstat(file.fileno()).st_size - leave_out
+        while left > 0 and (count := file.readinto(buffer[: min(left, len(buffer))])):
+            digest.update(buffer[:count])
+            left -= count
+    digest.update(ending)
+    return digest.hexdigest()
+
+
+def remove_stale(folder: Path, name: str = "*", seconds: float = 0) -> None:
+    """Remove temporary files that killed processes left in a folder.
+
+    Args:
+        folder: where they are.
+        name: a pattern of the names that they were to have.
+        seconds: how long nobody has written to them. 0: for whoever alone may write such files now, as its lock says.
+    """
+    for path in folder.glob(f".{name}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if not seconds or time.time() - path.stat().st_mtime > seconds:
+                path.unlink()
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -62,6 +132,35 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object with a checksum of itself."""
+    checked = {**content, _CHECKSUM: _checksum_of(content)}
+    write_text(path, json.dumps(checked, indent=1) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
+    """The JSON object that `write_json` wrote, without the checksum; None: there is no such file.
+
+    Raises:
+        InputError: it is torn; the message ends with the remedy.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}; {remedy}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object; {remedy}")
+    if content.pop(_CHECKSUM, None) not in (None, _checksum_of(content)):  # older versions wrote none
+        raise InputError(f"{path}: torn: it does not match its checksum; {remedy}")
+    return content
+
+
+def _checksum_of(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(content).encode()).hexdigest()
+
+
 def append_line(path: Path, line: str) -> None:
     """Append one line. A last line that a crash cut short is ended first."""
     with path.open("ab+") as file:
@@ -80,3 +179,89 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def progress_path(run: Path) -> Path:
+    """The file with the progress of its commands."""
+    return run / "progress.json"
+
+
+def append_preview(run: Path, step: int, metrics: Mapping[str, float]) -> None:
+    """Add the metrics of a preview, the main one first."""
+    append_line(_previews_path(run), to_json({"step": step, "metrics": dict(metrics)}))
+
+
+def read_previews(run: Path) -> list[dict[str, Any]]:
+    """`step` and `metrics` of all previews so far, without broken lines."""
+    try:
+        lines = _previews_path(run).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    previews = []
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            preview = json.loads(line)
+            if isinstance(preview["step"], int) and isinstance(preview["metrics"], dict):
+                previews.append(preview)
+    return previews
+
+
+def drop_previews(run: Path, step: int) -> None:
+    """Remove the previews after the step that a run resumes from."""
+    _copy_previews(run, run, step)
+
+
+def copy_traces(run: Path, branch: Path, step: int) -> None:
+    """Copy what a run has written up to a step, but event files and checkpoints: previews, their pictures, skipped images."""
+    _copy_previews(run, branch, step)
+    pictures = [path for path in run.glob("samples/preview-*.png") if path.stem <= f"preview-{step:08d}"]
+    for path in (run / "skipped.txt", *pictures):
+        if path.is_file():
+            with atomic_write(branch / path.relative_to(run)) as temporary:
+                shutil.copyfile(path, temporary)
+
+
+def _copy_previews(source: Path, target: Path, step: int) -> None:
+    if previews := read_previews(source):
+        kept = (to_json(preview) + "\n" for preview in previews if preview["step"] <= step)
+        write_text(_previews_path(target), "".join(kept))
+
+
+@contextmanager
+def claim_folder(folder: Path, purpose: Purpose, rank: int = 0) -> Iterator[None]:
+    """Claim a folder for one purpose, so that no two processes write the same files. The claim ends with the process.
+
+    Args:
+        rank: of a process among those that work together; the first one claims the folder for all.
+
+    Raises:
+        InputError: another process has claimed it.
+    """
+    if rank != 0:
+        yield
+        return
+    existed = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f".{purpose}.lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise InputError(f"{folder} is in use by another process ({purpose}); wait for it, or stop it") from None
+    finally:
+        if not existed and {path.name for path in folder.iterdir()} <= {f".{purpose}.lock"}:
+            (folder / f".{purpose}.lock").unlink(missing_ok=True)  # it ended before it began: leave nothing
+            folder.rmdir()
+
+
+def is_claimed(folder: Path, purpose: Purpose) -> bool | None:
+    """Whether a process of this machine claims a folder, found out without claiming it; None: the system does not say."""
+    try:
+        number, locks = (folder / f".{purpose}.lock").stat().st_ino, Path("/proc/locks").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False if Path("/proc/locks").exists() else None
+    return any(line.split()[1] == "FLOCK" and line.split()[5].endswith(f":{number}") for line in locks.splitlines())
+
+
+def _previews_path(run: Path) -> Path:
+    return run / "previews.jsonl"

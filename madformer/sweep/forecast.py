@@ -13,7 +13,7 @@ from madformer.model import cost, memory
 from madformer.parallel import PEAK_TFLOPS
 from madformer.progress import TextTable, format_duration, read_progress, with_unit
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
-from madformer.runs.folder import progress_path
+from madformer.runs.files import progress_path
 from madformer.sweep.cells import Cell
 from madformer.sweep.launch_local import gpu_memory_gib
 from madformer.sweep.needs import Needs, cell_measurement, cell_points, first_step, own_share, trunk_lines

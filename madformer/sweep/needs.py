@@ -17,12 +17,18 @@ from typing import Any
 from madformer.config import read_config_hash, require_same_run
 from madformer.config.evaluation import SHIPPED_NETWORKS
 from madformer.config.experiment import has_held_out
-from madformer.config.identity import read_branch_step
+from madformer.config.identity import is_run, read_branch_step
 from madformer.config.validation import expand_path
 from madformer.errors import InputError
 from madformer.evaluation.measurement import INCEPTION, Measurement, Sampling
-from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints, newest_intact, regular_checkpoints
-from madformer.runs.folder import is_run
+from madformer.runs.checkpoints import (
+    checkpoint_path,
+    checkpoint_step,
+    find_flaw,
+    list_checkpoints,
+    newest_intact,
+    regular_checkpoints,
+)
 from madformer.sweep.cells import Cell
 
 _log = logging.getLogger(__name__)
@@ -163,6 +169,20 @@ def drop_branch_points(cells: Sequence[Cell], folder: Path) -> None:
         with contextlib.suppress(InputError, OSError):  # such a cell reports it itself
             if path.is_file() and all(map(is_trained, branches)) and newest_intact(trunk.run, checksums=False) != path:
                 path.unlink()
+
+
+def drop_torn(cell: Cell) -> bool:
+    """Remove torn checkpoints that a trained cell's points need, and the later ones, if there are any: whether it did.
+
+    Training goes on from the one before and makes the same ones again.
+    """
+    paths = (checkpoint_path(cell.run, step) for step in sorted({step for step, _ in _requested(cell)}))
+    torn = next((path for path in paths if path.is_file() and find_flaw(path)), None)
+    for path in list_checkpoints(cell.run):
+        if torn is not None and path >= torn:
+            _log.warning("%s is removed: %s is torn; it is trained again", path, torn)
+            path.unlink()
+    return torn is not None
 
 
 def _is_unfinished(cell: Cell) -> bool:

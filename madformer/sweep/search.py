@@ -16,7 +16,7 @@ from madformer.config import load_experiment, trained_fields
 from madformer.config.loading import as_text
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.measurement import DISTANCE
-from madformer.runs.folder import read_previews
+from madformer.runs.files import read_previews
 from madformer.sweep.cells import Cell, CellMaker
 from madformer.sweep.needs import main_metrics, main_points
 from madformer.sweep.queue import (

@@ -17,8 +17,7 @@ from madformer.errors import InputError
 from madformer.evaluation.measurement import DEPTH
 from madformer.progress import SILENT_SECONDS, TextTable, format_duration, print_table, read_progress
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
-from madformer.runs.files import to_json
-from madformer.runs.folder import progress_path, read_previews
+from madformer.runs.files import progress_path, read_previews, to_json
 from madformer.sweep.adaptive import assess, wanted_cells
 from madformer.sweep.cells import Cell
 from madformer.sweep.forecast import (

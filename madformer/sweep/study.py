@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
+import re
 import secrets
 import time
 import warnings
@@ -209,8 +211,13 @@ class Storage:
         """The database, without its password."""
         return str(self._url.render_as_string(hide_password=True))
 
-    def _unusable_error(self, error: Exception) -> InputError:
+    def _unusable_error(self, error: Exception) -> InputError | OSError:
         if self._url.get_backend_name() == "sqlite":
+            if "full" in (reason := first_line(error)):
+                return OSError(errno.ENOSPC, f"No space left on device ({reason})", str(self._path))
+            if re.search(r"disk I/O|readonly|unable to open|locked", reason):  # not the file's fault
+                remedy = "mend that; what was complete is kept, the same command goes on"
+                return InputError(f"{self._path}: the study cannot be opened now ({reason}); {remedy}")
             remedy = "delete it: what is done is read from the runs"
             return InputError(f"{self._path}: no study of a sweep ({first_line(error)}); {remedy}")
         return InputError(f"storage = {self._display_url}: cannot be used ({first_line(error)})")

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Literal
 
 from madformer.config import load_run
-from madformer.config.identity import to_yaml
+from madformer.config.identity import is_run, to_yaml
 from madformer.errors import InputError
 from madformer.evaluation.measurement import AXES, DEPTH
 from madformer.runs.checkpoints import newest_intact
 from madformer.runs.files import write_text
-from madformer.runs.folder import is_run
 from madformer.sweep.cells import Cell
-from madformer.sweep.needs import cell_needs
+from madformer.sweep.needs import cell_needs, drop_torn
 
 Kind = Literal[
     "out of memory",
@@ -121,6 +120,8 @@ def trial_commands(cell: Cell) -> list[list[str]]:
     commands = list[list[str]]()
     if needs.waits:
         return commands
+    if needs and not needs.training and drop_torn(cell):
+        needs = cell_needs(cell)
     if needs.training:
         can_branch = cell.trunk and needs.beginning and newest_intact(cell.trunk.run, limit=cell.branch_step)
         branch = ["--branch", str(cell.trunk.run)] if cell.trunk and can_branch else []
@@ -128,7 +129,9 @@ def trial_commands(cell: Cell) -> list[list[str]]:
         commands.append([*madformer, "train", str(cell.run / CELL), *branch])
     for options in _budget_options(cell, needs.budgets):
         commands.append([*madformer, "evaluate", str(cell.run), *options, *_inference_options(cell), *_overrides(cell)])
-    if needs and not commands:
+    if needs.tuning:
+        torn = [each for each in cell.tuned_with or () if drop_torn(each)]
+        commands += [[*madformer, "train", "--resume", str(each.run)] for each in torn]
         runs = [str(each.run) for each in (cell, *(cell.tuned_with or ()))]
         for options in _budget_options(cell, needs.tuning):
             commands.append([*madformer, "tune", *runs, *_overrides(cell), *options, "--tries", str(cell.inference.tries)])

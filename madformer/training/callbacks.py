@@ -26,7 +26,7 @@ from madformer.evaluation.sampling import default_prompts, sample_batches
 from madformer.parallel import device_name
 from madformer.progress import ProgressDisplay, ProgressFile
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints, load_checkpoint, save_checkpoint
-from madformer.runs.folder import append_preview, progress_path
+from madformer.runs.files import append_preview, progress_path
 from madformer.training.module import LitMADFormer
 
 _log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from madformer.config import ExperimentConfig, TrainerConfig, load_run, write_config
-from madformer.config.identity import run_hash
+from madformer.config.identity import is_run, run_hash
 from madformer.data.datamodule import LatentDataModule
 from madformer.errors import InputError, Interrupted
 from madformer.evaluation.feature_networks import require_fitting_networks
@@ -37,11 +37,13 @@ from madformer.runs.checkpoints import (
     newest_intact,
     require_own,
 )
-from madformer.runs.files import atomic_write, link_or_copy
-from madformer.runs.folder import claim_folder, copy_traces, drop_previews, is_run
+from madformer.runs.files import atomic_write, claim_folder, copy_traces, drop_previews, link_or_copy, remove_stale
 from madformer.training.callbacks import AtomicCheckpointIO, Preview, Profile, RunCheckpoints, RunProgress
 from madformer.training.logging import build_loggers, copy_rows, where_logged
 from madformer.training.module import LitMADFormer
+
+_STALE_SECONDS = 3600.0
+"""A process that lives replaces a temporary file sooner."""
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -72,6 +74,10 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
     if _rank() == 0:
         require_fitting_networks(config, data.codec)
     with claim_folder(run, "train", _rank()):
+        if _rank() == 0:
+            remove_stale(run / "checkpoints")
+            remove_stale(run / "samples", "preview-*")
+            remove_stale(run, seconds=_STALE_SECONDS)  # other commands write there too
         begins_as_branch = branch is not None and not list_checkpoints(run)
         if branch is not None and begins_as_branch and _rank() == 0:
             _begin_branch(config, module_class, branch)
@@ -106,8 +112,6 @@ def _begin_branch(config: ExperimentConfig, module_class: type[LitMADFormer], tr
     step = checkpoint_step(source)
     _require_trainable(checkpoint := load_checkpoint(source), trunk, module_class)
     require_own(checkpoint, source, load_run(trunk))
-    for left in (run / "checkpoints").glob(".step-*.tmp"):  # by a process that was killed
-        left.unlink()
     try:
         with atomic_write(checkpoint_path(run, step)) as temporary:
             link_or_copy(source, temporary)  # ours from now on, though the other run may remove its own

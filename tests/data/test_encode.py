@@ -17,6 +17,7 @@ from datasets import Dataset, Features, Image
 from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from madformer.config.identity import to_yaml
 from madformer.data import encode as encoding_module
 from madformer.data import sources
 from madformer.data.encode import encode
@@ -25,7 +26,7 @@ from madformer.data.latents import ShardReader, read_manifest
 from madformer.errors import ConfigError, InputError
 from tests.conftest import ROOT
 from tests.pictures import as_bytes, experiment, moments, overrides, picture, write_parquet, write_tars
-from tests.tiny_runs import DIGITS, command, environment, execute
+from tests.tiny_runs import DIGITS, command, environment, execute, perform
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +151,8 @@ def test_repaired_latents_have_a_new_manifest(tmp_path):
     folder = tmp_path / "latents"
     encode(experiment(tmp_path, latents=folder))
     before, manifest = read_manifest(folder), folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"rows": 20', '"rows": 19').replace("   7,", "   6,"))
+    changed = manifest.read_text().replace('"rows": 20', '"rows": 19').replace("   7,", "   6,")
+    manifest.write_text(re.sub(r',\s*"checksum": "\w+"', "", changed))
     assert read_manifest(folder) != before, "as if another image had been broken then"
     encode(experiment(tmp_path, latents=folder))
     assert read_manifest(folder) == before
@@ -177,6 +179,7 @@ def test_another_crop_is_another_encoding(tmp_path):
     # What lies on disks has no such field, and keeps its hash.
     encoding, manifest = json.loads((centre / "encoding.json").read_text()), read_manifest(centre)
     assert "crop" not in encoding and read_manifest(corner).encoding.crop == "top_left"
+    encoding.pop("checksum")
     before = json.dumps([encoding, manifest.shards], sort_keys=True).encode()
     assert manifest.sha256 == hashlib.sha256(before).hexdigest()
 
@@ -278,7 +281,7 @@ def test_killed_it_ends_with_the_same_shards(tmp_path):
 
 def test_only_one_program_fills_a_folder(tmp_path):
     write_parquet(tmp_path / "pictures.parquet", rows=5)
-    holder = f"import time\nfrom pathlib import Path\nfrom madformer.runs.folder import claim_folder\nwith claim_folder(Path({str(tmp_path / 'latents')!r}), 'encode'):\n    print('held', flush=True)\n    time.sleep(60)"
+    holder = f"import time\nfrom pathlib import Path\nfrom madformer.runs.files import claim_folder\nwith claim_folder(Path({str(tmp_path / 'latents')!r}), 'encode'):\n    print('held', flush=True)\n    time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout.readline() == b"held\n"
         with pytest.raises(InputError, match=r"is in use by another process \(encode\)"):
@@ -292,3 +295,26 @@ def test_the_manifest_is_json_that_others_read(tmp_path):
     manifest = json.loads((tmp_path / "latents/manifest.json").read_text())
     assert manifest["rows"] == 5 and manifest["encoding"]["codec"].endswith("halving.py:Halving")
     assert len(manifest["channel_means"]) == len(manifest["channel_deviations"]) == 3
+
+
+@pytest.mark.parametrize("damage", ["shard", "description", "manifest", "encoding", "older version"])
+def test_what_is_torn_is_made_again(damage, tmp_path, caplog):
+    write_parquet(tmp_path / "pictures.parquet", rows=21)
+    folder, file = tmp_path / "latents", tmp_path / "experiment.yaml"
+    config = experiment(tmp_path, latents=folder)
+    encode(config)
+    file.write_text(to_yaml(config))
+    before = contents(folder)
+    names = {"shard": "shard-000001-000000.arrow", "description": "shard-000002-000000.json"}
+    names |= {"manifest": "manifest.json", "encoding": "encoding.json", "older version": "shard-000000-000000.json"}
+    path = folder / names[damage]
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    if damage == "older version":
+        path.write_text(re.sub(r',\s*"(xxh3|checksum)": "\w+"', "", before[path.name].decode()))
+    printed = perform(command("encode", file, "--verify"), status=0 if damage == "older version" else 1)
+    assert ("no checksum: 1 shards" if damage == "older version" else "broken: ") in printed
+    encode(config)
+    assert contents(folder) == before and (caplog.records or damage in ("manifest", "encoding", "older version"))
+    assert "broken" not in perform(command("encode", file, "--verify"))

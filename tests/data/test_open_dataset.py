@@ -1,5 +1,6 @@
 """Where images are found: files and patterns, splits and subsets, columns, the hub's cache; and what is broken or missing."""
 
+import tarfile
 import time
 
 import datasets
@@ -334,3 +335,39 @@ def test_the_hubs_copy_in_the_cache_is_read_without_the_hub(tmp_path):
         source_of("hf://datasets/owner/name@v2")
     with pytest.raises(ConfigError, match=r"set data\.streaming=false to read the copy in the cache"):
         source_of("owner/name", streaming=True)
+
+
+def other_size(content, header):
+    """A size that leads to the middle of the next file, with the header's own checksum in order."""
+    info = tarfile.TarInfo.frombuf(bytes(content[header : header + 512]), "utf-8", "strict")
+    info.size -= 512
+    content[header : header + 512] = info.tobuf()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("memory_address", [False, True])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content, header: content.__setitem__(header + 3, content[header + 3] ^ 1),
+        lambda content, header: content.__setitem__(header + 150, content[header + 150] ^ 2),
+        lambda content, header: content.__setitem__(slice(header, header + 512), bytes(512)),
+        lambda content, header: content.__setitem__(slice(header, header + 1024), bytes(1024)),
+        lambda content, header: content.__delitem__(slice(header + 512, None)),
+        lambda content, header: content.__delitem__(slice(header, None)),
+        other_size,
+    ],
+    ids=["name", "header's checksum", "block of zeros", "two blocks of zeros", "cut in a file", "cut between files", "size"],
+)
+def test_a_damaged_tar_loses_no_row_silently(damage, memory_address, streaming, tmp_path, memory):
+    [path] = write_tars(tmp_path, tars=1, rows=6)
+    with tarfile.open(path) as archive:
+        header = archive.getmembers()[3].offset
+    content = bytearray(path.read_bytes())
+    damage(content, header)
+    path.write_bytes(content)
+    if memory_address:
+        memory.put(str(path), "memory://bucket/part-0000.tar")
+    with pytest.raises(ConfigError) as caught:
+        all_rows(source_of("memory://bucket/part-0000.tar" if memory_address else path, streaming=streaming))
+    assert "\n" not in str(caught.value) and "part-0000.tar" in str(caught.value)

@@ -11,11 +11,10 @@ import pytest
 
 from madformer.config import config_hash, load_run, write_config
 from madformer.config.experiment import has_held_out
-from madformer.config.identity import run_hash
+from madformer.config.identity import require_no_other_run, run_hash
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.encode import encode
 from madformer.errors import ConfigError, InputError
-from madformer.runs.folder import require_no_other_run
 from tests.data.layouts import all_rows, source_of, write_layout, write_raw, write_tar
 from tests.pictures import as_bytes, experiment, picture, write_parquet, write_tars
 

@@ -14,10 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from torch.utils.tensorboard import RecordWriter, SummaryWriter
 
+from madformer.config.identity import is_run
 from madformer.evaluation.evaluate import _hparams
 from madformer.evaluation.record import record_path
 from madformer.evaluation.tensorboard import drop_orphans, write_curves, write_pictures
-from madformer.runs.folder import is_run
 from tests.board import tensorboard, until
 from tests.conftest import ROOT
 from tests.data.test_datamodule import TEXT

@@ -269,9 +269,10 @@ def test_an_import_that_was_killed_is_repeated(stop, tmp_path):
     arguments = command("import", file, "--out", run)
     killed = subprocess.run([sys.executable, "-c", kill, *arguments[3:]], env=environment(), check=False)
     assert killed.returncode == 9 and (run / "checkpoints").is_dir() and not (run / "config.yaml").exists()
-    perform(arguments)
+    done = perform(arguments)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000000.ckpt"]
-    printed = perform(arguments, status=2)
+    assert perform(arguments) == done, "as if it had been killed after the last file"
+    printed = perform([*arguments, "--weights", "model"], status=2)
     assert printed == f"madformer: {run}: exists already; name a new folder\n"
 
 

@@ -20,7 +20,7 @@ import yaml
 from madformer.config import write_config
 from madformer.config.identity import read_branch_step
 from madformer.runs.checkpoints import checkpoint_path, checkpoint_step, list_checkpoints
-from madformer.runs.folder import read_previews
+from madformer.runs.files import read_previews
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.driver import run_sweep
 from madformer.sweep.forecast import training_flops

@@ -14,7 +14,7 @@ from madformer.config import load_experiment
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.record import read_points
 from madformer.runs.checkpoints import checkpoint_path
-from madformer.runs.folder import claim_folder
+from madformer.runs.files import claim_folder
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.driver import run_sweep
 from madformer.sweep.load_sweep import load_sweep
@@ -22,6 +22,7 @@ from madformer.sweep.needs import cell_needs
 from madformer.sweep.trial import log_path, trial_commands
 from tests.conftest import ROOT
 from tests.sweep.driver import SECONDS, journal, output, run, stand_ins, start, wait_for
+from tests.sweep.trial import INTACT
 from tests.sweep.trial import train as train_stand_in
 
 ONE = "grid.model.diffusion_depth=[2]"
@@ -185,7 +186,7 @@ def test_every_way_of_sampling_is_evaluated(sweep_file):
     cell = sweep_cells(load_sweep(sweep_file, [*ways, ONE]))[0]
     checkpoint = checkpoint_path(cell.run, 5)
     checkpoint.parent.mkdir(parents=True)
-    checkpoint.touch()
+    checkpoint.write_bytes(INTACT)
     assert cell_needs(cell).points == 2 * 2 * 2 * 2
     assert run(sweep_file, *ways)[0] == 0
     assert len(read_points(cell.run)) == 16 and not cell_needs(cell)

@@ -1,5 +1,6 @@
 """The needs of a cell, by the record of its run: real evaluations of random weights."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +13,15 @@ from madformer.evaluation.record import append_point, find_tuning, record_path, 
 from madformer.evaluation.request import parse_request
 from madformer.model import MADFormer
 from madformer.report import build_report, curves_of_sweep
-from madformer.runs.checkpoints import EMA, checkpoint_path
+from madformer.runs.checkpoints import EMA, checkpoint_path, checkpoint_step, list_checkpoints
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.needs import cell_needs, is_trained, main_metrics, network_sha256
 from madformer.sweep.search import objective
 from madformer.sweep.status import Row, print_status
 from madformer.sweep.trial import trial_commands
-from tests.sweep.claimer import train
-from tests.sweep.trial import point
+from tests.sweep.claimer import finish, train
+from tests.sweep.trial import INTACT, point
 from tests.tiny_runs import TINY, perform
 
 NETWORK = """
@@ -99,6 +100,32 @@ def test_a_deleted_checkpoint_that_tuning_needs_is_trained_again(sweep_file):
     assert cell_needs(cell).tuning and not cell_needs(cell).training
     checkpoint_path(cell.run, cell.max_steps).unlink()
     assert cell_needs(cell).training and trial_commands(cell)[0][3] == "train"
+
+
+def test_a_torn_checkpoint_that_is_needed_is_trained_again(sweep_file):
+    """The last one, one before it, or one that tuning needs, of this seed or of another; never without need."""
+    last2 = ["evaluate.checkpoints=last2", "trainer.checkpoint_every=5", "name=last2"]
+    for options, steps, torn, left in (
+        ([], (10,), 10, []),
+        ([], (5, 10), 10, [5]),
+        ([], (5, 10), 5, [5, 10]),
+        (last2, (5, 10), 5, []),
+        (last2, (5, 10), 10, [5]),
+    ):
+        cell = sweep_cells(load_sweep(sweep_file, options))[0]
+        train(cell)
+        for step in steps:
+            checkpoint_path(cell.run, step).write_bytes(b"torn" if step == torn else INTACT)
+        commands = [command[3] for command in trial_commands(cell)]
+        assert [checkpoint_step(path) for path in list_checkpoints(cell.run)] == left, (options, torn)
+        assert commands == (["evaluate"] if left == [5, 10] else ["train", "evaluate"])
+        shutil.rmtree(cell.run)
+    first, second = sweep_cells(load_sweep(sweep_file, ["evaluate.tune=true", "grid.model.diffusion_depth=[2]", "seeds=[0,1]"]))
+    for torn in (first, second):
+        for cell in (first, second):
+            finish(cell)
+        checkpoint_path(torn.run, 10).write_bytes(b"torn")
+        assert trial_commands(first)[0][3] == "train" and not checkpoint_path(torn.run, 10).exists()
 
 
 def test_the_last_evaluated_checkpoints_may_be_deleted(sweep_file):

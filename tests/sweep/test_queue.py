@@ -350,6 +350,25 @@ def test_a_broken_study_says_what_to_do(sweep_file):
         Storage(sweep)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount the small file system that fills up")
+@pytest.mark.parametrize("free", [0, 40, 100])
+def test_a_study_on_a_full_disk_is_not_to_be_deleted(free, sweep_file, tmp_path):
+    folder = tmp_path / "full"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        sweep = load_sweep(sweep_file, [f"output_dir={folder}"])
+        (folder / "filling").write_bytes(bytes(1024 * (1024 - 8 - free)))
+        with pytest.raises(OSError, match="No space left on device"):
+            Storage(sweep)
+        (folder / "filling").unlink()
+        with open_queue(sweep) as queue:
+            assert len(queue.claim(2).trials) == 2, "the same command goes on"
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [

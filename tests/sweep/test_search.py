@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.record import append_point
-from madformer.runs.folder import append_preview
+from madformer.runs.files import append_preview
 from madformer.sweep.driver import run_sweep
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.search import SearchQueue, search_cells

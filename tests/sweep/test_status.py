@@ -10,7 +10,7 @@ from madformer.cli import app
 from madformer.errors import InputError
 from madformer.model.cost import nfe
 from madformer.progress import with_unit
-from madformer.runs.folder import append_preview, progress_path
+from madformer.runs.files import append_preview, progress_path
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.forecast import training_flops
 from madformer.sweep.load_sweep import load_sweep

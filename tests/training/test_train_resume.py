@@ -9,7 +9,7 @@ import torch
 
 from madformer.progress import read_progress
 from madformer.runs.checkpoints import checkpoint_path, list_checkpoints
-from madformer.runs.folder import progress_path, read_previews
+from madformer.runs.files import progress_path, read_previews
 from tests.tiny_runs import command, differences, perform, run_until, scalars, tiny_run, train_command
 
 LAST = 24
@@ -81,7 +81,11 @@ def test_torn_checkpoint_is_skipped_with_a_warning(undisturbed, tmp_path):
     whole = bytearray(checkpoint_path(run, 18).read_bytes())
     whole[len(whole) // 2] ^= 1
     checkpoint_path(run, 18).write_bytes(whole)
+    left = [run / "checkpoints/.step-00000030.ckpt.0a1b2c3d.tmp", run / "samples/.preview-00000030.png.0a1b2c3d.tmp"]
+    for path in left:
+        path.touch()
     printed = perform(command("train", "--resume", run))
+    assert not any(path.exists() for path in left), "what a killed process left"
     assert f"{checkpoint_path(run, 24)} is torn" in printed and f"{checkpoint_path(run, 18)} is torn" in printed
     assert "resuming after step 12 of 24" in printed
     assert differences(loaded(undisturbed), loaded(run)) == []
@@ -91,7 +95,7 @@ def test_torn_checkpoint_is_skipped_with_a_warning(undisturbed, tmp_path):
 
 
 def test_a_run_is_not_trained_by_two_processes(undisturbed, tmp_path):
-    from madformer.runs.folder import claim_folder
+    from madformer.runs.files import claim_folder
 
     config = tiny_run(tmp_path)
     shutil.copytree(undisturbed, config.run_dir)
