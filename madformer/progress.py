@@ -53,7 +53,13 @@ def read_progress(path: Path) -> dict[str, dict[str, Any]]:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return entries if isinstance(entries, dict) else {}
+    entries = entries.items() if isinstance(entries, dict) else ()
+    numbers = ("done", "per_second", "time")
+    return {
+        label: entry
+        for label, entry in entries
+        if isinstance(entry, dict) and all(isinstance(entry.get(number), (int, float)) for number in numbers)
+    }
 
 
 class ProgressDisplay:

@@ -21,7 +21,7 @@ from torch import Tensor
 from madformer.config import DataConfig
 from madformer.data.source_files import IMAGES, METADATA, NAME, Files, kind_of, pattern_in, relative
 from madformer.errors import BadImage, ConfigError
-from madformer.runs.files import atomic_write
+from madformer.runs.files import atomic_write, require_readable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -153,8 +153,9 @@ def save_png(pixels_YX3: np.ndarray, path: Path, settings: Mapping[str, Any] | N
 
 def read_settings(path: Path) -> dict[str, Any] | None:
     """How a PNG file was made, as `save_png` wrote it; empty if it does not say. None: there is no such file, or it is torn."""
+    require_readable(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             text = image.info.get(SETTINGS, "")
             image.verify()
     except (OSError, SyntaxError, ValueError):  # SyntaxError is Pillow's for a wrong checksum

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from madformer.config import DataConfig
+from madformer.config.validation import expand_variables
 from madformer.data.open_dataset import LABEL_NAMES, TEXT_NAMES, DatasetSplit, open_split, silence_datasets
 from madformer.data.source_files import NAME, hash_files, relative
 from madformer.errors import BadImage, ConfigError, InputError
@@ -254,8 +255,9 @@ def open_source(data: DataConfig) -> ImageSource:
 
     if data.source is None:
         raise ConfigError("data.source = None: must name a data set of the hub, files, or a folder")
+    address = expand_variables("data.source", data.source)
     with explain_source_errors(data.source), silence_datasets():
-        split = open_split(data)
+        split = open_split(replace(data, source=address))
         if isinstance(split.dataset, datasets.Dataset) and not len(split.dataset):
             raise ConfigError(f"data.split = {data.split!r}: data.source = {data.source!r} has no rows there")
         columns = find_columns(split.dataset.features or datasets.Features(), data)

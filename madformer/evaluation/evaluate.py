@@ -14,7 +14,6 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from madformer import __version__
@@ -53,6 +52,7 @@ from madformer.model import cost
 from madformer.parallel import Share, cluster_rank, device_name, own_device, share_out
 from madformer.progress import ProgressDisplay, ProgressFile
 from madformer.runs.checkpoints import load_model
+from madformer.runs.files import hold_lock
 from madformer.runs.folder import claim_folder, progress_path
 
 __all__ = ["evaluate"]
@@ -98,7 +98,7 @@ def evaluate(request: EvaluationRequest) -> list[Point]:
             file = ProgressFile(progress_path(run), {"device": device_name(torch.device(devices[0]))})
             with ProgressDisplay("sampled", "images", total, before, silent=bool(rank), file=file) as display:
                 share_out(evaluate_share, (request, list(missing.values()), instruments), devices, display, before)
-        with FileLock(run / ".record.lock"):
+        with hold_lock(run / ".record.lock"):
             return _conclude(request, tasks, torch.device(device))
 
 
@@ -139,7 +139,7 @@ def evaluate_share(
 
         samples = SampleRequest(task.config, task.sampling, task.prompts, task.title)
         sample_features(task.folder, samples, model, opened.codec, opened.networks, indices, show, make_sampler)
-        with FileLock(task.config.run_dir / ".record.lock"):
+        with hold_lock(task.config.run_dir / ".record.lock"):
             _measure_if_complete(task, opened, share)
 
 

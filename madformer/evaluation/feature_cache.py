@@ -25,7 +25,7 @@ from madformer.evaluation.measurement import Sampling
 from madformer.evaluation.sampling import sample_batches, tokenize
 from madformer.model import MADFormer
 from madformer.model.generation import BlockSampler
-from madformer.runs.files import atomic_write
+from madformer.runs.files import atomic_write, require_readable
 
 Content = TypeVar("Content")
 
@@ -64,6 +64,7 @@ def remove_parts(folder: Path) -> None:
 
 def _read(folder: Path, load: Callable[[Path], Content]) -> Iterator[Content]:
     for path in sorted(folder.glob("part-*.safetensors")):
+        require_readable(path)
         try:
             content = load(path)
         except SafetensorError:

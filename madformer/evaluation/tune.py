@@ -19,7 +19,6 @@ from statistics import fmean
 from typing import Any, get_args
 
 import optuna
-from filelock import FileLock
 
 from madformer.config import ExperimentConfig, trained_fields
 from madformer.config.evaluation import ALL_TIMESTEPS, SamplerName
@@ -40,6 +39,7 @@ from madformer.evaluation.sampling import known_classes
 from madformer.model import cost
 from madformer.parallel import cluster_rank
 from madformer.runs.checkpoints import checkpoint_step, newest_intact
+from madformer.runs.files import hold_lock
 from madformer.runs.folder import claim_folder
 
 _STARTS: tuple[dict[str, Any], ...] = (
@@ -261,7 +261,7 @@ def _measure(
 def _record(config: ExperimentConfig, points: Sequence[Point], line: dict[str, Any], chosen: Sampling) -> None:
     """Add the confirmed points and, last, the choice to a run's record, unless they are there."""
     run = config.run_dir
-    with FileLock(run / ".record.lock"):
+    with hold_lock(run / ".record.lock"):
         recorded = {(Measurement.of_point(point).key, bool(point.get("tuned"))) for point in read_points(run)}
         for point in points:
             tuned = Sampling.of_point(point).curve_key == chosen.curve_key

@@ -164,5 +164,5 @@ def _draw(request: SamplingRequest, grid_YX3: np.ndarray, prompts: Sequence[str]
 
 
 def _read(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+    with Image.open(path, formats=["PNG"]) as image:
         return np.asarray(image.convert("RGB"))

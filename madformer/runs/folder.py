@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from madformer.config import ExperimentConfig, require_same_run
 from madformer.config.identity import config_path
 from madformer.errors import InputError
-from madformer.runs.files import append_line, atomic_write, to_json, write_text
+from madformer.runs.files import append_line, atomic_write, lock_holders, to_json, write_text
 
 Purpose = Literal["train", "evaluate", "tune", "encode", "sample", "import"]
 """The command that claims a folder."""
@@ -105,7 +105,8 @@ def claim_folder(folder: Path, purpose: Purpose, rank: int = 0) -> Iterator[None
         with lock:
             yield
     except Timeout:
-        raise InputError(f"{folder} is in use by another process ({purpose}); wait for it, or stop it") from None
+        holder = "".join(f": {each}" for each in lock_holders(folder / f".{purpose}.lock"))
+        raise InputError(f"{folder} is in use by another process ({purpose}){holder}; wait for it, or stop it") from None
     finally:
         if not existed and {path.name for path in folder.iterdir()} <= {f".{purpose}.lock"}:
             (folder / f".{purpose}.lock").unlink(missing_ok=True)  # it ended before it began: leave nothing

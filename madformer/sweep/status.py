@@ -176,7 +176,10 @@ class Watcher:
 
             if not study_exists(self._sweep):
                 return []
-            self._storage = Storage(self._sweep, read_only=True)
+            try:
+                self._storage = Storage(self._sweep, read_only=True)
+            except KeyError:  # a database without this study
+                return []
             self._storage.waits_for_database = False
         study = self._storage.study
         return self._storage.retry(lambda: study.get_trials(deepcopy=False))

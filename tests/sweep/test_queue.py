@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -363,7 +364,7 @@ def test_a_broken_study_says_what_to_do(sweep_file):
 )
 def test_a_storage_that_cannot_be_had_is_one_line_without_the_password(sweep_file, url, message):
     with pytest.raises(InputError, match=message) as caught:
-        Storage(load_sweep(sweep_file, [f"storage={url}"]))
+        Storage(replace(load_sweep(sweep_file), storage=url))
     assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
 
 
