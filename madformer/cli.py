@@ -8,9 +8,11 @@ import itertools
 import logging
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any, get_args
 
 import typer
@@ -19,7 +21,7 @@ from madformer import __version__
 from madformer.config import load_experiment, load_run
 from madformer.config.evaluation import SPACINGS, TRIES, SamplerName
 from madformer.config.validation import typed_path
-from madformer.errors import DataError, InputError
+from madformer.errors import DataError, InputError, printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -278,7 +280,7 @@ def sweep_run(
 
     status = run_sweep(spec, retry_failed)
     if status == 0:
-        print(f"table and curves: madformer report {shlex.join([str(sweep), *(overrides or [])])}")
+        print(printable(f"table and curves: madformer report {shlex.join([str(sweep), *(overrides or [])])}"))
         in_sweep_folder = all(cell.run.parent == spec.folder for cell in sweep_cells(spec))
         print(f"in TensorBoard:   tensorboard --logdir {spec.folder if in_sweep_folder else spec.folder.parent}")
     raise typer.Exit(status)
@@ -327,7 +329,10 @@ def main() -> None:
     """Run the command line; exit with 0 when done, 2 for the user's mistake, 130 when interrupted, 1 for all else."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character must not end a command
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_PlainLines("%(levelname)s: %(message)s"))
+    sys.excepthook = _show_defect
     try:
         app()
     except DataError as error:
@@ -377,6 +382,17 @@ def _fail_if_expected(error: RuntimeError) -> None:
     raise error
 
 
+class _PlainLines(logging.Formatter):
+    """Warnings name files and runs of other people, and addresses."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _show_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -384,5 +400,5 @@ def _describe(error: Exception) -> str:
 
 
 def _fail(message: Any, status: int) -> None:
-    print(f"madformer: {message}", file=sys.stderr)
+    print(f"madformer: {printable(str(message))}", file=sys.stderr)
     sys.exit(status)

@@ -29,7 +29,7 @@ def mask_secrets(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A text for a terminal: without secrets, and with `\\u001b` and the like in place of characters that steer it."""
+    """A text for a terminal: without secrets, and with escapes in place of the characters that steer it."""
     text = mask_secrets(text)
     if text.isprintable():
         return text

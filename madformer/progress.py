@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from madformer.errors import printable
 from madformer.runs.files import to_json, write_text
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -165,16 +166,21 @@ class TextTable:
 
     def rich(self) -> Table:
         """The table for a terminal."""
-        table = Table(title=Text(self.title), title_justify="left")
+        table = Table(title=Text(printable(self.title)), title_justify="left")
         for heading in self.headings:
             table.add_column(heading, justify="left" if heading in self.left_aligned else "right")
-        for row in self.rows:
+        for row in self._shown_rows():
             table.add_row(*map(Text, row))
         return table
 
+    def _shown_rows(self) -> list[list[str]]:
+        """Names and messages may be a stranger's: each cell stays one line, and steers no terminal."""
+        return [[printable(cell).replace("\n", " ") for cell in row] for row in self.rows]
+
     def plain(self) -> str:
         """The table for a log."""
-        widths = [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
+        rows = self._shown_rows()
+        widths = [max(map(len, column)) for column in zip(self.headings, *rows, strict=True)]
 
         def line(words: Sequence[str]) -> str:
             columns = zip(self.headings, words, widths, strict=True)
@@ -182,7 +188,7 @@ class TextTable:
             return f"│ {' │ '.join(aligned)} │"
 
         rule = "├─" + "─┼─".join("─" * width for width in widths) + "─┤"
-        return "\n".join([self.title, line(self.headings), rule, *map(line, self.rows)])
+        return "\n".join([printable(self.title), line(self.headings), rule, *map(line, rows)])
 
 
 def print_table(table: TextTable, lines: Sequence[str]) -> None:
@@ -191,7 +197,7 @@ def print_table(table: TextTable, lines: Sequence[str]) -> None:
         Console().print(table.rich())
     else:
         print(table.plain())
-    print("\n".join(lines))
+    print(printable("\n".join(lines)))
 
 
 def with_unit(number: float) -> str:

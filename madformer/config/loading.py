@@ -154,7 +154,9 @@ def _keep_references(fields: Any, frozen: bool = False) -> None:
         if isinstance(raw, str) and "${oc.env:" in raw and (frozen or mask_secrets(fields[key]) != fields[key]):
             with read_write(fields):
                 fields[key] = raw.replace("${", "\\${")
-        elif isinstance(node, (DictConfig, ListConfig)) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
+        elif isinstance(node, (DictConfig, ListConfig)) and not (
+            node._is_none() or node._is_missing() or node._is_interpolation()
+        ):
             _keep_references(node, frozen)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,18 @@ from typing import TYPE_CHECKING, Any
 from madformer.config import DataConfig
 from madformer.config.data import WHOLE
 from madformer.data.image_files import image_table
-from madformer.data.source_files import HUB, IMAGES, NAME, Files, find_files, kind_of, relative, require_whole
+from madformer.data.source_files import (
+    HUB,
+    IMAGES,
+    NAME,
+    Files,
+    find_files,
+    kind_of,
+    lies_below,
+    relative,
+    require_whole,
+    root_of,
+)
 from madformer.errors import ConfigError, InputError
 from madformer.lookup import explain_source_errors, list_files
 
@@ -51,6 +63,8 @@ class DatasetSplit:
     """Number of rows that the data set states."""
     left_out: Mapping[str, list[str]] = field(default_factory=dict)
     """Names of files that are not read, by reason."""
+    root: str | None = None
+    """What paths in rows must be below; None: they were found here, not read from the data."""
 
 
 def open_split(data: DataConfig) -> DatasetSplit:
@@ -66,11 +80,14 @@ def open_split(data: DataConfig) -> DatasetSplit:
     folder = Path(str(data.source)).expanduser()
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _open_saved(folder, data)
-    found = None if _has_card(folder) else _find_files(data)
+    found = None if _card(folder) else _find_files(data)
     if found is not None and found.kind == IMAGES:
         return _open_images(found, data)
     builder = _known_builder(data) if found is None else _files_builder(data, found)
     files = found or Files("", {str(split): list(names) for split, names in (builder.config.data_files or {}).items()})
+    root = root_of(data, next(chain.from_iterable(files.splits.values()), ""))
+    if builder.repo_id and found is None:
+        _require_own(data, chain.from_iterable(files.splits.values()), f"hf://datasets/{builder.repo_id}@")
     if isinstance(builder, ImageFolder) and not any(file.endswith(".zip") for names in files.splits.values() for file in names):
         return replace(_open_images(files, data, builder), revision=_revision(builder))
     if not files.has_splits:
@@ -96,7 +113,8 @@ def open_split(data: DataConfig) -> DatasetSplit:
             dataset = dataset.add_column(NAME, relative(paths))
     info = (builder.info.splits or {}).get(data.split)
     rows = info.num_examples if info else None
-    return DatasetSplit(dataset, split_files, _revision(builder), data.split, rows or None, files.left_out)
+    root = None if isinstance(builder, ImageFolder) else root
+    return DatasetSplit(dataset, split_files, _revision(builder), data.split, rows or None, files.left_out, root)
 
 
 @contextmanager
@@ -125,7 +143,9 @@ def _open_saved(folder: Path, data: DataConfig) -> DatasetSplit:
     splits = {str(content.split or "train"): content} if isinstance(content, datasets.Dataset) else dict(content)
     _split_names(data, list(splits))
     dataset = _select(splits, data.split)
-    return DatasetSplit(dataset, [file["filename"] for file in dataset.cache_files], split=data.split)
+    files = [file["filename"] for file in dataset.cache_files]
+    _require_own(data, map(os.path.realpath, files), str(folder))
+    return DatasetSplit(dataset, files, split=data.split, root=str(folder))
 
 
 def _select(splits: Mapping[str, Dataset], split: str) -> Dataset:
@@ -162,15 +182,30 @@ def _open_images(files: Files, data: DataConfig, builder: DatasetBuilder | None 
     )
 
 
-def _has_card(folder: Path) -> bool:
-    """Whether a README.md says, in the hub's notation, which files belong to which subset and split."""
+def _card(folder: Path) -> Any:
+    """What a README.md says, in the hub's notation, about which files belong to which subset and split; None: nothing."""
     import yaml
     from huggingface_hub.repocard import metadata_load
 
     try:
-        return bool((metadata_load(folder / "README.md") or {}).get("configs"))
+        return (metadata_load(folder / "README.md") or {}).get("configs") or None
     except (OSError, ValueError, yaml.YAMLError):
-        return False
+        return None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts within lists and mappings."""
+    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    yield from [value] if isinstance(value, str) else chain.from_iterable(map(_texts, entries))
+
+
+def _require_own(data: DataConfig, names: Iterable[str], root: str) -> None:
+    """Refuse data that have files elsewhere read: a README.md may name any path and address."""
+    of_hub = root.endswith("@")  # any revision
+    outside = (name for name in names if not (name.startswith(root) if of_hub else lies_below(name, root, follow_links=False)))
+    if not data.allow_paths and (name := next(outside, None)):
+        remedy = "set data.allow_paths=true if you trust it"
+        raise ConfigError(f"data.source = {data.source!r}: names {name}, which is not below it: {remedy}")
 
 
 def _find_files(data: DataConfig) -> Files | None:
@@ -187,6 +222,8 @@ def _known_builder(data: DataConfig) -> DatasetBuilder:
     local = Path(source).expanduser()
     try:
         if local.is_dir():
+            named = _texts([[config.get("data_files"), config.get("data_dir")] for config in _card(local) or ()])
+            _require_own(data, (name if "://" in name else str(local / name) for name in named), str(local))
             return _load_builder(data, str(local.resolve()))
         if hub := re.fullmatch(HUB, source):
             return _hub_builder(data, hub[1], hub[2])

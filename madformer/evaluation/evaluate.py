@@ -23,7 +23,7 @@ from madformer.config.experiment import has_held_out, names_held_out
 from madformer.config.loading import is_optional
 from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.diffusion.samplers import spaced_timesteps
-from madformer.errors import NonFiniteError
+from madformer.errors import NonFiniteError, printable
 from madformer.evaluation.diagnostics import denoising_warnings, diagnose
 from madformer.evaluation.feature_cache import (
     BLOCKS,
@@ -245,7 +245,7 @@ def _report(task: Task, point: Point, note: str = "") -> None:
         how.append(", ".join(unusual))
     how += [f"{name} {value:.4g}" for name, value in point["metrics"].items()]
     costs = f"{point['tflops_per_image'] * 1e3:.3g} GFLOPs, {point['seconds_per_image'] * 1e3:.3g} ms an image"
-    print("  ".join([*how, costs]) + note, flush=True)
+    print(printable("  ".join([*how, costs]) + note), flush=True)
 
 
 def _conclude(request: EvaluationRequest, tasks: Sequence[Task], device: torch.device) -> list[Point]:

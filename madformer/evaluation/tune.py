@@ -22,7 +22,7 @@ import optuna
 
 from madformer.config import ExperimentConfig, trained_fields
 from madformer.config.evaluation import ALL_TIMESTEPS, SamplerName
-from madformer.errors import ConfigError, InputError, NonFiniteError
+from madformer.errors import ConfigError, InputError, NonFiniteError, printable
 from madformer.evaluation.evaluate import evaluate, write_run_curves
 from madformer.evaluation.measurement import DEPTH, Measurement, Point, Sampling, half_width
 from madformer.evaluation.record import (
@@ -145,7 +145,7 @@ def _tune_at(request: TuningRequest, default: Sampling, deadline: float | None) 
         points = _measure(request, config, [chosen, default], line["seeds"])
         if not cluster_rank():
             _record(config, points, line, chosen)
-    print(f"{title}: {_text(line)}", flush=True)
+    print(printable(f"{title}: {_text(line)}"), flush=True)
 
 
 def _choose(request: TuningRequest, default: Sampling, deadline: float | None) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from madformer.report.formatting import (
     distinct,
     in_words,
     incomparable,
+    inert,
     show,
     table,
     trained_for,
@@ -41,6 +42,8 @@ from madformer.report.paper import Comparison, compare
 from madformer.report.points import Column, Curve, Group, Row, columns_of, gather, make_rows
 from madformer.report.statistics import FEWEST_SEEDS, Over, pareto_front, winners
 from madformer.sweep.adaptive import Assessment
+
+_NO_BRACKETS = str.maketrans("", "", "[]")
 
 _ALWAYS = ("flops", "seconds")
 """Costs that always have a column in Markdown, measured or not."""
@@ -109,11 +112,12 @@ class Report:
         Args:
             pictures: names of files that are shown below the first table.
         """
+        shown = [f"![{self.title.translate(_NO_BRACKETS)}]({name})" for name in pictures]
         parts = [f"## {self.title}"]
         if self.decided is not None:
             parts += [_DECIDED, "\n".join(f"- {line}" for line in self.decided.lines)]
         parts += [*filter(None, [self.verdict.answer]), "\n".join(f"- {note}" for note in self.notes)]
-        parts += [self._quality(), *(f"![{self.title}]({name})" for name in pictures), *self.verdict.markdown()]
+        parts += [self._quality(), *shown, *self.verdict.markdown()]
         if self.comparison is not None:
             parts.append(self.comparison.markdown())
         parts += ["### What it cost", self._costs()]
@@ -124,7 +128,7 @@ class Report:
             parts += ["### Sampling chosen", f"Chosen by `madformer tune`. {interval}", self._chosen()]
         if self.diagnostics is not None:
             parts.append(self.diagnostics.markdown())
-        return "\n\n".join(parts) + "\n"
+        return "\n\n".join(part if part in shown else inert(part) for part in parts) + "\n"
 
     def csv(self) -> str:
         """One line a row, in full precision, with the unit in each column's name; what was measured by a clock comes last."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import html
 import itertools
 import json
@@ -19,7 +20,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from madformer.config import load_run
-from madformer.errors import InputError
+from madformer.errors import InputError, printable
 from madformer.evaluation.measurement import DISTANCE, Sampling
 from madformer.evaluation.record import read_points
 from madformer.evaluation.request import SamplingRequest
@@ -314,7 +315,7 @@ def _samples(row: Row, count: int) -> np.ndarray:
 
 
 def _read(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+    with Image.open(path, formats=["PNG"]) as image:
         return np.asarray(image.convert("RGB"))
 
 
@@ -346,7 +347,7 @@ def _require_own_place(folder: Path, sweep: Path) -> None:
     path = folder / "report.json"
     try:
         other = Path(json.loads(path.read_text(encoding="utf-8"))["sweep"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return
     if other != sweep and other.is_file():
         remedy = "give one of them another name, or name a folder with --out"
@@ -386,10 +387,15 @@ def report_on(
         report = replace(report, sweep=Path(sources[0]).resolve())
         if out is None:
             _require_own_place(folder, Path(sources[0]).resolve())
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        paths = write_report(report, out or folder, "report", panels, samples)
+    try:
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            paths = write_report(report, out or folder, "report", panels, samples)
+    except OSError as error:
+        if out is None and error.errno in (errno.EACCES, errno.EROFS):
+            raise InputError(f"{folder} cannot be written ({error.strerror}): name another folder with --out") from error
+        raise
     if as_json:
-        print(to_json(document(report), indent=1, ensure_ascii=False))
+        print(printable(to_json(document(report), indent=1, ensure_ascii=False)))
         return
     print(report.markdown())
-    print("\n".join(map(str, paths)))
+    print(printable("\n".join(map(str, paths))))

@@ -57,18 +57,18 @@ def require_readable(path: Path) -> None:
 
 
 @contextmanager
-def hold_lock(path: Path, say: Callable[[str], None] = partial(print, flush=True)) -> Iterator[None]:
+def hold_lock(path: Path, say: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock of a file that is there for this alone. The system frees it when the process ends.
 
     Args:
         path: the file; it is made if it is missing.
-        say: called with a line that names the holder, when that has kept the lock for `PATIENCE_SECONDS`.
+        say: called with a line that names the holder, when that has kept the lock for `PATIENCE_SECONDS`; None: prints it.
     """
     lock = FileLock(path)
     try:
         lock.acquire(timeout=PATIENCE_SECONDS)
     except Timeout:
-        say(f"{path}: waits for {' and '.join(lock_holders(path)) or 'another process'}")
+        (say or partial(print, flush=True))(f"{path}: waits for {' and '.join(lock_holders(path)) or 'another process'}")
         lock.acquire(timeout=-1)
     try:
         yield

@@ -32,7 +32,7 @@ GpuGroup = tuple[str, ...]
 _Slot = tuple[GpuGroup, int]
 """Where a trial can run: its GPUs, and which of their `trials_per_device` shares."""
 
-LOCK_PLACES: tuple[Path, ...] = (Path("/run/lock"), Path("/tmp"))  # noqa: S108 - for all users
+LOCK_PLACES: tuple[Path, ...] = (Path("/run/lock"), Path("/tmp"))
 """Where locks lie: in the first of these that all users may write to. Nobody tidies up in /run/lock."""
 
 _WHOLE = 2**32

@@ -204,8 +204,8 @@ class Sweep:
     slurm: Slurm = field(default_factory=Slurm)
     """Options of a trial's job in Slurm."""
     storage: str | None = None
-    """Database of the study, such as postgresql://user:$PASSWORD@host/name, for drivers on several machines; $NAME is a variable
-    of the environment. null: SQLite, in the sweep's folder."""
+    """Database of the study, such as postgresql://user:$PASSWORD@host/name, for drivers on several machines; $NAME is a
+    variable of the environment. null: SQLite, in the sweep's folder."""
     retries: int = 3
     """How many times in a row a trial that died (killed, lost machine) is retried without progress."""
     workers: int | None = None
