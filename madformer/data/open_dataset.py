@@ -31,7 +31,7 @@ from madformer.data.source_files import (
     root_of,
 )
 from madformer.errors import ConfigError, InputError
-from madformer.lookup import explain_source_errors, list_files
+from madformer.lookup import explain_source_errors, files_of_card, list_files, read_card
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features, IterableDataset
@@ -80,7 +80,7 @@ def open_split(data: DataConfig) -> DatasetSplit:
     folder = Path(str(data.source)).expanduser()
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _open_saved(folder, data)
-    found = None if _card(folder) else _find_files(data)
+    found = None if read_card(folder) else _find_files(data)
     if found is not None and found.kind == IMAGES:
         return _open_images(found, data)
     builder = _known_builder(data) if found is None else _files_builder(data, found)
@@ -113,8 +113,8 @@ def open_split(data: DataConfig) -> DatasetSplit:
             dataset = dataset.add_column(NAME, relative(paths))
     info = (builder.info.splits or {}).get(data.split)
     rows = info.num_examples if info else None
-    root = None if isinstance(builder, ImageFolder) else root
-    return DatasetSplit(dataset, split_files, _revision(builder), data.split, rows or None, files.left_out, root)
+    below = None if isinstance(builder, ImageFolder) else root
+    return DatasetSplit(dataset, split_files, _revision(builder), data.split, rows or None, files.left_out, below)
 
 
 @contextmanager
@@ -182,23 +182,6 @@ def _open_images(files: Files, data: DataConfig, builder: DatasetBuilder | None 
     )
 
 
-def _card(folder: Path) -> Any:
-    """What a README.md says, in the hub's notation, about which files belong to which subset and split; None: nothing."""
-    import yaml
-    from huggingface_hub.repocard import metadata_load
-
-    try:
-        return (metadata_load(folder / "README.md") or {}).get("configs") or None
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts within lists and mappings."""
-    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    yield from [value] if isinstance(value, str) else chain.from_iterable(map(_texts, entries))
-
-
 def _require_own(data: DataConfig, names: Iterable[str], root: str) -> None:
     """Refuse data that have files elsewhere read: a README.md may name any path and address."""
     of_hub = root.endswith("@")  # any revision
@@ -222,7 +205,7 @@ def _known_builder(data: DataConfig) -> DatasetBuilder:
     local = Path(source).expanduser()
     try:
         if local.is_dir():
-            named = _texts([[config.get("data_files"), config.get("data_dir")] for config in _card(local) or ()])
+            named = files_of_card(read_card(local))
             _require_own(data, (name if "://" in name else str(local / name) for name in named), str(local))
             return _load_builder(data, str(local.resolve()))
         if hub := re.fullmatch(HUB, source):
