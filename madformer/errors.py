@@ -10,7 +10,7 @@ _REFERENCES = r"(?:\$\w+|\$\{[^{}]*\}|\*\*\*)+"
 """What stands for a secret: variables of the environment, or a mask."""
 
 _SECRETS = (
-    re.compile(rf"(://[^\s/?#@:\[]*:)(?!\d{{1,5}}(?:/|$)|{_REFERENCES}@)[^\s'\"]+(?=@)"),
+    re.compile(rf"(:/{{1,2}}[^\s/?#@:\[]*:)(?!\d{{1,5}}(?:/|$)|{_REFERENCES}@)[^\s'\"]+(?=@)"),
     re.compile(
         r"([?&#;](?:[\w.-]*(?:token|secret|passw|passphrase|signature|credential|api[-_]?key|access[-_]?key)[\w.-]*|sig|key|pwd|pass|auth)=)"
         rf"(?!{_REFERENCES}(?:[&#;'\"\s]|$))[^\s&#;'\"]+",
@@ -22,7 +22,7 @@ _SECRETS = (
 
 def mask_secrets(text: str) -> str:
     """A text with `***` in place of passwords, tokens and signatures in URLs; users, hosts and `$NAME` stay."""
-    if "=" in text or "://" in text:
+    if "=" in text or ":/" in text:  # a path has one slash
         for pattern in _SECRETS:
             text = pattern.sub(r"\1***", text)
     return text
