@@ -223,7 +223,7 @@ class Storage:
                 grace_period=GRACE_SECONDS,
             )
         if self._path is not None and not self._read_only:
-            _make_transactions_atomic(rdb.engine, self._path, self.say)
+            _make_transactions_atomic(rdb.engine, self._path, lambda line: self.say(line))
         return rdb
 
     def _open_study(self, sweep: Sweep) -> optuna.Study:

