@@ -84,7 +84,8 @@ def lock_holders(path: Path) -> list[str]:
     except OSError:
         return []
     file = f" {os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino} "
-    numbers = {int(line.split()[4]) for line in lines if file in line and "->" not in line}  # with an arrow: it waits too
+    held = (line for line in lines if file in line and " WRITE " in line and "->" not in line)  # with an arrow: it waits too
+    numbers = {int(line.split()[4]) for line in held}
     return [_describe_process(number) for number in sorted(numbers) if number > 0]
 
 

@@ -313,7 +313,8 @@ def _make_transactions_atomic(engine: Engine, path: Path, say: Callable[[str], N
                     connection.exec_driver_sql("BEGIN IMMEDIATE")  # raises it as SQLAlchemy's
                     return
                 if waited > PATIENCE_SECONDS and not has_said:
-                    say(f"{path}: waits for {' and '.join(lock_holders(path)) or 'another process'}")
+                    holders = lock_holders(path.with_name(f"{path.name}-shm") if wal else path)  # SQLite's lock is there
+                    say(f"{path}: waits for {' and '.join(holders) or 'another process'}")
                     has_said = True
 
     event.listen(engine, "connect", connect)
