@@ -77,7 +77,7 @@ WRITE = "import sqlite3, sys; base = sqlite3.connect(sys.argv[1], isolation_leve
 
 def visible(path):
     """The way to a file of a test, opened for all users."""
-    for folder in [path, *path.parents]:
+    for folder in (path.resolve(), *path.resolve().parents):
         if folder.is_relative_to("/tmp/pytest-of-root"):
             folder.chmod(0o755)
 
@@ -272,7 +272,7 @@ def test_a_neighbours_run_that_cannot_be_read_is_not_taken_for_a_cells(closed, s
     write_config(cell.config, other)
     (other / "checkpoints").mkdir()
     (other / "evaluations.jsonl").touch()
-    visible(other)
+    visible(other.resolve())
     assert KnownRuns(sweep.folder.parent).find(cell.key) == other
     (other / closed).chmod(0)
 
