@@ -9,7 +9,8 @@ import pytest
 from markdown_it import MarkdownIt
 
 from madformer.cli import _PlainLines
-from madformer.config import ExperimentConfig, ModelConfig, write_config
+from madformer.config import DataConfig, ExperimentConfig, write_config
+from madformer.config.validation import is_folder_name
 from madformer.errors import printable
 from madformer.evaluation.record import append_point
 from madformer.progress import TextTable, print_table
@@ -64,9 +65,10 @@ def test_no_name_becomes_markup(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if "/" not in name])
 def test_a_report_of_strange_runs_is_inert(name, tmp_path):
     """Labels, metrics and values, through the files that are written."""
-    runs = [tmp_path / "runs" / f"{name}{number}" for number in (1, 2)]
+    folder = name if is_folder_name(name) else "run"  # a run in another folder is refused
+    runs = [tmp_path / "runs" / f"{folder}{number}" for number in (1, 2)]
     for number, run in enumerate(runs, 1):
-        write_config(ExperimentConfig(model=ModelConfig(depth=4, diffusion_depth=number)), run)
+        write_config(ExperimentConfig(data=DataConfig(batch_size=number)), run)
         for nfe in (16, 32):
             strange = {"checkpoint": name, "device": name, "precision": name, "sampler": name}
             append_point(run, point(nfe, 10.0 * number, metrics={"fd_digits": number, name: 1.0}, **strange))
