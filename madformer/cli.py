@@ -19,13 +19,9 @@ from madformer import __version__
 from madformer.config import load_experiment, load_run
 from madformer.config.evaluation import SPACINGS, TRIES, SamplerName
 from madformer.config.validation import typed_path
-from madformer.errors import DataError, InputError, describe, explain
+from madformer.errors import DataError, InputError, PlainLines, describe, explain, printable, show_defect
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 sweep_app = typer.Typer(help="Grids of runs.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(sweep_app, name="sweep")
 
@@ -340,7 +336,7 @@ def sweep_run(
 
     status = run_sweep(spec, retry_failed)
     if status == 0:
-        print(f"table and curves: madformer report {shlex.join([str(sweep), *(overrides or [])])}")
+        print(printable(f"table and curves: madformer report {shlex.join([str(sweep), *(overrides or [])])}"))
         in_sweep_folder = all(cell.run.parent == spec.folder for cell in sweep_cells(spec))
         print(f"in TensorBoard:   tensorboard --logdir {spec.folder if in_sweep_folder else spec.folder.parent}")
         print(f"                  {board_address(tagFilter='_vs_', runColorGroup='regex:(.*)-s')}")
@@ -386,7 +382,10 @@ def main() -> None:
     """Run the command line; exit with 0 when done, 2 for the user's mistake, 130 when interrupted, 1 for all else."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character must not end a command
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(PlainLines("%(levelname)s: %(message)s"))
+    sys.excepthook = show_defect
     try:
         app()
     except DataError as error:
@@ -417,5 +416,5 @@ def _going_on_later() -> Iterator[None]:
 
 
 def _fail(message: Any, status: int) -> None:
-    print(f"madformer: {message}", file=sys.stderr)
+    print(f"madformer: {printable(str(message))}", file=sys.stderr)
     sys.exit(status)

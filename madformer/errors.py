@@ -2,11 +2,52 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import re
+import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
+
+_REFERENCES = r"(?:\$\w+|\$\{[^{}]*\}|\*\*\*)+"
+"""What stands for a secret: variables of the environment, or a mask."""
+
+_SECRETS = (
+    re.compile(rf"(:/{{1,2}}[^\s/?#@:\[]*:)(?!\d{{1,5}}(?:/|$)|{_REFERENCES}@)[^\s'\"]+(?=@)"),
+    re.compile(
+        r"([?&#;](?:[\w.-]*(?:token|secret|passw|passphrase|signature|credential|api[-_]?key|access[-_]?key)[\w.-]*|sig|key|pwd|pass|auth)=)"
+        rf"(?!{_REFERENCES}(?:[&#;'\"\s]|$))[^\s&#;'\"]+",
+        re.IGNORECASE,
+    ),
+)
+"""The password of a URL, and the value of a parameter that grants access, after the part that is no secret."""
+
+
+def mask_secrets(text: str) -> str:
+    """A text with `***` in place of passwords, tokens and signatures in URLs; users, hosts and `$NAME` stay."""
+    if "=" in text or ":/" in text:  # a path has one slash
+        for pattern in _SECRETS:
+            text = pattern.sub(r"\1***", text)
+    return text
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: without secrets, and with escapes in place of the characters that steer it."""
+    text = mask_secrets(text)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in "\n\t\xa0" else json.dumps(char)[1:-1] for char in text)
 
 
 class InputError(ValueError):
-    """A request that cannot be carried out. The message says what is wrong, where, and what to do. Exit status 2."""
+    """A request that cannot be carried out. The message says what is wrong, where, and what to do. Exit status 2.
+
+    Secrets in the message are masked.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(mask_secrets(str(message)))
 
 
 class ConfigError(InputError):
@@ -43,6 +84,9 @@ class StoppedError(RuntimeError):
 class BadImage(ValueError):  # noqa: N818 - the state of a row, not an error of the program
     """A row without a readable image. The message is the reason. Readers skip the row and count it: no exit status."""
 
+    def __init__(self, message: object) -> None:
+        super().__init__(mask_secrets(str(message)))
+
 
 def describe(error: Exception) -> str:
     """An error in one line; of the system's, the file and the reason."""
@@ -71,3 +115,16 @@ def explain(error: RuntimeError) -> tuple[str, int]:
         remedy = "install the one that was, or uninstall it"
         return f"the installed torchvision was not built for this torch ({error}): {remedy}", 1
     raise error
+
+
+class PlainLines(logging.Formatter):
+    """Log lines without secrets and control characters: warnings name files and runs of other people, and addresses."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        return printable(super().format(record))
+
+
+def show_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback without secrets: `sys.excepthook`."""
+    print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)

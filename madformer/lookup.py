@@ -27,11 +27,13 @@ __all__ = [
     "build_custom",
     "describe",
     "explain_source_errors",
+    "files_of_card",
     "find_file",
     "find_model",
     "first_line",
     "list_files",
     "modules_of",
+    "read_card",
 ]
 
 CONFIG = "config.json"
@@ -115,6 +117,29 @@ def list_files(repository: str, kind: Literal["model", "dataset"] = "model", rev
             reason = f"it is not in the cache, and the hub is out of reach: {first_line(error)}"
         raise InputError(f"no such folder, and {reason}") from error
     return frozenset(file.rfilename for file in info.siblings or [])
+
+
+def read_card(folder: Path) -> Any:
+    """What a README.md says, in the hub's notation, about which files belong to which subset and split; None: nothing."""
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        return (metadata_load(folder / "README.md") or {}).get("configs") or None
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def files_of_card(card: Any) -> Iterator[str]:
+    """The files, patterns and folders that `read_card` found."""
+    if isinstance(card, str):
+        yield card
+    elif isinstance(card, list):
+        yield from chain.from_iterable(map(files_of_card, card))
+    elif isinstance(card, dict) and "config_name" in card:
+        yield from files_of_card([card.get("data_files"), card.get("data_dir")])
+    elif isinstance(card, dict):
+        yield from files_of_card([value for key, value in card.items() if key != "split"])
 
 
 def find_model(location: str, *groups: Sequence[str], part: str = "", remedy: str = "name a folder that exists") -> Path:

@@ -26,6 +26,7 @@ from rich.text import Text
 
 from madformer.config import ExperimentConfig
 from madformer.config.identity import is_imported
+from madformer.errors import printable
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
 from madformer.runs.files import is_claimed, progress_path, to_json, write_text
 
@@ -65,7 +66,13 @@ def read_progress(path: Path) -> dict[str, dict[str, Any]]:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return entries if isinstance(entries, dict) else {}
+    entries = entries.items() if isinstance(entries, dict) else ()
+    numbers = ("done", "per_second", "time")
+    return {
+        label: entry
+        for label, entry in entries
+        if isinstance(entry, dict) and all(isinstance(entry.get(number), (int, float)) for number in numbers)
+    }
 
 
 def training_state(config: ExperimentConfig) -> str:
@@ -191,16 +198,22 @@ class TextTable:
 
     def rich(self) -> Table:
         """The table for a terminal."""
-        table = Table(title=Text(self.title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        title = Text(printable(self.title))
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for heading in self.headings:
             table.add_column(heading, justify="left" if heading in self.left_aligned else "right", overflow="fold")
-        for row in self.rows:
+        for row in self._shown_rows():
             table.add_row(*(Text(word, _STYLES.get((name, word), "")) for name, word in zip(self.headings, row, strict=True)))
         return table
 
+    def _shown_rows(self) -> list[list[str]]:
+        """Names and messages may be a stranger's: each cell stays one line, and steers no terminal."""
+        return [[printable(cell).replace("\n", " ") for cell in row] for row in self.rows]
+
     def plain(self) -> str:
         """The table for a log."""
-        widths = [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
+        rows = self._shown_rows()
+        widths = [max(map(len, column)) for column in zip(self.headings, *rows, strict=True)]
 
         def line(words: Sequence[str]) -> str:
             columns = zip(self.headings, words, widths, strict=True)
@@ -208,7 +221,7 @@ class TextTable:
             return f"│ {' │ '.join(aligned)} │"
 
         rule = "├─" + "─┼─".join("─" * width for width in widths) + "─┤"
-        return "\n".join([self.title, line(self.headings), rule, *map(line, self.rows)])
+        return "\n".join([printable(self.title), line(self.headings), rule, *map(line, rows)])
 
 
 def print_table(table: TextTable, lines: Sequence[str]) -> None:
@@ -217,7 +230,7 @@ def print_table(table: TextTable, lines: Sequence[str]) -> None:
         Console().print(table.rich())
     else:
         print(table.plain())
-    print("\n".join(lines))
+    print(printable("\n".join(lines)))
 
 
 class _WholeTable(TableElement):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from madformer.config.validation import require, require_at_least, require_types, setting
+from madformer.config.validation import is_integer, require, require_at_least, require_types, setting
 
 DIGITS = "digits"
 """The source that ships with scikit-learn."""
@@ -21,6 +21,12 @@ BUILTIN = "builtin"
 BUILTIN_VOCABULARY = 2048
 """Tokens of the builtin tokenizer; token 0 is padding."""
 
+
+MAX_PIXELS = 100_000_000
+"""Default of `data.max_pixels`."""
+
+_MOST_PIXELS = 178_956_970
+"""Pillow refuses more."""
 
 WHOLE = ("train", "validation", "test")
 """Values of `data.split` that all mean the whole data, for files, which have no splits."""
@@ -54,6 +60,11 @@ class DataConfig:
     """Column of texts, if any; null: found by its name."""
     max_skipped: int = setting(100, new_run=False)
     """Largest number of broken images that are skipped; more are an error."""
+    max_pixels: int = setting(MAX_PIXELS, new_run=False)
+    """Largest number of pixels of an image; a larger one is broken. It is refused before it is decoded."""
+    allow_paths: bool = setting(False, new_run=False)
+    """true: rows of tables, metadata and README files may name images and files anywhere, here and at URLs. false: only below
+    the source, so that data from strangers cannot have other files read."""
     codec: str = "vae:stabilityai/sd-vae-ft-mse"
     """Maps images to latents and back: `vae:` with a diffusers autoencoder (hub id or local folder), `pixels` (identity), or a
     class of your own as `module.path:Class` or `file.py:Class`."""
@@ -89,6 +100,8 @@ class DataConfig:
         require_types("data", self)
         require_at_least(1, "data", self, "batch_size", "codec_batch_size")
         require_at_least(0, "data", self, "workers", "max_skipped")
+        legal = is_integer(self.max_pixels) and 1 <= self.max_pixels <= _MOST_PIXELS
+        require(legal, "data.max_pixels", self.max_pixels, f"must be an integer in 1..{_MOST_PIXELS}")
         if self.batch_size_per_device is not None:
             require_at_least(1, "data", self, "batch_size_per_device")
         for name in ("source", "split", "codec", "latents", "tokenizer", "class_names"):

@@ -20,7 +20,7 @@ from madformer.config.experiment import ExperimentConfig
 from madformer.config.loading import HEADER, as_text, load_experiment
 from madformer.config.model import ModelConfig
 from madformer.config.training import decay_start
-from madformer.config.validation import is_folder_name, typed_path
+from madformer.config.validation import is_folder_name, require_no_secrets, typed_path
 from madformer.errors import InputError
 from madformer.runs.files import write_text
 
@@ -88,6 +88,7 @@ def write_config(
         branch: `step` and `run`: after which step of which run it begins. None: from the start.
         imported: `source`, `sha256` and `weights` of the file that its weights came from. None: the run was trained here.
     """
+    require_no_secrets("", to_container(config))
     origin = {"branch": branch, "imported": imported}
     write_text(config_path(run), to_yaml(config, {name: dict(value) for name, value in origin.items() if value}))
 

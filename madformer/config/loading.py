@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from madformer.config.experiment import ExperimentConfig
-from madformer.config.validation import expand_path, require, type_hints
-from madformer.errors import ConfigError
+from madformer.config.validation import expand_path, require, require_no_secrets, type_hints
+from madformer.errors import ConfigError, mask_secrets
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.+/-]*")
 _RESERVED = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n", "inf", "nan"))
@@ -67,6 +67,10 @@ def _read_files(path: Path, above: Sequence[Path] = ()) -> list[tuple[Path, Dict
     fields = read_yaml(path, "experiment", "sections (model, data, trainer, ...) to fields")
     if "experiment" in fields:
         raise ConfigError(f"{path}: a sweep, no experiment; madformer sweep run {path}")
+    if HEADER in fields:
+        _keep_references(fields, frozen=True)
+    else:
+        require_no_secrets_in(fields, f"{path}: ")
     base = _find_base(fields, path, above)
     for key in {BASE, HEADER} & fields.keys():
         del fields[key]
@@ -142,13 +146,44 @@ def read_yaml(path: Path, kind: str, content: str) -> DictConfig:
 
 
 def resolve(fields: DictConfig) -> dict[str, Any]:
-    """Plain values, with variables of the environment in place of `${oc.env:NAME}`.
+    """Plain values, with variables of the environment in place of `${oc.env:NAME}`, unless they hold secrets.
 
     Raises:
         ConfigError: there is no such variable.
     """
     with _in_one_line():
+        _keep_references(fields)
         return cast(dict[str, Any], OmegaConf.to_container(fields, resolve=True))
+
+
+def require_no_secrets_in(fields: DictConfig, where: str) -> None:
+    """Refuse passwords and tokens that are written out in a file.
+
+    Raises:
+        ConfigError: the first one, masked.
+    """
+    try:
+        require_no_secrets("", OmegaConf.to_container(fields))
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from None
+
+
+def _keep_references(fields: Any, frozen: bool = False) -> None:
+    """Keep `${oc.env:NAME}` as it is where it stands for a secret, so that no file and no hash contains that.
+
+    Args:
+        frozen: of a run's own configuration: whatever the variable holds now.
+    """
+    for key in list(fields.keys()) if isinstance(fields, DictConfig) else range(len(fields)):
+        node = fields._get_node(key)
+        raw = node._value() if node is not None else None
+        if isinstance(raw, str) and "${oc.env:" in raw and (frozen or mask_secrets(fields[key]) != fields[key]):
+            with read_write(fields):
+                fields[key] = raw.replace("${", "\\${")
+        elif isinstance(node, (DictConfig, ListConfig)) and not (
+            node._is_none() or node._is_missing() or node._is_interpolation()
+        ):
+            _keep_references(node, frozen)
 
 
 def merge(below: DictConfig, fields: DictConfig, where: str = "") -> DictConfig:
@@ -173,12 +208,14 @@ def build(schema: type[T], fields: DictConfig, overrides: Sequence[str] = (), wh
     for override in overrides:
         require("=" in override, "override", override, "must have the form section.field=value")
         require(is_utf8(override), "override", override, "must be UTF-8")
+        require_no_secrets("override", override)
     try:
         changes = OmegaConf.from_dotlist([as_typed(override, schema) for override in overrides])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"override {list(overrides)}: {' '.join(str(error).split())}") from error
     merged = merge(fields, changes, "override: ")
     with _in_one_line(where):
+        _keep_references(merged)
         return expand_paths(cast(T, OmegaConf.to_object(merged)))
 
 
@@ -191,7 +228,7 @@ def expand_paths(config: T, prefix: str = "") -> T:
         value, is_path = getattr(config, field.name), field.metadata.get("path", False)
         if is_dataclass(value):
             changes[field.name] = expand_paths(value, f"{prefix}{field.name}.")
-        elif is_path and isinstance(value, str) and "://" not in value:
+        elif is_path and isinstance(value, str) and "://" not in value and "${oc.env:" not in value:
             expanded = expand_path(f"{prefix}{field.name}", value)
             changes[field.name] = value if is_path == "as typed" else expanded
     changes = {name: value for name, value in changes.items() if value != getattr(config, name)}

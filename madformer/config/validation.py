@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 from unicodedata import category
 
-from madformer.errors import ConfigError, InputError
+from madformer.errors import ConfigError, InputError, mask_secrets
 
 T = TypeVar("T")
 
@@ -102,6 +102,34 @@ def expand_path(name: str, path: str) -> str:
         require(Path(expanded).exists(), name, path, f"${variable} is not set in the environment")
     require(not expanded.startswith("~"), name, path, f"there is no such home folder; a folder of that name is ./{path}")
     return expanded
+
+
+def expand_variables(name: str, text: str) -> str:
+    """A text with variables of the environment in place of `${oc.env:NAME}` and `$NAME`, for the moment when it is used.
+
+    So a password is in the environment alone, and in no file.
+
+    Raises:
+        ConfigError: as `expand_path`.
+    """
+    return expand_path(name, re.sub(r"\$\{oc\.env:(\w+)\}", r"${\1}", text))
+
+
+def require_no_secrets(name: str, value: object) -> None:
+    """Refuse a password or a token in a URL, also within a list or a mapping.
+
+    Raises:
+        ConfigError: the message masks it, and says where it belongs.
+    """
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            require_no_secrets(f"{name}.{key}" if name else str(key), entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            require_no_secrets(name, entry)
+    elif isinstance(value, str):
+        remedy = "a configuration is kept in files: put the secret into a variable of the environment, and write $NAME"
+        require(mask_secrets(value) == value, name, value, remedy)
 
 
 def typed_path(text: str | Path) -> Path:

@@ -253,7 +253,8 @@ def _reconstruct(folder: Path, manifest: Manifest, source: ImageSource, codec: C
     reader, size, crop = ShardReader(folder, manifest), manifest.encoding.image_size, manifest.encoding.crop
     keys = reader.values("key", np.arange(min(RECONSTRUCTED, len(reader))))
     rows = (row for unit in range(source.num_units) for row in source.rows(unit) if row.key in keys)
-    originals_BCYX = to_unit(torch.stack([load_square(row.read(), size, crop) for row in itertools.islice(rows, len(keys))]))
+    squares = [load_square(row.read(), size, crop, row.max_pixels) for row in itertools.islice(rows, len(keys))]
+    originals_BCYX = to_unit(torch.stack(squares))
     latents_BChw = torch.from_numpy(reader.read("mean", np.arange(len(keys)))).float()
     decoded_BCYX = torch.cat([codec.decode(part.to(codec.device)).cpu() for part in latents_BChw.split(SHOWN)])
     pairs_BCYX = torch.stack([originals_BCYX, decoded_BCYX], dim=1)[:SHOWN].flatten(0, 1)

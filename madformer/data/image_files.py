@@ -1,4 +1,4 @@
-"""Image files: a folder of them as a table of paths; read any format as square RGB; write tensors as grids and PNG files."""
+"""Image files: a folder or a tar of them as a table; read any format as square RGB; write tensors as grids and PNG files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+import tarfile
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +21,23 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from madformer.config import DataConfig
-from madformer.data.source_files import IMAGES, METADATA, NAME, Files, kind_of, pattern_in, relative
+from madformer.config.data import MAX_PIXELS
+from madformer.data.source_files import IMAGES, METADATA, NAME, Files, kind_of, lies_below, pattern_in, relative, root_of
 from madformer.errors import BadImage, ConfigError
-from madformer.runs.files import atomic_write
+from madformer.runs.files import atomic_write, require_readable
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = [
+    "WholeTarInfo",
     "decode_image",
     "image_table",
     "load_square",
     "read_settings",
     "save_png",
     "square_image",
+    "tar_members",
     "to_grid",
     "to_pixels",
     "to_tiles",
@@ -49,20 +54,28 @@ SETTINGS = "madformer"
 """Text chunk of a PNG file that holds how it was made, as JSON."""
 
 
-def decode_image(content: bytes) -> Image.Image:
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+"""Formats that are read, as Pillow calls them. Others start programs (EPS), or are no images of pixels."""
+
+
+def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image of a file, upright (EXIF) and in mode RGB; what is transparent lies on white, 16 bits are scaled to 8.
 
     Raises:
-        BadImage: empty, cut off or broken, of no format that Pillow reads, or too large to be meant.
+        BadImage: empty, cut off or broken, of no format in `FORMATS`, or of more than `max_pixels`.
     """
     if not content:
         raise BadImage("empty file")
     try:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=_readable_formats())
+        if image.width * image.height > max_pixels:
+            raise BadImage(f"{image.width} x {image.height} pixels: more than data.max_pixels = {max_pixels:,}")
         image.load()
         return _to_rgb(_upright(image))
+    except BadImage:
+        raise
     except UnidentifiedImageError:  # its own message is an address in memory
-        raise BadImage("no image, or of a format that Pillow does not read") from None
+        raise BadImage("no image, or of a format that is not read") from None
     except Exception as error:  # Pillow's readers raise whatever they run into: struct.error, SyntaxError, KeyError ...
         reason = str(error).strip().splitlines()
         raise BadImage(reason[0] if reason else type(error).__name__) from error
@@ -95,13 +108,20 @@ def square_image(image: Image.Image, size: int, crop: str = "centre") -> Tensor:
     return rearrange(torch.from_numpy(square_YXC), "y x c -> c y x").contiguous()
 
 
-def load_square(content: bytes, size: int, crop: str = "centre") -> Tensor:
+@cache
+def _readable_formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def load_square(content: bytes, size: int, crop: str = "centre", max_pixels: int = MAX_PIXELS) -> Tensor:
     """A square of the image in a file, cropped by `data.crop`: uint8 [3, size, size].
 
     Raises:
         BadImage: as `decode_image` and `square_image`.
     """
-    return square_image(decode_image(content), size, crop)
+    return square_image(decode_image(content, max_pixels), size, crop)
 
 
 def to_unit(images_BCYX: Tensor) -> Tensor:
@@ -153,8 +173,9 @@ def save_png(pixels_YX3: np.ndarray, path: Path, settings: Mapping[str, Any] | N
 
 def read_settings(path: Path) -> dict[str, Any] | None:
     """How a PNG file was made, as `save_png` wrote it; empty if it does not say. None: there is no such file, or it is torn."""
+    require_readable(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             text = image.info.get(SETTINGS, "")
             image.verify()
     except (OSError, SyntaxError, ValueError):  # SyntaxError is Pillow's for a wrong checksum
@@ -268,6 +289,10 @@ def _described_images(files: Files, split: str, data: DataConfig) -> Any:
             problem = "names no images in a column file_name: name them there, relative to it, or give the file another name"
         elif path.endswith(".csv") and any(map(pa.types.is_binary, table.schema.types)):
             problem = "is not in UTF-8: save it as UTF-8"
+        elif not data.allow_paths and (
+            outside := [name for name in addresses if name not in images and not lies_below(name, root_of(data, path), False)]
+        ):
+            problem = f"names {outside[0]}, which is not below the source: set data.allow_paths=true if you trust it"
         elif twice := {*listed} & {*addresses}:
             problem = f"describes {min(twice)} again, after another metadata file: keep one of them"
         if problem:
@@ -278,3 +303,36 @@ def _described_images(files: Files, split: str, data: DataConfig) -> Any:
     if missing := sorted(images - set(listed)):
         files.left_out.setdefault("in no metadata file", []).extend(relative(missing))
     return table.append_column(NAME, pa.array(relative(listed), pa.string()))
+
+
+class WholeTarInfo(tarfile.TarInfo):
+    """A header. Where tarfile would take a broken one, or a cut, for the end of the tar, it raises tarfile.ReadError."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> WholeTarInfo:
+        """Read the next header."""
+        file: Any = archive.fileobj
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            rest = [len(block) if not any(block) else -1 for block in iter(lambda: file.read(10240), b"")]
+            if -1 in rest or sum(rest) < 512:  # a second block of zeros, and more of them, as tar writes
+                raise tarfile.ReadError("a block of zeros that is not the end") from None
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+
+
+def tar_members(tar: str) -> Iterator[tuple[str, Any]]:
+    """The files of a tar, opened, by name. A ConfigError names the one after which the tar is broken."""
+    from datasets.utils.file_utils import xopen
+
+    last = "its beginning"
+    try:
+        with xopen(tar, "rb") as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=WholeTarInfo) as archive:
+            for member in archive:
+                archive.members, last = [], member.name  # type: ignore[attr-defined]
+                if member.isreg() and not member.name.rpartition("/")[2].startswith((".", "__")):
+                    yield member.name, archive.extractfile(member)
+    except tarfile.ReadError as error:
+        raise ConfigError(f"{tar}: broken after {last} ({error}): later rows are lost; make or download it again") from error

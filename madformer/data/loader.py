@@ -319,7 +319,7 @@ def _list_broken(broken: Sequence[tuple[str, str]]) -> str:
 
 def _decode(row: Row, size: int, crop: str) -> DecodedImage | BrokenImage:
     try:
-        return DecodedImage(row, load_square(row.read(), size, crop))
+        return DecodedImage(row, load_square(row.read(), size, crop, row.max_pixels))
     except BadImage as error:
         return BrokenImage(row.key, str(error))
 

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 import sys
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madformer.config import DataConfig
 from madformer.config.data import WHOLE
-from madformer.data.image_files import image_table
-from madformer.data.source_files import HUB, IMAGES, NAME, Files, find_files, kind_of, relative, require_whole
+from madformer.data.image_files import WholeTarInfo, image_table, tar_members
+from madformer.data.source_files import (
+    HUB,
+    IMAGES,
+    NAME,
+    Files,
+    find_files,
+    kind_of,
+    lies_below,
+    relative,
+    require_whole,
+    root_of,
+)
 from madformer.errors import ConfigError, InputError
-from madformer.lookup import explain_source_errors, list_files
+from madformer.lookup import explain_source_errors, files_of_card, list_files, read_card
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features, IterableDataset
@@ -52,6 +64,8 @@ class DatasetSplit:
     """Number of rows that the data set states."""
     left_out: Mapping[str, list[str]] = field(default_factory=dict)
     """Names of files that are not read, by reason."""
+    root: str | None = None
+    """What paths in rows must be below; None: they were found here, not read from the data."""
 
 
 def open_split(data: DataConfig) -> DatasetSplit:
@@ -67,11 +81,14 @@ def open_split(data: DataConfig) -> DatasetSplit:
     folder = Path(str(data.source)).expanduser()
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _open_saved(folder, data)
-    found = None if _has_card(folder) else _find_files(data)
+    found = None if read_card(folder) else _find_files(data)
     if found is not None and found.kind == IMAGES:
         return _open_images(found, data)
     builder = _known_builder(data) if found is None else _files_builder(data, found)
     files = found or Files("", {str(split): list(names) for split, names in (builder.config.data_files or {}).items()})
+    root = root_of(data, next(chain.from_iterable(files.splits.values()), ""))
+    if builder.repo_id and found is None:
+        _require_own(data, chain.from_iterable(files.splits.values()), f"hf://datasets/{builder.repo_id}@")
     if isinstance(builder, ImageFolder) and not any(file.endswith(".zip") for names in files.splits.values() for file in names):
         return replace(_open_images(files, data, builder), revision=_revision(builder))
     if not files.has_splits:
@@ -97,7 +114,8 @@ def open_split(data: DataConfig) -> DatasetSplit:
             dataset = dataset.add_column(NAME, relative(paths))
     info = (builder.info.splits or {}).get(data.split)
     rows = info.num_examples if info else None
-    return DatasetSplit(dataset, split_files, _revision(builder), data.split, rows or None, files.left_out)
+    below = None if isinstance(builder, ImageFolder) else root
+    return DatasetSplit(dataset, split_files, _revision(builder), data.split, rows or None, files.left_out, below)
 
 
 @contextmanager
@@ -126,7 +144,9 @@ def _open_saved(folder: Path, data: DataConfig) -> DatasetSplit:
     splits = {str(content.split or "train"): content} if isinstance(content, datasets.Dataset) else dict(content)
     _split_names(data, list(splits))
     dataset = _select(splits, data.split)
-    return DatasetSplit(dataset, [file["filename"] for file in dataset.cache_files], split=data.split)
+    files = [file["filename"] for file in dataset.cache_files]
+    _require_own(data, map(os.path.realpath, files), str(folder))
+    return DatasetSplit(dataset, files, split=data.split, root=str(folder))
 
 
 def _select(splits: Mapping[str, Dataset], split: str) -> Dataset:
@@ -163,15 +183,13 @@ def _open_images(files: Files, data: DataConfig, builder: DatasetBuilder | None 
     )
 
 
-def _has_card(folder: Path) -> bool:
-    """Whether a README.md says, in the hub's notation, which files belong to which subset and split."""
-    import yaml
-    from huggingface_hub.repocard import metadata_load
-
-    try:
-        return bool((metadata_load(folder / "README.md") or {}).get("configs"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
+def _require_own(data: DataConfig, names: Iterable[str], root: str) -> None:
+    """Refuse data that have files elsewhere read: a README.md may name any path and address."""
+    of_hub = root.endswith("@")  # any revision
+    outside = (name for name in names if not (name.startswith(root) if of_hub else lies_below(name, root, follow_links=False)))
+    if not data.allow_paths and (name := next(outside, None)):
+        remedy = "set data.allow_paths=true if you trust it"
+        raise ConfigError(f"data.source = {data.source!r}: names {name}, which is not below it: {remedy}")
 
 
 def _find_files(data: DataConfig) -> Files | None:
@@ -188,6 +206,8 @@ def _known_builder(data: DataConfig) -> DatasetBuilder:
     local = Path(source).expanduser()
     try:
         if local.is_dir():
+            named = files_of_card(read_card(local))
+            _require_own(data, (name if "://" in name else str(local / name) for name in named), str(local))
             return _load_builder(data, str(local.resolve()))
         if hub := re.fullmatch(HUB, source):
             return _hub_builder(data, hub[1], hub[2])
@@ -307,43 +327,11 @@ def _sample_columns(tar: str, many: bool) -> Iterator[set[str]]:
 
     if "://" in tar and not many:
         return
-    with fsspec.open(tar, "rb") as file, tarfile.open(fileobj=file, tarinfo=_WholeTarInfo) as archive:
+    with fsspec.open(tar, "rb") as file, tarfile.open(fileobj=file, tarinfo=WholeTarInfo) as archive:
         names = (base_plus_ext(member.name) for member in archive if member.isfile())
         samples = groupby(names, key=itemgetter(0))
         limit = MANY_SAMPLES if many and "://" not in tar else FIRST_SAMPLES
         yield from ({column for _, column in sample} for key, sample in islice(samples, limit) if key is not None)
-
-
-class _WholeTarInfo(tarfile.TarInfo):
-    """A header. Where tarfile would take a broken one, or a cut, for the end of the tar, it raises tarfile.ReadError."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> _WholeTarInfo:
-        file: Any = archive.fileobj
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            rest = [len(block) if not any(block) else -1 for block in iter(lambda: file.read(10240), b"")]
-            if -1 in rest or sum(rest) < 512:  # a second block of zeros, and more of them, as tar writes
-                raise tarfile.ReadError("a block of zeros that is not the end") from None
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from None
-
-
-def _members(tar: str) -> Iterator[tuple[str, Any]]:
-    """The files of a tar, opened, by name. A ConfigError names the one after which the tar is broken."""
-    from datasets.utils.file_utils import xopen
-
-    last = "its beginning"
-    try:
-        with xopen(tar, "rb") as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_WholeTarInfo) as archive:
-            for member in archive:
-                archive.members, last = [], member.name  # type: ignore[attr-defined]
-                if member.isreg() and not member.name.rpartition("/")[2].startswith((".", "__")):
-                    yield member.name, archive.extractfile(member)
-    except tarfile.ReadError as error:
-        raise ConfigError(f"{tar}: broken after {last} ({error}): later rows are lost; make or download it again") from error
 
 
 def _samples(empty: dict[str, None], main: str | None, tar: str, _: object) -> Iterator[dict[str, Any]]:
@@ -360,7 +348,7 @@ def _samples(empty: dict[str, None], main: str | None, tar: str, _: object) -> I
     from datasets.packaged_modules.webdataset.webdataset import DECODERS, base_plus_ext, text_loads
 
     decoders, has_image = {**DECODERS, **dict.fromkeys(TEXT_NAMES, text_loads)}, dict[str, bool]()
-    for key, group in groupby(_members(tar), key=lambda member: base_plus_ext(member[0])[0]):
+    for key, group in groupby(tar_members(tar), key=lambda member: base_plus_ext(member[0])[0]):
         if key is None:
             continue
         sample: dict[str, Any] = {**empty, "__key__": key, "__url__": tar}

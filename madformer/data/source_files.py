@@ -30,9 +30,11 @@ __all__ = [
     "find_files",
     "hash_files",
     "kind_of",
+    "lies_below",
     "pattern_in",
     "relative",
     "require_whole",
+    "root_of",
 ]
 
 NAME = "__name__"
@@ -311,6 +313,24 @@ def relative(paths: list[str]) -> list[str]:
     depth = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
     length = sum(len(part) + 1 for part in first[:depth])
     return [path[length:] for path in paths]
+
+
+def root_of(data: DataConfig, path: str) -> str:
+    """The folder or address that files of a source lie below: the source itself, or the folder of one of its files."""
+    source = str(data.source)
+    if Path(source).expanduser().is_dir():
+        return str(Path(source).expanduser())
+    is_folder = "://" in source and path.startswith(source.rstrip("/") + "/")
+    return source.rstrip("/") if is_folder else path.rpartition("/")[0] or f"hf://{source}"
+
+
+def lies_below(path: str, root: str, follow_links: bool = True) -> bool:
+    """Whether a path or an address is below a folder or an address."""
+    if "://" in path or "://" in root:
+        rest = path.removeprefix(f"{root}/")
+        return rest != path and not {"..", "."} & set(rest.split("/")) and "::" not in rest and "%2e" not in rest.lower()
+    final = os.path.realpath(path) if follow_links else os.path.abspath(path)  # noqa: PTH100
+    return final.startswith(os.path.join(os.path.realpath(root), ""))  # noqa: PTH118
 
 
 # ---- What cannot be read

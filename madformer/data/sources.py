@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from madformer.config import DataConfig
+from madformer.config.data import MAX_PIXELS
+from madformer.config.validation import expand_variables
 from madformer.data.open_dataset import LABEL_NAMES, TEXT_NAMES, DatasetSplit, open_split, silence_datasets
-from madformer.data.source_files import NAME, hash_files, relative
+from madformer.data.source_files import NAME, hash_files, lies_below, relative
 from madformer.errors import BadImage, ConfigError, InputError
 from madformer.lookup import explain_source_errors
 
@@ -72,6 +74,9 @@ class Row:
     """The image file, if the data set holds it."""
     path: str | None
     """Where the image file is otherwise, here or at an fsspec address."""
+    root: str | None = None
+    """What the path must be below, if the data names it; None: we found it, or `data.allow_paths` is on."""
+    max_pixels: int = MAX_PIXELS
 
     def read(self) -> bytes:
         """The bytes of the image file.
@@ -86,6 +91,10 @@ class Row:
             return self.content
         if self.path is None:
             raise BadImage("no image")
+        if self.root is not None and not lies_below(self.path, self.root):
+            raise BadImage(f"{self.path} is not below the source: set data.allow_paths=true if you trust the data")
+        if self.root is not None and "://" not in self.path and not Path(self.path).is_file():
+            raise BadImage(f"no such file: {self.path}")
         try:
             with fsspec.open(self.path, "rb") if "://" in self.path else Path(self.path).open("rb") as file:
                 content: bytes = file.read()
@@ -122,6 +131,7 @@ class ImageSource:
         """Where images, labels and texts are."""
         self._files = split.files
         self._identity = [split.revision, split.split, data.subset]
+        self._root, self._max_pixels = None if data.allow_paths else split.root, data.max_pixels
         self._tars = _tar_names(dataset, split.files)
         self._repeated = frozenset() if self._table is None else _repeated_paths(self._table, columns.image)
 
@@ -227,7 +237,7 @@ class ImageSource:
     def _to_row(self, example: dict[str, Any], key: str) -> Row:
         image = example[self.columns.image] or {"bytes": None, "path": None}
         text = example[self.columns.text] if self.columns.text else None
-        return Row(key, self._to_label(example), text, image["bytes"], image["path"])
+        return Row(key, self._to_label(example), text, image["bytes"], image["path"], self._root, self._max_pixels)
 
     def _to_label(self, example: dict[str, Any]) -> int | None:
         label = self._number(example[self.columns.label]) if self.columns.label else None
@@ -254,8 +264,9 @@ def open_source(data: DataConfig) -> ImageSource:
 
     if data.source is None:
         raise ConfigError("data.source = None: must name a data set of the hub, files, or a folder")
+    address = expand_variables("data.source", data.source)
     with explain_source_errors(data.source), silence_datasets():
-        split = open_split(data)
+        split = open_split(replace(data, source=address))
         if isinstance(split.dataset, datasets.Dataset) and not len(split.dataset):
             raise ConfigError(f"data.split = {data.split!r}: data.source = {data.source!r} has no rows there")
         columns = find_columns(split.dataset.features or datasets.Features(), data)

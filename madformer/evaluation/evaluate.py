@@ -14,7 +14,6 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from madformer import __version__
@@ -24,7 +23,7 @@ from madformer.config.experiment import has_held_out, names_held_out
 from madformer.config.loading import is_optional
 from madformer.diffusion.noise_schedule import NoiseSchedule
 from madformer.diffusion.samplers import spaced_timesteps
-from madformer.errors import NonFiniteError
+from madformer.errors import NonFiniteError, printable
 from madformer.evaluation.diagnostics import denoising_warnings, diagnose
 from madformer.evaluation.feature_cache import (
     BLOCKS,
@@ -53,7 +52,7 @@ from madformer.model import cost
 from madformer.parallel import Share, cluster_rank, device_name, own_device, share_out
 from madformer.progress import ProgressDisplay, ProgressFile
 from madformer.runs.checkpoints import load_model
-from madformer.runs.files import claim_folder, progress_path
+from madformer.runs.files import claim_folder, hold_lock, progress_path
 
 __all__ = ["evaluate"]
 
@@ -99,7 +98,7 @@ def evaluate(request: EvaluationRequest) -> list[Point]:
             file = ProgressFile(progress_path(run), {"device": device_name(torch.device(devices[0]))})
             with ProgressDisplay("sampled", "images", total, before, silent=bool(rank), file=file) as display:
                 share_out(evaluate_share, (request, list(missing.values()), instruments), devices, display, before)
-        with FileLock(run / ".record.lock"):
+        with hold_lock(run / ".record.lock"):
             return _conclude(request, tasks, torch.device(device))
 
 
@@ -146,7 +145,7 @@ def evaluate_share(
 
         samples = SampleRequest(task.config, task.sampling, task.prompts, task.title)
         sample_features(task.folder, samples, model, opened.codec, opened.networks, indices, show, make_sampler)
-        with FileLock(task.config.run_dir / ".record.lock"):
+        with hold_lock(task.config.run_dir / ".record.lock"):
             _measure_if_complete(task, opened, share)
 
 
@@ -252,7 +251,7 @@ def _report(task: Task, point: Point, note: str = "") -> None:
         how.append(", ".join(unusual))
     how += [f"{name} {value:.4g}" for name, value in point["metrics"].items()]
     costs = f"{point['tflops_per_image'] * 1e3:.3g} GFLOPs, {point['seconds_per_image'] * 1e3:.3g} ms an image"
-    print("  ".join([*how, costs]) + note, flush=True)
+    print(printable("  ".join([*how, costs]) + note), flush=True)
 
 
 def _conclude(request: EvaluationRequest, tasks: Sequence[Task], device: torch.device) -> list[Point]:

@@ -25,7 +25,7 @@ from madformer.evaluation.measurement import Sampling
 from madformer.evaluation.sampling import sample_batches, tokenize
 from madformer.model import MADFormer
 from madformer.model.generation import BlockSampler
-from madformer.runs.files import atomic_write
+from madformer.runs.files import atomic_write, require_readable
 
 INDICES = "indices"
 """Which samples the rows of a part are, [n] int64."""
@@ -51,6 +51,7 @@ def read_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
     A part that is torn is removed: its samples are missing then.
     """
     for path in sorted(folder.glob("part-*.safetensors")):
+        require_readable(path)
         try:
             content = load_part(path)
         except SafetensorError:

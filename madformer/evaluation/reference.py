@@ -10,13 +10,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -43,7 +41,7 @@ from madformer.evaluation.metrics import Moments
 from madformer.evaluation.neighbours import Within, nearest_distances, pairs_within
 from madformer.progress import ProgressDisplay
 from madformer.randomness import keyed_generator
-from madformer.runs.files import atomic_write, remove_stale
+from madformer.runs.files import atomic_write, hold_lock, remove_stale, require_readable
 
 KEPT = 50_000
 """Images of a reference whose features are kept, chosen by chance but always the same ones: as many as are usually sampled."""
@@ -123,26 +121,11 @@ def find_reference(
     path = _find(Path(config.evaluation.references), described)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _turn(path):
+        with hold_lock(path.with_name(f".{path.name}.lock")):
             if not path.is_file():
                 remove_stale(path.parent, path.name)
                 _compute(network, images or _open(config, image_size, source_sha256), described, path)
     return load_reference(path)
-
-
-@contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """One process at a time computes a reference; the others say that they wait."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"{path}: another process computes it, waiting", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def load_reference(path: Path) -> Reference:
@@ -153,6 +136,7 @@ def load_reference(path: Path) -> Reference:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such reference")
+    require_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {})[METADATA])

@@ -19,11 +19,10 @@ from statistics import fmean
 from typing import Any, get_args
 
 import optuna
-from filelock import FileLock
 
 from madformer.config import ExperimentConfig, trained_fields
 from madformer.config.evaluation import ALL_TIMESTEPS, SamplerName
-from madformer.errors import ConfigError, InputError, NonFiniteError
+from madformer.errors import ConfigError, InputError, NonFiniteError, printable
 from madformer.evaluation.evaluate import evaluate, write_run_curves
 from madformer.evaluation.measurement import DEPTH, Measurement, Point, Sampling, half_width
 from madformer.evaluation.record import (
@@ -40,7 +39,7 @@ from madformer.evaluation.sampling import known_classes
 from madformer.model import cost
 from madformer.parallel import cluster_rank
 from madformer.runs.checkpoints import checkpoint_step, newest_intact
-from madformer.runs.files import claim_folder
+from madformer.runs.files import claim_folder, hold_lock
 
 _STARTS: tuple[dict[str, Any], ...] = (
     {"sampler": "unipc", "spacing": "power", "power": 1.5},
@@ -145,7 +144,7 @@ def _tune_at(request: TuningRequest, default: Sampling, deadline: float | None) 
         points = _measure(request, config, [chosen, default], line["seeds"])
         if not cluster_rank():
             _record(config, points, line, chosen)
-    print(f"{title}: {_text(line)}", flush=True)
+    print(printable(f"{title}: {_text(line)}"), flush=True)
 
 
 def _choose(request: TuningRequest, default: Sampling, deadline: float | None) -> dict[str, Any]:
@@ -261,7 +260,7 @@ def _measure(
 def _record(config: ExperimentConfig, points: Sequence[Point], line: dict[str, Any], chosen: Sampling) -> None:
     """Add the confirmed points and, last, the choice to a run's record, unless they are there already."""
     run = config.run_dir
-    with FileLock(run / ".record.lock"):
+    with hold_lock(run / ".record.lock"):
         recorded = {(Measurement.of_point(point).key, bool(point.get("tuned"))) for point in read_points(run)}
         for point in points:
             tuned = Sampling.of_point(point).curve_key == chosen.curve_key

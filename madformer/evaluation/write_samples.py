@@ -184,5 +184,5 @@ def compared_samples(run: Path, step: int, sampling: Sampling, count: int) -> np
 
 
 def _read(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+    with Image.open(path, formats=["PNG"]) as image:
         return np.asarray(image.convert("RGB"))

@@ -14,7 +14,7 @@ from importlib.resources import files
 from statistics import fmean
 from typing import Any
 
-from madformer.errors import InputError
+from madformer.errors import InputError, printable
 from madformer.evaluation.measurement import Point, Sampling, differing, higher_is_better
 from madformer.report.statistics import MARKS, Estimate
 
@@ -109,7 +109,7 @@ def trained_for(entries: Sequence[Mapping[str, Any]]) -> str:
 def table(lines: Sequence[Sequence[str]]) -> str:
     """A table of Markdown: the first line heads it, the first column to the left and the others to the right."""
     ruler = ["---", *("---:" for _ in lines[0][1:])]
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    cells = [[_in_one_cell(cell) for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], ruler, *cells[1:]))
 
 
@@ -127,6 +127,16 @@ def page(places: Mapping[str, str], scripts: Mapping[str, str]) -> str:
     data = {name: text.replace("<", "\\u003c") for name, text in scripts.items()}
     filled = {**places, **data, "style": style, "script": script, "digest": digest}
     return re.sub(r"<!-- (\w+) -->", lambda place: filled[place[1]], frame)
+
+
+def _in_one_cell(text: str) -> str:
+    return text.replace("\n", " ").replace("|", "&#124;" if "\\" in text else "\\|")
+
+
+def inert(markdown: str) -> str:
+    """Markdown without links, pictures, HTML and control characters, which may be in names and records of other people."""
+    without_links = re.sub(r"\]([(\[:])", lambda match: f"]&#{ord(match[1])};", markdown)
+    return printable(re.sub(r"<(?=[A-Za-z/!?])", "&lt;", without_links))
 
 
 def csv_text(lines: Iterable[Sequence[Any]]) -> str:

@@ -33,6 +33,7 @@ from madformer.report.formatting import (
     distinct,
     in_words,
     incomparable,
+    inert,
     show,
     table,
     trained_for,
@@ -43,6 +44,8 @@ from madformer.report.points import Column, Curve, Group, Row, columns_of, gathe
 from madformer.report.statistics import FEWEST_SEEDS, Over, pareto_front, winners
 from madformer.sweep.adaptive import Assessment
 from madformer.sweep.spec import ALIASES, label
+
+_NO_BRACKETS = str.maketrans("", "", "[]")
 
 _ALWAYS = ("flops", "seconds")
 """Costs that always have a column in Markdown, measured or not."""
@@ -138,7 +141,7 @@ class Report:
         Args:
             pictures: names of files that are shown below the first table.
         """
-        shown = [f"![{self.title}]({name})" for name in pictures]
+        shown = [f"![{self.title.translate(_NO_BRACKETS)}]({name})" for name in pictures]
         parts = [
             f"## {self.title}",
             *self.answer(),
@@ -148,7 +151,7 @@ class Report:
             *shown,
             *self.details(),
         ]
-        return "\n\n".join(parts) + "\n"
+        return "\n\n".join(part if part in shown else inert(part) for part in parts) + "\n"
 
     def answer(self) -> list[str]:
         """What was found, as Markdown."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import html
 import itertools
 import json
@@ -22,7 +23,7 @@ from markdown_it import MarkdownIt
 
 from madformer.config import load_run, trained_fields
 from madformer.config.identity import is_run
-from madformer.errors import InputError
+from madformer.errors import InputError, printable
 from madformer.evaluation.measurement import DISTANCE, Point, Sampling
 from madformer.evaluation.record import read_points, record_path
 from madformer.evaluation.tensorboard import write_pictures
@@ -335,7 +336,7 @@ def _require_own_place(folder: Path, sweep: Path) -> None:
     path = folder / "report.json"
     try:
         other = Path(json.loads(path.read_text(encoding="utf-8"))["sweep"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return
     if other != sweep and other.is_file():
         remedy = "give one of them another name, or name a folder with --out"
@@ -378,13 +379,18 @@ def report_on(
         report = replace(report, sweep=Path(sources[0]).resolve())
         if out is None:
             _require_own_place(folder, Path(sources[0]).resolve())
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        paths = write_report(report, out or folder, "report", panels, samples)
-        if sweep is not None and out is None:
-            pictures = {path.stem: path.read_bytes() for path in paths if path.suffix == ".png"}
-            write_pictures(folder, pictures, max(point["time"] for group in report.groups for point in group.points))
+    try:
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            paths = write_report(report, out or folder, "report", panels, samples)
+            if sweep is not None and out is None:
+                pictures = {path.stem: path.read_bytes() for path in paths if path.suffix == ".png"}
+                write_pictures(folder, pictures, max(point["time"] for group in report.groups for point in group.points))
+    except OSError as error:
+        if out is None and error.errno in (errno.EACCES, errno.EROFS):
+            raise InputError(f"{folder} cannot be written ({error.strerror}): name another folder with --out") from error
+        raise
     if as_json:
-        print(to_json(document(report), indent=1, ensure_ascii=False))
+        print(printable(to_json(document(report), indent=1, ensure_ascii=False)))
         return
     print_markdown(report.markdown())
-    print("\n".join(map(str, paths)))
+    print(printable("\n".join(map(str, paths))))

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, cast, get_args
 from madformer.config import ExperimentConfig, load_run, read_config_hash
 from madformer.config.identity import branch_limit, read_branch_step, require_same_trunk, run_hash
 from madformer.errors import InputError
-from madformer.runs.files import ChecksumWriter, atomic_write, file_checksum
+from madformer.runs.files import ChecksumWriter, atomic_write, file_checksum, require_readable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -134,7 +134,11 @@ def find_flaw(path: Path, checksums: bool = True) -> str | None:
 
     Args:
         checksums: whether to look at them; without them only a file that was cut short is found.
+
+    Raises:
+        PermissionError: it is another user's, who keeps it to himself.
     """
+    require_readable(path)
     try:
         if checksums and (expected := read_checksum(path)):
             found = file_checksum(path, leave_out=len(_COMMENT) + 32 + 2, ending=b"\0\0")
@@ -188,6 +192,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
+    require_readable(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a flipped bit leads torch anywhere
@@ -254,14 +259,19 @@ class KnownRuns:
         self._folder = folder
 
     def find(self, config_hash: str) -> Path | None:
-        """The run of a configuration; None: there is none."""
-        return self._runs.get(config_hash)
+        """The run of a configuration; None: there is none, or its owner keeps it to himself."""
+        run = self._runs.get(config_hash)
+        return run if run and all(os.access(path, os.R_OK) for path in (*run.iterdir(), *list_checkpoints(run))) else None
 
     @cached_property
     def _runs(self) -> dict[str, Path]:
         runs: dict[str, Path] = {}
         for path in sorted(itertools.chain(self._folder.glob("*/config.yaml"), self._folder.glob("*/*/config.yaml"))):
-            if key := read_config_hash(path.parent):
+            try:
+                key = read_config_hash(path.parent) if path.is_file() and os.access(path.parent, os.R_OK) else None
+            except OSError:
+                continue  # a neighbour's, who keeps it to himself
+            if key:
                 other = runs.setdefault(key, path.parent)
                 if other != path.parent and _newest_step(path.parent) > _newest_step(other):
                     runs[key] = path.parent

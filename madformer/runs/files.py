@@ -7,21 +7,24 @@ the quick distances of training, `progress.json` the progress of its commands.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import psutil
 import xxhash
 from filelock import FileLock, Timeout
 
-from madformer.errors import InputError
+from madformer.errors import InputError, printable
 
 _CHECKSUM = "checksum"
 """Key of a JSON file's checksum, which is of all other keys."""
@@ -29,17 +32,25 @@ _CHECKSUM = "checksum"
 Purpose = Literal["train", "evaluate", "tune", "encode", "sample", "import"]
 """The command that claims a folder."""
 
+PATIENCE_SECONDS = 5.0
+"""How long `hold_lock` waits in silence."""
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path in the folder of `path`. At the end its file replaces that of `path`; after an error it is removed.
 
-    The data is synced to the disk before the file is renamed.
+    The data is synced to the disk before the file is renamed. Who may read it follows from the umask, whatever wrote it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        temporary.unlink()
         yield temporary
+        if temporary.stat().st_mode != mode:  # safetensors' files are the user's alone
+            temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -99,6 +110,62 @@ def remove_stale(folder: Path, name: str = "*", seconds: float = 0) -> None:
         with contextlib.suppress(FileNotFoundError):
             if not seconds or time.time() - path.stat().st_mtime > seconds:
                 path.unlink()
+
+
+def require_readable(path: Path) -> None:
+    """Refuse a file that another user keeps to himself, before a library calls it broken or missing.
+
+    Raises:
+        PermissionError: names the file.
+    """
+    if path.exists() and not os.access(path, os.R_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+@contextmanager
+def hold_lock(path: Path, say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock of a file that is there for this alone. The system frees it when the process ends.
+
+    Args:
+        path: the file; it is made if it is missing.
+        say: called with a line that names the holder, when that has kept the lock for `PATIENCE_SECONDS`; None: prints it.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=PATIENCE_SECONDS)
+    except Timeout:
+        (say or partial(print, flush=True))(f"{path}: waits for {' and '.join(lock_holders(path)) or 'another process'}")
+        lock.acquire(timeout=-1)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def lock_holders(path: Path) -> list[str]:
+    """Who locks a file, such as `process 12 (madformer evaluate RUN), which is stopped`; none of other machines."""
+    return [_describe_process(number) for number in sorted(_locking(path)) if number > 0]
+
+
+def _locking(path: Path) -> set[int]:
+    """The processes that lock a file; below 1: one of another container."""
+    try:
+        status = path.stat()
+        lines = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return set()
+    file = f":{status.st_ino} "  # devices have other numbers there on some file systems
+    held = (line for line in lines if file in line and " WRITE " in line and "->" not in line)  # with an arrow: it waits too
+    return {int(line.split()[4]) for line in held}
+
+
+def _describe_process(number: int) -> str:
+    try:
+        process = psutil.Process(number)
+        stopped = ", which is stopped" if process.status() == psutil.STATUS_STOPPED else ""
+        return printable(f"process {number} ({' '.join(process.cmdline())[:200]}){stopped}")
+    except psutil.Error:
+        return f"process {number}"
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -247,7 +314,8 @@ def claim_folder(folder: Path, purpose: Purpose, rank: int = 0) -> Iterator[None
         with lock:
             yield
     except Timeout:
-        raise InputError(f"{folder} is in use by another process ({purpose}); wait for it, or stop it") from None
+        holder = "".join(f": {each}" for each in lock_holders(folder / f".{purpose}.lock"))
+        raise InputError(f"{folder} is in use by another process ({purpose}){holder}; wait for it, or stop it") from None
     finally:
         if not existed and {path.name for path in folder.iterdir()} <= {f".{purpose}.lock"}:
             (folder / f".{purpose}.lock").unlink(missing_ok=True)  # it ended before it began: leave nothing
@@ -256,11 +324,7 @@ def claim_folder(folder: Path, purpose: Purpose, rank: int = 0) -> Iterator[None
 
 def is_claimed(folder: Path, purpose: Purpose) -> bool | None:
     """Whether a process of this machine claims a folder, found out without claiming it; None: the system does not say."""
-    try:
-        number, locks = (folder / f".{purpose}.lock").stat().st_ino, Path("/proc/locks").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return False if Path("/proc/locks").exists() else None
-    return any(line.split()[1] == "FLOCK" and line.split()[5].endswith(f":{number}") for line in locks.splitlines())
+    return bool(_locking(folder / f".{purpose}.lock")) if Path("/proc/locks").exists() else None
 
 
 def _previews_path(run: Path) -> Path:

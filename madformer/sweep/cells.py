@@ -369,6 +369,8 @@ def _schema() -> Any:
 @cache
 def _convert(key: str, text: str) -> Any:
     """A field's value in the type that a configuration holds."""
+    if "${oc.env:" in text:
+        raise _Overlap  # `load_experiment` resolves it, unless it stands for a secret
     merged = OmegaConf.merge(_schema(), OmegaConf.from_dotlist([f"{key}={text}"]))
     value = OmegaConf.select(merged, key)
     if isinstance(value, DictConfig):

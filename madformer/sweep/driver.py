@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from madformer.errors import ConfigError, InputError
+from madformer.errors import ConfigError, InputError, printable
 from madformer.sweep.adaptive import assess, wanted_cells
 from madformer.sweep.cells import Cell, sweep_cells
 from madformer.sweep.forecast import fitting_trials
@@ -319,4 +319,4 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 
 def _print(line: str) -> None:
-    print(line + "\n", end="", flush=True)  # one write: threads must not break each other's lines
+    print(printable(line) + "\n", end="", flush=True)  # one write: threads must not break each other's lines

@@ -9,13 +9,13 @@ import re
 import signal
 import struct
 import subprocess
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,9 @@ GpuGroup = tuple[str, ...]
 
 _Slot = tuple[GpuGroup, int]
 """Where a trial can run: its GPUs, and which of their `trials_per_device` shares."""
+
+LOCK_PLACES: tuple[Path, ...] = (Path("/run/lock"), Path("/tmp"))
+"""Where locks lie: in the first of these that all users may write to. Nobody tidies up in /run/lock."""
 
 _WHOLE = 2**32
 """Number of lockable bytes that represent a whole GPU. The lock file is empty: bytes need not exist to be locked."""
@@ -73,28 +76,67 @@ def group_gpus(gpus: list[str], size: int) -> list[GpuGroup]:
 
 
 def lock_gpus(gpus: GpuGroup, part: int = 0, parts: int = 1) -> list[int] | None:
-    """Lock GPUs, or one share of each, for a trial, against other drivers of this user; None: another trial holds one.
+    """Lock GPUs, or one share of each, for a trial, against all other drivers of this machine; None: another trial holds one.
 
     A share is a range of bytes of the GPU's lock file. So trials with other numbers of shares, or with whole GPUs, never hold
     more than the GPU together.
 
     Pass the returned file descriptors on to the trial's processes. The system frees the GPUs when these and this process have
     closed them, so a trial that outlives its driver keeps its GPUs.
+
+    Raises:
+        ConfigError: another user has made the folder of the locks or a lock in it his own.
     """
-    folder = Path(tempfile.gettempdir()) / f"madformer-gpus-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    locks: list[int] = []
     start = part * _WHOLE // parts
     length = (part + 1) * _WHOLE // parts - start
-    for gpu in gpus:
-        locks.append(os.open(folder / re.sub(r"[^\w.-]", "_", gpu), os.O_RDWR | os.O_CREAT, 0o600))
-        try:
+    locks: list[int] = []
+    try:
+        # A lock on the folder: systemd-tmpfiles removes nothing from one that is locked.
+        locks.append(_open_for_all(lock_folder(), os.O_RDONLY | os.O_DIRECTORY))
+        fcntl.flock(locks[0], fcntl.LOCK_SH)
+        for gpu in gpus:
+            path = lock_folder() / re.sub(r"[^\w.-]", "_", _identity(gpu))
+            locks.append(_open_for_all(path, os.O_RDWR))
             # This lock belongs to the open file, as with `flock`: the trial's processes inherit it.
             fcntl.fcntl(locks[-1], fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0))
-        except BlockingIOError:
-            release_gpus(locks)
-            return None
+            if not os.fstat(locks[-1]).st_nlink:  # removed since it was opened
+                raise BlockingIOError
+    except BlockingIOError:
+        release_gpus(locks)
+        return None
+    except OSError as error:
+        release_gpus(locks)
+        raise ConfigError(f"{error.filename}: {error.strerror}, and GPUs are locked there: remove it") from error
     return locks
+
+
+@cache
+def _identity(gpu: str) -> str:
+    """The UUID of a GPU, if nvidia-smi tells it: numbers differ between users, and between jobs that see some GPUs alone."""
+    try:
+        return _query_gpus("uuid", f"--id={gpu}")[0] if gpu.isdigit() else gpu
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return gpu
+
+
+def lock_folder() -> Path:
+    """The folder of the locks: one place for all users of this machine, whatever TMPDIR says."""
+    shared = (path for path in LOCK_PLACES if path.is_dir() and path.stat().st_mode & 0o1002 == 0o1002)
+    return next(shared, LOCK_PLACES[-1]) / "madformer-gpus"
+
+
+def _open_for_all(path: Path, flags: int) -> int:
+    """Open a file or a folder, which is made first if it is missing, such that all users can."""
+    is_folder = bool(flags & os.O_DIRECTORY)
+    with contextlib.suppress(FileExistsError):
+        if is_folder:
+            path.mkdir()
+            path.chmod(0o1777)
+        elif not path.exists():  # O_CREAT on another user's file is refused in a sticky folder
+            number = os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+            os.fchmod(number, 0o666)
+            return number
+    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def release_gpus(locks: list[int]) -> None:

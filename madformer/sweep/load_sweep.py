@@ -24,9 +24,10 @@ from madformer.config.loading import (
     merge,
     read_value,
     read_yaml,
+    require_no_secrets_in,
     resolve,
 )
-from madformer.config.validation import require
+from madformer.config.validation import require, require_no_secrets
 from madformer.errors import ConfigError
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.spec import Sweep, require_known
@@ -53,6 +54,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """
     path = Path(path)
     content = read_yaml(path, "sweep", ", ".join(_KEYS))
+    require_no_secrets_in(content, f"{path}: ")
     try:
         fields = resolve(content)
         if "experiment" not in fields and (sections := fields.keys() & {BASE, *_SECTIONS_OF_EXPERIMENTS}):
@@ -62,6 +64,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         for override in overrides:
             check_keys(fields, Sweep)
             _apply(fields, override)
+            require_no_secrets("override", override)
         fields.setdefault("name", path.stem)
         sweep = build(Sweep, merge(defaults(Sweep), DictConfig(fields)))
         if sweep.output_dir is None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
 from madformer.errors import InputError
@@ -23,7 +22,7 @@ from madformer.sweep.adaptive import assess, wanted_cells
 from madformer.sweep.cells import Cell
 from madformer.sweep.needs import cell_needs, cell_progress, main_metrics
 from madformer.sweep.spec import Sweep
-from madformer.sweep.study import GRACE_SECONDS, HEARTBEAT_SECONDS, Storage, heartbeat_warnings_off, is_dead, new_owner
+from madformer.sweep.study import GRACE_SECONDS, HEARTBEAT_SECONDS, Storage, is_at_work, is_dead, new_owner
 from madformer.sweep.trial import RETRYABLE, Outcome
 
 KEY, OWNER, KIND, REASON, PROGRESS, JOB = "config_hash", "owner", "kind", "reason", "progress", "job"
@@ -238,12 +237,14 @@ class Queue:
         if not foreign:
             return trials
         # Heartbeats are trusted again some time after the database failed: until then no driver could write them.
+        silent = set[int]()
         if self.storage.last_error_at + GRACE_SECONDS < time.monotonic():
-            with heartbeat_warnings_off():
-                fail_stale_trials(self.storage.study)
+            silent = set(self.storage.rdb._get_stale_trial_ids(self.storage.study._study_id))
         for trial in foreign:
             owner = trial.user_attrs.get(OWNER)
-            if owner in (None, self._owner) or is_dead(owner):
+            # The clock may have been set: a process that is seen to live needs no heartbeats.
+            is_silent = trial._trial_id in silent and not (owner and is_at_work(owner))
+            if owner in (None, self._owner) or is_silent or is_dead(owner):
                 with contextlib.suppress(UpdateFinishedTrialError):  # its heartbeats had stopped too
                     self.storage.rdb.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         return self._trials()

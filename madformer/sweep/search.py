@@ -260,7 +260,10 @@ def study_cells(sweep: Sweep) -> list[Cell]:
     """The cells of a search so far, read from its study."""
     if not study_exists(sweep):
         return []
-    storage = Storage(sweep)
+    try:
+        storage = Storage(sweep, read_only=True)
+    except KeyError:  # a database without this study
+        return []
     try:
         return search_cells(sweep, storage.study.get_trials(deepcopy=False))
     finally:

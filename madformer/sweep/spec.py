@@ -204,8 +204,8 @@ class Sweep:
     slurm: Slurm = field(default_factory=Slurm)
     """Options of a trial's Slurm job."""
     storage: str | None = None
-    """URL of the study's database, for drivers on several machines, such as postgresql://user@host/name. ${oc.env:NAME} is an
-    environment variable. null: SQLite, in the sweep's folder."""
+    """Database of the study, such as postgresql://user:$PASSWORD@host/name, for drivers on several machines; $NAME is a
+    variable of the environment. null: SQLite, in the sweep's folder."""
     retries: int = 3
     """Most retries in a row of a trial that died (killed, lost machine) without progress."""
     workers: int | None = None
@@ -223,7 +223,7 @@ class Sweep:
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1")
         require(self.retries >= 0, "retries", self.retries, "must be at least 0")
-        legal = self.storage is None or re.match(r"[a-z0-9+]+://", self.storage) is not None
+        legal = self.storage is None or re.match(r"[a-z0-9+]+://|\$", self.storage) is not None
         require(legal, "storage", self.storage, "must be a database's URL, such as postgresql://user@host/name")
         legal = len(self.seeds) > 0 and all(is_integer(seed) and seed >= 0 for seed in self.seeds)
         require(legal, "seeds", list(self.seeds), "must be a list of integers of at least 0")

@@ -13,7 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from madformer.errors import InputError
+from madformer.errors import InputError, printable
 from madformer.evaluation.measurement import DEPTH
 from madformer.progress import SILENT_SECONDS, TextTable, format_duration, print_table, read_progress
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
@@ -174,7 +174,10 @@ class Watcher:
 
             if not study_exists(self._sweep):
                 return []
-            self._storage = Storage(self._sweep, read_only=True)
+            try:
+                self._storage = Storage(self._sweep, read_only=True)
+            except KeyError:  # a database without this study
+                return []
             self._storage.waits_for_database = False
         study = self._storage.study
         return self._storage.retry(lambda: study.get_trials(deepcopy=False))
@@ -257,7 +260,10 @@ def _fit(overview: Overview) -> RenderableType:
         chosen = sorted(range(len(rows)), key=lambda number: (order[rows[number].state], number))[:lines]
         notes.insert(0, f"{len(rows) - lines} more cells are not shown here; madformer sweep status ... | cat shows all")
         rows = [rows[number] for number in sorted(chosen)]
-    return Group(status_table(overview, rows).rich(), *map(Text, notes[: _LINES_AROUND_TABLE + lines - len(rows)]))
+    return Group(
+        status_table(overview, rows).rich(),
+        *(Text(printable(note)) for note in notes[: _LINES_AROUND_TABLE + lines - len(rows)]),
+    )
 
 
 def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = None, memory_gib: float | None = None) -> None:
@@ -285,7 +291,7 @@ def print_plan(sweep: Sweep, tflops: float | None = None, mfu: float | None = No
                 lines.append(f"Some {assessment.expected_runs} runs in all, until everything is decided or at its limit.")
         print_table(plan_table(sweep, cells, needs, estimates), lines)
     else:
-        print("\n".join(search_lines(sweep, sweep.search, device, memory_gib)))
+        print(printable("\n".join(search_lines(sweep, sweep.search, device, memory_gib))))
 
 
 def search_lines(sweep: Sweep, search: Search, device: Device, memory_gib: float | None = None) -> list[str]:

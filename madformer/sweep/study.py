@@ -9,23 +9,26 @@ import os
 import platform
 import re
 import secrets
+import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import optuna
 import psutil
-from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
-from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, NoSuchModuleError, OperationalError
 
-from madformer.errors import ConfigError, InputError
+from madformer.config.validation import expand_variables
+from madformer.errors import ConfigError, InputError, mask_secrets
+from madformer.runs.files import PATIENCE_SECONDS, hold_lock, lock_holders
 from madformer.sweep.spec import Sweep
 
 HEARTBEAT_SECONDS = 15
@@ -55,31 +58,52 @@ _TIMEOUTS = {
 _LOCAL_DISKS = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "apfs", "hfs"))
 """File systems on which SQLite's write-ahead log works; it does not on network file systems."""
 
-_BUSY_TIMEOUT_SECONDS = 60
+_BUSY_SECONDS, _BUSY_TIMEOUT_SECONDS = 2, 60
+"""How long SQLite waits for another transaction, deaf to Ctrl-C, and how long we do."""
+
 _LONGEST_WAIT_SECONDS = 15.0
 _SECONDS_BETWEEN_MESSAGES = 60.0
-
-_CLOCK_TOLERANCE_SECONDS = 2.0
-"""The system reports the start of a process a little differently after the machine's clock was set."""
 
 Result = TypeVar("Result")
 
 
 def new_owner() -> str:
     """A new owner of trials that lives as long as this process; `is_dead` reads it."""
-    return json.dumps([_machine(), os.getpid(), round(psutil.Process().create_time(), 2), secrets.token_hex(4)])
+    return json.dumps([_machine(), os.getpid(), _look_up(os.getpid())[1], secrets.token_hex(4)])
 
 
 def is_dead(owner: str) -> bool:
     """Whether the owner's process has ended. Of other machines nothing is known, and the answer is no."""
-    machine, number, start, _ = json.loads(owner)
-    if machine != _machine():
-        return False
+    machine, number, start, _ = _parse(owner)
+    return machine == _machine() and _look_up(number)[1] not in (start, _HIDDEN)
+
+
+def is_at_work(owner: str) -> bool:
+    """Whether the owner's process lives on this machine and is not stopped, whatever its heartbeats and the clock say."""
+    machine, number, start, _ = _parse(owner)
+    state, found = _look_up(number)
+    return machine == _machine() and found == start and state not in "Tt"
+
+
+def _parse(owner: str) -> tuple[str, int, str, str]:
+    machine, number, start, token = json.loads(owner)
+    return machine, number, start, token
+
+
+_HIDDEN = "hidden"
+"""In place of the start of another user's process, where the system shows nothing of it."""
+
+
+def _look_up(number: int) -> tuple[str, str]:
+    """State of a process, and when it began: in ticks since the machine did, as its clock may be set. Empty: it has ended."""
     try:
-        process = psutil.Process(number)
-        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - start) > _CLOCK_TOLERANCE_SECONDS
-    except psutil.NoSuchProcess:
-        return True
+        if not Path("/proc/self/stat").exists():
+            return "R", str(psutil.Process(number).create_time())
+        state, *fields = Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return state, "" if state in "ZX" else f"{boot} {fields[18]}"
+    except (OSError, psutil.Error):
+        return "", _HIDDEN if psutil.pid_exists(number) else ""
 
 
 @cache
@@ -95,24 +119,29 @@ class Storage:
     Args:
         sweep: the sweep.
         say: called with a line when the database does not answer, and when it answers again.
-        read_only: open an existing file without checking its tables, which is faster.
+        read_only: open an existing study without a lock, and write nothing.
 
     Raises:
         ConfigError: unknown kind of database, or its driver is not installed.
         InputError: the database does not answer, or the file is no database.
+        KeyError: `read_only`, and there is no such study yet.
     """
 
     def __init__(self, sweep: Sweep, say: Callable[[str], None] = lambda line: None, read_only: bool = False) -> None:
         self.name, self.say, self._path = sweep.name, say, None
         self.waits_for_database = True
         """Whether `retry` waits while the database does not answer."""
-        self._has_tables = False
-        self._url = make_url(sweep.storage) if sweep.storage else make_url(f"sqlite:///{study_path(sweep).resolve()}")
+        self._read_only = read_only
+        url = expand_variables("storage", sweep.storage) if sweep.storage else None
+        self._url = make_url(url) if url else make_url(f"sqlite:///{study_path(sweep).resolve()}")
         backend = self._url.get_backend_name()
         if backend == "sqlite" and self._url.database:
             self._path = Path(self._url.database)
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._has_tables = read_only and self._path.is_file()
+            if read_only:
+                options = {"uri": "true", **_how_to_read(self._path)}
+                self._url = self._url.set(database=f"file:{quote(str(self._path))}", query=options)
+            else:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
         elif backend not in _LOCKS:
             raise ConfigError(f"storage = {self._display_url}: must be a database of sqlite, {', '.join(_LOCKS)}")
         elif self._url.drivername in _DRIVERS:
@@ -122,7 +151,8 @@ class Storage:
         try:
             timeouts = _TIMEOUTS.get(backend, {})
             self._locks = create_engine(self._url, isolation_level="AUTOCOMMIT", poolclass=NullPool, connect_args=timeouts)
-            with self.lock():  # of two drivers that create the tables at once, one would find half of them
+            # Of two drivers that create the tables at once, one would find half of them.
+            with contextlib.nullcontext() if read_only else self.lock():
                 self.rdb = self._open()
                 self.study = self._open_study(sweep)
         except (ImportError, NoSuchModuleError) as error:
@@ -140,7 +170,7 @@ class Storage:
     def lock(self) -> Iterator[None]:
         """Exclude the other drivers of the sweep. The database, or the system, frees the lock of a driver that dies."""
         if self._path is not None:
-            with FileLock(self._path.with_name(f".{self._path.name}.lock")):
+            with hold_lock(self._path.with_name(f".{self._path.name}.lock"), self.say):
                 yield
             return
         take, release = _LOCKS[self._url.get_backend_name()]
@@ -184,22 +214,26 @@ class Storage:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         options: dict[str, Any] = {"pool_pre_ping": True, "connect_args": _TIMEOUTS.get(self._url.get_backend_name(), {})}
         if self._path is not None:
-            options = {"connect_args": {"timeout": _BUSY_TIMEOUT_SECONDS}}
+            options = {"connect_args": {"timeout": _BUSY_SECONDS}}
         with heartbeat_warnings_off():
             rdb = RDBStorage(
                 self._url.render_as_string(hide_password=False),
                 engine_kwargs=options,
-                skip_compatibility_check=self._has_tables,
-                skip_table_creation=self._has_tables,
+                skip_compatibility_check=self._read_only,
+                skip_table_creation=self._read_only,
                 heartbeat_interval=HEARTBEAT_SECONDS,
                 grace_period=GRACE_SECONDS,
             )
-        if self._path is not None:
-            _make_transactions_atomic(rdb.engine, wal=_is_on_local_disk(self._path))
+        if self._path is not None and not self._read_only:
+            _make_transactions_atomic(rdb.engine, self._path, lambda line: self.say(line))
         return rdb
 
     def _open_study(self, sweep: Sweep) -> optuna.Study:
         directions = [StudyDirection.MINIMIZE] * (len(sweep.search.objectives) if sweep.search else 1)
+        if self._read_only and not inspect(self.rdb.engine).has_table("studies"):
+            raise KeyError(sweep.name)
+        if self._read_only:
+            return optuna.load_study(storage=self.rdb, study_name=sweep.name)
         study = optuna.create_study(storage=self.rdb, study_name=sweep.name, load_if_exists=True, directions=directions)
         if len(study.directions) != len(directions):
             what = f"has {len(study.directions)} objectives, not {len(directions)}"
@@ -245,7 +279,7 @@ def study_exists(sweep: Sweep) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of the database's own message."""
     cause = getattr(error, "orig", None) or error.__cause__
-    return first_line(cause) if cause is not None else next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return first_line(cause) if cause else mask_secrets(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
 def _is_temporary(error: Exception) -> bool:
@@ -259,8 +293,15 @@ def _is_on_local_disk(path: Path) -> bool:
     return bool(parts) and max(parts, key=lambda part: len(part.mountpoint)).fstype in _LOCAL_DISKS
 
 
-def _make_transactions_atomic(engine: Engine, wal: bool) -> None:
+def _how_to_read(path: Path) -> dict[str, str]:
+    """SQLite's options. In a folder that cannot be written, it must be told that nobody else writes there."""
+    is_still = not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-shm").exists()
+    return {"immutable": "1"} if is_still else {"mode": "ro"}
+
+
+def _make_transactions_atomic(engine: Engine, path: Path, say: Callable[[str], None]) -> None:
     """Take the write lock when a transaction begins: two drivers that read first and write later would claim the same trial."""
+    wal = _is_on_local_disk(path)
 
     def connect(connection: Any, _: object) -> None:
         connection.isolation_level = None
@@ -268,7 +309,20 @@ def _make_transactions_atomic(engine: Engine, wal: bool) -> None:
             connection.execute("PRAGMA journal_mode=WAL")
 
     def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        start, has_said = time.monotonic(), False
+        while True:
+            try:
+                connection.connection.cursor().execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                waited = time.monotonic() - start
+                if "locked" not in str(error) or waited > _BUSY_TIMEOUT_SECONDS:
+                    connection.exec_driver_sql("BEGIN IMMEDIATE")  # raises it as SQLAlchemy's
+                    return
+                if waited > PATIENCE_SECONDS and not has_said:
+                    holders = lock_holders(path.with_name(f"{path.name}-shm") if wal else path)  # SQLite's lock is there
+                    say(f"{path}: waits for {' and '.join(holders) or 'another process'}")
+                    has_said = True
 
     event.listen(engine, "connect", connect)
     event.listen(engine, "begin", begin)

@@ -228,7 +228,7 @@ def test_nothing_but_bad_image_is_raised(content, place, prefix):
     ("content", "reason"),
     [
         (b"", "empty file"),
-        (b"<html>404</html>", "no image, or of a format that Pillow does not read"),
+        (b"<html>404</html>", "no image, or of a format that is not read"),
     ],
 )
 def test_reasons(content, reason):

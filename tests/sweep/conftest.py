@@ -25,6 +25,12 @@ def sweep_file(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def lock_place(tmp_path, monkeypatch):
+    """Pretended GPUs are locked for this test alone."""
+    monkeypatch.setattr("madformer.sweep.launch_local.LOCK_PLACES", (tmp_path,))
+
+
+@pytest.fixture(autouse=True)
 def package_path(monkeypatch):
     """Processes that tests start find this package, whatever their working directory."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from madformer.sweep import launch_local
 from madformer.sweep.driver import run_sweep
 from madformer.sweep.load_sweep import load_sweep
 from madformer.sweep.trial import trial_commands
@@ -52,6 +53,7 @@ def run(sweep_file, *overrides, retry_failed=False, commands=stand_ins):
 
 
 if __name__ == "__main__":
+    launch_local.LOCK_PLACES = (Path.cwd(),)
     arguments = [argument for argument in sys.argv[1:] if argument != "--retry-failed"]
     status = run_sweep(load_sweep(arguments[0], arguments[1:]), "--retry-failed" in sys.argv, stand_ins)
     print("heavy:", *sorted({"optuna", "torch"} & sys.modules.keys()))

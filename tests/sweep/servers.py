@@ -29,6 +29,7 @@ def database(name: str, port: int = 15437) -> Iterator[tuple[str, Path]]:
     with tempfile.TemporaryDirectory(prefix=f"madformer-{name}-", ignore_cleanup_errors=True) as temporary:
         Path(temporary).chmod(0o755)
         folder = Path(temporary) / "server"
+        os.environ["STUDY_PASSWORD"] = "word"  # the URL names it: no file may contain it
         url = script(f"{name}.sh", "start", folder, port).split()[-1]
         try:
             yield url, folder

@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -34,9 +33,8 @@ def begun():
 
 
 @pytest.fixture
-def share(sweep_file, monkeypatch):
+def share(monkeypatch, sweep_file):
     """Starts drivers, whose locks lie in the test's folder and whose trials wait for `release`."""
-    monkeypatch.setenv("TMPDIR", str(sweep_file.parent))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def start_sharing(depths, gpus, *overrides):
@@ -90,8 +88,7 @@ def test_drivers_that_share_and_one_that_does_not_and_an_orphan(share):
     assert alone.wait(SECONDS) == second.wait(SECONDS) == 0
 
 
-def test_parts_of_a_gpu_never_exceed_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_parts_of_a_gpu_never_exceed_it():
     half = lock_gpus(("a",), 1, 2)
     assert half and lock_gpus(("a",)) is None and lock_gpus(("a",), 1, 3) is None and lock_gpus(("a",), 3, 4) is None
     quarters = [lock_gpus(("a",), part, 4) for part in (0, 1)]

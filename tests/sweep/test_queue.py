@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -382,7 +383,7 @@ def test_a_study_on_a_full_disk_is_not_to_be_deleted(free, sweep_file, tmp_path)
 )
 def test_a_storage_that_cannot_be_had_is_one_line_without_the_password(sweep_file, url, message):
     with pytest.raises(InputError, match=message) as caught:
-        Storage(load_sweep(sweep_file, [f"storage={url}"]))
+        Storage(replace(load_sweep(sweep_file), storage=url))
     assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
 
 

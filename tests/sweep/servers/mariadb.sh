@@ -24,7 +24,7 @@ start)
   done
   mariadb --no-defaults --socket="$folder/socket" -e "create database studies; create user 'me'@'127.0.0.1' \
     identified by 'word'; grant all on studies.* to 'me'@'127.0.0.1'"
-  echo "mysql://me:word@127.0.0.1:$port/studies"
+  echo "mysql://me:\$STUDY_PASSWORD@127.0.0.1:$port/studies"
   ;;
 stop) kill "$(cat "$folder/pid")" ;;
 *)
