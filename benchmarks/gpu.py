@@ -1,4 +1,4 @@
-"""A card's numbers for docs/performance.md: training steps and sampling, eager, compiled and as released.
+"""A card's numbers for docs/explanation/performance.md: training steps and sampling, eager, compiled and as released.
 
     python -m benchmarks.gpu --out gpu.json
 

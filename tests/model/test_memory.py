@@ -1,6 +1,6 @@
 """What training needs on a device, against the tensors that are alive after a forward on a GPU that computes nothing.
 
-`python -m tests.model.test_memory` prints the tables of docs/clusters.md, the second one on a CUDA build of torch alone.
+`python -m tests.model.test_memory` prints the tables of docs/how_to/devices.md, the second one on a CUDA build of torch alone.
 """
 
 import contextlib
