@@ -37,7 +37,7 @@ data: {source: /data/photos, latents: latents/photos, batch_size: 32}
 trainer: {max_steps: 50_000}
 ```
 
-`base: other.yaml` starts from another experiment instead. The path is relative to the file's folder.
+`base: other.yaml` starts from another experiment instead. The path is relative to the file.
 
 On the command line, set a field by `section.field=value` after the file or the run. Write lists as
 `evaluation.nfe=[280,700]` and nothing as `null`. An unknown field is refused with the nearest real
