@@ -69,7 +69,7 @@ docs: $(DEV) ## write the generated pages of the docs and draw the figures of th
 	$(BIN)/python scripts/draw_concepts.py
 
 site: $(DEV) ## build the documentation, into build/site/index.html
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 env: $(DEV) ## install the package and the developers' tools into .venv
 
