@@ -76,7 +76,7 @@ def test_the_reference_of_the_command_line_is_current():
 
 def test_the_site_builds_without_warnings(tmp_path):
     """Internal links, anchors, the navigation and the names of the Python reference are checked by MkDocs."""
-    argv = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    argv = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     variables = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(argv, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
