@@ -347,7 +347,7 @@ def test_the_page_lists_the_tags_of_a_run(tmp_path):
 
     page = (ROOT / "docs/reference/tensorboard.md").read_text()
     rows = re.findall(r"^\| `(.*?)` .*\| (.*?) \|$", page, re.MULTILINE)
-    conditions = {tag: condition for tag, condition in rows if tag not in PLACEHOLDERS}
+    conditions = {tag: condition for tag, condition in rows if tag not in PLACEHOLDERS and not tag.startswith("report")}
     words = re.compile("|".join(PLACEHOLDERS))
     patterns = {tag: words.sub(lambda word: PLACEHOLDERS[word[0]], tag) for tag in conditions}
     assert {tag for tag in tags if not any(re.fullmatch(pattern, tag) for pattern in patterns.values())} == set()
