@@ -26,7 +26,7 @@ SWEEP := sweeps/quickstart.yaml
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart notebooks test test-gpu test-browser test-cluster lint docs env lock clean
+.PHONY: help quickstart notebooks test test-gpu test-browser test-cluster lint docs site env lock clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -63,16 +63,20 @@ lint: $(DEV) ## check style, format, spelling and types
 	$(BIN)/codespell
 	$(BIN)/mypy
 
-docs: $(DEV) ## write docs/configuration.md and draw the figures of docs/concepts.md anew
+docs: $(DEV) ## write the generated pages of the docs and draw the figures of the concepts
 	$(BIN)/python scripts/write_configuration.py
+	$(BIN)/python scripts/write_command_line.py
 	$(BIN)/python scripts/draw_concepts.py
+
+site: $(DEV) ## build the documentation, into build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 env: $(DEV) ## install the package and the developers' tools into .venv
 
 lock: ## write constraints.txt anew
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install torch==$(TORCH) --editable '.[dev,fid]'
+	build/lock/bin/python -m pip install torch==$(TORCH) --editable '.[dev,docs,fid]'
 	build/lock/bin/python -m pip freeze --all --exclude-editable --exclude pip > build/lock/frozen.txt
 	grep '^#' constraints.txt > build/lock/constraints.txt
 	sed 's/+[a-z0-9.]*$$//' build/lock/frozen.txt >> build/lock/constraints.txt
@@ -92,5 +96,5 @@ $(CORE): pyproject.toml constraints.txt $(CREATED)
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt $(CREATED)
-	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --editable '.[dev,docs]'
 	@touch $(CORE) $@

@@ -7,5 +7,5 @@ python -m benchmarks.evaluation       sampling against all other work of an eval
 python -m benchmarks.decisions        error rate, power and seeds of simulated sweeps
 python -m benchmarks.features         metrics of images of known quality
 python -m benchmarks.parity           our numbers compared with those of the authors' code, both branches
-python -m benchmarks.gpu              training and sampling of the full models on a GPU, for docs/performance.md
+python -m benchmarks.gpu              training and sampling of the full models on a GPU, for docs/explanation/performance.md
 """

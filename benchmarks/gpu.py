@@ -1,4 +1,4 @@
-"""Measure a GPU for docs/performance.md: training steps and sampling, eager, compiled and as released.
+"""Measure a GPU for docs/explanation/performance.md: training steps and sampling, eager, compiled and as released.
 
     python -m benchmarks.gpu --out gpu.json
 

@@ -89,7 +89,7 @@ def compare(branch: str, variant: str) -> Iterator[Comparison]:
 
 
 def main() -> None:
-    """Print the table of docs/reproducing.md."""
+    """Print the table of docs/explanation/reproducing.md."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     columns = ("forward/denoised", "forward/clean_tower", "forward/text_logits", "sample/ddim5", "sample/dpm5")

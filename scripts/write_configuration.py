@@ -1,4 +1,4 @@
-"""Write docs/configuration.md: every field of experiments and sweeps, from the dataclasses and the texts under their fields.
+"""Write docs/reference/configuration.md: fields of experiments and sweeps, from the dataclasses and the texts under them.
 
 python scripts/write_configuration.py        (or `make docs`)
 """
@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
+from textwrap import fill
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -19,15 +20,15 @@ from madformer.config.validation import choice_name
 from madformer.runs.files import write_text
 from madformer.sweep.spec import Sweep
 
-PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "configuration.md"
 
 INTRODUCTION = """\
 # Configuration
 
-Every field of an experiment and of a sweep, with its default. `make docs` writes this page from the dataclasses in
-`madformer/config/` and `madformer/sweep/spec.py`.
+Every field of an experiment and of a sweep, with its default. `make docs` writes this page from the
+dataclasses in `madformer/config/` and `madformer/sweep/spec.py`.
 
-An experiment's YAML file holds only what differs from the defaults, which are the paper's FFHQ-1024 run:
+An experiment's YAML file holds only what differs from the defaults, the paper's FFHQ-1024 run:
 
 ```yaml
 name: small
@@ -36,18 +37,17 @@ data: {source: /data/photos, latents: latents/photos, batch_size: 32}
 trainer: {max_steps: 50_000}
 ```
 
-`base: other.yaml`, a path from the file's own folder, makes it hold only what differs from another experiment's file.
+`base: other.yaml` starts from another experiment instead. The path is relative to the file.
 
-Any field is also a `section.field=value` on the command line, behind the file or behind a run; lists are written as
-`evaluation.nfe=[280,700]`, nothing as `null`. An unknown field is refused with the nearest real one, a value that is not legal
-with those that are.
+On the command line, set a field by `section.field=value` after the file or the run. Write lists as
+`evaluation.nfe=[280,700]` and nothing as `null`. An unknown field is refused with the nearest real
+one, an illegal value with the legal ones.
 
-**New run** says whether another value makes another run.
+**New run** says whether another value starts another run.
 
-- *yes*: the field changes the trained weights and is part of the config hash. A run with another value needs another
-  name; a sweep trains another cell.
-- *no*: the field may differ from command to command. `madformer train --resume RUN` and `madformer evaluate RUN` take
-  it for that command alone.
+- *yes*: the field changes the trained weights and is part of the config hash. A run with another
+  value needs another name. A sweep trains another cell.
+- *no*: the field may differ from command to command.
 
 ## Experiments
 """
@@ -55,9 +55,10 @@ with those that are.
 SWEEPS = """\
 ## Sweeps
 
-`experiment` is needed, and a `grid`, `zip`, `variants` or `search` makes more than one run of it; [sweeps.md](sweeps.md) shows
-how they go together. On the command line they are `workers=2`, `grid.model.diffusion_depth=[2,4]`, `slurm.partition=long`; a
-field of an experiment (`trainer.max_steps=400`) is set for every cell.
+`experiment` is required. `grid`, `zip`, `variants` and `search` make several runs of it
+([how](../how_to/sweeps.md)). On the command line, set `workers=2`, `slurm.partition=long` or
+`grid.model.diffusion_depth=[2,4]`. A field of an experiment, such as `trainer.max_steps=400`, holds
+for every cell.
 """
 
 HEADING = "| field | default | values | new run | |\n| --- | --- | --- | --- | --- |"
@@ -99,7 +100,10 @@ def section(root: type, name: str) -> str:
         kind = inner
     texts, hints = docstrings(kind), get_type_hints(kind)
     lines = [f"### {name}\n"] if name else []
-    lines += [f"{inspect.cleandoc(kind.__doc__ or '').splitlines()[0]}\n", SWEEP_HEADING if root is Sweep else HEADING]
+    lines += [
+        f"{fill(inspect.cleandoc(kind.__doc__ or '').splitlines()[0], 99)}\n",
+        SWEEP_HEADING if root is Sweep else HEADING,
+    ]
     for field in fields(kind):
         full = f"{name}.{field.name}" if name else field.name
         values, default = what(hints[field.name]), default_of(field)

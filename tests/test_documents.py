@@ -24,13 +24,14 @@ from tests.tiny_runs import TINY, command, perform, scalars
 
 YAML = [(document, block) for document in DOCUMENTS for block in blocks(document, "yaml")]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+NAME = re.compile(r"^::: (\S+)$", re.MULTILINE)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
 def anchors(text: str) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """Of the headings, as GitHub makes them, and of the names in the Python reference."""
     headings = HEADING.findall(BLOCKS.sub("", text))
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {*NAME.findall(text)} | {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -89,7 +90,7 @@ def test_the_figures_of_the_concepts_are_current():
 
 
 def test_steps_for_budgets():
-    text = (ROOT / "docs/concepts.md").read_text()
+    text = (ROOT / "docs/explanation/concepts.md").read_text()
     budgets = [int(budget) for budget in re.findall(r"NFE (\d+) \|", text)]
     rows = {int(depth): cells for depth, cells in re.findall(r"^\| D = (\d+) \|(.*)\|$", text, re.MULTILINE)}
     assert budgets == [280, 700, 1400, 2800] and list(rows) == [7, 14, 21, 28]
@@ -107,7 +108,7 @@ def test_messages_that_are_explained_are_those_of_the_code():
                 messages.add("".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 messages.add(re.sub(r"%(\.\d)?[a-z]", "...", node.value))
-    rows = re.findall(r"^\| (.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (.*?) \|", (ROOT / "docs/how_to/troubleshooting.md").read_text(), re.MULTILINE)
     quoted = [quote for row in rows for quote in re.findall(r"`(.+?)`", row)]
     assert len(quoted) > 50
     unknown = [quote for quote in quoted if not any(quote.strip(" .:;,") in message for message in messages)]
@@ -116,7 +117,7 @@ def test_messages_that_are_explained_are_those_of_the_code():
 
 def test_a_loss_of_ones_own(tmp_path, monkeypatch):
     """The documentation's: it is logged, and its run is gone on with by the same class alone."""
-    [script] = [code for code in blocks("docs/extending.md", "python") if code.startswith("# seams.py")]
+    [script] = [code for code in blocks("docs/how_to/extending.md", "python") if code.startswith("# seams.py")]
     (tmp_path / "seams.py").write_text(script)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The files of a source, listed once by the rules of docs/data.md.
+"""The files of a source, listed once by the rules of docs/reference/data.md.
 
 `datasets` would list a folder 66 times to guess splits from words in its paths, and silently ignore all other files.
 """

@@ -1,4 +1,6 @@
-"""A run's curves in TensorBoard: quality against NFE, FLOPs and seconds, and diagnostics. `docs/tensorboard.md` lists the tags.
+"""A run's curves in TensorBoard: quality against NFE, FLOPs and seconds, and diagnostics.
+
+`docs/reference/tensorboard.md` lists the tags.
 
 TensorBoard draws a scalar against an integer step. Here the step is what a point cost, not when it was trained, so the runs of
 a sweep overlay as curves of quality against compute. A run's main curve has the bare tag, `fid_vs_nfe`; other samplers,

@@ -288,7 +288,7 @@ def test_held_out_images_that_are_not(tmp_path, caplog):
 
 
 def test_the_bias_is_that_of_samples_and_of_held_out_images():
-    """The numbers of docs/evaluation.md: digits against other digits."""
+    """The numbers of docs/explanation/evaluation.md: digits against other digits."""
     features, generator = build_feature_network("digits")(load_digits()[0]).features_BD, torch.Generator().manual_seed(0)
     distances, rows = [], torch.arange(1797)
     for _ in range(20):
@@ -301,7 +301,7 @@ def test_the_bias_is_that_of_samples_and_of_held_out_images():
 
 
 def test_memorisation_of_real_digits():
-    """The numbers of docs/evaluation.md."""
+    """The numbers of docs/explanation/evaluation.md."""
     features, generator = build_feature_network("digits")(load_digits()[0]).features_BD, torch.Generator().manual_seed(0)
     shares, rows = [], torch.arange(1797)
     for _ in range(20):

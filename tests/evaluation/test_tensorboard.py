@@ -335,7 +335,7 @@ PLACEHOLDERS = {
     "HOW": "unipc",
     "SAMPLES": "ema, 2 steps, seed 0",
 }
-"""Words of docs/tensorboard.md that stand for a part that differs -> that part in the run below."""
+"""Words of docs/reference/tensorboard.md that stand for a part that differs -> that part in the run below."""
 
 
 def test_the_page_lists_the_tags_of_a_run(tmp_path):
@@ -348,9 +348,9 @@ def test_the_page_lists_the_tags_of_a_run(tmp_path):
     files = [LegacyEventFileLoader(str(path)) for path in run.glob("events*")]
     tags = {value.tag for file in files for event in file.Load() for value in event.summary.value}
 
-    page = (ROOT / "docs/tensorboard.md").read_text()
+    page = (ROOT / "docs/reference/tensorboard.md").read_text()
     rows = re.findall(r"^\| `(.*?)` .*\| (.*?) \|$", page, re.MULTILINE)
-    conditions = {tag: condition for tag, condition in rows if tag not in PLACEHOLDERS}
+    conditions = {tag: condition for tag, condition in rows if tag not in PLACEHOLDERS and not tag.startswith("report")}
     words = re.compile("|".join(PLACEHOLDERS))
     patterns = {tag: words.sub(lambda word: PLACEHOLDERS[word[0]], tag) for tag in conditions}
     assert {tag for tag in tags if not any(re.fullmatch(pattern, tag) for pattern in patterns.values())} == set()

@@ -1,6 +1,6 @@
 """The estimate of training memory, against the tensors that are alive after a forward on a GPU that computes nothing.
 
-`python -m tests.model.test_memory` prints the tables of docs/clusters.md, the second one only with a CUDA build of torch.
+`python -m tests.model.test_memory` prints the tables of docs/how_to/devices.md, the second one only with a CUDA build of torch.
 """
 
 import contextlib
