@@ -1,4 +1,4 @@
-"""Draw the figures of docs/explanation/concepts.md: the two axes of the model, and the places of other systems in its design space.
+"""Draw the figures of docs/explanation/concepts.md: the axes of the model, and other systems in its design space.
 
 python scripts/draw_concepts.py        (or `make docs`)
 """
