@@ -385,7 +385,7 @@ def contact_sheet(title: str, sheets: Sequence[tuple[str, Sequence[str], np.ndar
     heights = [0.4 + 0.85 * width * tiles_YX3.shape[0] / tiles_YX3.shape[1] for _, _, tiles_YX3 in sheets]
     with rc_context(STYLE):
         longest = max(len(label) for _, labels, _ in sheets for label in labels)
-        figure = Figure(figsize=(width + 0.07 * max(0, longest - 10), 0.4 + sum(heights)), layout="constrained")
+        figure = Figure(figsize=(width + 0.07 * max(0, longest - 10), 0.4 + sum(heights)), layout="compressed")
         panels = figure.subplots(len(sheets), 1, squeeze=False, height_ratios=heights)[:, 0]
         for panel, (name, labels, tiles_YX3) in zip(panels, sheets, strict=True):
             panel.imshow(tiles_YX3)
