@@ -18,7 +18,7 @@ from scripts import write_command_line
 from tests.conftest import ROOT
 from tests.documents import BLOCKS, DOCUMENTS, blocks
 
-PROSE = [document for document in DOCUMENTS if document != "README.md" and not document.startswith("docs/results/")]
+PROSE = [document for document in DOCUMENTS if not document.startswith("docs/results/")]
 PROGRAM = typer.main.get_command(app)
 COMMANDS = {**dict(write_command_line.commands(PROGRAM)), "madformer": PROGRAM}
 KEYS = {*all_keys(ExperimentConfig), *all_keys(Sweep)}
