@@ -14,14 +14,17 @@ _REFERENCES = r"(?:\$\w+|\$\{[^{}]*\}|\*\*\*)+"
 """What stands for a secret: variables of the environment, or a mask."""
 
 _SECRETS = (
-    re.compile(rf"(:/{{1,2}}[^\s/?#@:\[]*:)(?!\d{{1,5}}(?:/|$)|{_REFERENCES}@)[^\s'\"]+(?=@)"),
+    re.compile(rf"(:/{{1,2}}[^\s/?#@:\[]*:)(?!\d{{1,5}}(?:/|$)|:[\w.+-]+:|{_REFERENCES}@)[^\s'\"]+(?=@)"),
     re.compile(
         r"([?&#;](?:[\w.-]*(?:token|secret|passw|passphrase|signature|credential|api[-_]?key|access[-_]?key)[\w.-]*|sig|key|pwd|pass|auth)=)"
         rf"(?!{_REFERENCES}(?:[&#;'\"\s]|$))[^\s&#;'\"]+",
         re.IGNORECASE,
     ),
 )
-"""The password of a URL, and the value of a parameter that grants access, after the part that is no secret."""
+"""The password of a URL, and the value of a parameter that grants access, after the part that is no secret.
+
+`zip://x::hf://...` is a chain of addresses, without a password.
+"""
 
 
 def mask_secrets(text: str) -> str:

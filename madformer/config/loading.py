@@ -177,13 +177,17 @@ def _keep_references(fields: Any, frozen: bool = False) -> None:
     for key in list(fields.keys()) if isinstance(fields, DictConfig) else range(len(fields)):
         node = fields._get_node(key)
         raw = node._value() if node is not None else None
-        if isinstance(raw, str) and "${oc.env:" in raw and (frozen or mask_secrets(fields[key]) != fields[key]):
+        if isinstance(raw, str) and "${oc.env:" in raw and (frozen or _is_secret(fields[key])):
             with read_write(fields):
                 fields[key] = raw.replace("${", "\\${")
         elif isinstance(node, (DictConfig, ListConfig)) and not (
             node._is_none() or node._is_missing() or node._is_interpolation()
         ):
             _keep_references(node, frozen)
+
+
+def _is_secret(value: Any) -> bool:
+    return isinstance(value, str) and mask_secrets(value) != value
 
 
 def merge(below: DictConfig, fields: DictConfig, where: str = "") -> DictConfig:

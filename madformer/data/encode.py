@@ -41,7 +41,7 @@ from madformer.data.sources import ROWS_PER_SHARD, ImageSource, open_source
 from madformer.errors import ConfigError, DataError, InputError
 from madformer.parallel import Share, cluster_rank, find_devices, own_device, share_out
 from madformer.progress import ProgressDisplay
-from madformer.runs.files import claim_folder, file_checksum, remove_stale, write_text
+from madformer.runs.files import STALE_SECONDS, claim_folder, file_checksum, remove_stale, write_text
 
 _log = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ def _finish(folder: Path, encoding: Encoding, source: ImageSource, codec: Codec)
         return
     if not any(shard.rows for shard in shards):
         raise DataError(f"{encoding.source}: none of its images can be read")
-    remove_stale(folder, "shard-*")
+    remove_stale(folder, "shard-*", STALE_SECONDS)  # another process may make a torn shard again
     skipped = _skipped(shards)
     write_text(folder / "skipped.txt", "".join(f"{key}\t{flaw}\n" for key, flaw in skipped))
     manifest = summarise(encoding, shards, {})

@@ -330,7 +330,8 @@ def lies_below(path: str, root: str, follow_links: bool = True) -> bool:
         rest = path.removeprefix(f"{root}/")
         return rest != path and not {"..", "."} & set(rest.split("/")) and "::" not in rest and "%2e" not in rest.lower()
     final = os.path.realpath(path) if follow_links else os.path.abspath(path)  # noqa: PTH100
-    return final.startswith(os.path.join(os.path.realpath(root), ""))  # noqa: PTH118
+    roots = os.path.realpath(root), os.path.abspath(root)  # noqa: PTH100 - a link may lead to it
+    return any(final.startswith(os.path.join(each, "")) for each in roots)  # noqa: PTH118
 
 
 # ---- What cannot be read

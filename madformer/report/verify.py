@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import quote
 
 from madformer.config import load_run, read_config_hash
 from madformer.config.identity import config_path, is_run
@@ -24,9 +27,12 @@ from madformer.data.latents import (
 )
 from madformer.errors import InputError
 from madformer.runs.checkpoints import find_flaw, list_checkpoints, read_checksum
-from madformer.runs.files import progress_path
+from madformer.runs.files import progress_path, require_readable
 
 STUDY = "study.db"
+
+_TRIES = 5
+"""How often a study is copied that a driver writes to meanwhile."""
 
 _ENCODE = "madformer encode EXPERIMENT.yaml makes it again"
 
@@ -146,6 +152,8 @@ def _checked(path: Path, kind: str, read: Callable[[], Any], has_checksum: bool 
     except FileNotFoundError:  # a living process has replaced it
         pass
     except Exception as error:  # a flipped bit leads anywhere
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.ENOSPC):  # not the file's fault
+            raise
         flaw = f"{' '.join(str(error).split())}; restore it"
     return Finding(path, kind, flaw, has_checksum)
 
@@ -220,6 +228,7 @@ def _reference(path: Path) -> Finding:
 
     def read() -> None:
         nonlocal has_checksum
+        require_readable(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         if METADATA in metadata:
@@ -235,30 +244,52 @@ def _part(path: Path) -> Finding:
 
     from madformer.evaluation.feature_cache import CHECKSUM, load_part
 
+    require_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             has_checksum = CHECKSUM in (file.metadata() or {})
         load_part(path)
     except SafetensorError as error:
         return Finding(path, "features", f"{' '.join(str(error).split())}; madformer evaluate samples them again")
-    except OSError:
+    except FileNotFoundError:
         return Finding(path, "features that are gone")  # a living evaluation has measured them
     return Finding(path, "features", has_checksum=has_checksum)
 
 
 def _study(path: Path) -> Finding:
-    """SQLite's own check of the structure: a study has no checksums. Neither lock nor log are touched."""
+    """SQLite's own check of the structure, on a copy: a study has no checksums, and may have to be completed by its log."""
+    names = [path, *(path.with_name(f"{path.name}{ending}") for ending in ("-wal", "-journal"))]
+
+    def state() -> list[tuple[int, int]]:
+        states = (name.stat() for name in names if name.exists())
+        return [(each.st_mtime_ns, each.st_size) for each in states]
 
     def read() -> None:
-        connection = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro&immutable=1", uri=True)
-        try:
-            found = [str(row[0]) for row in connection.execute("PRAGMA integrity_check")]
-            connection.execute("SELECT count(*) FROM trials")
-        except sqlite3.DatabaseError as error:
-            found = [str(error)]
-        finally:
-            connection.close()
-        if found != ["ok"]:
-            raise InputError(f"{path}: {found[0]}; delete it: what is done is read from the runs")
+        for _ in range(_TRIES):
+            with TemporaryDirectory() as folder:
+                before = state()
+                for name in names:
+                    if name.exists():
+                        shutil.copyfile(name, Path(folder) / name.name)
+                is_still = state() == before  # else a driver wrote meanwhile
+                flaw = _study_flaw(Path(folder) / path.name)
+            if flaw is None:
+                return
+            if is_still:
+                raise InputError(f"{path}: {flaw}; delete it: what is done is read from the runs")
+            time.sleep(0.2)
+        raise InputError(f"{path}: {flaw}, but it changes all the time; look again when its sweep rests")
 
     return _checked(path, "studies", read, has_checksum=False)
+
+
+def _study_flaw(path: Path) -> str | None:
+    connection = sqlite3.connect(path)
+    try:
+        found = [str(row[0]) for row in connection.execute("PRAGMA integrity_check")]
+        connection.execute("SELECT count(*) FROM trials")
+    except sqlite3.DatabaseError as error:
+        found = [str(error)]
+    finally:
+        connection.close()
+    return None if found == ["ok"] else found[0]

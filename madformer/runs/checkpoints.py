@@ -261,7 +261,12 @@ class KnownRuns:
     def find(self, config_hash: str) -> Path | None:
         """The run of a configuration; None: there is none, or its owner keeps it to himself."""
         run = self._runs.get(config_hash)
-        return run if run and all(os.access(path, os.R_OK) for path in (*run.iterdir(), *list_checkpoints(run))) else None
+        try:
+            for path in (*run.iterdir(), *list_checkpoints(run)) if run else ():
+                require_readable(path)
+        except PermissionError:
+            return None
+        return run
 
     @cached_property
     def _runs(self) -> dict[str, Path]:

@@ -32,6 +32,9 @@ _CHECKSUM = "checksum"
 Purpose = Literal["train", "evaluate", "tune", "encode", "sample", "import"]
 """The command that claims a folder."""
 
+STALE_SECONDS = 3600.0
+"""A process that lives replaces a temporary file sooner."""
+
 PATIENCE_SECONDS = 5.0
 """How long `hold_lock` waits in silence."""
 
@@ -49,7 +52,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         temporary.unlink()
         yield temporary
-        if temporary.stat().st_mode != mode:  # safetensors' files are the user's alone
+        made = temporary.stat()
+        if made.st_mode != mode and made.st_nlink == 1:  # safetensors' are the user's alone; a linked one is another's too
             temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -309,17 +313,23 @@ def claim_folder(folder: Path, purpose: Purpose, rank: int = 0) -> Iterator[None
         return
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f".{purpose}.lock", timeout=0)
+    path = folder / f".{purpose}.lock"
+    lock = FileLock(path)
     try:
-        with lock:
-            yield
+        lock.acquire(timeout=0)
     except Timeout:
-        holder = "".join(f": {each}" for each in lock_holders(folder / f".{purpose}.lock"))
+        holder = "".join(f": {each}" for each in lock_holders(path))
         raise InputError(f"{folder} is in use by another process ({purpose}){holder}; wait for it, or stop it") from None
+    try:
+        yield
     finally:
-        if not existed and {path.name for path in folder.iterdir()} <= {f".{purpose}.lock"}:
-            (folder / f".{purpose}.lock").unlink(missing_ok=True)  # it ended before it began: leave nothing
-            folder.rmdir()
+        try:
+            if not existed and [each.name for each in folder.iterdir()] == [path.name]:  # it ended before it began
+                path.unlink()  # while it is held: whoever waits for it sees that it is gone
+                with contextlib.suppress(OSError):  # another process begins there
+                    folder.rmdir()
+        finally:
+            lock.release()
 
 
 def is_claimed(folder: Path, purpose: Purpose) -> bool | None:

@@ -37,13 +37,18 @@ from madformer.runs.checkpoints import (
     newest_intact,
     require_own,
 )
-from madformer.runs.files import atomic_write, claim_folder, copy_traces, drop_previews, link_or_copy, remove_stale
+from madformer.runs.files import (
+    STALE_SECONDS,
+    atomic_write,
+    claim_folder,
+    copy_traces,
+    drop_previews,
+    link_or_copy,
+    remove_stale,
+)
 from madformer.training.callbacks import AtomicCheckpointIO, Preview, Profile, RunCheckpoints, RunProgress
 from madformer.training.logging import build_loggers, copy_rows, where_logged
 from madformer.training.module import LitMADFormer
-
-_STALE_SECONDS = 3600.0
-"""A process that lives replaces a temporary file sooner."""
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -77,7 +82,7 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
         if _rank() == 0:
             remove_stale(run / "checkpoints")
             remove_stale(run / "samples", "preview-*")
-            remove_stale(run, seconds=_STALE_SECONDS)  # other commands write there too
+            remove_stale(run, seconds=STALE_SECONDS)  # other commands write there too
         begins_as_branch = branch is not None and not list_checkpoints(run)
         if branch is not None and begins_as_branch and _rank() == 0:
             _begin_branch(config, module_class, branch)

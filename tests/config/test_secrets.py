@@ -19,6 +19,7 @@ SECRETS = [
     ("redis://:hush@host", "redis://:***@host"),
     ("mysql://me:hu@sh#?@host:3306/a", "mysql://me:***@host:3306/a"),
     ("simplecache::https://me:hush@host/x", "simplecache::https://me:***@host/x"),
+    ("zip://x.png::https://me:hush@host/x.zip", "zip://x.png::https://me:***@host/x.zip"),
     ("https://host/x?token=hush&page=2", "https://host/x?token=***&page=2"),
     ("https://host/x?page=2&sig=hush", "https://host/x?page=2&sig=***"),
     ("https://host/x?X-Amz-Signature=hush&X-Amz-Date=1", "https://host/x?X-Amz-Signature=***&X-Amz-Date=1"),
@@ -28,6 +29,7 @@ SECRETS = [
 PLAIN = [
     "hf://datasets/owner/name@COMMIT",
     "https://host:8080/a@b/x.tar",
+    "zip://x.png::hf://datasets/owner/name@COMMIT/x.zip",
     "https://host/x?page=2&keyword=cat",
     "postgresql://me@host/a",
     "postgresql://me:$WORD@host/a",
@@ -108,6 +110,16 @@ def test_variables_are_resolved_when_used_and_neither_kept_nor_hashed(tmp_path, 
     monkeypatch.setenv("PLACE", "/data/x")
     plain = tiny_run(tmp_path, "data.source=${oc.env:PLACE}", "data.codec=vae:x", "data.latents=x", "model.latent_channels=4")
     assert plain.data.source == "/data/x", "what is no secret is resolved as ever"
+
+
+def test_variables_may_hold_values_of_any_type(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBER", "5")
+    monkeypatch.setenv("SWITCH", "false")
+    file = tmp_path / "typed.yaml"
+    fields = {"seed": "${oc.env:NUMBER}", "data": {"flip": "${oc.env:SWITCH}", "max_skipped": "${oc.decode:${oc.env:NUMBER}}"}}
+    file.write_text(json.dumps({"base": str(DIGITS), **fields}))
+    config = load_experiment(file, ["trainer.max_steps=${oc.env:NUMBER}"])
+    assert (config.seed, config.data.flip, config.data.max_skipped, config.trainer.max_steps) == (5, False, 5, 5)
 
 
 def test_cells_of_a_sweep_keep_the_name_of_a_secret(called, tmp_path, monkeypatch):

@@ -57,6 +57,24 @@ def server():
     listening.server_close()
 
 
+def test_a_source_may_lie_behind_a_link(tmp_path):
+    folder, link = tmp_path / "disk/photos", tmp_path / "photos"
+    folder.mkdir(parents=True)
+    link.symlink_to(folder)
+    write_parquet(folder / "train.parquet", 2)
+    card = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train.parquet\n"
+    (folder / "README.md").write_text(f"---\n{card}---\n")
+    assert [row.read() for row in all_rows(source_of(link))] == [as_bytes(picture(number)) for number in range(2)]
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "1.png").write_bytes(as_bytes(picture(1)))
+    (folder / "metadata.csv").write_text("file_name\n1.png\ngone.png\n")
+    first, second = all_rows(source_of(link))
+    assert first.read() == as_bytes(picture(1))
+    with pytest.raises(BadImage, match="no such file"):
+        second.read()
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("how", ["absolute", "dots", "link", "address", "chain", "fifo", "device"])
 def test_rows_open_no_file_and_no_address_elsewhere(how, streaming, private, server, tmp_path):

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from madformer.config import read_config_hash, write_config
 from madformer.data.latents import ShardReader, read_manifest, read_shards
 from madformer.errors import DataError, InputError
 from madformer.evaluation.feature_cache import INDICES, read_indices, write_part
 from madformer.report.verify import verify
 from madformer.runs.checkpoints import (
+    KnownRuns,
     checkpoint_path,
     find_flaw,
     load_checkpoint,
@@ -25,9 +27,9 @@ from madformer.runs.checkpoints import (
     read_checksum,
     save_checkpoint,
 )
-from madformer.runs.files import read_previews, remove_stale
+from madformer.runs.files import atomic_write, claim_folder, link_or_copy, read_previews, remove_stale
 from tests.data.test_latents import fill
-from tests.tiny_runs import command, perform, train_command
+from tests.tiny_runs import command, perform, tiny_run, train_command
 
 
 def flip(path, bit):
@@ -248,6 +250,58 @@ def test_verify_checks_the_structure_of_a_study(tmp_path, capsys):
     for damaged in (content[:5000], content[:4096] + bytes(4096) + content[8192:], b"\0" + content[1:], b""):
         path.write_bytes(damaged)
         assert not verify([tmp_path]) and "delete it: what is done is read from the runs" in capsys.readouterr().out
+
+
+def test_a_study_is_whole_together_with_its_log(tmp_path):
+    for mode in ("wal", "delete"):
+        path = tmp_path / mode / "study.db"
+        path.parent.mkdir()
+        writer = sqlite3.connect(path, isolation_level=None)
+        writer.executescript(f"PRAGMA journal_mode={mode}; PRAGMA wal_autocheckpoint=0; PRAGMA cache_size=2")
+        writer.executescript("CREATE TABLE trials (number INTEGER, name TEXT); CREATE INDEX names ON trials (name)")
+        rows = [(number, os.urandom(100).hex()) for number in range(600)]
+        for row in rows[:500]:
+            writer.execute("INSERT INTO trials VALUES (?, ?)", row)
+        reader = sqlite3.connect(path, isolation_level=None)
+        if mode == "wal":
+            reader.execute("BEGIN").execute("SELECT count(*) FROM trials").fetchall()
+        else:
+            writer.execute("BEGIN IMMEDIATE")
+        for row in rows[500:]:
+            writer.execute("INSERT INTO trials VALUES (?, ?)", row)
+        if mode == "wal":
+            writer.execute("PRAGMA wal_checkpoint(PASSIVE)")  # copies a part: the reader needs the rest as it is
+        content = {each: each.read_bytes() for each in path.parent.iterdir()}
+        assert verify([path]) and content == {each: each.read_bytes() for each in path.parent.iterdir()}
+        reader.close()
+        writer.close()
+
+
+def test_the_mode_of_a_linked_file_stays(tmp_path):
+    trunk, branch = tmp_path / "trunk", tmp_path / "branch"
+    trunk.write_text("weights")
+    trunk.chmod(0o664)
+    with atomic_write(branch) as temporary:
+        link_or_copy(trunk, temporary)
+    assert trunk.stat().st_mode & 0o777 == 0o664
+
+
+def test_a_known_run_is_found_while_its_files_change(tmp_path):
+    run = tmp_path / "sweep" / "run"
+    write_config(tiny_run(run.parent), run)
+    (run / "gone").symlink_to(tmp_path / "nowhere")  # as a temporary file that was there a moment ago
+    assert KnownRuns(tmp_path).find(read_config_hash(run)) == run
+
+
+def test_a_claim_that_fails_leaves_that_of_the_other(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with claim_folder(folder, "train"):
+        answers = iter([False])  # both began before there was a folder
+        monkeypatch.setattr(type(folder), "is_dir", lambda path: next(answers, True))
+        with pytest.raises(InputError, match="in use by another process"), claim_folder(folder, "train"):
+            pass
+        assert (folder / ".train.lock").is_file()
+    assert not folder.exists()
 
 
 def test_broken_lines_of_previews_are_left_out(tmp_path):
