@@ -46,10 +46,10 @@ test-gpu: ## run the tests that need a CUDA device, by $(PYTHON) as it is: nothi
 	$(PYTHON) -m pytest -m cuda -p no:cacheprovider $(ARGS) tests/model/test_cuda.py; status=$$?; \
 	$(PYTHON) -m pytest -m cuda -p no:cacheprovider $(ARGS) tests/training/test_cuda_training.py && exit $$status
 
-test-browser: $(DEV) ## see that TensorBoard draws the curves, and keep pictures; installs Debian's Chromium, as root
+test-browser: $(DEV) ## look at TensorBoard's curves and a report's page, and keep pictures; installs Debian's Chromium, as root
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
 		{ apt-get update -q && apt-get install -y -q --no-install-recommends chromium chromium-driver; }
-	LOGDIR="$(LOGDIR)" $(BIN)/python -m pytest -s tests/evaluation/test_tensorboard_browser.py $(ARGS)
+	LOGDIR="$(LOGDIR)" $(BIN)/python -m pytest -s tests/evaluation/test_tensorboard_browser.py tests/report/test_page.py $(ARGS)
 
 test-cluster: $(DEV) ## run the tests that start databases and a Slurm of their own; installs Debian's packages, as root
 	@command -v sbatch munged slurmctld >/dev/null || bash tests/sweep/servers/slurm.sh install

@@ -122,6 +122,7 @@ def test_config_prints_an_experiment_that_is_the_same(tmp_path):
     (tmp_path / "base.yaml").write_text(f"base: {DIGITS}\noptimizer: {{lr: 0.002, betas: [0.8, 0.9]}}\nname: '007'\n")
     (tmp_path / "top.yaml").write_text("base: base.yaml\noptimizer: {lr: 1e-05}\nmodel: {text: {length: 8, pad_token_id: 3}}\n")
     overrides = ["model.text.vocab_size=40", "evaluation.nfe=[16,32]", "trainer.devices=null", "data.class_names=a b: #c"]
+    overrides.append("evaluation.held_out_source=a\u2028b")
     printed = perform(command("config", "top.yaml", *overrides), cwd=tmp_path)
     (tmp_path / "saved.yaml").write_text(printed)
     assert load_experiment(tmp_path / "saved.yaml") == load_experiment(tmp_path / "top.yaml", overrides)
@@ -188,6 +189,8 @@ def test_show_says_how_far_a_run_is_and_writes_nothing(run, tmp_path):
     perform(command("export", run, "--out", tmp_path / "weights.safetensors"))
     perform(command("import", tmp_path / "weights.safetensors", "--out", tmp_path / "imported"))
     assert "its weights are imported" in perform(command("show", tmp_path / "imported"))
+    printed = perform(command("diff", run, tmp_path / "imported"))
+    assert f"but the weights of {tmp_path / 'imported'} are imported" in printed and "the same weights" not in printed
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,10 @@ def compare(one: str, other: str) -> tuple[list[tuple[str, str, str]], str]:
     )
     fields = differing_fields(left, right, but=("name", "output_dir") if any(are_runs) else ())  # a run has its folder's name
     hashes = [run_hash(each) if is_run else config_hash(each) for each, is_run in zip((left, right), are_runs, strict=True)]
+    imported = [path for path, is_run in zip((one, other), are_runs, strict=True) if is_run and is_imported(Path(path))]
+    if hashes[0] == hashes[1] and imported and len({Path(one).resolve(), Path(other).resolve()}) == 2:
+        said = f"the weights of {' and '.join(imported)} are imported, and the hash knows nothing of them"
+        return fields, f"both have the configuration hash {hashes[0]}, but {said}"
     if hashes[0] == hashes[1]:
         return fields, f"both have the configuration hash {hashes[0]}: the same weights"
     return fields, f"configuration hashes {hashes[0]} and {hashes[1]}: other weights"
@@ -163,7 +167,9 @@ def design_lines(config: ExperimentConfig) -> list[str]:
     """The fields that are not the defaults', as they are typed, in lines of at most a hundred characters."""
     fields = differing_fields(ExperimentConfig(), config, but=("name", "output_dir"))
     words = (shlex.quote(f"{name}={value}") for name, _, value in fields)
-    return textwrap.wrap(" ".join(words), 96, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return textwrap.wrap(
+        " ".join(words), 96, initial_indent="  ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def load_run(run: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:

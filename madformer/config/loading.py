@@ -382,6 +382,6 @@ def _reads_back(text: str) -> bool:
     if _PLAIN.fullmatch(text) and text.lower() not in _RESERVED:
         return True  # fast: a thousand names of cells are plain
     try:
-        return read_value(text) == text
+        return len(text.splitlines()) == 1 and read_value(text) == text
     except (yaml.YAMLError, OmegaConfBaseException):
         return False

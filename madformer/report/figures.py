@@ -124,7 +124,9 @@ def line(
 def highlight(panel: Axes, label: str, points: Sequence[tuple[float, float]]) -> None:
     """A broad light line through points, below all others."""
     x, y = zip(*points, strict=True) if points else ((), ())
-    panel.plot(x, y, color="0.72", linewidth=9, solid_capstyle="round", solid_joinstyle="round", zorder=0.5, label=label)
+    round_ends: dict[str, Any] = {"solid_capstyle": "round", "solid_joinstyle": "round"}
+    dot: dict[str, Any] = {"marker": "o", "markersize": 9, "markeredgewidth": 0} if len(points) == 1 else {}
+    panel.plot(x, y, color="0.72", linewidth=9, zorder=0.5, label=label, **round_ends, **dot)
 
 
 def fit(panel: Axes, estimates: Iterable[Estimate], log: bool) -> None:
@@ -222,7 +224,9 @@ def _curves(report: Report, bases: Mapping[str, str], parts: Mapping[str, Report
     for label, base in bases.items():
         hidden = "_" if base in tuned and not differences[label] else ""
         names[label] = hidden + (f"{base} · {differences[label]}" if differences[label] not in ("", TUNED) else base)
-    several = any(len(row.quality[report.metric].values) > 1 for row in report.rows)
+    repeated = dict.fromkeys(row.quality[report.metric].over for row in report.rows)
+    kinds = dict.fromkeys("checkpoint" if over == "checkpoints" else "seed" for over in repeated if over)
+    several = f"a {' or '.join(kinds)}" if kinds else ""
     fixed = next(in_words(group.sampling) for group in report.groups if not group.difference)
     key = {"tuned": Look("0.4", "", "-", 0), f"fixed: {fixed}": Look("0.4", "", "--", 0, _THIN)} if tuned else {}
 
@@ -234,11 +238,11 @@ def _curves(report: Report, bases: Mapping[str, str], parts: Mapping[str, Report
         for name, look in key.items():
             line(panels[0], name, look, [], [])
         if several:
-            panels[0].plot([], [], ".-", color="0.4", linewidth=0.5, markersize=4, label="a seed")
+            panels[0].plot([], [], ".-", color="0.4", linewidth=0.5, markersize=4, label=several)
         panels[0].set_ylabel(f"{METRICS[metric_key(report.metric) or ''].title}\n{report.metric} ({report.better} is better)")
 
     shown = list(dict.fromkeys(name for name in names.values() if not name.startswith("_")))
-    labels = [*shown, *(["Pareto front"] if len(chosen) > 1 else []), *key, *(["a seed"] if several else [])]
+    labels = [*shown, *(["Pareto front"] if len(chosen) > 1 else []), *key, *([several] if several else [])]
     title = report.title + (f" ({report.short_names})" if report.short_names else "")
     return pictures(len(parts), labels, title, fill, sharey=True)
 

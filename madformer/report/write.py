@@ -64,14 +64,16 @@ def _page(report: Report, folder: Path, pictures: Mapping[str, bytes], against: 
 
 def _runs(report: Report, folder: Path) -> tuple[str, str]:
     """HTML: a table of the runs with what differs between them and links to their records, and the facts above all curves."""
-    fields: dict[Path, Mapping[str, Any]] = {}
+    fields: dict[Path, dict[str, list[str]]] = {}
     points: dict[Path, list[Point]] = {}
     for group in report.groups:
         for run, seed, curve in zip(group.runs, group.seeds, group.curves, strict=True):
             own = trained_fields(load_run(run)) if report.sweep is None and is_run(run) else group.axes
-            fields[run] = {**own, "seed": seed}
+            for name, value in {**own, "seed": seed}.items():
+                fields.setdefault(run, {}).setdefault(name, []).append(str(value))
             points.setdefault(run, []).extend(itertools.chain.from_iterable(curve.points.values()))
-    texts = {run: {name: str(value) for name, value in own.items()} for run, own in fields.items()}
+    # An elastic run stands in several groups, each of another depth.
+    texts = {run: {name: ", ".join(dict.fromkeys(values)) for name, values in own.items()} for run, own in fields.items()}
     names = [
         name for name in dict.fromkeys(itertools.chain(*texts.values())) if len({own.get(name) for own in texts.values()}) > 1
     ]

@@ -180,7 +180,7 @@ def copy_rows(run: Path, target: Path, step: int) -> None:
     So a run that goes on after this step has each row once. A last row that a crash cut short is left out.
     """
     columns, rows = _read_rows(run / ExperimentWriter.NAME_METRICS_FILE)
-    if columns:
+    if "step" in columns:
         kept = [row for row in rows if int(row["step"]) <= step]
         _write_rows(target / ExperimentWriter.NAME_METRICS_FILE, columns, kept)
 

@@ -137,6 +137,17 @@ def test_the_page_says_what_differs_between_runs_and_where_their_records_lie(tmp
     assert all((tmp_path / "out" / link).is_file() for link in links)
 
 
+def test_an_elastic_run_is_listed_with_all_its_depths(tmp_path):
+    elastic = curve(tmp_path, "d2", point(16, 70.0))
+    curves = [elastic, replace(elastic, label="d8", axes={"model.diffusion_depth": 8}), curve(tmp_path, "d4", point(16, 60.0))]
+    page = written(build_report(curves, "Depths"), tmp_path / "out").page
+    assert "<td>2, 8</td>" in (tmp_path / "out/report.html").read_text()
+    assert [attributes["href"] for tag, attributes in page.found if tag == "a"] == [
+        "../d2-s0/evaluations.jsonl",
+        "../d4-s0/evaluations.jsonl",
+    ]
+
+
 def test_designs_of_several_training_lengths_are_not_ranked_without_a_word(plain, tmp_path):
     said = "Not all designs were trained for as many steps (d2: 1,000, d4: 1,000, d8: 2,000): all comparisons are across these"
     assert said in plain.report.caution.replace("*", "") and plain.report.caution in plain.report.markdown()
@@ -163,6 +174,9 @@ def test_the_page_in_a_browser(kind, name, request):
         for toggled, charts, series in ((name, 3, 9), ("tuned", 3, 6), ("precision_digits", 6, 6), ("fd_digits", 3, 0)):
             window.click("label", toggled)
             assert (count("#charts svg"), count("#charts .series")) == (charts, series), toggled
+        window.click("label", name)
+        assert count(".front.alone[d*=L]") == 3, "the front of equal values is one point, which can be seen"
+        window.click("label", name)
         window.click("label", "fd_digits")
         window.click("label", "sampling time, ms per image")
         assert count("#charts svg") == 4

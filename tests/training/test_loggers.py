@@ -99,6 +99,12 @@ def test_what_a_killed_run_wrote_behind_its_checkpoint_is_cut_off(end, tmp_path)
     assert rows(tmp_path) == {2: {"loss": 0.9}, 4: {"loss": 0.5}, 6: {"loss": 0.1, "late": 7.0}}
 
 
+def test_a_table_of_another_kind_stays_as_it_is(tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,loss\n1,0.5\n")
+    copy_rows(tmp_path, tmp_path, 0)
+    assert (tmp_path / "metrics.csv").read_text() == "epoch,loss\n1,0.5\n"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_without_wandb_the_message_says_how_to_install_it(tmp_path):
     printed = perform(train_command(tmp_path, "trainer.loggers=[wandb]"), status=2)

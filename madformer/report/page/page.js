@@ -109,22 +109,27 @@ function chart(metric, cost, width) {
     svg.append(element("line", { x1: LEFT, x2: width - RIGHT, y1: y.place(tick), y2: y.place(tick), class: "grid" }));
     svg.append(element("text", { x: LEFT - 6, y: y.place(tick) + 4, "text-anchor": "end", class: "tick" }, text(tick)));
   }
-  const path = (places) => "M" + places.map(([across, up]) => `${x.place(across)},${y.place(up)}`).join("L");
+  const path = (places) => {
+    const [first, ...others] = places.map(([across, up]) => `${x.place(across)},${y.place(up)}`);
+    return ["M" + first, ...(others.length ? others : [first])].join("L"); // a single place is a dot
+  };
   if (on.shown.has("front") && better) {
-    svg.append(element("path", { d: path(paretoFront(points, better).map((point) => [point.x, point.y])), class: "front" }));
+    const front = paretoFront(points, better).map((point) => [point.x, point.y]);
+    svg.append(element("path", { d: path(front), class: front.length > 1 ? "front" : "front alone" }));
   }
   const series = new Map(points.map((point) => [point.row.label, element("g", { class: "series" })]));
   for (const [label, group] of series) {
     const look = view.looks[label], own = points.filter((point) => point.row.label === label);
     const dashes = look.dashes ? { "stroke-dasharray": look.dashes } : {};
     const same = new Set(own.map((point) => point.row.seeds.join())).size === 1;
-    if (seeds && own[0].values.length > 1) {
-      for (let seed = 0; same && own.length > 1 && seed < Math.min(...own.map((point) => point.values.length)); seed++) {
+    if (seeds && own.some((point) => point.values.length > 1)) {
+      const alike = same && own.length > 1 && own.every((point) => point.values.length === own[0].values.length);
+      for (let seed = 0; alike && seed < own[0].values.length; seed++) {
         const line = path(own.map((point) => [point.x, point.values[seed]]));
         group.append(element("path", { d: line, stroke: look.color, class: "seed", ...dashes }));
       }
       for (const point of own) {
-        for (const value of point.values) {
+        for (const value of point.values.length > 1 ? point.values : []) {
           group.append(element("circle", { cx: x.place(point.x), cy: y.place(value), r: 1.7, fill: look.color, class: "dot" }));
         }
       }
@@ -221,8 +226,9 @@ function start() {
   }
   for (const metric of Object.keys(view.metrics)) tickBox("metrics", metric, metric, metric === report.metric);
   for (const cost of view.costs) tickBox("costs", cost.key, cost.title, cost.shown);
-  const several = report.points.some((row) => Object.values(row.metrics).some((metric) => metric.values.length > 1));
-  if (several) tickBox("shown", "seeds", "each seed", true);
+  const repeated = new Set(report.points.flatMap((row) => Object.values(row.metrics).map((metric) => metric.over)));
+  const kinds = [...repeated].filter(Boolean).map((over) => over.replace(/^.* /, "").replace(/s$/, ""));
+  if (kinds.length) tickBox("shown", "seeds", `each ${[...new Set(kinds)].join(" or ")}`, true);
   if (looks.length > 1) tickBox("shown", "front", "Pareto front", true);
   byId("shown").hidden = byId("shown").children.length === 1;
   byId("key").textContent = view.key;
