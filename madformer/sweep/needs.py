@@ -29,6 +29,7 @@ from madformer.runs.checkpoints import (
     newest_intact,
     regular_checkpoints,
 )
+from madformer.runs.files import file_checksum
 from madformer.sweep.cells import Cell
 
 _log = logging.getLogger(__name__)
@@ -178,6 +179,8 @@ def drop_torn(cell: Cell) -> bool:
     """
     paths = (checkpoint_path(cell.run, step) for step in sorted({step for step, _ in _requested(cell)}))
     torn = next((path for path in paths if path.is_file() and find_flaw(path)), None)
+    if torn is not None:
+        file_checksum(torn)  # raises OSError if it is the disk that fails: then nothing is removed
     for path in list_checkpoints(cell.run):
         if torn is not None and path >= torn:
             _log.warning("%s is removed: %s is torn; it is trained again", path, torn)
