@@ -34,7 +34,7 @@ help: ## say what can be made
 quickstart: $(CORE) ## train on digits, compare three depths: a table, curves, TensorBoard
 	$(BIN)/madformer sweep run $(SWEEP)
 	$(BIN)/madformer report $(SWEEP)
-	@echo "In TensorBoard: $(BIN)/tensorboard --logdir runs (tabs Scalars, Custom Scalars, HParams)"
+	@echo "In TensorBoard: $(BIN)/tensorboard --logdir runs"
 
 notebooks: $(DEV) ## execute the notebooks, and write them with their outputs
 	$(BIN)/python scripts/execute_notebooks.py
