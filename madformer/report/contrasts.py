@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -119,10 +119,13 @@ class Verdict:
     def answer(self) -> str:
         """A sentence for each sampling on the best design for each budget; empty: there are fewer than two designs."""
         sentences = []
+        by_nfe = [choice for choice in self.choices if choice.axis == NFE]
+        designs = dict.fromkeys(name for choice in by_nfe for name in choice.values)
         for sampling in (FIXED, TUNED):
-            choices = [choice for choice in self.choices if (choice.axis, choice.sampling) == (NFE, sampling)]
+            choices = [choice for choice in by_nfe if choice.sampling == sampling]
             if choices:
-                sentences.append(f"**{'Fixed sampler' if sampling == FIXED else 'Tuned'}**: {_sentence(choices)}.")
+                found = f"{_sentence(choices)}{_gaps(choices, designs)}"
+                sentences.append(f"**{'Fixed sampler' if sampling == FIXED else 'Tuned'}**: {found}.")
         if sentences and self.trainings:
             sentences[0] = f"Trained for {self.trainings[-1].steps:,} steps. {sentences[0]}"
         return " ".join(sentences)
@@ -384,6 +387,13 @@ def _sentence(choices: Sequence[Choice]) -> str:
         likely = f"(p = {chance(least)})".replace("= >", ">")
         texts.append(f"{where}, {f'{name} {likely}' if name else 'undecided'}")
     return "; ".join(texts)
+
+
+def _gaps(choices: Sequence[Choice], designs: Iterable[str]) -> str:
+    """The designs that were not compared at a budget, in words."""
+    missing = {name: [f"{choice.cost:g}" for choice in choices if name not in choice.values] for name in designs}
+    texts = [f"{name} at NFE {', '.join(costs)}" for name, costs in missing.items() if costs]
+    return f" (not measured: {'; '.join(texts)})" if texts else ""
 
 
 def _decision(choice: Choice) -> str | None:

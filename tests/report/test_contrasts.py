@@ -175,6 +175,12 @@ def test_the_answer_in_words(tmp_path, winners_at, answer):
     assert build_report(over_seeds(tmp_path, values), "").verdict.answer == f"**Fixed sampler**: {answer}."
 
 
+def test_the_answer_names_designs_that_were_not_compared(tmp_path):
+    values = {"d2": {16: (1.0, 1.1, 1.2), 64: (1.0, 1.1, 1.2)}, "d4": {16: (9.0, 9.1, 9.2), 64: (9.0, 9.1, 9.2)}}
+    report = build_report(over_seeds(tmp_path, {**values, "d8": {16: (19.0, 19.1, 19.2)}}), "")
+    assert report.verdict.answer == "**Fixed sampler**: at every budget, d2 (p > 0.99) (not measured: d8 at NFE 64)."
+
+
 def test_fewer_than_three_seeds_are_not_tested(tmp_path):
     report = build_report(over_seeds(tmp_path, {"d2": {16: (1.0, 2.0)}, "d4": {16: (8.0, 9.0)}}), "")
     assert report.verdict.answer == "**Fixed sampler**: fewer than 3 training seeds in common, nothing is tested."
