@@ -126,14 +126,14 @@ def test_names_are_texts(plain, hostile):
 
 
 def test_the_page_says_what_differs_between_runs_and_where_their_records_lie(tmp_path):
-    for name, changes in {'q"&uo?te#': [], "plain": ["optimizer.lr=0.1", "seed=1"]}.items():
+    for name, changes in {'q"&uo?ted#': [], "plain": ["optimizer.lr=0.1", "seed=1"]}.items():
         write_config(load_experiment(ROOT / "experiments/digits.yaml", changes), tmp_path / "runs" / name)
         recorded(tmp_path / "runs" / name, point(16, 70.0))
     page = written(build_report(curves_of_runs(sorted((tmp_path / "runs").iterdir())), "Two"), tmp_path / "out").page
     assert "optimizer.lr: 0.1, 0.0" in page.texts and "seed: 1, 0" in page.texts
     assert "data.source" not in page.texts, "which both have"
     links = [unquote(attributes["href"]) for tag, attributes in page.found if tag == "a"]
-    assert [(tmp_path / "out" / link).resolve().parent.name for link in links] == ["plain", 'q"&uo?te#']
+    assert [(tmp_path / "out" / link).resolve().parent.name for link in links] == ["plain", 'q"&uo?ted#']
     assert all((tmp_path / "out" / link).is_file() for link in links)
 
 
