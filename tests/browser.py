@@ -1,4 +1,4 @@
-"""TensorBoard's pages and those of reports in a real browser, where there is one: Debian's Chromium, which `make test-browser` installs."""
+"""Open TensorBoard's pages and those of reports in a real browser, Debian's Chromium. `make test-browser` installs it."""
 
 import re
 import shutil

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from madformer.config import ExperimentConfig
@@ -25,7 +24,7 @@ from madformer.evaluation.measurement import Sampling
 from madformer.evaluation.sampling import sample_batches, tokenize
 from madformer.model import MADFormer
 from madformer.model.generation import BlockSampler
-from madformer.runs.files import atomic_write, require_readable
+from madformer.runs.files import atomic_write, require_readable, save_tensors
 
 INDICES = "indices"
 """Which samples the rows of a part are, [n] int64."""
@@ -42,7 +41,7 @@ def write_part(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     first = int(tensors[INDICES][0])
     with atomic_write(folder / f"part-{first:020d}-{secrets.token_hex(4)}.safetensors") as temporary:
-        save_file(contiguous, temporary, {CHECKSUM: tensors_checksum(contiguous)})
+        save_tensors(contiguous, temporary, {CHECKSUM: tensors_checksum(contiguous)})
 
 
 def read_parts(folder: Path) -> Iterator[dict[str, Tensor]]:

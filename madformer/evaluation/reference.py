@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from madformer import __version__
@@ -41,7 +40,7 @@ from madformer.evaluation.metrics import Moments
 from madformer.evaluation.neighbours import Within, nearest_distances, pairs_within
 from madformer.progress import ProgressDisplay
 from madformer.randomness import keyed_generator
-from madformer.runs.files import atomic_write, hold_lock, remove_stale, require_readable
+from madformer.runs.files import atomic_write, hold_lock, remove_stale, require_readable, save_tensors
 
 KEPT = 50_000
 """Images of a reference whose features are kept, chosen by chance but always the same ones: as many as are usually sampled."""
@@ -204,7 +203,7 @@ def _compute(network: FeatureNetwork, images: _Images, described: dict[str, Any]
     with atomic_write(path) as temporary:
         described = {**described, "images": moments.count}
         described[CHECKSUM] = tensors_checksum(tensors, json.dumps(described))
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {METADATA: json.dumps(described)})
+        save_tensors(tensors, temporary, {METADATA: json.dumps(described)})
     remove_parts(folder)
 
 

@@ -16,7 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from madformer.config import (
@@ -49,7 +49,7 @@ from madformer.runs.checkpoints import (
     parse_weights,
     save_checkpoint,
 )
-from madformer.runs.files import atomic_write, claim_folder, remove_stale, write_text
+from madformer.runs.files import atomic_write, claim_folder, remove_stale, save_tensors, write_text
 
 HUB_FILE = "ckpts.pt"
 """The checkpoint in the authors' repository on the hub, `JunhaoC/MADFormer-FFHQ`."""
@@ -144,7 +144,7 @@ def export_run(run: Path, out: Path, weights: str) -> None:
     state = load_weights(checkpoint, config, requested)
     if out.suffix == _SAFETENSORS:
         with atomic_write(out) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+            save_tensors(state, temporary)
         write_text(out.with_suffix(".yaml"), to_yaml(config))
         print(f"{out}, {out.with_suffix('.yaml')}: {weights} weights of {checkpoint}")
         return

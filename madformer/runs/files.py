@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import time
@@ -339,3 +340,20 @@ def is_claimed(folder: Path, purpose: Purpose) -> bool | None:
 
 def _previews_path(run: Path) -> Path:
     return run / "previews.jsonl"
+
+
+def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous copies of tensors as safetensors.
+
+    Raises:
+        OSError: as the system says, such as a full disk; safetensors has an error of its own for that.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
