@@ -109,6 +109,7 @@ def run_until(
 
     A command that gets SIGINT is started as a user starts it. Others are forked from a process that has made the imports.
     """
+    log.touch()  # the process may be killed before it opens it
     process = _start(argv, log) if number == signal.SIGINT else _Forked(argv, log)
     try:
         end = time.monotonic() + seconds
