@@ -4,7 +4,7 @@
 #   VENV     folder of the environment
 #   WORKERS  tests that run side by side
 #   ARGS     more arguments for pytest, such as ARGS="tests/model -x"
-#   LOGDIR   runs that `make test-browser` looks at, such as runs/quickstart
+#   LOGDIR   runs that `make test-browser` looks at, such as runs/digits_figure4_nfe
 #   TORCH    version of torch that `make lock` pins
 
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
