@@ -40,7 +40,8 @@ def setting(
 def require(legal: bool, name: str, value: object, remedy: str) -> None:
     """Raise with the field, its value and the remedy unless it is legal."""
     if not legal:
-        raise ConfigError(f"{name} = {value!r}: {remedy}")
+        shown = choice_name(value) if value is None or isinstance(value, bool) else repr(value)
+        raise ConfigError(f"{name} = {shown}: {remedy}")
 
 
 def require_at_least(least: int, section: str, config: object, *names: str) -> None:
@@ -69,8 +70,10 @@ def require_types(section: str, config: Any) -> None:
             object.__setattr__(config, name, float(value))
 
 
-def choice_name(choice: str | bool) -> str:
+def choice_name(choice: str | bool | None) -> str:
     """A choice as YAML writes it."""
+    if choice is None:
+        return "null"
     return str(choice).lower() if isinstance(choice, bool) else choice
 
 

@@ -15,6 +15,7 @@ import torch
 
 from madformer.config import DataConfig, ExperimentConfig
 from madformer.config.data import DIGITS
+from madformer.config.validation import require
 from madformer.data.codec import Codec, build_codec, require_fit
 from madformer.data.image_files import load_square, save_png, to_grid, to_unit
 from madformer.data.latents import (
@@ -62,8 +63,8 @@ def encode(config: ExperimentConfig) -> None:
     data = config.data
     if data.latents is None:
         raise ConfigError("data.latents = null: name the folder that latents are written to, such as data.latents=latents/ffhq")
-    if data.source in (None, DIGITS):
-        raise ConfigError(f"data.source = {data.source!r}: nothing to encode; name a data set, files or a folder of images")
+    remedy = "nothing to encode; name a data set, files or a folder of images"
+    require(data.source not in (None, DIGITS), "data.source", data.source, remedy)
     folder, devices = Path(data.latents), find_devices(config.trainer)
     source, codec = open_source(data), build_codec(data.codec, data.codec_dtype, own_device(devices))
     encoding = _describe(config, source, codec)

@@ -263,7 +263,7 @@ def open_source(data: DataConfig) -> ImageSource:
     import datasets
 
     if data.source is None:
-        raise ConfigError("data.source = None: must name a data set of the hub, files, or a folder")
+        raise ConfigError("data.source = null: must name a data set of the hub, files, or a folder")
     address = expand_variables("data.source", data.source)
     with explain_source_errors(data.source), silence_datasets():
         split = open_split(replace(data, source=address))
@@ -319,7 +319,7 @@ def find_columns(features: Features, data: DataConfig) -> Columns:
     if len(images) != 1:
         problem = f"{' and '.join(images)} hold images" if images else "no column holds images"
         columns = _list(features)
-        raise ConfigError(f"data.image_column = None: {problem}; name one of data.source = {data.source!r}: {columns}")
+        raise ConfigError(f"data.image_column = null: {problem}; name one of data.source = {data.source!r}: {columns}")
     labels = _candidates("label_column", features, data, LABEL_NAMES, datasets.ClassLabel, _holds_labels)
     if len(labels) > 1:  # attributes rather than the class
         labels = [name for name in LABEL_NAMES if name in labels]

@@ -87,7 +87,7 @@ def run_sweep(
         return 0
     for cell in cells:
         if cell.config.data.source is None and cell.config.data.latents is None:
-            raise ConfigError(f"cell {cell.name}: data.source = None: nothing to train on; such a sweep can only be planned")
+            raise ConfigError(f"cell {cell.name}: data.source = null: nothing to train on; such a sweep can only be planned")
     try:
         with _sigterm_interrupts(), contextlib.ExitStack() as stack:
             queue = stack.enter_context(_open_queue(sweep, say))

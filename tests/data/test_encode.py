@@ -199,7 +199,7 @@ def test_what_cannot_be_encoded(tmp_path):
     write_parquet(tmp_path / "pictures.parquet", rows=3, broken=(0, 1, 2))
     with pytest.raises(ConfigError, match=r"data\.latents = null: name the folder"):
         encode(experiment(tmp_path))
-    with pytest.raises(ConfigError, match=r"data\.source = None: nothing to encode"):
+    with pytest.raises(ConfigError, match=r"data\.source = null: nothing to encode"):
         encode(experiment(tmp_path, source=None, latents=tmp_path / "latents"))
     with pytest.raises(ConfigError, match=r"its latents have 3 channels, the model's 4: set model\.latent_channels=3"):
         encode(experiment(tmp_path, "model.latent_channels=4", latents=tmp_path / "latents"))

@@ -147,7 +147,7 @@ def test_attributes_are_not_the_class(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "data.image_column = None: image and jpg hold images; name one of data.source = {source!r}: {columns}"),
+        ({}, "data.image_column = null: image and jpg hold images; name one of data.source = {source!r}: {columns}"),
         ({"image_column": "picture"}, "data.image_column = 'picture': no such column, or of another type; data.source = {source!r} has {columns}"),
         ({"image_column": "n"}, "data.image_column = 'n': no such column, or of another type; data.source = {source!r} has {columns}"),
         ({"image_column": "jpg", "label_column": "no"}, "data.label_column = 'no': no such column, or of another type; data.source = {source!r} has {columns}"),
@@ -164,7 +164,7 @@ def test_columns_that_cannot_be_told(fields, message, tmp_path):
 
 def test_no_column_of_images(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"data\.image_column = None: no column holds images; .*: image \(string\), n \(int64\)$"
+        ConfigError, match=r"data\.image_column = null: no column holds images; .*: image \(string\), n \(int64\)$"
     ):
         source_of(write_raw(tmp_path / "a.parquet", {"image": ["http://nowhere/a.png"], "n": [0]}))
 

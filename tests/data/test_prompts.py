@@ -180,12 +180,12 @@ def test_class_numbers_with_bos_are_padded_on_the_left(folder):
 
 
 def test_a_tokenizer_without_bos_is_refused(folder, tmp_path):
-    with pytest.raises(ConfigError, match="^data.bos = True: data.tokenizer=builtin has no BOS token$"):
+    with pytest.raises(ConfigError, match="^data.bos = true: data.tokenizer=builtin has no BOS token$"):
         DataConfig(tokenizer="builtin", bos=True)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": None}))
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    with pytest.raises(ConfigError, match="^data.bos = True: data.tokenizer=.* has no BOS token$"):
+    with pytest.raises(ConfigError, match="^data.bos = true: data.tokenizer=.* has no BOS token$"):
         PromptTokenizer(str(tmp_path), TextConfig(vocab_size=BUILTIN_VOCABULARY + 1, length=4, pad_token_id=0), bos=True)
 
 

@@ -218,7 +218,7 @@ def test_a_run_finished_by_hand_is_recognised(sweep_file):
 
 def test_a_sweep_without_data_is_planned_only(sweep_file):
     with pytest.raises(
-        ConfigError, match="cell d2-s0: data.source = None: nothing to train on; such a sweep can only be planned"
+        ConfigError, match="cell d2-s0: data.source = null: nothing to train on; such a sweep can only be planned"
     ):
         run(sweep_file, "data.source=null")
     assert not Path("runs").exists()
