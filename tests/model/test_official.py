@@ -55,6 +55,20 @@ def sample(model, text, noise):
     return generate(model, released.scheduler(), steps=2, text=text, initial_noise_BLCYX=noise)
 
 
+BUFFERS = ["text_rope.inv_freq", *(f"blocks.{layer}.self_attn.text_rope.inv_freq" for layer in range(3))]
+
+
+def test_the_released_text_rope_s_buffers_are_no_parameters():
+    """The `imagenet` branch registers them, so its state dicts hold them; `main` has none."""
+    frequencies = 10_000 ** -(torch.arange(32) / 32)
+    model = load({**TEXT_WEIGHTS, **dict.fromkeys(BUFFERS, frequencies)})
+    assert to_released(model).keys() == TEXT_WEIGHTS.keys()
+    with pytest.raises(ValueError, match=r"^text_rope\.inv_freq is not 10000 \*\* -\(2k / 64\)"):
+        load({**TEXT_WEIGHTS, "text_rope.inv_freq": 500_000 ** -(torch.arange(32) / 32)})
+    with pytest.raises(ValueError, match="has 4 tensors too many"):
+        load({**WEIGHTS, **dict.fromkeys(BUFFERS, frequencies)})
+
+
 def test_sizes_are_read_from_the_shapes():
     config = load().config
     assert (config.depth, config.width, config.num_heads, config.ffn_width) == (3, 128, 2, 128)
@@ -109,9 +123,17 @@ def test_what_is_no_released_state_dict_is_refused(weights, options, message):
         from_released(weights, **{"diffusion_depth": 2, "ar_length": 4, **options})
 
 
-def test_a_whole_checkpoint_is_told_from_its_weights():
-    with pytest.raises(ValueError, match="give the checkpoint's entry 'ema' or 'model'"):
-        from_released({"model": WEIGHTS, "ema": WEIGHTS}, diffusion_depth=2, ar_length=4)
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({"model": WEIGHTS, "ema": WEIGHTS}, "give the checkpoint's entry 'ema' or 'model'"),
+        ({"state_dict": WEIGHTS}, "give the checkpoint's entry 'state_dict'"),
+        ({f"_orig_mod.{name}": tensor for name, tensor in WEIGHTS.items()}, "names begin with '_orig_mod.'.* remove it"),
+    ],
+)
+def test_a_whole_checkpoint_is_told_from_its_weights(checkpoint, message):
+    with pytest.raises(ValueError, match=message):
+        from_released(checkpoint, diffusion_depth=2, ar_length=4)
 
 
 @pytest.mark.parametrize(
