@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def from_released(
     """A model with released weights of either branch. The weights do not contain the switches, so pass them.
 
     Args:
-        state_dict: parameters by released name, as in a checkpoint's `model` or `ema`. They are copied.
+        state_dict: parameters by released name, as in a checkpoint's `model` or `ema`. They are copied, to one dtype.
 
     Raises:
         ValueError: not a released state dict, or switches that contradict its sizes.
@@ -82,7 +82,9 @@ def from_released(
         use_condition=use_condition,
         local_denoising=local_denoising,
     )
-    weights = {name: tensor.clone() for name, tensor in rename_released(state_dict, config).items()}
+    renamed = rename_released(state_dict, config)
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in renamed.values()))
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in renamed.items()}
     with torch.device("meta"):
         model = MADFormer(config)
     model.load_state_dict(weights, assign=True)

@@ -77,6 +77,19 @@ def test_sizes_are_read_from_the_shapes():
     assert (config.prediction_type, config.rope, config.clean_timestep) == ("epsilon", "released", "released")
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [((torch.float64,), torch.float64), ((torch.bfloat16,), torch.bfloat16), ((torch.float16, torch.float32), torch.float32)],
+)
+def test_a_model_has_one_dtype(dtypes, expected):
+    kinds = itertools.cycle(dtypes)
+    model = load({name: tensor.to(next(kinds)) for name, tensor in TEXT_WEIGHTS.items()})
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    latents, text = torch.randn(1, 4, 4, 8, 8), torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert model(latents, latents, torch.tensor([[3, 600, 20, 999]]), text=text).denoised_BLCYX.isfinite().all()
+
+
 def test_export_is_the_inverse_of_import():
     exported = to_released(load())
     assert exported.keys() == WEIGHTS.keys()
