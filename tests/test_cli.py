@@ -59,7 +59,7 @@ MISTAKES = {
     "evaluate {run} --num-samples 1": "evaluation.num_samples = 1: must be an integer of at least 2",
     "sample {run} --out {tmp}/samples": "give one of --steps and --nfe",
     "import {tmp}/nowhere.pt --out {tmp}/new": "nowhere.pt: no such file",
-    "import {tmp}/broken.yaml --out {tmp}/new": "broken.yaml: torn, or no checkpoint that torch reads",
+    "import {tmp}/broken.yaml --out {tmp}/new": "broken.yaml: torn, or no zip archive, as torch.save writes them",
     "import {tmp}/broken.yaml --out {run}": "exists already; name a new folder",
     "export {run} --out {tmp}/weights.bin": "must end in .safetensors",
     "config {run}": "a run; madformer train --resume",

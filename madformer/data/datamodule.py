@@ -99,6 +99,8 @@ class LatentDataModule(pl.LightningDataModule):
         if config.model.text and self.class_prompts is not None and data.source != DIGITS:
             self._fingerprint["class names"] = hashlib.sha256("\n".join(self.class_prompts).encode()).hexdigest()
         self.tokenizer = PromptTokenizer.of(data, config.model.text) if config.model.text else None
+        if self.tokenizer and self.class_prompts:
+            self.tokenizer.warn_if_equal(self.class_prompts)
         self._collator = Collator(config.seed, data.flip, self.tokenizer)
 
     def setup(self, stage: str) -> None:

@@ -7,6 +7,7 @@ crane (machine), and by their second lemma Cardigan Welsh corgi (a cardigan exis
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import textwrap
@@ -38,6 +39,8 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 
 BUILTIN_FILE = "builtin_tokenizer.json"
 """The builtin tokenizer, in the folder of this module; `scripts/train_tokenizer.py` makes it."""
+
+_log = logging.getLogger(__name__)
 
 _CACHE_SIZE = 10_000
 """Most prompts whose tokens are kept, as those of classes repeat."""
@@ -86,6 +89,15 @@ class PromptTokenizer:
         if len(self._cache) + len(rows) <= _CACHE_SIZE:
             self._cache |= rows
         return torch.stack([rows[prompt] if prompt in rows else self._cache[prompt] for prompt in prompts])
+
+    def warn_if_equal(self, prompts: Sequence[str]) -> None:
+        """Warn if different prompts, such as those of classes, are cut to the same tokens."""
+        first: dict[tuple[int, ...], str] = {}
+        for prompt, row in zip(prompts, self(prompts).tolist(), strict=True):
+            if (other := first.setdefault(tuple(row), prompt)) != prompt:
+                remedy = "raise it, or the model cannot tell them apart"
+                _log.warning("model.text.length = %d cuts %r and %r to the same tokens: %s", len(row), other, prompt, remedy)
+                return
 
     def _pad(self, ids: Sequence[int]) -> Tensor:
         row = [*self._start, *ids][: self._text.length] if ids else []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -34,6 +34,12 @@ _LAYER_NAMES = {
 
 _TEXT_NAMES = [("embed_tokens.weight", "text.embedding.weight"), ("lm_head.weight", "text.head.weight")]
 """Names that only the `imagenet` branch has: released name, our name."""
+
+_TEXT_ROPE = "text_rope.inv_freq"
+"""A buffer of the `imagenet` branch, once in the model and once in each layer: the constant frequencies of its text RoPE."""
+
+_HEAD_WIDTH = 64
+"""Width of the released code's heads."""
 
 _PROMPT_TOKENS = 2
 """BOS and a class number."""
@@ -63,7 +69,7 @@ def from_released(
     """A model with released weights of either branch. The weights do not contain the switches, so pass them.
 
     Args:
-        state_dict: parameters by released name, as in a checkpoint's `model` or `ema`. They are copied.
+        state_dict: parameters by released name, as in a checkpoint's `model` or `ema`. They are copied, to one dtype.
 
     Raises:
         ValueError: not a released state dict, or switches that contradict its sizes.
@@ -76,7 +82,9 @@ def from_released(
         use_condition=use_condition,
         local_denoising=local_denoising,
     )
-    weights = {name: tensor.clone() for name, tensor in rename_released(state_dict, config).items()}
+    renamed = rename_released(state_dict, config)
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in renamed.values()))
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in renamed.items()}
     with torch.device("meta"):
         model = MADFormer(config)
     model.load_state_dict(weights, assign=True)
@@ -101,7 +109,12 @@ def rename_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> di
     names, known, shapes = _names(config), dict(_names(config, all_towers=True)), _shapes(config)
     if missing := [released_name for released_name, _ in names if released_name not in state_dict]:
         raise ValueError(f"released state dict lacks {len(missing)} tensors, the first is {missing[0]!r}")
-    if unknown := [released_name for released_name in state_dict if released_name not in known]:
+    buffers = released_buffers(config)
+    for name, frequencies in buffers.items():
+        found = state_dict.get(name, frequencies)
+        if found.shape != frequencies.shape or not torch.allclose(found.float(), frequencies, rtol=0.01):
+            raise ValueError(f"{name} is not 10000 ** -(2k / {_HEAD_WIDTH}): only this text RoPE is supported")
+    if unknown := [name for name in state_dict if name not in known and name not in buffers]:
         raise ValueError(f"released state dict has {len(unknown)} tensors too many for its sizes, the first is {unknown[0]!r}")
     weights = {}
     for released_name, name in names:
@@ -120,7 +133,7 @@ def rename_ours(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[s
     """
     rules: list[tuple[str, object, str, object]] = [
         ("model", config, name, value)
-        for name, value in {**_RELEASED_FIELDS, "kv_heads": config.num_heads, "head_width": 64}.items()
+        for name, value in {**_RELEASED_FIELDS, "kv_heads": config.num_heads, "head_width": _HEAD_WIDTH}.items()
     ]
     rules += [("model.unet", config.unet, name, value) for name, value in _UNET_CONSTANTS.items()]
     rules += [("model.text", config.text, "final_norm", False)] if config.text else []
@@ -131,6 +144,14 @@ def rename_ours(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[s
         raise ValueError(f"model.unet.channels = {config.unet.channels}: the released code needs equal levels after the first")
     weights = {**state_dict, "boi_SD": state_dict["boi_SD"][None]}
     return {released_name: weights[name].detach() for released_name, name in _names(config, all_towers=True)}
+
+
+def released_buffers(config: ModelConfig) -> dict[str, Tensor]:
+    """Buffers in a released state dict beside the parameters. They are constants; the released code refuses files without."""
+    if config.text is None:
+        return {}
+    prefixes = ("", *(f"blocks.{layer}.self_attn." for layer in range(config.depth)))
+    return {prefix + _TEXT_ROPE: 1 / 10_000 ** (torch.arange(0, _HEAD_WIDTH, 2) / _HEAD_WIDTH) for prefix in prefixes}
 
 
 def released_config(state_dict: Mapping[str, Tensor], *, ar_length: int, **switches: int | bool) -> ModelConfig:
@@ -173,8 +194,12 @@ def _check_tensors(state_dict: Mapping[str, Tensor]) -> None:
         raise ValueError(f"released state dict is a {type(state_dict).__name__}: must map names to tensors")
     for name, value in state_dict.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            whole = "; give the checkpoint's entry 'ema' or 'model'" if name in ("ema", "model") else ""
+            entry = "'ema' or 'model'" if name in ("ema", "model") else repr(name)
+            whole = f"; give the checkpoint's entry {entry}" if isinstance(value, Mapping) else ""
             raise ValueError(f"released state dict: {name!r} is not a floating-point tensor{whole}")
+    if wrapped := [name for name in state_dict if str(name).endswith(".boi_block")]:
+        prefix = wrapped[0].removesuffix("boi_block")
+        raise ValueError(f"released state dict: names begin with {prefix!r}, which a wrapper added: remove it from each name")
 
 
 def _released_unet(shapes: Mapping[str, tuple[int, ...]], levels: int) -> UNetConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ from madformer.config.loading import build, read_value
 from madformer.errors import ConfigError, InputError
 from madformer.lookup import find_file
 from madformer.model import MADFormer, cost
-from madformer.model.official import released_config, rename_ours, rename_released
+from madformer.model.official import released_buffers, released_config, rename_ours, rename_released
 from madformer.runs.checkpoints import (
     CONFIG_HASH,
     EMA,
@@ -99,7 +100,7 @@ def import_run(source: Path, run: Path, weights: str, overrides: Sequence[str]) 
         raise InputError(f"{run}: exists already; name a new folder")
     file = _find(source)
     content = _read(file, requested)
-    if _BOI in content or file.suffix != _SAFETENSORS:
+    if _has_boi(content) or file.suffix != _SAFETENSORS:
         state, config = _convert(file, content, requested, overrides)
     else:
         state, config = _check_exported(file, content)
@@ -152,10 +153,25 @@ def export_run(run: Path, out: Path, weights: str) -> None:
         renamed = rename_ours(state, config.model)
     except ValueError as error:
         raise InputError(f"{run}: {error}; export it as .safetensors") from error
-    values = {name: (getattr(config.model, field), negated) for name, (field, negated) in _SWITCHES.items()}
-    args = {name: not value if negated else value for name, (value, negated) in values.items()}
-    save_checkpoint({weights: renamed, "args": argparse.Namespace(**args)}, out)
+    # The released code samples from the entry "model". The tensors are in the file once.
+    whole = {**renamed, **released_buffers(config.model)}
+    save_checkpoint({weights: renamed, "model": whole, "args": _released_args(config.model)}, out)
     print(f"{out}: {weights} weights of {checkpoint}, by the released names")
+
+
+def _released_args(model: ModelConfig) -> argparse.Namespace:
+    """What the released code reads from a checkpoint's `args` to sample."""
+    values = {name: (getattr(model, field), negated) for name, (field, negated) in _SWITCHES.items()}
+    return argparse.Namespace(
+        **{name: not value if negated else value for name, (value, negated) in values.items()},
+        block_size=model.block_tokens,
+        image_size=8 * model.latent_size,
+        model_config_path="./src/configs/model/madformer.json",
+        patch_size=1,
+        pre_downsample_block_size=model.block_size**2,
+        spatial_len=model.ar_length * model.block_tokens,
+        vae_latent_size=model.latent_channels,
+    )
 
 
 def _find(source: Path) -> Path:
@@ -179,7 +195,7 @@ def _read(file: Path, weights: Weights) -> Mapping[str, Any]:
         except SafetensorError as error:
             raise InputError(f"{file}: not the weights of a model: torn, or no safetensors file: {error}") from error
     if flaw := find_flaw(file):
-        raise InputError(f"{file}: torn, or no checkpoint that torch reads: {flaw}")
+        raise InputError(f"{file}: torn, or no zip archive, as torch.save writes them: {flaw}")
     with torch.serialization.safe_globals([argparse.Namespace]):  # the only class that is unpickled
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -190,9 +206,19 @@ def _read(file: Path, weights: Weights) -> Mapping[str, Any]:
             ) from error
         except (RuntimeError, ValueError, OSError) as error:
             raise InputError(f"{file}: no checkpoint that torch reads: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, Mapping) or not (_BOI in content or weights in content):
-        raise InputError(f"{file}: no released checkpoint: it must hold {weights}")
+    if not isinstance(content, Mapping):
+        raise InputError(f"{file}: no released checkpoint: it holds a {type(content).__name__}, not {weights}")
+    if not (weights in content or _has_boi(content)):
+        other = "model" if weights == "ema" else "ema"
+        remedy = f"say --weights {other}" if other in content else f"torch.save the weights as its {weights}"
+        held = ", ".join(str(name) for name in itertools.islice(content, 3)) or "nothing"
+        raise InputError(f"{file}: no released checkpoint: it must hold {weights}, it holds {held}: {remedy}")
     return content
+
+
+def _has_boi(content: Mapping[str, Any]) -> bool:
+    """Whether it is a released state dict, perhaps with a prefix before its names."""
+    return any(str(name).endswith(_BOI) for name in content)
 
 
 def _convert(
@@ -209,7 +235,7 @@ def _convert(
     if missing := [(name, field) for name, (field, _) in _SWITCHES.items() if field not in switches]:
         remedy = f"say {' '.join(f'model.{field}=...' for _, field in missing)}"
         raise InputError(f"{file}: its args lack {', '.join(name for name, _ in missing)}: {remedy}")
-    state = content if _BOI in content else content[weights]
+    state = content.get(weights, content)
     try:
         model = released_config(state, **switches)
         return rename_released(state, model), _experiment(model)
@@ -220,8 +246,8 @@ def _convert(
 def _overridden_switches(overrides: Sequence[str]) -> dict[str, Any]:
     fields, switches = {field for field, _ in _SWITCHES.values()}, {}
     for override in overrides:
-        name, _, value = override.partition("=")
-        if name.removeprefix("model.") in fields and name.startswith("model."):
+        name, equals, value = override.partition("=")
+        if equals and name.removeprefix("model.") in fields and name.startswith("model."):
             try:
                 switches[name.removeprefix("model.")] = read_value(value)
             except (yaml.YAMLError, OmegaConfBaseException) as error:

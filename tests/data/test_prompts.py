@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from madformer.config import DataConfig, TextConfig
+from madformer.config import DataConfig, TextConfig, load_experiment
 from madformer.config.data import BUILTIN_VOCABULARY
 from madformer.data import prompts
+from madformer.data.datamodule import LatentDataModule
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts, parse_classes
 from madformer.errors import ConfigError, InputError
 from madformer.model.embedding import null_text
 from tests.hub import fill_cache, serve_hub
+from tests.tiny_runs import DIGITS
 
 TEXT = TextConfig(vocab_size=BUILTIN_VOCABULARY, length=16, pad_token_id=0)
 BUILTIN_FILE = Path(prompts.__file__).with_name(prompts.BUILTIN_FILE)
@@ -179,6 +182,18 @@ def test_class_numbers_with_bos_are_padded_on_the_left(folder):
     assert tokenizer(["tench " * 40])[0].tolist() == [bos, *plain(["tench " * 40])[0, :4].tolist()]
 
 
+def test_classes_whose_prompts_are_cut_to_the_same_tokens_are_named(caplog, folder, tmp_path):
+    builtin = PromptTokenizer("builtin", replace(TEXT, length=1))
+    builtin.warn_if_equal(DIGIT_NAMES)
+    assert caplog.text == ""
+    builtin.warn_if_equal(class_prompts("imagenet", None, "numbers"))
+    assert "model.text.length = 1 cuts '1' and '10' to the same tokens: raise it" in caplog.text
+    caplog.clear()
+    text = f"model.text={{vocab_size: {BUILTIN_VOCABULARY + 1}, pad_token_id: 0, length: 1}}"
+    LatentDataModule(load_experiment(DIGITS, [text, f"data.tokenizer={folder}", "data.bos=true", f"output_dir={tmp_path}"]))
+    assert caplog.text.count("model.text.length = 1 cuts 'zero' and 'one' to the same tokens") == 1
+
+
 def test_a_tokenizer_without_bos_is_refused(folder, tmp_path):
     with pytest.raises(ConfigError, match="^data.bos = true: data.tokenizer=builtin has no BOS token$"):
         DataConfig(tokenizer="builtin", bos=True)
@@ -249,7 +264,7 @@ def test_a_misspelt_folder():
 
 ASK = """
 import sys, time
-from madformer.config import DataConfig, TextConfig
+from madformer.config import DataConfig, TextConfig, load_experiment
 from madformer.errors import ConfigError
 from madformer.data.prompts import PromptTokenizer
 for name in sys.argv[1:]:
@@ -307,7 +322,7 @@ def test_pickled_tokenizers_do_the_same(folder):
 FORK = """
 import os, sys, torch
 from torch.utils.data import DataLoader
-from madformer.config import DataConfig, TextConfig
+from madformer.config import DataConfig, TextConfig, load_experiment
 from madformer.data.prompts import PromptTokenizer
 for name in sys.argv[1:]:
     tokenizer = PromptTokenizer(name, TextConfig(vocab_size=2049, length=8, pad_token_id=0))

@@ -55,12 +55,39 @@ def sample(model, text, noise):
     return generate(model, released.scheduler(), steps=2, text=text, initial_noise_BLCYX=noise)
 
 
+BUFFERS = ["text_rope.inv_freq", *(f"blocks.{layer}.self_attn.text_rope.inv_freq" for layer in range(3))]
+
+
+def test_the_released_text_rope_s_buffers_are_no_parameters():
+    """The `imagenet` branch registers them, so its state dicts hold them; `main` has none."""
+    frequencies = 10_000 ** -(torch.arange(32) / 32)
+    model = load({**TEXT_WEIGHTS, **dict.fromkeys(BUFFERS, frequencies)})
+    assert to_released(model).keys() == TEXT_WEIGHTS.keys()
+    with pytest.raises(ValueError, match=r"^text_rope\.inv_freq is not 10000 \*\* -\(2k / 64\)"):
+        load({**TEXT_WEIGHTS, "text_rope.inv_freq": 500_000 ** -(torch.arange(32) / 32)})
+    with pytest.raises(ValueError, match="has 4 tensors too many"):
+        load({**WEIGHTS, **dict.fromkeys(BUFFERS, frequencies)})
+
+
 def test_sizes_are_read_from_the_shapes():
     config = load().config
     assert (config.depth, config.width, config.num_heads, config.ffn_width) == (3, 128, 2, 128)
     assert (config.latent_size, config.latent_channels, config.block_tokens) == (16, 4, 16)
     assert (config.unet.channels, config.unet.layers, config.unet.attention) == ((16, 32), (2, 2), (False, True))
     assert (config.prediction_type, config.rope, config.clean_timestep) == ("epsilon", "released", "released")
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [((torch.float64,), torch.float64), ((torch.bfloat16,), torch.bfloat16), ((torch.float16, torch.float32), torch.float32)],
+)
+def test_a_model_has_one_dtype(dtypes, expected):
+    kinds = itertools.cycle(dtypes)
+    model = load({name: tensor.to(next(kinds)) for name, tensor in TEXT_WEIGHTS.items()})
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    latents, text = torch.randn(1, 4, 4, 8, 8), torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert model(latents, latents, torch.tensor([[3, 600, 20, 999]]), text=text).denoised_BLCYX.isfinite().all()
 
 
 def test_export_is_the_inverse_of_import():
@@ -109,9 +136,17 @@ def test_what_is_no_released_state_dict_is_refused(weights, options, message):
         from_released(weights, **{"diffusion_depth": 2, "ar_length": 4, **options})
 
 
-def test_a_whole_checkpoint_is_told_from_its_weights():
-    with pytest.raises(ValueError, match="give the checkpoint's entry 'ema' or 'model'"):
-        from_released({"model": WEIGHTS, "ema": WEIGHTS}, diffusion_depth=2, ar_length=4)
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({"model": WEIGHTS, "ema": WEIGHTS}, "give the checkpoint's entry 'ema' or 'model'"),
+        ({"state_dict": WEIGHTS}, "give the checkpoint's entry 'state_dict'"),
+        ({f"_orig_mod.{name}": tensor for name, tensor in WEIGHTS.items()}, "names begin with '_orig_mod.'.* remove it"),
+    ],
+)
+def test_a_whole_checkpoint_is_told_from_its_weights(checkpoint, message):
+    with pytest.raises(ValueError, match=message):
+        from_released(checkpoint, diffusion_depth=2, ar_length=4)
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_a_file_of_the_wrong_kind_gets_a_hint(tmp_path):
         ("report", DIGITS): f"madformer train {DIGITS}",
         ("report", run): f"madformer evaluate {run}",
         ("evaluate", sweep): "not a run, but a file; name the run's folder",
-        ("import", sweep, "--out", tmp_path / "new"): "no checkpoint that torch reads",
+        ("import", sweep, "--out", tmp_path / "new"): "no zip archive, as torch.save writes them",
         ("evaluate", tmp_path): f"1 runs are in it, such as {run}",
     }
     for words, hint in hints.items():

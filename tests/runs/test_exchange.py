@@ -23,7 +23,7 @@ from madformer.config import ModelConfig, TextConfig, UNetConfig, load_run
 from madformer.config.data import BUILTIN_VOCABULARY
 from madformer.data import prompts
 from madformer.data.image_files import read_settings
-from madformer.errors import InputError
+from madformer.errors import ConfigError, InputError
 from madformer.model import MADFormer
 from madformer.model.official import from_released, to_released
 from madformer.runs.checkpoints import checkpoint_path, load_model
@@ -91,13 +91,33 @@ def test_a_released_checkpoint_comes_out_as_it_went_in(weights, tmp_path):
     import_run(released(tmp_path / "released.pt", weights, **switches), tmp_path / "run", "model", [])
     export_run(tmp_path / "run", tmp_path / "out.pt", "ema")
     content = torch.load(tmp_path / "out.pt", weights_only=False)
-    assert vars(content["args"]) == {**SWITCHES, **switches}
+    assert vars(content["args"]).items() >= {**SWITCHES, **switches}.items()
     kept = [name for name in weights if "list." not in name]  # of towers, the clean one is not there
     assert content["ema"].keys() == weights.keys()
     assert differences({name: content["ema"][name] for name in kept}, {name: weights[name] for name in kept}) == []
     import_run(tmp_path / "out.pt", tmp_path / "again", "ema", [])
     one, other = (torch.load(checkpoint_path(tmp_path / name, 0), weights_only=True) for name in ("run", "again"))
     assert differences(one, other) == []
+
+
+@BRANCHES
+def test_the_released_sampling_script_finds_what_it_reads(weights, tmp_path):
+    """It builds the model from `args`, and loads the entry `model` strictly: the buffers of the text RoPE belong to it."""
+    import_run(released(tmp_path / "released.pt", weights), tmp_path / "run", "ema", [])
+    export_run(tmp_path / "run", tmp_path / "out.pt", "ema")
+    content = torch.load(tmp_path / "out.pt", weights_only=False)
+    args, model = content["args"], content["model"]
+    assert (args.vae_latent_size, args.patch_size, args.block_size, args.spatial_len) == (4, 1, 16, 64)
+    assert (args.pre_downsample_block_size, args.image_size) == (64, 128)
+    assert {name: model[name].data_ptr() for name in weights} == {name: content["ema"][name].data_ptr() for name in weights}
+    names = ["text_rope.inv_freq", *(f"blocks.{layer}.self_attn.text_rope.inv_freq" for layer in range(3))]
+    assert model.keys() - weights.keys() == (set(names) if weights is TEXT_WEIGHTS else set())
+    angles = 3 * model[names[0]] if weights is TEXT_WEIGHTS else None
+    assert angles is None or torch.allclose(angles, 3 * 10_000 ** -(torch.arange(32) / 32))
+    for entry in ("ema", "model"):
+        import_run(tmp_path / "out.pt", tmp_path / entry, entry, [])
+        one, other = (torch.load(checkpoint_path(tmp_path / name, 0), weights_only=True) for name in ("run", entry))
+        assert differences(one, other) == []
 
 
 @BRANCHES
@@ -112,6 +132,11 @@ def test_bare_weights_take_their_switches_from_overrides(weights, tmp_path):
     assert {name: getattr(config.model, name) for name in names} == names
     expected = from_released(weights, **names).state_dict()
     assert differences(dict(expected), dict(load_model(checkpoint_path(tmp_path / "run", 0), config).state_dict())) == []
+
+
+def test_an_override_without_a_value_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"override = 'model\.diffusion_depth': must have the form"):
+        import_run(released(tmp_path / "released.pt"), tmp_path / "run", "ema", ["model.diffusion_depth"])
 
 
 @BRANCHES
@@ -209,7 +234,14 @@ def test_nothing_but_a_namespace_is_unpickled(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {}, "args": argparse.Namespace(**SWITCHES)}, "no released checkpoint: it must hold ema$"),
+        ({"model": {}, "args": argparse.Namespace(**SWITCHES)}, "must hold ema, it holds model, args: say --weights model$"),
+        ({"state_dict": {}, "args": {}}, "must hold ema, it holds state_dict, args: torch.save the weights as its ema$"),
+        ({"module.boi_block": torch.zeros(1)}, "lack clear_clean"),
+        (
+            {"ema": {f"module.{name}": tensor for name, tensor in WEIGHTS.items()}, "args": SWITCHES},
+            "names begin with 'module.', which a wrapper added: remove it from each name$",
+        ),
+        ([WEIGHTS], "no released checkpoint: it holds a list, not ema$"),
         ({"ema": dict(WEIGHTS)}, r"its args lack .*: say model\.use_clean_blocks=\.\.\. "),
         ({"ema": dict(WEIGHTS), "args": argparse.Namespace(**{**SWITCHES, "clear_clean": "no"})}, "must be of type bool"),
         ({"ema": {}, "args": argparse.Namespace(diff_depth=2)}, "its args lack clear_clean, clear_cond, denoising_mlp, ar_len"),
