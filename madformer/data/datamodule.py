@@ -40,7 +40,8 @@ from madformer.data.loader import (
     require_few,
 )
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts
-from madformer.data.sources import ImageSource, Row, digits_sha256, list_classes, open_source
+from madformer.data.source_files import list_classes
+from madformer.data.sources import ImageSource, Row, digits_sha256, open_source
 from madformer.errors import ConfigError, InputError
 from madformer.randomness import BatchIndex, BatchSampler, BatchShard, SampleOrder, keyed_generator
 from madformer.runs.checkpoints import CLASS_PROMPTS

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,10 +23,10 @@ from torch import Tensor
 from madformer.config import DataConfig
 from madformer.config.data import MAX_PIXELS
 from madformer.config.validation import expand_variables
-from madformer.data.open_dataset import LABEL_NAMES, TEXT_NAMES, DatasetSplit, open_split, silence_datasets
-from madformer.data.source_files import NAME, hash_files, lies_below, relative
+from madformer.data.open_dataset import DatasetSplit, open_split
+from madformer.data.source_files import LABEL_NAMES, NAME, TEXT_NAMES, hash_files, lies_below, list_classes, relative
 from madformer.errors import BadImage, ConfigError, InputError
-from madformer.lookup import explain_source_errors
+from madformer.lookup import explain_source_errors, silence_datasets
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -37,7 +37,6 @@ __all__ = [
     "Row",
     "digits_sha256",
     "find_columns",
-    "list_classes",
     "load_digits",
     "open_source",
 ]
@@ -59,6 +58,8 @@ class Columns:
     text: str | None
     class_names: tuple[str, ...] | None
     """Names of the label's classes, if the data set gives them."""
+    unread: str | None = None
+    """A column that is called like labels, but holds no integers."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,9 @@ class ImageSource:
             broken: images that could not be read.
             unlabelled: images without a class, of a source that has classes.
         """
-        count = self.expected_rows if rows is None else rows
+        count = rows if rows is not None or self.expected_rows is None else self.expected_rows - broken
         parts = ["images" if count is None else f"{count:,} images", list_classes(self.class_names, self.has_labels)]
+        parts[1] += f" (column {self.columns.unread}, not integers)" if self.columns.unread else ""
         parts += [f"{unlabelled:,} images without a class"] if unlabelled else []
         left_out = [f"{broken:,} broken"] if broken else []
         for reason, names in self.left_out.items():
@@ -276,13 +278,6 @@ def open_source(data: DataConfig) -> ImageSource:
         return ImageSource(data, replace(split, dataset=dataset), columns)
 
 
-def list_classes(names: Sequence[str] | None, has_labels: bool) -> str:
-    """How many classes there are and what the first ones are called, for messages."""
-    if names is None:
-        return "classes without names" if has_labels else "no classes"
-    return f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-
-
 def _repeated_paths(table: Dataset, image: str) -> frozenset[int]:
     """Rows whose image has the path of an earlier one."""
     import pyarrow.compute as pc
@@ -327,9 +322,10 @@ def find_columns(features: Features, data: DataConfig) -> Columns:
         labels = [name for name in labels if name == "cls" or "int" in features[name].dtype]
     texts = _candidates("text_column", features, data, TEXT_NAMES, None, _holds_texts)
     label = next(iter(labels), None)
+    unread = [f"{name}: {getattr(features[name], 'dtype', 'nested')}" for name in LABEL_NAMES if name in features and not label]
     classes = features[label] if label else None
     class_names = tuple(classes.names) if isinstance(classes, datasets.ClassLabel) else None
-    return Columns(images[0], label, next(iter(texts), None), class_names)
+    return Columns(images[0], label, next(iter(texts), None), class_names, next(iter(unread), None))
 
 
 def _candidates(
