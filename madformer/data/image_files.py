@@ -207,6 +207,7 @@ def _refuse_depths(data: DataConfig, paths: list[str]) -> None:
 def _described_images(files: Files, split: str, data: DataConfig) -> Any:
     """Rows of the metadata files of a split, as a table of Arrow; images that are in none are left out."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     tables, images, listed = [], {path for path in files.splits[split] if kind_of(path) == IMAGES}, list[str]()
     for path in files.splits[split]:
@@ -241,6 +242,9 @@ def _described_images(files: Files, split: str, data: DataConfig) -> Any:
         table = table.select([name for name in table.column_names if name not in ("file_name", "image", NAME)])
         tables.append(table.append_column("image", pa.array(addresses, pa.string())))
     table = pa.concat_tables(tables, promote_options="permissive")
+    if data.text_column is None and len(texts := [name for name in TEXT_NAMES if name in table.column_names]) > 1:
+        text = pc.coalesce(*(table[name].cast(pa.string()) for name in texts))  # each file may call it otherwise
+        table = table.drop_columns(texts).append_column(texts[0], text)
     if missing := sorted(images - set(listed)):
         everything = sorted({*images, *listed})
         names = dict(zip(everything, relative(everything), strict=True))
@@ -358,9 +362,7 @@ def samples_of_tar(empty: dict[str, None], main: str | None, data: DataConfig, t
                 except ValueError as error:
                     raise ConfigError(f"{tar}: {name} is no {'number' if column in NUMBERS else 'text'}: {error}") from error
         if main and sample[main] is None and len(images) > 1 and data.image_column is None:
-            raise ConfigError(
-                f"{tar}: sample {key} has {len(images)} images, the first samples have one: name data.image_column"
-            )
+            raise ConfigError(f"{tar}: sample {key} has {len(images)} images, the first samples one: set data.image_column")
         if main and sample[main] is None and len(images) == 1:
             sample[main] = images[0]
         whole = any(sample[column] is not None for column in empty if is_image(column))

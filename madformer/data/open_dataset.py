@@ -202,16 +202,15 @@ def _known_files(data: DataConfig, builder: DatasetBuilder) -> Files:
     splits = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
     left_out: dict[str, list[str]] = {}
     if isinstance(builder, ImageFolder):
-        for split, names in splits.items():
-            splits[split] = [name for name in names if kind_of(name) or name.endswith(".zip")]
-            for name in sorted({*names} - {*splits[split]}):
-                left_out_by_ending(left_out, relative([name])[0])
+        splits = {split: [name for name in names if kind_of(name) or name.endswith(".zip")] for split, names in splits.items()}
     folder = Path(str(data.source)).expanduser()
     if folder.is_dir():
-        root, named = str(folder.resolve()), set(chain.from_iterable(splits.values()))
-        paths = [path for path in list_folder(data, root, left_out) if kind_of(path) and path not in named]
-        if paths:
-            left_out["not named by README.md"] = [path.removeprefix(f"{root}/") for path in paths]
+        root, named = str(folder.resolve()), chain.from_iterable(splits.values())
+        for path in sorted({*list_folder(data, root, left_out)} - {*named, f"{root}/README.md"}):
+            if kind_of(path):
+                left_out.setdefault("not named by README.md", []).append(path.removeprefix(f"{root}/"))
+            else:
+                left_out_by_ending(left_out, path.removeprefix(f"{root}/"))
     return Files("", splits, left_out=left_out)
 
 
@@ -275,9 +274,11 @@ def _with_rows(data: DataConfig, files: Files) -> Files:
     from datasets.table import CastError, table_cast
 
     splits, first, empty = dict[str, list[str]](), None, list[str]()
+    paths = list(chain.from_iterable(files.splits.values()))
+    if files.kind != IMAGES and (path := next((path for path in paths if "::" in path and "://" not in path), None)):
+        raise ConfigError(f"data.source = {data.source!r}: {path}: a path of a table must not have :: in it: rename it")
     if files.kind not in ("parquet", "arrow"):
         return files
-    paths = list(chain.from_iterable(files.splits.values()))
     require_whole(data, paths)
     for split, names in files.splits.items():
         for path in names:
@@ -328,13 +329,7 @@ def require_whole(data: DataConfig, files: list[str]) -> None:
     """Check the ends of local files: tarfile reads a file that was cut off between two members without an error."""
     for file in files:
         end = bytes(1024) if kind_of(file) == "webdataset" else b"PAR1" if kind_of(file) == "parquet" else None
-        if "://" in file or not kind_of(file):
-            continue
-        if "::" in file:
-            raise ConfigError(
-                f"data.source = {data.source!r}: {file} has :: in its path: rename it"
-            )
-        if end is None:
+        if end is None or "://" in file:
             continue
         with Path(file).open("rb") as content:
             content.seek(max(0, content.seek(0, os.SEEK_END) - len(end)))
