@@ -24,7 +24,7 @@ from madformer.config import DataConfig
 from madformer.config.data import MAX_PIXELS
 from madformer.config.validation import expand_variables
 from madformer.data.open_dataset import DatasetSplit, open_split
-from madformer.data.source_files import LABEL_NAMES, NAME, TEXT_NAMES, hash_files, lies_below, list_classes, relative
+from madformer.data.source_files import LABEL_NAMES, NAME, TEXT_NAMES, hash_files, kind_of, lies_below, list_classes, relative
 from madformer.errors import BadImage, ConfigError, InputError
 from madformer.lookup import explain_source_errors, silence_datasets
 
@@ -148,10 +148,12 @@ class ImageSource:
         """One line: images, classes, and what is left out, with names.
 
         Args:
-            rows: images that were read; None: nothing was read yet, so count the rows of the source.
+            rows: images that were read; None: count the rows of the source, and those without a class.
             broken: images that could not be read.
             unlabelled: images without a class, of a source that has classes.
         """
+        if rows is None:
+            unlabelled = sum(self._labels[label] for label in self._labels if self._to_label(label) is None)
         count = rows if rows is not None or self.expected_rows is None else self.expected_rows - broken
         parts = ["images" if count is None else f"{count:,} images", list_classes(self.class_names, self.has_labels)]
         parts[1] += f" (column {self.columns.unread}, not integers)" if self.columns.unread else ""
@@ -164,13 +166,19 @@ class ImageSource:
 
     @property
     def last_label(self) -> int | None:
-        """The largest class number of a table; None: it has no numbers, or is a stream, whose rows are not known yet."""
-        import pyarrow.compute as pc
+        """The largest class number; None: there are no numbers, or they are not known yet."""
+        return max((label for value in self._labels if (label := self._number(value)) is not None), default=None)
 
-        if self._table is None or self.columns.label is None:
-            return None
-        labels = pc.unique(self._table.data.column(self.columns.label)).to_pylist()
-        return max((label for value in labels if (label := self._number(value)) is not None), default=None)
+    @cached_property
+    def _labels(self) -> dict[Any, int]:
+        """How many rows have each label; empty: none, or a stream of other files than Parquet on this machine."""
+        import pyarrow.dataset as ds
+
+        name, local = self.columns.label, [file for file in self._files if kind_of(file) == "parquet" and "://" not in file]
+        if name is None or (self._table is None and (not local or local != self._files)):
+            return {}
+        table = self._table.data if self._table is not None else ds.dataset(local, format="parquet").to_table(columns=[name])
+        return {each["values"]: each["counts"] for each in table.column(name).value_counts().to_pylist()}
 
     @property
     def has_labels(self) -> bool:
@@ -239,10 +247,11 @@ class ImageSource:
     def _to_row(self, example: dict[str, Any], key: str) -> Row:
         image = example[self.columns.image] or {"bytes": None, "path": None}
         text = example[self.columns.text] if self.columns.text else None
-        return Row(key, self._to_label(example), text, image["bytes"], image["path"], self._root, self._max_pixels)
+        label = self._to_label(example[self.columns.label]) if self.columns.label else None
+        return Row(key, label, text, image["bytes"], image["path"], self._root, self._max_pixels)
 
-    def _to_label(self, example: dict[str, Any]) -> int | None:
-        label = self._number(example[self.columns.label]) if self.columns.label else None
+    def _to_label(self, value: Any) -> int | None:
+        label = self._number(value)
         if label is None or label < 0 or (self.class_names is not None and label >= len(self.class_names)):
             return None
         return label
@@ -313,8 +322,7 @@ def find_columns(features: Features, data: DataConfig) -> Columns:
     images = _candidates("image_column", features, data, IMAGE_NAMES, datasets.Image, _holds_images)
     if len(images) != 1:
         problem = f"{' and '.join(images)} hold images" if images else "no column holds images"
-        columns = _list(features)
-        raise ConfigError(f"data.image_column = None: {problem}; name one of data.source = {data.source!r}: {columns}")
+        raise ConfigError(f"data.image_column = None: {problem}; name one of data.source = {data.source!r}: {_list(features)}")
     labels = _candidates("label_column", features, data, LABEL_NAMES, datasets.ClassLabel, _holds_labels)
     if len(labels) > 1:  # attributes rather than the class
         labels = [name for name in LABEL_NAMES if name in labels]

@@ -181,6 +181,7 @@ def test_tables_of_other_classes_or_columns_are_refused(ending, streaming, tmp_p
         ([1.0, None], "no classes (column label: float64, not integers)"),
         ([[1], [2]], "no classes (column label: nested, not integers)"),
         ([1, 2], "classes without names"),
+        ([-1, None], "classes without names, 2 images without a class"),
     ],
 )
 def test_labels_that_are_not_read_are_named(labels, said, tmp_path):
