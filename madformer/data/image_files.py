@@ -195,7 +195,7 @@ def image_table(files: Files, split: str, class_names: tuple[str, ...] | None, d
 
 def _refuse_depths(data: DataConfig, paths: list[str]) -> None:
     shallow, deep = (pick(paths, key=lambda path: path.count("/")) for pick in (min, max))
-    root = os.path.commonpath([shallow, deep]) if "://" not in shallow else str(data.source).rstrip("/")
+    root = os.path.commonpath(paths) if "://" not in shallow else str(data.source).rstrip("/")
     names = " and ".join(path.removeprefix(f"{root}/") for path in (shallow, deep))
     levels = "/".join("*" * (deep.removeprefix(f"{root}/").count("/") + 1))
     remedy = f"name those with classes, as data.source={pattern_in(root, levels)}, or all without: {pattern_in(root, '**')}"

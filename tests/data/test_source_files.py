@@ -102,6 +102,7 @@ def test_an_empty_slice_is_refused(split, tmp_path):
         (("cover.jpg", *CATS_AND_DOGS), r"cover.jpg and cat/1.png lie at different depths"),
         (("cat/1.png", "dog/big/1.png", "dog/small/2.png"), r"cat/1.png and dog/big/1.png lie at different depths"),
         (("train/cat/1.png", "train/2.png", "test/1.png"), r"2.png and cat/1.png lie at different depths"),
+        (("dog/1.png", "cat/1.png", "cat/2.png/x.png"), r"cat/1.png and cat/2.png/x.png lie at different depths"),
     ],
 )  # fmt: skip
 def test_an_ambiguous_folder_is_refused_with_a_way_to_read_it(names, said, tmp_path):
