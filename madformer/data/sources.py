@@ -252,9 +252,8 @@ class ImageSource:
 
     def _to_label(self, value: Any) -> int | None:
         label = self._number(value)
-        if label is None or label < 0 or (self.class_names is not None and label >= len(self.class_names)):
-            return None
-        return label
+        is_class = label is not None and label >= 0 and (self.class_names is None or label < len(self.class_names))
+        return label if is_class else None
 
     def _number(self, value: Any) -> int | None:
         try:
@@ -330,7 +329,8 @@ def find_columns(features: Features, data: DataConfig) -> Columns:
         labels = [name for name in labels if name == "cls" or "int" in features[name].dtype]
     texts = _candidates("text_column", features, data, TEXT_NAMES, None, _holds_texts)
     label = next(iter(labels), None)
-    unread = [f"{name}: {getattr(features[name], 'dtype', 'nested')}" for name in LABEL_NAMES if name in features and not label]
+    others = [] if label else [name for name in LABEL_NAMES if name in features and name not in texts]
+    unread = [f"{name}: {getattr(features[name], 'dtype', 'nested')}" for name in others]
     classes = features[label] if label else None
     class_names = tuple(classes.names) if isinstance(classes, datasets.ClassLabel) else None
     return Columns(images[0], label, next(iter(texts), None), class_names, next(iter(unread), None))

@@ -187,6 +187,8 @@ def test_tables_of_other_classes_or_columns_are_refused(ending, streaming, tmp_p
 def test_labels_that_are_not_read_are_named(labels, said, tmp_path):
     write_raw(tmp_path / "a.parquet", {"image": [PNG, JPEG], "label": labels})
     assert source_of(tmp_path).summarise().endswith(f"2 images, {said}")
+    if labels == ["cat", "dog"]:
+        assert source_of(tmp_path, text_column="label").summarise().endswith("2 images, no classes")
 
 
 @pytest.mark.parametrize("name", ["1.arrow", "1.parquet", "1.tar"])
