@@ -38,9 +38,9 @@ from madformer.data.datamodule import LatentDataModule
 from madformer.data.encode import encode_share
 from madformer.data.latents import Encoding, ShardWriter, read_manifest, read_shards, shard_name, summarise, write_manifest
 from madformer.data.loader import Batch
-from madformer.data.open_dataset import silence_datasets
 from madformer.data.prompts import imagenet_classes
 from madformer.data.sources import ROWS_PER_SHARD
+from madformer.lookup import silence_datasets
 from madformer.model.cost import training_flops
 from madformer.parallel import Share
 

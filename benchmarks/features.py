@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from benchmarks.harness import positive, table
 from madformer.config import DataConfig
-from madformer.data.image_files import load_square, to_pixels, to_unit
+from madformer.data.codec import to_pixels
+from madformer.data.image_files import load_square, to_unit
 from madformer.data.sources import open_source
 from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_network
 from madformer.evaluation.measurement import MEMORISATION

@@ -34,6 +34,7 @@ __all__ = [
     "list_files",
     "modules_of",
     "read_card",
+    "silence_datasets",
 ]
 
 CONFIG = "config.json"
@@ -125,7 +126,8 @@ def read_card(folder: Path) -> Any:
     from huggingface_hub.repocard import metadata_load
 
     try:
-        return (metadata_load(folder / "README.md") or {}).get("configs") or None
+        configs = (metadata_load(folder / "README.md") or {}).get("configs")
+        return configs if any(files_of_card(configs)) else None
     except (OSError, ValueError, yaml.YAMLError):
         return None
 
@@ -259,6 +261,24 @@ def explain_source_errors(source: str, file: str | None = None) -> Iterator[None
             missing = cause.name or getattr(cause.__cause__, "name", None)
             reason += f" (pip install {missing})" if missing else ""
         raise ConfigError(f"data.source = {source!r}: {f'{file}: ' if file else ''}cannot be read: {reason}") from error
+
+
+@contextmanager
+def silence_datasets() -> Iterator[None]:
+    """Hide the log of datasets, whose errors are raised anyway, and its progress bars where there is no terminal."""
+    import datasets
+
+    level = datasets.logging.get_verbosity()
+    hides_bars = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if hides_bars:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if hides_bars:
+            datasets.enable_progress_bars()
 
 
 def _is_in_cache(file: str) -> bool:

@@ -40,7 +40,8 @@ from madformer.data.loader import (
     require_few,
 )
 from madformer.data.prompts import DIGIT_NAMES, PromptTokenizer, class_prompts
-from madformer.data.sources import ImageSource, Row, digits_sha256, list_classes, open_source
+from madformer.data.source_files import list_classes
+from madformer.data.sources import ImageSource, Row, digits_sha256, open_source
 from madformer.errors import ConfigError, InputError
 from madformer.randomness import BatchIndex, BatchSampler, BatchShard, SampleOrder, keyed_generator
 from madformer.runs.checkpoints import CLASS_PROMPTS
@@ -70,7 +71,7 @@ class LatentDataModule(pl.LightningDataModule):
         self.class_prompts: tuple[str, ...] | None = None
         """Prompts of the classes, by label; None: no classes."""
         self.summary = ""
-        """A line with the numbers of images, classes and skipped images."""
+        """A line with the numbers of images, classes, and images that are left out or were found broken so far."""
         self._skipped_file = config.run_dir / "skipped.txt"
         """Broken images of the source so far, including those from before a restart."""
         self._epoch_size: int | None = None
@@ -194,23 +195,24 @@ class LatentDataModule(pl.LightningDataModule):
         """Add broken images to the run's file, each once."""
         if not skipped:
             return
-        lines = (
-            self._skipped_file.read_text(encoding="utf-8", errors="replace").splitlines()
-            if self._skipped_file.is_file()
-            else []
-        )
+        lines = self._broken()
         self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
         for key, flaw in skipped:
             if (line := f"{key}\t{flaw}") not in lines:
                 append_line(self._skipped_file, line)
                 lines.append(line)
+        self.summary = self._source.summarise(broken=len(lines))
         require_few(self.config.data, [(key, flaw) for key, _, flaw in (line.partition("\t") for line in lines)])
+
+    def _broken(self) -> list[str]:
+        file = self._skipped_file
+        return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
 
     def _open_images(self, name: str) -> None:
         self._source = open_source(self.config.data)
         source = self._source
         self._set_captions(source.has_labels, source.class_names, source.has_texts, name)
-        self.summary = source.summarise()
+        self.summary = source.summarise(broken=len(self._broken()))
         if self._captions.class_prompts is not None:
             self._captions(source.last_label, None)  # refuses a class without a name; a stream refuses it when it comes
         self._fingerprint["source"] = self._source.fingerprint

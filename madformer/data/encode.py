@@ -16,8 +16,8 @@ import torch
 from madformer.config import DataConfig, ExperimentConfig
 from madformer.config.data import DIGITS
 from madformer.config.validation import require
-from madformer.data.codec import Codec, build_codec, require_fit
-from madformer.data.image_files import load_square, save_png, to_grid, to_unit
+from madformer.data.codec import Codec, build_codec, require_fit, save_png, to_grid
+from madformer.data.image_files import load_square, to_unit
 from madformer.data.latents import (
     ENCODING,
     Encoding,

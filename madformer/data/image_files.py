@@ -1,61 +1,60 @@
-"""Image files: a folder or a tar of them as a table; read any format as square RGB; write tensors as grids and PNG files."""
+"""Image files: a folder or a tar of them as a table; read any format as square RGB."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
-import math
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from functools import cache
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from madformer.config import DataConfig
 from madformer.config.data import MAX_PIXELS
-from madformer.data.source_files import IMAGES, METADATA, NAME, Files, kind_of, lies_below, pattern_in, relative, root_of
+from madformer.data.source_files import (
+    FORMATS,
+    IMAGES,
+    LABEL_NAMES,
+    METADATA,
+    NAME,
+    TEXT_NAMES,
+    Files,
+    image_endings,
+    kind_of,
+    lies_below,
+    pattern_in,
+    relative,
+    root_of,
+    shown,
+)
 from madformer.errors import BadImage, ConfigError
-from madformer.runs.files import atomic_write, require_readable
+from madformer.lookup import explain_source_errors
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = [
-    "WholeTarInfo",
+    "NUMBERS",
     "decode_image",
     "image_table",
+    "is_image",
     "load_square",
-    "read_settings",
-    "save_png",
+    "sample_columns",
+    "samples_of_tar",
     "square_image",
-    "tar_members",
-    "to_grid",
-    "to_pixels",
-    "to_tiles",
     "to_unit",
 ]
-
-MIN_SIDE = 64
-"""In a grid, smaller images are magnified to at least this many pixels, or nobody sees them."""
-
-MAX_GRID = 2048
-"""Grids of more pixels along a side are made of reduced images: 64 of 1024 x 1024 would be 200 MB, and in TensorBoard, too."""
-
-SETTINGS = "madformer"
-"""Text chunk of a PNG file that holds how it was made, as JSON."""
-
-
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
-"""Formats that are read, as Pillow calls them. Others start programs (EPS), or are no images of pixels."""
 
 
 def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -129,64 +128,6 @@ def to_unit(images_BCYX: Tensor) -> Tensor:
     return images_BCYX.float() / 127.5 - 1
 
 
-def to_pixels(images_BCYX: Tensor) -> np.ndarray:
-    """Images in [-1, 1] (the rest is clipped) to [B, Y, X, 3] bytes; one channel is grey, of more the first three are shown."""
-    bytes_BCYX = ((images_BCYX.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    shown_BCYX = bytes_BCYX[:, :3] if bytes_BCYX.shape[1] >= 3 else bytes_BCYX[:, :1].expand(-1, 3, -1, -1)
-    return rearrange(shown_BCYX, "b c y x -> b y x c").numpy()
-
-
-def to_grid(images_BCYX: Tensor) -> np.ndarray:
-    """Images in [-1, 1] side by side: [Y, X, 3] bytes."""
-    return to_tiles(to_pixels(images_BCYX))
-
-
-def to_tiles(pixels_BYX3: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """Images side by side, row by row, with a thin frame: [Y, X, 3] bytes.
-
-    Small ones are magnified, and large ones reduced where there are many of them, both by an integer.
-
-    Args:
-        pixels_BYX3: the images, bytes.
-        columns: images in a row; None: a nearly square grid.
-    """
-    columns = columns or math.ceil(math.sqrt(len(pixels_BYX3)))
-    reduction = math.ceil(columns * max(pixels_BYX3.shape[1:3]) / MAX_GRID)
-    if reduction > 1:
-        pixels_BYX3 = np.stack([np.asarray(Image.fromarray(pixels_YX3).reduce(reduction)) for pixels_YX3 in pixels_BYX3])
-    factor = math.ceil(MIN_SIDE / pixels_BYX3.shape[2])
-    large_BYX3 = repeat(pixels_BYX3, "b y x c -> b (y fy) (x fx) c", fy=factor, fx=factor)
-    framed_BYX3 = np.pad(large_BYX3, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=96)
-    missing = -len(framed_BYX3) % columns
-    filled_BYX3 = np.pad(framed_BYX3, ((0, missing), (0, 0), (0, 0), (0, 0)), constant_values=96)
-    return rearrange(filled_BYX3, "(rows columns) y x c -> (rows y) (columns x) c", columns=columns)
-
-
-def save_png(pixels_YX3: np.ndarray, path: Path, settings: Mapping[str, Any] | None = None) -> None:
-    """Write a whole PNG file, with how it was made in its metadata."""
-    chunks = PngInfo()
-    if settings is not None:
-        chunks.add_text(SETTINGS, json.dumps(settings))
-    with atomic_write(path) as temporary:
-        Image.fromarray(pixels_YX3).save(temporary, format="PNG", pnginfo=chunks)
-
-
-def read_settings(path: Path) -> dict[str, Any] | None:
-    """How a PNG file was made, as `save_png` wrote it; empty if it does not say. None: there is no such file, or it is torn."""
-    require_readable(path)
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = image.info.get(SETTINGS, "")
-            image.verify()
-    except (OSError, SyntaxError, ValueError):  # SyntaxError is Pillow's for a wrong checksum
-        return None
-    try:
-        settings = json.loads(text)
-    except ValueError:
-        return {}
-    return settings if isinstance(settings, dict) else {}
-
-
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
@@ -254,7 +195,7 @@ def image_table(files: Files, split: str, class_names: tuple[str, ...] | None, d
 
 def _refuse_depths(data: DataConfig, paths: list[str]) -> None:
     shallow, deep = (pick(paths, key=lambda path: path.count("/")) for pick in (min, max))
-    root = os.path.commonpath([shallow, deep]) if "://" not in shallow else str(data.source).rstrip("/")
+    root = os.path.commonpath(paths) if "://" not in shallow else str(data.source).rstrip("/")
     names = " and ".join(path.removeprefix(f"{root}/") for path in (shallow, deep))
     levels = "/".join("*" * (deep.removeprefix(f"{root}/").count("/") + 1))
     remedy = f"name those with classes, as data.source={pattern_in(root, levels)}, or all without: {pattern_in(root, '**')}"
@@ -265,19 +206,15 @@ def _refuse_depths(data: DataConfig, paths: list[str]) -> None:
 
 def _described_images(files: Files, split: str, data: DataConfig) -> Any:
     """Rows of the metadata files of a split, as a table of Arrow; images that are in none are left out."""
-    import fsspec
     import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.json
-    import pyarrow.parquet
+    import pyarrow.compute as pc
 
-    readers = {"csv": pyarrow.csv.read_csv, "json": pyarrow.json.read_json, "parquet": pyarrow.parquet.read_table}
     tables, images, listed = [], {path for path in files.splits[split] if kind_of(path) == IMAGES}, list[str]()
     for path in files.splits[split]:
         if path in images:
             continue
-        with fsspec.open(path, "rb") if "://" in path else Path(path).open("rb") as file:
-            table = readers[METADATA[PurePosixPath(path).name]](file)
+        with explain_source_errors(str(data.source), path):
+            table = _read_metadata(data, path)
         names = table["file_name"].to_pylist() if "file_name" in table.column_names else []
         folder = path.rpartition("/")[0]
         addresses = [
@@ -287,22 +224,59 @@ def _described_images(files: Files, split: str, data: DataConfig) -> Any:
         problem = None
         if not names:
             problem = "names no images in a column file_name: name them there, relative to it, or give the file another name"
-        elif path.endswith(".csv") and any(map(pa.types.is_binary, table.schema.types)):
-            problem = "is not in UTF-8: save it as UTF-8"
+        elif len(set(table.column_names)) < len(table.column_names):
+            problem = f"has two columns of one name ({', '.join(table.column_names)}): rename one"
+        elif not all(names):
+            problem = (
+                f"has no file_name in row {next(row for row, name in enumerate(names, 1) if not name)}: name an image there"
+            )
         elif not data.allow_paths and (
             outside := [name for name in addresses if name not in images and not lies_below(name, root_of(data, path), False)]
         ):
             problem = f"names {outside[0]}, which is not below the source: set data.allow_paths=true if you trust it"
-        elif twice := {*listed} & {*addresses}:
-            problem = f"describes {min(twice)} again, after another metadata file: keep one of them"
+        elif twice := [name for name, count in Counter(listed + addresses).items() if count > 1]:
+            problem = f"describes {twice[0]} again: keep one row of each image"
         if problem:
             raise ConfigError(f"data.source = {data.source!r}: {path} {problem}")
         listed += addresses
-        tables.append(table.drop_columns("file_name").append_column("image", pa.array(addresses, pa.string())))
+        table = table.select([name for name in table.column_names if name not in ("file_name", "image", NAME)])
+        tables.append(table.append_column("image", pa.array(addresses, pa.string())))
     table = pa.concat_tables(tables, promote_options="permissive")
+    if data.text_column is None and len(texts := [name for name in TEXT_NAMES if name in table.column_names]) > 1:
+        text = pc.coalesce(*(table[name].cast(pa.string()) for name in texts))  # each file may call it otherwise
+        table = table.drop_columns(texts).append_column(texts[0], text)
     if missing := sorted(images - set(listed)):
-        files.left_out.setdefault("in no metadata file", []).extend(relative(missing))
+        everything = sorted({*images, *listed})
+        names = dict(zip(everything, relative(everything), strict=True))
+        files.left_out.setdefault("in no metadata file", []).extend(names[path] for path in missing)
     return table.append_column(NAME, pa.array(relative(listed), pa.string()))
+
+
+def _read_metadata(data: DataConfig, path: str) -> Any:
+    """A metadata file as a table of Arrow. In CSV names and texts stay as they are, even if all are numbers."""
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.json
+    import pyarrow.parquet
+
+    with fsspec.open(path, "rb") if "://" in path else Path(path).open("rb") as file:
+        content = file.read()
+    kind, source = METADATA[PurePosixPath(path).name], pa.BufferReader(content)
+    if kind == "parquet":
+        return pyarrow.parquet.read_table(source)
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"data.source = {data.source!r}: {path} is not in UTF-8: save it as UTF-8") from None
+    if kind == "json":
+        return pyarrow.json.read_json(source)
+    strings = dict.fromkeys(("file_name", *TEXT_NAMES, data.text_column or "text"), pa.string())
+    return pyarrow.csv.read_csv(source, convert_options=pyarrow.csv.ConvertOptions(column_types=strings))
+
+
+NUMBERS = ("cls", "cls2", "index", "inx", "id")
+"""Columns of WebDataset that `datasets` reads as integers."""
 
 
 class WholeTarInfo(tarfile.TarInfo):
@@ -323,16 +297,105 @@ class WholeTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from None
 
 
-def tar_members(tar: str) -> Iterator[tuple[str, Any]]:
-    """The files of a tar, opened, by name. A ConfigError names the one after which the tar is broken."""
+def sample_columns(tar: str, limit: int) -> Iterator[set[str]]:
+    """Names of the columns of a tar's first samples."""
+    import fsspec
+
+    with fsspec.open(tar, "rb") as file, tarfile.open(fileobj=file, tarinfo=WholeTarInfo) as archive:
+        names = (_key_and_column(member.name) for member in archive if member.isfile())
+        samples = groupby(names, key=itemgetter(0))
+        yield from ({column for _, column in sample} for key, sample in islice(samples, limit) if key)
+
+
+def samples_of_tar(empty: dict[str, None], main: str | None, data: DataConfig, tar: str, _: object) -> Iterator[dict[str, Any]]:
+    """Samples of a tar, each with all columns.
+
+    Unless `data` names the column, a sample's label may be in any of `LABEL_NAMES` beside `cls`, and its text in any of
+    `TEXT_NAMES`.
+
+    Args:
+        empty: the columns.
+        main: the column that takes the only image of a sample, whatever its format; None: images stay in their columns.
+        data: names columns.
+        tar: path or address.
+
+    Raises:
+        ConfigError: labels or texts in a column that the first samples lack, or of no number or text; one column twice in a
+            sample, a link, several images where other samples have one, or a sample in pieces.
+    """
+    from datasets.packaged_modules.webdataset.webdataset import DECODERS, text_loads
+
+    decoders, has_image = {**DECODERS, **dict.fromkeys(TEXT_NAMES, text_loads)}, dict[str, bool]()
+    text = next((name for name in TEXT_NAMES if name in empty and not data.text_column), None)
+    label = "cls" if "cls" in empty and not data.label_column else None
+    groups = [("text_column", text, TEXT_NAMES), ("label_column", label, LABEL_NAMES)]
+    for key, group in groupby(_tar_members(tar), key=lambda member: _key_and_column(member[0])[0]):
+        if not key:
+            continue
+        files, images = dict[str, tuple[str, bytes]](), list[bytes]()
+        for name, file in group:
+            column = _key_and_column(name)[1]
+            field, taker, _ = next((each for each in groups if column in each[2]), ("", None, ()))
+            is_other_image = bool(main) and column not in empty and is_image(column)
+            if not (column in empty or is_other_image or (field and getattr(data, field) is None)):
+                continue
+            if file is None:
+                remedy = "store the file itself (tar --dereference --hard-dereference)"
+                raise ConfigError(f"{tar}: {name} is a link: {remedy}")
+            if column in files:
+                raise ConfigError(f"{tar}: {name} is there twice: write it once")
+            if is_other_image:
+                images.append(file.read())
+            elif column in empty or taker:
+                files[column] = name, file.read()
+            else:
+                raise ConfigError(f"{tar}: {name} is of a column that the first samples lack: set data.{field}={column}")
+        for _, taker, names in groups:
+            other = next((column for column in names if column in files), None)
+            if taker and taker not in files and other:
+                files[taker] = files[other]
+        sample: dict[str, Any] = {**empty, "__key__": key, "__url__": tar}
+        for column, (name, content) in files.items():
+            if column in empty:
+                try:
+                    sample[column] = decoders[column](content) if column in decoders else content
+                except ValueError as error:
+                    raise ConfigError(f"{tar}: {name} is no {'number' if column in NUMBERS else 'text'}: {error}") from error
+        if main and sample[main] is None and len(images) > 1 and data.image_column is None:
+            raise ConfigError(f"{tar}: sample {key} has {len(images)} images, the first samples one: set data.image_column")
+        if main and sample[main] is None and len(images) == 1:
+            sample[main] = images[0]
+        whole = any(sample[column] is not None for column in empty if is_image(column))
+        if not (has_image.get(key, True) and (whole or key not in has_image)):
+            raise ConfigError(f"{tar}: the files of sample {key} do not follow each other: sort the files in it by name")
+        has_image[key] = whole
+        yield sample
+
+
+def is_image(column: str) -> bool:
+    """Whether a column of WebDataset holds images."""
+    return f".{column.rpartition('.')[2]}" in image_endings()
+
+
+def _key_and_column(name: str) -> tuple[str, str]:
+    """What a file of a tar belongs to, by its name. As in WebDataset, the case of endings does not count."""
+    from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
+
+    key, column = base_plus_ext(name)
+    return key or "", (column or "").lower()
+
+
+def _tar_members(tar: str) -> Iterator[tuple[str, Any]]:
+    """The files of a tar, opened, by name; of a link, None. A ConfigError names the one after which the tar is broken."""
     from datasets.utils.file_utils import xopen
 
     last = "its beginning"
     try:
         with xopen(tar, "rb") as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=WholeTarInfo) as archive:
             for member in archive:
-                archive.members, last = [], member.name  # type: ignore[attr-defined]
-                if member.isreg() and not member.name.rpartition("/")[2].startswith((".", "__")):
-                    yield member.name, archive.extractfile(member)
+                archive.members, last = [], shown(member.name)  # type: ignore[attr-defined]
+                is_hidden = any(part.startswith((".", "__")) for part in member.name.split("/") if part not in (".", ".."))
+                if not (is_hidden or member.isdir()):
+                    yield last, archive.extractfile(member) if member.isreg() else None
     except tarfile.ReadError as error:
         raise ConfigError(f"{tar}: broken after {last} ({error}): later rows are lost; make or download it again") from error

@@ -5,30 +5,30 @@ from __future__ import annotations
 import glob
 import os
 import re
-import sys
-import tarfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, groupby, islice
-from operator import itemgetter
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madformer.config import DataConfig
 from madformer.config.data import WHOLE
-from madformer.data.image_files import WholeTarInfo, image_table, tar_members
+from madformer.data.image_files import NUMBERS, image_table, is_image, sample_columns, samples_of_tar
 from madformer.data.source_files import (
     HUB,
     IMAGES,
+    LABEL_NAMES,
     NAME,
+    TEXT_NAMES,
     Files,
     find_files,
     kind_of,
+    left_out_by_ending,
     lies_below,
+    list_classes,
+    list_folder,
     relative,
-    require_whole,
     root_of,
 )
 from madformer.errors import ConfigError, InputError
@@ -37,16 +37,10 @@ from madformer.lookup import explain_source_errors, files_of_card, list_files, r
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features, IterableDataset
 
-__all__ = ["LABEL_NAMES", "TEXT_NAMES", "DatasetSplit", "open_split", "silence_datasets"]
-
-LABEL_NAMES = ("label", "labels", "cls", "class", "class_id", "fine_label", "target")
-TEXT_NAMES = ("text", "caption", "txt", "prompt", "captions", "description")
+__all__ = ["DatasetSplit", "open_split"]
 
 MANY_SAMPLES, FIRST_SAMPLES = 1000, 16
 """How many samples of a WebDataset are read to find its columns: of the first tar, and of each other tar or of one at a URL."""
-
-_NUMBERS = ("cls", "cls2", "index", "inx", "id")
-"""Columns of WebDataset that `datasets` reads as integers."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +73,14 @@ def open_split(data: DataConfig) -> DatasetSplit:
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     folder = Path(str(data.source)).expanduser()
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _open_saved(folder, data)
     found = None if read_card(folder) else _find_files(data)
     if found is not None and found.kind == IMAGES:
         return _open_images(found, data)
+    found = found and _with_rows(data, found)
     builder = _known_builder(data) if found is None else _files_builder(data, found)
-    files = found or Files("", {str(split): list(names) for split, names in (builder.config.data_files or {}).items()})
+    files = found or _known_files(data, builder)
     root = root_of(data, next(chain.from_iterable(files.splits.values()), ""))
     if builder.repo_id and found is None:
         _require_own(data, chain.from_iterable(files.splits.values()), f"hf://datasets/{builder.repo_id}@")
@@ -116,24 +111,6 @@ def open_split(data: DataConfig) -> DatasetSplit:
     rows = info.num_examples if info else None
     below = None if isinstance(builder, ImageFolder) else root
     return DatasetSplit(dataset, split_files, _revision(builder), data.split, rows or None, files.left_out, below)
-
-
-@contextmanager
-def silence_datasets() -> Iterator[None]:
-    """Hide the log of datasets, whose errors are raised anyway, and its progress bars where there is no terminal."""
-    import datasets
-
-    level = datasets.logging.get_verbosity()
-    hides_bars = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if hides_bars:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if hides_bars:
-            datasets.enable_progress_bars()
 
 
 def _open_saved(folder: Path, data: DataConfig) -> DatasetSplit:
@@ -218,6 +195,25 @@ def _known_builder(data: DataConfig) -> DatasetBuilder:
     raise ConfigError(f"data.source = {source!r}: no such file or folder")
 
 
+def _known_files(data: DataConfig, builder: DatasetBuilder) -> Files:
+    """The files that a README.md or the hub assigns to splits. Others in a folder are left out."""
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    splits = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
+    left_out: dict[str, list[str]] = {}
+    if isinstance(builder, ImageFolder):
+        splits = {split: [name for name in names if kind_of(name) or name.endswith(".zip")] for split, names in splits.items()}
+    folder = Path(str(data.source)).expanduser()
+    if folder.is_dir():
+        root, named = str(folder.resolve()), chain.from_iterable(splits.values())
+        for path in sorted({*list_folder(data, root, left_out)} - {*named, f"{root}/README.md"}):
+            if kind_of(path):
+                left_out.setdefault("not named by README.md", []).append(path.removeprefix(f"{root}/"))
+            else:
+                left_out_by_ending(left_out, path.removeprefix(f"{root}/"))
+    return Files("", splits, left_out=left_out)
+
+
 def _revision(builder: DatasetBuilder) -> str | None:
     return f"{builder.repo_id}@{builder.hash}" if builder.repo_id else None
 
@@ -272,6 +268,75 @@ def _cached_builder(data: DataConfig, name: str) -> DatasetBuilder | None:
         datasets.config.HF_HUB_OFFLINE = offline
 
 
+def _with_rows(data: DataConfig, files: Files) -> Files:
+    """Tables that have rows. All must have the columns and classes of the first, as datasets reads no others."""
+    from datasets import ClassLabel, Features
+    from datasets.table import CastError, table_cast
+
+    splits, first, empty = dict[str, list[str]](), None, list[str]()
+    paths = list(chain.from_iterable(files.splits.values()))
+    if files.kind != IMAGES and (path := next((path for path in paths if "::" in path and "://" not in path), None)):
+        raise ConfigError(f"data.source = {data.source!r}: {path}: a path of a table must not have :: in it: rename it")
+    if files.kind not in ("parquet", "arrow"):
+        return files
+    require_whole(data, paths)
+    for split, names in files.splits.items():
+        for path in names:
+            if "://" not in path:
+                with explain_source_errors(str(data.source), path):
+                    has_rows, schema = _look_into(path)
+                    kinds = Features.from_arrow_schema(schema)
+                    classes = {name: kind.names for name, kind in kinds.items() if isinstance(kind, ClassLabel)}
+                if not has_rows:
+                    empty.append(path)
+                    continue
+                first = first or (path, schema, classes)
+                try:
+                    table_cast(schema.empty_table(), first[1])
+                except (CastError, TypeError, ValueError):
+                    columns = [", ".join(f"{field.name} ({field.type})" for field in kind) for kind in (first[1], schema)]
+                    problem = f"{first[0]} has the columns {columns[0]}, but {path} {columns[1]}: name files of one kind"
+                    raise ConfigError(f"data.source = {data.source!r}: {problem}") from None
+                if other := next((name for name in classes if first[2].get(name, classes[name]) != classes[name]), None):
+                    pairs = list_classes(first[2][other], True), list_classes(classes[other], True)
+                    problem = f"{first[0]} has {pairs[0]} in column {other}, but {path} {pairs[1]}: name files of one kind"
+                    raise ConfigError(f"data.source = {data.source!r}: {problem}")
+            splits.setdefault(split, []).append(path)
+    if not splits:
+        raise ConfigError(f"data.source = {data.source!r}: holds no rows")
+    left_out = files.left_out | ({"without rows": relative(empty)} if empty else {})
+    return replace(files, splits=splits, left_out=left_out)
+
+
+def _look_into(path: str) -> tuple[bool, Any]:
+    """Whether a table has rows, and its schema."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    if kind_of(path) == "parquet":
+        with ParquetFile(path) as file:
+            return file.metadata.num_rows > 0, file.schema_arrow
+    with pa.memory_map(path) as file:
+        try:
+            reader = pa.ipc.open_stream(file)
+        except pa.ArrowInvalid:
+            table = pa.ipc.open_file(file)
+            return any(table.get_batch(number).num_rows for number in range(table.num_record_batches)), table.schema
+        return any(batch.num_rows for batch in reader), reader.schema
+
+
+def require_whole(data: DataConfig, files: list[str]) -> None:
+    """Check the ends of local files: tarfile reads a file that was cut off between two members without an error."""
+    for file in files:
+        end = bytes(1024) if kind_of(file) == "webdataset" else b"PAR1" if kind_of(file) == "parquet" else None
+        if end is None or "://" in file:
+            continue
+        with Path(file).open("rb") as content:
+            content.seek(max(0, content.seek(0, os.SEEK_END) - len(end)))
+            if content.read() != end:
+                raise ConfigError(f"data.source = {data.source!r}: {file} is cut off, or of another kind: its end is missing")
+
+
 def _files_builder(data: DataConfig, files: Files) -> DatasetBuilder:
     """Reader of tables."""
     from datasets.data_files import DataFilesDict
@@ -294,7 +359,7 @@ def _set_samples(builder: Any, data: DataConfig, tars: list[str]) -> None:
     builder.info.features = features = builder.info.features or _tar_features(data, tars)
     images = [column for column, kind in features.items() if isinstance(kind, Image)]
     main = images[0] if len(images) == 1 else None
-    builder._get_pipeline_from_tar = partial(_samples, dict.fromkeys(features), main)
+    builder._get_pipeline_from_tar = partial(samples_of_tar, dict.fromkeys(features), main, data)
 
 
 def _tar_features(data: DataConfig, tars: list[str]) -> Features:
@@ -304,83 +369,22 @@ def _tar_features(data: DataConfig, tars: list[str]) -> Features:
     require_whole(data, tars)
     samples = list[set[str]]()
     for tar in tars:
-        with explain_source_errors(str(data.source), tar):
-            samples += _sample_columns(tar, many=tar == tars[0])
+        is_first, is_remote = tar == tars[0], "://" in tar
+        if is_first or not is_remote:  # of tars at an address only the first is looked at
+            with explain_source_errors(str(data.source), tar):
+                samples += sample_columns(tar, MANY_SAMPLES if is_first and not is_remote else FIRST_SAMPLES)
     if not samples:
         raise ConfigError(f"data.source = {data.source!r}: holds no rows")
     named = [column for column in (data.image_column, data.label_column, data.text_column) if column]
     columns = list(dict.fromkeys([*(column for sample in samples for column in sorted(sample)), *named]))
-    images = [column for column in columns if _is_image(column)]
-    if data.image_column is None and all(sum(map(_is_image, sample)) < 2 for sample in samples):
+    images = [column for column in columns if is_image(column)]
+    if data.image_column is None and all(sum(map(is_image, sample)) < 2 for sample in samples):
         images = images[:1]
-    kinds = {column: "int64" if column in _NUMBERS else "string" if column in TEXT_NAMES else "binary" for column in columns}
+    kinds = {column: "int64" if column in NUMBERS else "string" if column in TEXT_NAMES else "binary" for column in columns}
     others = {
         column: Value(kind) for column, kind in kinds.items() if column in {*LABEL_NAMES, *TEXT_NAMES, *named} - {*images}
     }
     return Features({**others, **dict.fromkeys(images, Image()), "__key__": Value("string"), "__url__": Value("string")})
-
-
-def _sample_columns(tar: str, many: bool) -> Iterator[set[str]]:
-    """Names of the columns of a tar's first samples; of tars at an address only the first is looked at."""
-    import fsspec
-    from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
-
-    if "://" in tar and not many:
-        return
-    with fsspec.open(tar, "rb") as file, tarfile.open(fileobj=file, tarinfo=WholeTarInfo) as archive:
-        names = (base_plus_ext(member.name) for member in archive if member.isfile())
-        samples = groupby(names, key=itemgetter(0))
-        limit = MANY_SAMPLES if many and "://" not in tar else FIRST_SAMPLES
-        yield from ({column for _, column in sample} for key, sample in islice(samples, limit) if key is not None)
-
-
-def _samples(empty: dict[str, None], main: str | None, tar: str, _: object) -> Iterator[dict[str, Any]]:
-    """Samples of a tar, each with all columns.
-
-    Args:
-        empty: the columns.
-        main: the column that takes the only image of a sample, whatever its format; None: images stay in their columns.
-
-    Raises:
-        ConfigError: labels or texts in a column that the first samples lack, or of no number or text; one column twice in a
-            sample, or a sample in pieces.
-    """
-    from datasets.packaged_modules.webdataset.webdataset import DECODERS, base_plus_ext, text_loads
-
-    decoders, has_image = {**DECODERS, **dict.fromkeys(TEXT_NAMES, text_loads)}, dict[str, bool]()
-    for key, group in groupby(tar_members(tar), key=lambda member: base_plus_ext(member[0])[0]):
-        if key is None:
-            continue
-        sample: dict[str, Any] = {**empty, "__key__": key, "__url__": tar}
-        images = []
-        for name, file in group:
-            column = base_plus_ext(name)[1]
-            if column in empty:
-                if sample[column] is not None:
-                    raise ConfigError(f"{tar}: {name} is there twice: write it once")
-                content = file.read()
-                try:
-                    sample[column] = decoders[column](content) if column in decoders else content
-                except ValueError as error:
-                    raise ConfigError(f"{tar}: {name} is no {'number' if column in _NUMBERS else 'text'}: {error}") from error
-            elif main and _is_image(column):
-                images.append(file.read())
-            elif column in (*LABEL_NAMES, *TEXT_NAMES):
-                field = "text_column" if column in TEXT_NAMES else "label_column"
-                raise ConfigError(f"{tar}: {name} is of a column that the first samples lack: set data.{field}={column}")
-        if main and sample[main] is None and len(images) == 1:
-            sample[main] = images[0]
-        whole = any(sample[column] is not None for column in empty if _is_image(column))
-        if not (has_image.get(key, True) and (whole or key not in has_image)):
-            raise ConfigError(f"{tar}: the files of sample {key} do not follow each other: sort the files in it by name")
-        has_image[key] = whole
-        yield sample
-
-
-def _is_image(column: str) -> bool:
-    from datasets.packaged_modules.webdataset.webdataset import IMAGE_EXTENSIONS
-
-    return column.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
 def _whole_split(data: DataConfig) -> str:

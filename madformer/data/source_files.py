@@ -9,7 +9,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -20,28 +20,39 @@ from typing import Any
 
 from madformer.config import DataConfig
 from madformer.errors import ConfigError
-from madformer.lookup import explain_source_errors
 
 __all__ = [
+    "FORMATS",
     "IMAGES",
+    "LABEL_NAMES",
     "METADATA",
     "NAME",
+    "TEXT_NAMES",
     "Files",
     "find_files",
     "hash_files",
+    "image_endings",
     "kind_of",
+    "left_out_by_ending",
     "lies_below",
+    "list_classes",
+    "list_folder",
     "pattern_in",
     "relative",
-    "require_whole",
     "root_of",
+    "shown",
 ]
 
 NAME = "__name__"
 """Column with the name of an image within its source."""
 
+LABEL_NAMES = ("label", "labels", "cls", "class", "class_id", "fine_label", "target")
+TEXT_NAMES = ("text", "caption", "txt", "prompt", "captions", "description")
+
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 IMAGES = "images"
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+"""Formats that are read, as Pillow calls them. Others start programs (EPS), or are no images of pixels."""
 READABLE = ".parquet, .arrow, .tar (WebDataset), and image files (.jpg, .png, .webp ...)"
 METADATA = {"metadata.csv": "csv", "metadata.jsonl": "json", "metadata.parquet": "parquet"}
 SPLITS = {
@@ -84,7 +95,7 @@ def find_files(data: DataConfig) -> Files | None:
     local = Path(source).expanduser()
     if local.is_dir():
         root = str(local.resolve())
-        return _arrange(data, root, _once(root, _walk(data, root, left_out), left_out), left_out, is_folder=True)
+        return _arrange(data, root, _once(root, list_folder(data, root, left_out), left_out), left_out, is_folder=True)
     if "://" in source:
         return None if re.fullmatch(HUB, source) else _find_remote(data, source)
     if local.is_file():  # not resolved: links would rename the files
@@ -131,7 +142,7 @@ def _match(data: DataConfig, pattern: str, left_out: dict[str, list[str]]) -> li
         return [path for path in glob.glob(pattern) if Path(path).is_file()]  # noqa: PTH207
     depth = parts.index("**")  # glob would follow loops of links, and pass over folders that it cannot read
     roots = [root for root in glob.glob("/".join(parts[:depth]) or "/") if Path(root).is_dir()]  # noqa: PTH207
-    found = [(root, path) for root in roots for path in _walk(data, root, left_out)]
+    found = [(root, path) for root in roots for path in list_folder(data, root, left_out)]
     return [path for root, path in found if _matches(path[len(root) + 1 :].split("/"), parts[depth:])]
 
 
@@ -154,7 +165,7 @@ def _once(root: str, paths: list[str], left_out: dict[str, list[str]]) -> list[s
     return sorted(once.values())
 
 
-def _walk(data: DataConfig, root: str, left_out: dict[str, list[str]]) -> list[str]:
+def list_folder(data: DataConfig, root: str, left_out: dict[str, list[str]]) -> list[str]:
     """Paths of all files below a folder; links are followed, and each folder is read once."""
     paths, folders, links, seen = list[str](), [""], list[str](), set[tuple[int, int]]()
     while folders or links:
@@ -179,7 +190,7 @@ def _walk(data: DataConfig, root: str, left_out: dict[str, list[str]]) -> list[s
             elif not _is_text(entry.name, left_out):
                 if is_folder:
                     raise ConfigError(
-                        f"data.source = {data.source!r}: the folder {_shown(name)} has no name in UTF-8: rename it"
+                        f"data.source = {data.source!r}: the folder {shown(name)} has no name in UTF-8: rename it"
                     )
             elif is_folder:
                 (links if entry.is_symlink() else folders).append(name)
@@ -194,12 +205,13 @@ def _is_text(name: str, left_out: dict[str, list[str]]) -> bool:
     try:
         name.encode()
     except UnicodeEncodeError:
-        left_out.setdefault("not named in UTF-8", []).append(_shown(name))
+        left_out.setdefault("not named in UTF-8", []).append(shown(name))
         return False
     return True
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
+    """A name for messages. Its bytes that are not UTF-8 are written in hexadecimal."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
@@ -217,7 +229,7 @@ def _arrange(data: DataConfig, root: str, paths: list[str], left_out: dict[str, 
         if kind := kind_of(path):
             kinds.setdefault(kind, []).append(path)
         else:
-            left_out.setdefault(_ending(path.rpartition("/")[2]) or "without ending", []).append(path.removeprefix(f"{root}/"))
+            left_out_by_ending(left_out, path.removeprefix(f"{root}/"))
     metadata = kinds.pop("metadata", [])
     if not kinds:
         raise ConfigError(f"data.source = {data.source!r}: holds nothing readable; known are {READABLE}")
@@ -232,8 +244,6 @@ def _arrange(data: DataConfig, root: str, paths: list[str], left_out: dict[str, 
     else:
         for path in metadata:
             left_out.setdefault("beside tables", []).append(path.removeprefix(f"{root}/"))
-    if kind == "parquet":
-        files = _readable(data, root, files, left_out)
     if not is_folder:
         return Files(kind, {"train": files}, has_splits=False, left_out=left_out)
     split_of = _splits_of_images if kind == IMAGES else _splits_of_tables
@@ -248,7 +258,12 @@ def kind_of(path: str) -> str | None:
     """`IMAGES`, `metadata`, or datasets' name of a kind of table, by the file's name; None: it is not read."""
     name = path.rpartition("/")[2]
     ending = _ending(name)
-    return "metadata" if name in METADATA else TABLES.get(ending) or (IMAGES if ending in _image_endings() else None)
+    return "metadata" if name in METADATA else TABLES.get(ending) or (IMAGES if ending in image_endings() else None)
+
+
+def left_out_by_ending(left_out: dict[str, list[str]], name: str) -> None:
+    """Add a file that is of no known kind."""
+    left_out.setdefault(_ending(name.rpartition("/")[2]) or "without ending", []).append(name)
 
 
 def _ending(name: str) -> str:
@@ -256,10 +271,11 @@ def _ending(name: str) -> str:
 
 
 @cache
-def _image_endings() -> frozenset[str]:
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+def image_endings() -> frozenset[str]:
+    """Endings of image files, such as `.png`."""
+    from PIL import Image
 
-    return frozenset(ImageFolder.EXTENSIONS)
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 def _splits_of_images(data: DataConfig, root: str, names: list[str]) -> Iterable[str]:
@@ -268,19 +284,20 @@ def _splits_of_images(data: DataConfig, root: str, names: list[str]) -> Iterable
     splits = [[SPLITS.get(part.lower()) for part in path] for path in folders]
     if all(found and found[0] for found in splits):
         return [str(found[0]) for found in splits]
+    words = [[_split_words(part) for part in path] for path in folders]  # also of train2017 or test_images
     called = sorted(
         {
             "/".join(path[: level + 1])
-            for path, found in zip(folders, splits, strict=True)
+            for path, found in zip(folders, words, strict=True)
             for level in range(len(path))
             if found[level]
         }
     )
-    one_class = len({split for found in splits for split in found if split}) < 2
+    one_class = len(set().union(*chain.from_iterable(words))) < 2
     if not one_class or any(split for found in splits for split in found[:-1]):
-        other = next((name.split("/")[0] for name, found in zip(names, splits, strict=True) if not any(found)), None)
+        other = next((name.split("/")[0] for name, found in zip(names, words, strict=True) if not any(found)), None)
         beside = f", {other} beside it is not" if other else ""
-        remedy = f"name one split, as data.source={root}/{called[0]}, or all images without classes: {pattern_in(root, '**')}"
+        remedy = f"name one split, as data.source={root}/{called[0]}, or all images: {pattern_in(root, '**')}"
         raise ConfigError(f"data.source = {data.source!r}: the folder {called[0]} is called like a split{beside}: {remedy}")
     return ["train"] * len(names)
 
@@ -290,7 +307,7 @@ def _splits_of_tables(data: DataConfig, root: str, names: list[str]) -> Iterable
     custom = [re.search(r"(?:^|/)data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\.\w+$", name) for name in names]
     if all(custom):
         return [match[1] for match in custom if match]
-    found = [{SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS} for name in names]
+    found = [_split_words(name) for name in names]
     if not any(found):
         return ["train"] * len(names)
     for name, splits in zip(names, found, strict=True):
@@ -299,6 +316,10 @@ def _splits_of_tables(data: DataConfig, root: str, names: list[str]) -> Iterable
             remedy = f"name the files to read, as data.source={pattern_in(root, '**/*' + PurePosixPath(name).suffix)}"
             raise ConfigError(f"data.source = {data.source!r}: {name} {problem}: {remedy}")
     return [split for splits in found for split in splits]
+
+
+def _split_words(name: str) -> set[str]:
+    return {SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS}
 
 
 def pattern_in(root: str, pattern: str) -> str:
@@ -334,46 +355,11 @@ def lies_below(path: str, root: str, follow_links: bool = True) -> bool:
     return any(final.startswith(os.path.join(each, "")) for each in roots)  # noqa: PTH118
 
 
-# ---- What cannot be read
-
-
-def require_whole(data: DataConfig, files: list[str]) -> None:
-    """Check the ends of local files: tarfile reads a file that was cut off between two members without an error."""
-    for file in files:
-        end = bytes(1024) if file.endswith(".tar") else b"PAR1" if file.endswith(".parquet") else None
-        if end is None or "://" in file:
-            continue
-        with Path(file).open("rb") as content:
-            content.seek(max(0, content.seek(0, os.SEEK_END) - len(end)))
-            if content.read() != end:
-                raise ConfigError(f"data.source = {data.source!r}: {file} is cut off, or of another kind: its end is missing")
-
-
-def _readable(data: DataConfig, root: str, paths: list[str], left_out: dict[str, list[str]]) -> list[str]:
-    """Parquet files that have rows. All must have the columns of the first, as datasets reads no others."""
-    from datasets.table import CastError, table_cast
-    from pyarrow.parquet import ParquetFile
-
-    require_whole(data, paths)
-    first, readable = None, list[str]()
-    for path in paths:
-        if "://" not in path:
-            with explain_source_errors(str(data.source), path), ParquetFile(path) as file:
-                rows, schema = file.metadata.num_rows, file.schema_arrow
-            if not rows:
-                left_out.setdefault("without rows", []).append(path.removeprefix(f"{root}/"))
-                continue
-            first = first or (path, schema)
-            try:
-                table_cast(schema.empty_table(), first[1])
-            except (CastError, TypeError, ValueError):
-                columns = [", ".join(f"{field.name} ({field.type})" for field in kind) for kind in (first[1], schema)]
-                problem = f"{first[0]} has the columns {columns[0]}, but {path} {columns[1]}: name files of one kind"
-                raise ConfigError(f"data.source = {data.source!r}: {problem}") from None
-        readable.append(path)
-    if not readable:
-        raise ConfigError(f"data.source = {data.source!r}: holds no rows")
-    return readable
+def list_classes(names: Sequence[str] | None, has_labels: bool) -> str:
+    """How many classes there are and what the first ones are called, for messages."""
+    if names is None:
+        return "classes without names" if has_labels else "no classes"
+    return f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 # ---- Fingerprints

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,10 +23,10 @@ from torch import Tensor
 from madformer.config import DataConfig
 from madformer.config.data import MAX_PIXELS
 from madformer.config.validation import expand_variables
-from madformer.data.open_dataset import LABEL_NAMES, TEXT_NAMES, DatasetSplit, open_split, silence_datasets
-from madformer.data.source_files import NAME, hash_files, lies_below, relative
+from madformer.data.open_dataset import DatasetSplit, open_split
+from madformer.data.source_files import LABEL_NAMES, NAME, TEXT_NAMES, hash_files, kind_of, lies_below, list_classes, relative
 from madformer.errors import BadImage, ConfigError, InputError
-from madformer.lookup import explain_source_errors
+from madformer.lookup import explain_source_errors, silence_datasets
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -37,7 +37,6 @@ __all__ = [
     "Row",
     "digits_sha256",
     "find_columns",
-    "list_classes",
     "load_digits",
     "open_source",
 ]
@@ -59,6 +58,8 @@ class Columns:
     text: str | None
     class_names: tuple[str, ...] | None
     """Names of the label's classes, if the data set gives them."""
+    unread: str | None = None
+    """A column that is called like labels, but holds no integers."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,15 @@ class ImageSource:
         """One line: images, classes, and what is left out, with names.
 
         Args:
-            rows: images that were read; None: nothing was read yet, so count the rows of the source.
+            rows: images that were read; None: count the rows of the source, and those without a class.
             broken: images that could not be read.
             unlabelled: images without a class, of a source that has classes.
         """
-        count = self.expected_rows if rows is None else rows
+        if rows is None:
+            unlabelled = sum(self._labels[label] for label in self._labels if self._to_label(label) is None)
+        count = rows if rows is not None or self.expected_rows is None else self.expected_rows - broken
         parts = ["images" if count is None else f"{count:,} images", list_classes(self.class_names, self.has_labels)]
+        parts[1] += f" (column {self.columns.unread}, not integers)" if self.columns.unread else ""
         parts += [f"{unlabelled:,} images without a class"] if unlabelled else []
         left_out = [f"{broken:,} broken"] if broken else []
         for reason, names in self.left_out.items():
@@ -162,13 +166,19 @@ class ImageSource:
 
     @property
     def last_label(self) -> int | None:
-        """The largest class number of a table; None: it has no numbers, or is a stream, whose rows are not known yet."""
-        import pyarrow.compute as pc
+        """The largest class number; None: there are no numbers, or they are not known yet."""
+        return max((label for value in self._labels if (label := self._number(value)) is not None), default=None)
 
-        if self._table is None or self.columns.label is None:
-            return None
-        labels = pc.unique(self._table.data.column(self.columns.label)).to_pylist()
-        return max((label for value in labels if (label := self._number(value)) is not None), default=None)
+    @cached_property
+    def _labels(self) -> dict[Any, int]:
+        """How many rows have each label; empty: none, or a stream of other files than Parquet on this machine."""
+        import pyarrow.dataset as ds
+
+        name, local = self.columns.label, [file for file in self._files if kind_of(file) == "parquet" and "://" not in file]
+        if name is None or (self._table is None and (not local or local != self._files)):
+            return {}
+        table = self._table.data if self._table is not None else ds.dataset(local, format="parquet").to_table(columns=[name])
+        return {each["values"]: each["counts"] for each in table.column(name).value_counts().to_pylist()}
 
     @property
     def has_labels(self) -> bool:
@@ -237,13 +247,13 @@ class ImageSource:
     def _to_row(self, example: dict[str, Any], key: str) -> Row:
         image = example[self.columns.image] or {"bytes": None, "path": None}
         text = example[self.columns.text] if self.columns.text else None
-        return Row(key, self._to_label(example), text, image["bytes"], image["path"], self._root, self._max_pixels)
+        label = self._to_label(example[self.columns.label]) if self.columns.label else None
+        return Row(key, label, text, image["bytes"], image["path"], self._root, self._max_pixels)
 
-    def _to_label(self, example: dict[str, Any]) -> int | None:
-        label = self._number(example[self.columns.label]) if self.columns.label else None
-        if label is None or label < 0 or (self.class_names is not None and label >= len(self.class_names)):
-            return None
-        return label
+    def _to_label(self, value: Any) -> int | None:
+        label = self._number(value)
+        is_class = label is not None and label >= 0 and (self.class_names is None or label < len(self.class_names))
+        return label if is_class else None
 
     def _number(self, value: Any) -> int | None:
         try:
@@ -274,13 +284,6 @@ def open_source(data: DataConfig) -> ImageSource:
         dataset = split.dataset.select_columns([name for name in split.dataset.features if name in names])
         dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
         return ImageSource(data, replace(split, dataset=dataset), columns)
-
-
-def list_classes(names: Sequence[str] | None, has_labels: bool) -> str:
-    """How many classes there are and what the first ones are called, for messages."""
-    if names is None:
-        return "classes without names" if has_labels else "no classes"
-    return f"{len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def _repeated_paths(table: Dataset, image: str) -> frozenset[int]:
@@ -318,8 +321,7 @@ def find_columns(features: Features, data: DataConfig) -> Columns:
     images = _candidates("image_column", features, data, IMAGE_NAMES, datasets.Image, _holds_images)
     if len(images) != 1:
         problem = f"{' and '.join(images)} hold images" if images else "no column holds images"
-        columns = _list(features)
-        raise ConfigError(f"data.image_column = null: {problem}; name one of data.source = {data.source!r}: {columns}")
+        raise ConfigError(f"data.image_column = null: {problem}; name one of data.source = {data.source!r}: {_list(features)}")
     labels = _candidates("label_column", features, data, LABEL_NAMES, datasets.ClassLabel, _holds_labels)
     if len(labels) > 1:  # attributes rather than the class
         labels = [name for name in LABEL_NAMES if name in labels]
@@ -327,9 +329,11 @@ def find_columns(features: Features, data: DataConfig) -> Columns:
         labels = [name for name in labels if name == "cls" or "int" in features[name].dtype]
     texts = _candidates("text_column", features, data, TEXT_NAMES, None, _holds_texts)
     label = next(iter(labels), None)
+    others = [] if label else [name for name in LABEL_NAMES if name in features and name not in texts]
+    unread = [f"{name}: {getattr(features[name], 'dtype', 'nested')}" for name in others]
     classes = features[label] if label else None
     class_names = tuple(classes.names) if isinstance(classes, datasets.ClassLabel) else None
-    return Columns(images[0], label, next(iter(texts), None), class_names)
+    return Columns(images[0], label, next(iter(texts), None), class_names, next(iter(unread), None))
 
 
 def _candidates(

@@ -17,8 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from madformer import __version__
 from madformer.config import load_run
 from madformer.config.identity import run_hash
-from madformer.data.codec import build_codec, require_fit
-from madformer.data.image_files import read_settings, save_png, to_pixels, to_tiles
+from madformer.data.codec import build_codec, read_settings, require_fit, save_png, to_pixels, to_tiles
 from madformer.errors import InputError, NonFiniteError
 from madformer.evaluation.measurement import AXES, DEFAULTS, Sampling
 from madformer.evaluation.request import SamplingRequest

@@ -286,7 +286,7 @@ def draw_samples(report: Report, count: int) -> dict[str, bytes]:
         InputError: no budget that all labels have, images of several sizes, a run without the checkpoint that was evaluated,
             or files there that were made in another way.
     """
-    from madformer.data.image_files import to_tiles
+    from madformer.data.codec import to_tiles
     from madformer.evaluation.write_samples import compared_samples
     from madformer.report.figures import contact_sheet
 

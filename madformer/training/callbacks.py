@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from madformer.config import ExperimentConfig
-from madformer.data.image_files import save_png, to_grid
+from madformer.data.codec import save_png, to_grid
 from madformer.evaluation.feature_networks import FeatureNetwork, build_feature_networks
 from madformer.evaluation.measurement import Sampling, metric_name
 from madformer.evaluation.metrics import FrechetDistance

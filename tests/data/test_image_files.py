@@ -10,19 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from madformer.data.image_files import (
-    MAX_GRID,
-    MIN_SIDE,
-    decode_image,
-    load_square,
-    read_settings,
-    save_png,
-    square_image,
-    to_grid,
-    to_pixels,
-    to_tiles,
-    to_unit,
-)
+from madformer.data.codec import MAX_GRID, MIN_SIDE, read_settings, save_png, to_grid, to_pixels, to_tiles
+from madformer.data.image_files import decode_image, load_square, square_image, to_unit
 from madformer.errors import BadImage
 from tests.pictures import as_bytes, picture
 

@@ -102,6 +102,7 @@ def test_an_empty_slice_is_refused(split, tmp_path):
         (("cover.jpg", *CATS_AND_DOGS), r"cover.jpg and cat/1.png lie at different depths"),
         (("cat/1.png", "dog/big/1.png", "dog/small/2.png"), r"cat/1.png and dog/big/1.png lie at different depths"),
         (("train/cat/1.png", "train/2.png", "test/1.png"), r"2.png and cat/1.png lie at different depths"),
+        (("dog/1.png", "cat/1.png", "cat/2.png/x.png"), r"cat/1.png and cat/2.png/x.png lie at different depths"),
     ],
 )  # fmt: skip
 def test_an_ambiguous_folder_is_refused_with_a_way_to_read_it(names, said, tmp_path):
@@ -411,16 +412,17 @@ def test_a_run_goes_on_where_its_images_are_now(tmp_path):
         require_no_other_run(resumed)
 
 
-def test_a_class_without_a_name_shows_before_training(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_class_without_a_name_shows_before_training(streaming, tmp_path):
     write_raw(tmp_path / "a.parquet", {"image": [as_bytes(picture(0))] * 4, "label": [0, None, 7, 1]})
     (tmp_path / "names.txt").write_text("".join(f"name {number}\n" for number in range(7)))
     text = ("model.text.length=3", "model.text.vocab_size=2048", "model.text.pad_token_id=0", "data.tokenizer=builtin")
-    config = experiment(tmp_path, *text, source=tmp_path / "a.parquet", class_names=tmp_path / "names.txt")
+    config = experiment(tmp_path, *text, source=tmp_path / "a.parquet", class_names=tmp_path / "names.txt", streaming=streaming)
     with pytest.raises(InputError, match="7 names, but there is an image of class 7"):
         LatentDataModule(config)
     with (tmp_path / "names.txt").open("a") as file:
         file.write("name 7\n")
-    assert LatentDataModule(config).summary.endswith("4 images, classes without names")
+    assert LatentDataModule(config).summary.endswith("images, classes without names, 1 images without a class")
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from madformer.config import config_hash, load_run
+from madformer.data.codec import read_settings
 from madformer.data.datamodule import LatentDataModule
 from madformer.data.encode import encode
-from madformer.data.image_files import read_settings
 from madformer.data.prompts import DIGIT_NAMES
 from madformer.errors import ConfigError, InputError, NonFiniteError
 from madformer.evaluation import write_samples as module

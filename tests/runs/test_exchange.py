@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from madformer.config import ModelConfig, TextConfig, UNetConfig, load_run
 from madformer.config.data import BUILTIN_VOCABULARY
 from madformer.data import prompts
-from madformer.data.image_files import read_settings
+from madformer.data.codec import read_settings
 from madformer.errors import ConfigError, InputError
 from madformer.model import MADFormer
 from madformer.model.official import from_released, to_released

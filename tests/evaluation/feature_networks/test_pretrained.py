@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from madformer.data.image_files import to_pixels
+from madformer.data.codec import to_pixels
 from madformer.evaluation.feature_networks import build_feature_network, pretrained
 from madformer.evaluation.feature_networks.network import as_files
 from tests.hub import fill_cache
