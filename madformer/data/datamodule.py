@@ -69,8 +69,7 @@ class LatentDataModule(pl.LightningDataModule):
         self.codec: Codec | None = None
         self.class_prompts: tuple[str, ...] | None = None
         """Prompts of the classes, by label; None: no classes."""
-        self.summary = ""
-        """A line with the numbers of images, classes and skipped images."""
+        self._summary = ""
         self._skipped_file = config.run_dir / "skipped.txt"
         """Broken images of the source so far, including those from before a restart."""
         self._epoch_size: int | None = None
@@ -79,7 +78,7 @@ class LatentDataModule(pl.LightningDataModule):
         if data.source == DIGITS:
             self.class_prompts = class_prompts(None, DIGIT_NAMES, data.prompts)
             self._samples = DigitSamples(data.split, self.class_prompts or ())
-            self.summary = f"{DIGITS}: {len(self._samples):,} images, {list_classes(DIGIT_NAMES, True)}"
+            self._summary = f"{DIGITS}: {len(self._samples):,} images, {list_classes(DIGIT_NAMES, True)}"
             self._fingerprint["source"] = digits_sha256(data.split)
         elif data.latents is not None:
             self._samples = self._open_shards(Path(data.latents))
@@ -188,15 +187,19 @@ class LatentDataModule(pl.LightningDataModule):
         means, deviations = zip(*parts, strict=True)
         return torch.cat(means), torch.cat(deviations)
 
+    @property
+    def summary(self) -> str:
+        """A line with the numbers of images, classes and what is left out; images that nobody has read yet count as whole."""
+        if self._summary:
+            return self._summary
+        rows, broken = self._source.expected_rows, len(self._skipped())
+        return self._source.summarise(None if rows is None else rows - broken, broken)
+
     def _note(self, skipped: list[tuple[str, str]]) -> None:
         """Add broken images to the run's file, each once."""
         if not skipped:
             return
-        lines = (
-            self._skipped_file.read_text(encoding="utf-8", errors="replace").splitlines()
-            if self._skipped_file.is_file()
-            else []
-        )
+        lines = self._skipped()
         self._skipped_file.parent.mkdir(parents=True, exist_ok=True)
         for key, flaw in skipped:
             if (line := f"{key}\t{flaw}") not in lines:
@@ -204,11 +207,15 @@ class LatentDataModule(pl.LightningDataModule):
                 lines.append(line)
         require_few(self.config.data, [(key, flaw) for key, _, flaw in (line.partition("\t") for line in lines)])
 
+    def _skipped(self) -> list[str]:
+        """The lines of the file of broken images."""
+        file = self._skipped_file
+        return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+
     def _open_images(self, name: str) -> None:
         self._source = open_source(self.config.data)
         source = self._source
         self._set_captions(source.has_labels, source.class_names, source.has_texts, name)
-        self.summary = source.summarise()
         if self._captions.class_prompts is not None:
             self._captions(source.last_label, None)  # refuses a class without a name; a stream refuses it when it comes
         self._fingerprint["source"] = self._source.fingerprint
@@ -220,7 +227,7 @@ class LatentDataModule(pl.LightningDataModule):
         self._set_captions(encoding.labels, encoding.class_names, encoding.texts, str(folder))
         skipped = f"; left out: {manifest.skipped:,} broken" if manifest.skipped else ""
         classes = list_classes(encoding.class_names, encoding.labels)
-        self.summary = f"{folder}: {manifest.rows:,} images of {encoding.source}, {classes}{skipped}"
+        self._summary = f"{folder}: {manifest.rows:,} images of {encoding.source}, {classes}{skipped}"
         self._fingerprint |= {"latents": manifest.sha256, "source": encoding.source_sha256}
         reader = ShardReader(folder, manifest)
         if encoding.labels and self._captions.class_prompts is not None:

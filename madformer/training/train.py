@@ -103,7 +103,7 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
         _print(f"{run}: {f'{origin} after step {step} of' if step else 'training'} {goal}")
         _print(f"  {data.summary}")
         _fit(trainer, checkpoints, module_class(config), data, checkpoint)
-    _print("\n".join([f"{run}: trained, {config.trainer.max_steps} steps", *where_logged(config)]))
+    _print("\n".join([f"{run}: trained, {config.trainer.max_steps} steps", f"  {data.summary}", *where_logged(config)]))
     return run
 
 
