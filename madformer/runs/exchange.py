@@ -161,6 +161,9 @@ def export_run(run: Path, out: Path, weights: str) -> None:
 def _find(source: Path) -> Path:
     if source.is_file():
         return source
+    if source.is_dir():
+        remedy = "a run, which needs no import; copy its folder" if is_run(source) else "a folder; name the file in it"
+        raise InputError(f"{source}: {remedy}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or source.suffix in (*_RELEASED, _SAFETENSORS):
         raise InputError(f"{source}: no such file")
     try:
