@@ -114,6 +114,8 @@ def explain(error: RuntimeError) -> tuple[str, int]:
         return f"the model cannot be compiled here: {str(error).splitlines()[0]}; {remedy}", 1
     if isinstance(error, (NonFiniteError, ProcessKilledError)):
         return str(error), 1
+    if str(error).startswith("Symlink loop from "):  # pathlib's, before Python 3.13
+        return f"{str(error).removeprefix('Symlink loop from ')[1:-1]}: a link that leads to itself", 2
     if "torchvision::" in str(error):  # every import of Lightning or torchmetrics ends so, whatever was asked for
         remedy = "install the one that was, or uninstall it"
         return f"the installed torchvision was not built for this torch ({error}): {remedy}", 1

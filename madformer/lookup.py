@@ -158,7 +158,7 @@ def find_model(location: str, *groups: Sequence[str], part: str = "", remedy: st
         InputError: it cannot be had; the reason alone.
     """
     subfolders = ("", part) if part else ("",)
-    folder = Path(location).expanduser()
+    folder = Path(expand_path("folder", location))
     if folder.is_dir():
         for subfolder in subfolders:
             if (folder / subfolder / CONFIG).is_file():

@@ -5,7 +5,6 @@ Progress is also written to a file, for other processes.
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import sys
@@ -28,7 +27,7 @@ from madformer.config import ExperimentConfig
 from madformer.config.identity import is_imported
 from madformer.errors import printable
 from madformer.runs.checkpoints import checkpoint_step, list_checkpoints
-from madformer.runs.files import is_claimed, progress_path, to_json, write_text
+from madformer.runs.files import is_claimed, is_finite, parse_json, progress_path, to_json, write_text
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_REDRAWS = 0.2
@@ -61,9 +60,12 @@ class ProgressFile:
 
 
 def read_progress(path: Path) -> dict[str, dict[str, Any]]:
-    """Label -> `done`, `total`, `per_second`, `time` (seconds since 1970) and details; empty: there is no such file."""
+    """Label -> `done`, `total`, `per_second`, `time` (seconds since 1970) and details.
+
+    Entries of other content are left out; empty: there is no such file.
+    """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     entries = entries.items() if isinstance(entries, dict) else ()
@@ -71,7 +73,7 @@ def read_progress(path: Path) -> dict[str, dict[str, Any]]:
     return {
         label: entry
         for label, entry in entries
-        if isinstance(entry, dict) and all(isinstance(entry.get(number), (int, float)) for number in numbers)
+        if isinstance(entry, dict) and all(is_finite(entry.get(number)) for number in numbers)
     }
 
 

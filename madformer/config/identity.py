@@ -180,7 +180,7 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig
     Raises:
         InputError: the folder is no run, its config.yaml was edited, or an override would change the weights.
     """
-    folder = named_folder(Path(run))
+    folder = named_folder(run)
     path = config_path(folder)
     if not path.is_file():
         within = [each.parent for each in sorted(folder.glob(f"*/{path.name}"))]
@@ -198,9 +198,9 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig
     return replace(config, name=folder.name, output_dir=str(folder.parent))
 
 
-def named_folder(folder: Path) -> Path:
+def named_folder(named: str | Path) -> Path:
     """The folder by the name that the user typed, also of a link. `.`, `..` and `~` hold no name and are resolved."""
-    folder = typed_path(str(folder))
+    folder = typed_path(named)
     return folder if is_folder_name(folder.name) else folder.resolve()
 
 

@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass, replace
 from functools import cache
@@ -32,6 +32,9 @@ HEADER = "frozen"
 
 BASE = "base"
 """Key of an experiment's file that names another one, by a path from its own folder, which it only changes."""
+
+_BASE_8_OR_60 = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+"""Numbers without quotes that YAML 1.1 reads as others: 010 is 8, and 1:30 is 90."""
 
 _ENTRIES = {int: "integers", float: "numbers", str: "names", bool: "booleans", Any: "mappings"}
 """What a list holds, by the type of its entries; the metadata `entries` of a field takes precedence."""
@@ -134,6 +137,7 @@ def read_yaml(path: Path, kind: str, content: str) -> DictConfig:
     try:
         with _in_one_line(f"{path}: "):
             loaded: object = OmegaConf.load(path)
+        _require_decimal(path.read_text(encoding="utf-8"), f"{path}: ")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
@@ -143,6 +147,21 @@ def read_yaml(path: Path, kind: str, content: str) -> DictConfig:
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: must be a mapping of {content}")
     return loaded
+
+
+def _require_decimal(text: str, where: str) -> None:
+    """Refuse numbers in YAML that it reads in base 8 or 60.
+
+    Raises:
+        ConfigError: the first one, with its line if there are several.
+    """
+    if not re.search(r"(?<![\w.])0[0-7_]|\d:[0-5]?\d", text):
+        return  # fast: a thousand files of runs have none
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.ScalarToken) and token.plain and _BASE_8_OR_60.fullmatch(token.value):
+            line = f"line {token.start_mark.line + 1}: " if "\n" in text.strip() else ""
+            remedy = "write a decimal one, without leading zeros, or a text in quotes"
+            raise ConfigError(f"{where}{line}{token.value}: YAML would read another number: {remedy}")
 
 
 def resolve(fields: DictConfig) -> dict[str, Any]:
@@ -248,8 +267,9 @@ def as_typed(override: str, schema: type) -> str:
         ConfigError: a number that YAML reads in base 8 or 60.
     """
     key, _, text = override.partition("=")
-    if not is_text_field(key, schema) and re.fullmatch(r"[-+]?(0[0-9_]+|[0-9]+(:[0-9]+)+)", text):
-        raise ConfigError(f"override {override!r}: YAML would read another number: write a decimal one, without leading zeros")
+    if not is_text_field(key, schema):
+        with suppress(yaml.YAMLError):  # whoever reads the override says so
+            _require_decimal(text, f"override {override!r}: ")
     kept = text.startswith(('"', "'")) or "${" in text or text.strip().lower() in ("", "~", "null")
     return override if kept or not is_text_field(key, schema) else f"{key}={_quoted(text)}"
 

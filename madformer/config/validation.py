@@ -136,8 +136,17 @@ def require_no_secrets(name: str, value: object) -> None:
 
 
 def typed_path(text: str | Path) -> Path:
-    """A path of the command line. A shell leaves the `~` of --out=~/x alone."""
-    return Path(text) if Path(text).exists() else Path(expand_path("path", str(text)))
+    """A path of the command line. A shell leaves the `~` of --out=~/x alone.
+
+    Raises:
+        FileNotFoundError: as `expand_path`, or it is empty, as `"$NAME"` of the shell may be. (Before a `ValueError` click
+            would print the usage.)
+    """
+    try:
+        require(str(text) != "", "path", text, "must not be empty")
+        return Path(text) if Path(text).exists() else Path(expand_path("path", str(text)))
+    except ConfigError as error:
+        raise FileNotFoundError(str(error)) from error
 
 
 def from_json(kind: type[T], content: Mapping[str, Any], path: Path, remedy: str) -> T:

@@ -70,8 +70,7 @@ class LatentDataModule(pl.LightningDataModule):
         self.codec: Codec | None = None
         self.class_prompts: tuple[str, ...] | None = None
         """Prompts of the classes, by label; None: no classes."""
-        self.summary = ""
-        """A line with the numbers of images, classes, and images that are left out or were found broken so far."""
+        self._summary = ""
         self._skipped_file = config.run_dir / "skipped.txt"
         """Broken images of the source so far, including those from before a restart."""
         self._epoch_size: int | None = None
@@ -80,7 +79,7 @@ class LatentDataModule(pl.LightningDataModule):
         if data.source == DIGITS:
             self.class_prompts = class_prompts(None, DIGIT_NAMES, data.prompts)
             self._samples = DigitSamples(data.split, self.class_prompts or ())
-            self.summary = f"{DIGITS}: {len(self._samples):,} images, {list_classes(DIGIT_NAMES, True)}"
+            self._summary = f"{DIGITS}: {len(self._samples):,} images, {list_classes(DIGIT_NAMES, True)}"
             self._fingerprint["source"] = digits_sha256(data.split)
         elif data.latents is not None:
             self._samples = self._open_shards(Path(data.latents))
@@ -191,6 +190,11 @@ class LatentDataModule(pl.LightningDataModule):
         means, deviations = zip(*parts, strict=True)
         return torch.cat(means), torch.cat(deviations)
 
+    @property
+    def summary(self) -> str:
+        """A line with the numbers of images and classes, and of images that are left out or were found broken so far."""
+        return self._summary or self._source.summarise(broken=len(self._broken()))
+
     def _note(self, skipped: list[tuple[str, str]]) -> None:
         """Add broken images to the run's file, each once."""
         if not skipped:
@@ -201,7 +205,6 @@ class LatentDataModule(pl.LightningDataModule):
             if (line := f"{key}\t{flaw}") not in lines:
                 append_line(self._skipped_file, line)
                 lines.append(line)
-        self.summary = self._source.summarise(broken=len(lines))
         require_few(self.config.data, [(key, flaw) for key, _, flaw in (line.partition("\t") for line in lines)])
 
     def _broken(self) -> list[str]:
@@ -212,7 +215,6 @@ class LatentDataModule(pl.LightningDataModule):
         self._source = open_source(self.config.data)
         source = self._source
         self._set_captions(source.has_labels, source.class_names, source.has_texts, name)
-        self.summary = source.summarise(broken=len(self._broken()))
         if self._captions.class_prompts is not None:
             self._captions(source.last_label, None)  # refuses a class without a name; a stream refuses it when it comes
         self._fingerprint["source"] = self._source.fingerprint
@@ -224,7 +226,7 @@ class LatentDataModule(pl.LightningDataModule):
         self._set_captions(encoding.labels, encoding.class_names, encoding.texts, str(folder))
         skipped = f"; left out: {manifest.skipped:,} broken" if manifest.skipped else ""
         classes = list_classes(encoding.class_names, encoding.labels)
-        self.summary = f"{folder}: {manifest.rows:,} images of {encoding.source}, {classes}{skipped}"
+        self._summary = f"{folder}: {manifest.rows:,} images of {encoding.source}, {classes}{skipped}"
         self._fingerprint |= {"latents": manifest.sha256, "source": encoding.source_sha256}
         reader = ShardReader(folder, manifest)
         if encoding.labels and self._captions.class_prompts is not None:

@@ -20,7 +20,7 @@ from madformer.config.evaluation import MAX_EVALUATION_SEED
 from madformer.errors import InputError
 from madformer.evaluation.measurement import DEFAULTS, Measurement, Point, Sampling
 from madformer.progress import TextTable
-from madformer.runs.files import append_line
+from madformer.runs.files import append_line, parse_json
 
 SHARED = ("weights", "sampler", "guidance", "num_samples", "prompts", "precision", "codec", "references", "feature_networks")
 """Keys that every point has, and a mean over points has in common with them. Later fields of `Sampling` may be absent."""
@@ -338,7 +338,7 @@ def _objects(path: Path, content: bytes, kind: str) -> Iterator[dict[str, Any]]:
             continue
         entry = _parse(line)
         if entry is None:
-            raise InputError(f"{path}, line {number}: not a JSON object; delete the line or restore the file")
+            raise InputError(f"{path}, line {number}: not a JSON object of finite numbers; delete the line or restore the file")
         if entry.get("kind") != kind:
             continue
         if missing := _REQUIRED[kind] - entry.keys():
@@ -348,7 +348,7 @@ def _objects(path: Path, content: bytes, kind: str) -> Iterator[dict[str, Any]]:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) else None

@@ -23,6 +23,7 @@ from markdown_it import MarkdownIt
 
 from madformer.config import load_run, trained_fields
 from madformer.config.identity import is_run
+from madformer.config.validation import typed_path
 from madformer.errors import InputError, printable
 from madformer.evaluation.measurement import DISTANCE, Point, Sampling
 from madformer.evaluation.record import read_points, record_path
@@ -320,7 +321,7 @@ def curves_of(sources: Sequence[str | Path]) -> tuple[list[Curve], str, Path, Sw
     if first.suffix in (".yaml", ".yml"):
         sweep = load_sweep(first, list(map(str, sources[1:])))
         return curves_of_sweep(sweep), sweep.name, sweep.folder, sweep
-    runs = list(map(Path, sources))
+    runs = list(map(typed_path, sources))
     for reason, is_usable in (("no runs", is_run), ("not evaluated", lambda run: bool(read_points(run)))):
         usable = [run for run in runs if is_usable(run)]
         if 0 < len(usable) < len(runs):  # of a pattern such as runs/*

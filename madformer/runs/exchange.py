@@ -177,6 +177,9 @@ def _released_args(model: ModelConfig) -> argparse.Namespace:
 def _find(source: Path) -> Path:
     if source.is_file():
         return source
+    if source.is_dir():
+        remedy = "a run, which needs no import; copy its folder" if is_run(source) else "a folder; name the file in it"
+        raise InputError(f"{source}: {remedy}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or source.suffix in (*_RELEASED, _SAFETENSORS):
         raise InputError(f"{source}: no such file")
     try:

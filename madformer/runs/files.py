@@ -196,6 +196,24 @@ def to_json(content: Any, **options: Any) -> str:
     return json.dumps(_finite(content), allow_nan=False, **options)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """JSON as `to_json` writes it.
+
+    Raises:
+        ValueError: it is broken, or holds NaN or infinity.
+    """
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def is_finite(value: object) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def _finite(content: Any) -> Any:
     if isinstance(content, Mapping):
         return {key: _finite(value) for key, value in content.items()}
@@ -219,7 +237,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}; {remedy}") from error
     if not isinstance(content, dict):
@@ -271,9 +289,9 @@ def read_previews(run: Path) -> list[dict[str, Any]]:
         return []
     previews = []
     for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            preview = json.loads(line)
-            if isinstance(preview["step"], int) and isinstance(preview["metrics"], dict):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            preview = parse_json(line)
+            if isinstance(preview["step"], int) and all(map(is_finite, preview["metrics"].values())):
                 previews.append(preview)
     return previews
 

@@ -17,7 +17,7 @@ from typing import Any
 from madformer.config import read_config_hash, require_same_run
 from madformer.config.evaluation import SHIPPED_NETWORKS
 from madformer.config.experiment import has_held_out
-from madformer.config.identity import is_run, read_branch_step
+from madformer.config.identity import is_run, read_branch_step, run_hash
 from madformer.config.validation import expand_path
 from madformer.errors import InputError
 from madformer.evaluation.measurement import INCEPTION, Measurement, Sampling
@@ -261,11 +261,11 @@ def cell_points(cell: Cell) -> dict[tuple[int, Sampling], dict[str, Any]]:
         return {}
     measurement = cell_measurement(cell, cell.samplings[0])
     measurements = {sampling: replace(measurement, sampling=sampling) for sampling in cell.samplings}
-    requested = set(_requested(cell))
+    requested, own_hash = set(_requested(cell)), run_hash(cell.config)  # another one than the cell's of the same weights
     for point in points:
         measured = Measurement.of_point(point)
         key = point["step"], measured.sampling
-        if key in requested and point.get("config_hash") == cell.config_hash and measurements[key[1]].matches(measured):
+        if key in requested and point.get("config_hash") == own_hash and measurements[key[1]].matches(measured):
             found[key] = point
     return found
 
@@ -323,7 +323,8 @@ def _requested(cell: Cell) -> list[tuple[int, Sampling]]:
     if cell.inference.checkpoints != "newest":
         steps = [checkpoint_step(path) for path in regular_checkpoints(cell.config)]
         if not _has_last_checkpoint(cell):
-            evaluated = {point["step"] for point in read_points(cell.run) if point.get("config_hash") == cell.config_hash}
+            own_hash = run_hash(cell.config)
+            evaluated = {point["step"] for point in read_points(cell.run) if point.get("config_hash") == own_hash}
             steps = sorted(evaluated) if cell.max_steps in evaluated else []
         steps = steps[-cell.inference.last :]
     return [(step, sampling) for sampling in cell.samplings for step in steps]

@@ -226,7 +226,9 @@ def _totals(overview: Overview) -> str:
 
 
 def _rate(row: Row) -> str:
-    """The rate of a running cell."""
+    """The rate of a running cell; empty: it does not run."""
+    if row.state != "running":
+        return ""
     entries = row.progress
     silence = time.time() - max([row.started, *(float(entry["time"]) for entry in entries.values())])
     if row.started and silence > SILENT_SECONDS:

@@ -101,10 +101,9 @@ def train(config: ExperimentConfig, module_class: type[LitMADFormer] = LitMADFor
         goal = f"{config.trainer.max_steps} steps (config hash {run_hash(config)})"
         origin = f"branching from {branch}" if begins_as_branch else "resuming"
         _print(f"{run}: {f'{origin} after step {step} of' if step else 'training'} {goal}")
-        _print(f"  {(summary := data.summary)}")
+        _print(f"  {data.summary}")
         _fit(trainer, checkpoints, module_class(config), data, checkpoint)
-    broken = [f"  {data.summary}"] if data.summary != summary else []
-    _print("\n".join([f"{run}: trained, {config.trainer.max_steps} steps", *broken, *where_logged(config)]))
+    _print("\n".join([f"{run}: trained, {config.trainer.max_steps} steps", f"  {data.summary}", *where_logged(config)]))
     return run
 
 

@@ -147,6 +147,8 @@ def test_a_broken_image_is_replaced_named_and_counted(streaming, tmp_path):
     assert len(found) == 20 and all(sample["latents"].isfinite().all() for sample in found.values())
     named = (config.run_dir / "skipped.txt").read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in named) == ["picture_0003.png", "picture_0014.png"]
+    assert "left out: 2 broken" in (summary := LatentDataModule(config).summary)
+    assert streaming or ": 18 images, " in summary
     with pytest.raises(InputError, match=r"more than data\.max_skipped = 1 broken images"):
         read(experiment(tmp_path, streaming=streaming, batch_size=20, max_skipped=1), steps=1)
 

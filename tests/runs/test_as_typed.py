@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from madformer.config import config_hash, load_experiment, load_run, write_confi
 from madformer.config.identity import to_yaml
 from madformer.errors import ConfigError, InputError
 from madformer.evaluation.feature_networks import require_fitting_networks
+from madformer.evaluation.record import record_path
+from madformer.progress import training_state
 from madformer.report.points import curves_of_runs
 from madformer.runs.checkpoints import EMA, checkpoint_path, load_checkpoint, require_own
 from madformer.runs.exchange import export_run
-from madformer.runs.files import to_json
+from madformer.runs.files import read_previews, to_json
 from madformer.sweep.cells import sweep_cells
 from madformer.sweep.load_sweep import load_sweep
 from madformer.training.logging import RunLogger
@@ -98,10 +101,41 @@ def test_a_name_that_no_folder_can_have_is_refused_in_one_line(name):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("override", ["seed=010", "trainer.max_steps=1:30", "data.batch_size=-0_7", "evaluation.nfe=007"])
-def test_a_number_that_yaml_would_change_is_refused(override):
-    with pytest.raises(ConfigError, match=rf"override '{override}': YAML would read another number"):
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=010",
+        "trainer.max_steps=1:30",
+        "data.batch_size=-0_7",
+        "evaluation.nfe=[16,007]",
+        "optimizer={lr: 012}",
+        "optimizer.lr=1:30.5",
+    ],
+)
+def test_a_number_that_yaml_would_change_is_refused(override, tmp_path):
+    with pytest.raises(ConfigError, match=rf"override '{re.escape(override)}': .*: YAML would read another number"):
         load_experiment(DIGITS, [override])
+    key, _, value = override.partition("=")
+    section, _, field = key.rpartition(".")
+    (tmp_path / "own.yaml").write_text(f"base: {DIGITS}\n{section or key}: {f'{{{field}: {value}}}' if section else value}\n")
+    with pytest.raises(ConfigError, match=r"own.yaml: line 2: .*: YAML would read another number"):
+        load_experiment(tmp_path / "own.yaml")
+    sweep = {"experiment": str(DIGITS), "grid": {"model.depth": [2]}}
+    for where, words in (("seeds: [0, 010]", ()), ("", ["grid.optimizer.lr=[0.1,012]"]), ("", ["evaluation.seed=010"])):
+        (tmp_path / "sweep.yaml").write_text("".join(f"{key}: {value}\n" for key, value in sweep.items()) + where)
+        with pytest.raises(ConfigError, match="YAML would read another number"):
+            load_sweep(tmp_path / "sweep.yaml", words)
+
+
+def test_texts_and_decimal_numbers_are_no_other_numbers(tmp_path):
+    text = (
+        f"base: {DIGITS}  # at 12:30, from 010\nname: '010'\ndata: {{split: \"1:30\"}}\noptimizer: {{lr: 0.05, ema_decay: 0}}\n"
+    )
+    (tmp_path / "own.yaml").write_text(text)
+    config = load_experiment(tmp_path / "own.yaml", ["data.subset=007"])
+    assert (config.name, config.data.split, config.data.subset) == ("010", "1:30", "007")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_experiment(tmp_path / "config.yaml") == config
 
 
 def test_texts_of_sweeps_are_no_numbers(tmp_path):
@@ -143,10 +177,35 @@ def test_a_path_of_the_command_line_is_expanded(tmp_path, monkeypatch):
         ("export", "~/digits", "--out=~/e.pt"): f"{config.run_dir}: no intact checkpoint",
         ("train", DIGITS, f"output_dir={tmp_path}", "name=branch", "--branch=~/digits"): f"{config.run_dir} ",
         ("train", "--resume=~/none"): f"{tmp_path}/none: not a run",
+        ("evaluate", "~nobody-of-this-name/a"): "there is no such home folder",
+        ("export", "~/digits", "--out=$NOWHERE/e.pt"): "$NOWHERE is not set in the environment",
+        ("report", "~/none"): f"{tmp_path}/none: not a run",
+        ("show", ""): "path = '': must not be empty",
+        ("tune", ""): "path = '': must not be empty",
+        ("report", ""): "path = '': must not be empty",
+        ("sample", "~/digits", "--out="): "path = '': must not be empty",
     }
     for words, hint in hints.items():
         printed = perform(command(*words), status=2)
         assert hint in printed and len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize("location", ["~nobody-of-this-name/vae", "$NOWHERE/vae", "$PLACE/vae", "~/vae"])
+def test_the_folder_of_a_model_is_expanded(location, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    (tmp_path / "vae").mkdir()
+    words = ["train", DIGITS, f"output_dir={tmp_path}", "data.source=null", f"data.codec=vae:{location}"]
+    printed = perform(command(*words, "evaluation.preview_every=1", "evaluation.held_out_source=null"), status=2)
+    assert len(printed.splitlines()) == 1
+
+
+def test_a_link_that_leads_to_itself_is_one_line(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "own.yaml").write_text("base: loop")
+    for words in (["report", "loop"], ["config", "own.yaml"], ["evaluate", "loop"]):
+        printed = perform(command(*words), status=2, cwd=tmp_path)
+        assert "loop" in printed and len(printed.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -171,6 +230,24 @@ def test_a_name_that_the_locale_cannot_write_is_refused_in_one_line(tmp_path, mo
 def test_what_is_not_finite_is_never_written_as_a_number():
     content = {"a": [1.5, math.nan, {"b": (math.inf, -math.inf)}], "c": None}
     assert json.loads(to_json(content)) == {"a": [1.5, None, {"b": [None, None]}], "c": None}
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_what_is_not_finite_is_never_read_as_a_number(number, tmp_path):
+    """By hand, or by another program."""
+    config = tiny_run(tmp_path)
+    write_config(config, config.run_dir)
+    (config.run_dir / "previews.jsonl").write_text(f'{{"step": 2, "metrics": {{"fd": {number}}}}}\n')
+    assert read_previews(config.run_dir) == []
+    entry = f'{{"step": {{"done": {number}, "total": 9, "per_second": {number}, "time": {number}}}}}'
+    (config.run_dir / "progress.json").write_text(entry)
+    assert training_state(config).startswith("stopped at step 0 of")
+    if number == "1e999":  # is JSON
+        return
+    record_path(config.run_dir).write_text(f'{{"kind": "point", "metrics": {{"fd": {number}}}}}\n')
+    for words in (["report", config.run_dir], ["show", config.run_dir]):
+        printed = perform(command(*words), status=2)
+        assert "evaluations.jsonl, line 1: " in printed.splitlines()[-1] and "Traceback" not in printed
 
 
 @pytest.mark.parametrize(
@@ -223,6 +300,8 @@ def test_a_file_of_the_wrong_kind_gets_a_hint(tmp_path):
         ("report", run): f"madformer evaluate {run}",
         ("evaluate", sweep): "not a run, but a file; name the run's folder",
         ("import", sweep, "--out", tmp_path / "new"): "no zip archive, as torch.save writes them",
+        ("import", run, "--out", tmp_path / "new"): "a run, which needs no import",
+        ("import", tmp_path, "--out", tmp_path / "new"): "a folder; name the file in it",
         ("evaluate", tmp_path): f"1 runs are in it, such as {run}",
     }
     for words, hint in hints.items():

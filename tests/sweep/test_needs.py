@@ -218,3 +218,13 @@ def write_random_weights(cell):
     path = checkpoint_path(cell.run, cell.max_steps)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in weights.items()}, EMA: weights}, path)
+
+
+@pytest.mark.parametrize("again", ["photos/", "./photos", "photos//."])
+def test_a_cell_whose_images_are_named_otherwise_is_done(again, sweep_file):
+    words = ("model.latent_channels=3", "evaluation.held_out_source=null")
+    named = [sweep_cells(load_sweep(sweep_file, [*words, f"data.source={source}"]))[0] for source in ("photos", again)]
+    finish(named[0])
+    assert named[0].run == named[1].run and cell_needs(named[1]).is_done
+    checkpoint_path(named[0].run, named[0].max_steps).unlink()
+    assert cell_needs(named[1]).is_done

@@ -296,7 +296,9 @@ def test_a_run_that_cannot_be_read_does_not_hold_up_the_others(sweep, sweep_file
     said = []
     with Queue(sweep, Storage(sweep, said.append), sweep_cells(sweep)) as queue:
         assert claim_all(queue) == ["d4-s0"] and claim_all(queue) == []
-    assert said == ["d2-s0: runs/small/d2-s0/evaluations.jsonl, line 2: not a JSON object; delete the line or restore the file"]
+    assert said == [
+        "d2-s0: runs/small/d2-s0/evaluations.jsonl, line 2: not a JSON object of finite numbers; delete the line or restore the file"
+    ]
 
 
 def test_a_job_without_a_driver_is_no_failed_attempt_and_one_that_is_done_is_no_job(sweep, monkeypatch):

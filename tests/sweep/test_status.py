@@ -135,6 +135,24 @@ def test_a_run_that_says_nothing_is_shown_to_be_silent(written, looked_at, rate,
     assert rows(capsys.readouterr().out)["d2-s0"][2] == rate
 
 
+@pytest.mark.parametrize("budgets", ["[16,24]", "[16,32]", "[40]"])
+def test_a_cell_that_does_not_run_is_not_silent(budgets, sweep_file, capsys, monkeypatch):
+    """Its points were recorded by an earlier trial, and its checkpoints are deleted."""
+    sweep = load_sweep(sweep_file)
+    with open_queue(sweep) as queue:
+        [trial] = queue.claim(1).trials
+        finish(trial.cell)
+        queue.complete(trial)
+    for path in (trial.cell.run / "checkpoints").iterdir():
+        path.unlink()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 7200)
+    print_status(load_sweep(sweep_file, [f"evaluate.nfe={budgets}"]))
+    monkeypatch.undo()
+    done = budgets == "[16,24]"
+    assert rows(capsys.readouterr().out)["d2-s0"][:3] == ["done" if done else "waiting", "10/10" if done else "0/10", ""]
+
+
 def test_the_trials_of_a_dead_driver_are_waiting(sweep_file, capsys, monkeypatch):
     sweep = load_sweep(sweep_file)
     with open_queue(sweep) as queue:
