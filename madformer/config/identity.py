@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -46,6 +46,8 @@ def trained_fields(section: object, leave_out_neutral: bool = True, prefix: str 
         new_run, neutral = field.metadata.get("new_run", True), field.metadata.get("neutral", MISSING)
         if not new_run or (leave_out_neutral and value == neutral):
             continue
+        if field.metadata.get("path") == "as typed" and value is not None and "://" not in value:
+            value = str(PurePosixPath(value))  # photos/ and ./photos are photos
         if _fields(value):
             values |= trained_fields(value, leave_out_neutral, f"{name}.")
         else:

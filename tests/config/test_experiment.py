@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from madformer import __version__
 from madformer.config import (
+    DataConfig,
     ExperimentConfig,
     LossConfig,
     ModelConfig,
@@ -277,6 +278,13 @@ def test_the_hash_is_over_what_changes_the_weights():
     unchanged = config_hash(load_experiment(DIGITS))
     assert {hashes[override] for override in SAME_WEIGHTS} == {unchanged}
     assert len({hashes[override] for override in OTHER_WEIGHTS} | {unchanged}) == len(OTHER_WEIGHTS) + 1
+
+
+@pytest.mark.parametrize("spelling", ["data/photos/", "./data/photos", "data//photos/.", "~/photos/", "hf://datasets/a/b/"])
+def test_the_spelling_of_a_source_does_not_change_the_hash(spelling):
+    plain = {"~/photos/": "~/photos", "hf://datasets/a/b/": "hf://datasets/a/b/"}.get(spelling, "data/photos")
+    one, other = (config_hash(ExperimentConfig(data=DataConfig(source=source))) for source in (spelling, plain))
+    assert one == other != config_hash(ExperimentConfig(data=DataConfig(source="data/photos2")))
 
 
 def test_hashes_stay_as_they_are():

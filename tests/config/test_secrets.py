@@ -144,7 +144,7 @@ def test_an_old_run_with_a_secret_still_loads_and_shows_it_masked(tmp_path):
     write_config(config, config.run_dir)
     path = config.run_dir / "config.yaml"
     text = path.read_text()
-    path.write_text(text.replace("source: x", "source: https://me:hush@host/x", 1).replace(config_hash(config), "0" * 16))
+    path.write_text(text.replace("source: x", "source: https://me:hush@host/x", 1).replace(config_hash(config), "a" * 16))
     with pytest.raises(InputError, match="edited") as caught:
         load_run(config.run_dir)
     assert "hush" not in str(caught.value)
