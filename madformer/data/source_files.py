@@ -318,8 +318,9 @@ def _splits_of_tables(data: DataConfig, root: str, names: list[str]) -> Iterable
     return [split for splits in found for split in splits]
 
 
-def _split_words(name: str) -> set[str]:
-    return {SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS}
+@cache  # a million images have few folders
+def _split_words(name: str) -> frozenset[str]:
+    return frozenset(SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS)
 
 
 def pattern_in(root: str, pattern: str) -> str:
