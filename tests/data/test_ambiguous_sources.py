@@ -29,7 +29,7 @@ def labelled(folder, **fields):
     [
         (("train2017/1.png", "val2017/2.png"), "train2017"),
         (("train_images/cat/1.png", "train_images/dog/2.png", "test_images/cat/3.png"), "test_images"),
-        (("train/cat/1.png", "train/dog/2.png", "Test-Set/cat/3.png"), "Test-Set"),
+        (("train/cat/1.png", "train/dog/2.png", "Test-Set/cat/3.png"), "train"),
         (("faces/my train/1.png", "faces/my eval/2.png"), "faces/my eval"),
         (("Training Data/1.png", "validation.old/2.png", "bus/3.png"), "Training Data"),
     ],
