@@ -209,7 +209,8 @@ def _described_images(files: Files, split: str, data: DataConfig) -> Any:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    tables, images, listed = [], {path for path in files.splits[split] if kind_of(path) == IMAGES}, list[str]()
+    tables, images = [], {path for path in files.splits[split] if kind_of(path) == IMAGES}
+    listed, rows = list[str](), Counter[str]()
     for path in files.splits[split]:
         if path in images:
             continue
@@ -221,6 +222,7 @@ def _described_images(files: Files, split: str, data: DataConfig) -> Any:
             f"{folder}/{name}" if "://" in path else os.path.normpath(os.path.join(folder, str(name)))  # noqa: PTH118
             for name in names
         ]
+        rows.update(addresses)
         problem = None
         if not names:
             problem = "names no images in a column file_name: name them there, relative to it, or give the file another name"
@@ -234,15 +236,16 @@ def _described_images(files: Files, split: str, data: DataConfig) -> Any:
             outside := [name for name in addresses if name not in images and not lies_below(name, root_of(data, path), False)]
         ):
             problem = f"names {outside[0]}, which is not below the source: set data.allow_paths=true if you trust it"
-        elif twice := [name for name, count in Counter(listed + addresses).items() if count > 1]:
-            problem = f"describes {twice[0]} again: keep one row of each image"
+        elif twice := next((name for name in addresses if rows[name] > 1), None):
+            problem = f"describes {twice} again: keep one row of each image"
         if problem:
             raise ConfigError(f"data.source = {data.source!r}: {path} {problem}")
         listed += addresses
         table = table.select([name for name in table.column_names if name not in ("file_name", "image", NAME)])
         tables.append(table.append_column("image", pa.array(addresses, pa.string())))
     table = pa.concat_tables(tables, promote_options="permissive")
-    if data.text_column is None and len(texts := [name for name in TEXT_NAMES if name in table.column_names]) > 1:
+    strings = {field.name for field in table.schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)}
+    if data.text_column is None and len(texts := [name for name in TEXT_NAMES if name in strings]) > 1:
         text = pc.coalesce(*(table[name].cast(pa.string()) for name in texts))  # each file may call it otherwise
         table = table.drop_columns(texts).append_column(texts[0], text)
     if missing := sorted(images - set(listed)):

@@ -42,6 +42,9 @@ __all__ = ["DatasetSplit", "open_split"]
 MANY_SAMPLES, FIRST_SAMPLES = 1000, 16
 """How many samples of a WebDataset are read to find its columns: of the first tar, and of each other tar or of one at a URL."""
 
+TAR_RULES = 2
+"""Raise it if `samples_of_tar` finds labels or texts elsewhere, or copies of a tar in the cache keep what was found before."""
+
 
 @dataclass(frozen=True)
 class DatasetSplit:
@@ -201,14 +204,18 @@ def _known_files(data: DataConfig, builder: DatasetBuilder) -> Files:
 
     splits = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
     left_out: dict[str, list[str]] = {}
+    reason = "not named by README.md" + (f" for subset {data.subset}" if data.subset else "")
     if isinstance(builder, ImageFolder):
         splits = {split: [name for name in names if kind_of(name) or name.endswith(".zip")] for split, names in splits.items()}
     folder = Path(str(data.source)).expanduser()
     if folder.is_dir():
-        root, named = str(folder.resolve()), chain.from_iterable(splits.values())
-        for path in sorted({*list_folder(data, root, left_out)} - {*named, f"{root}/README.md"}):
+        root = str(folder.resolve())
+        named = {os.path.realpath(name) for name in (*chain.from_iterable(splits.values()), f"{root}/README.md")}
+        for path in sorted(list_folder(data, root, left_out)):
+            if os.path.realpath(path) in named:
+                continue
             if kind_of(path):
-                left_out.setdefault("not named by README.md", []).append(path.removeprefix(f"{root}/"))
+                left_out.setdefault(reason, []).append(path.removeprefix(f"{root}/"))
             else:
                 left_out_by_ending(left_out, path.removeprefix(f"{root}/"))
     return Files("", splits, left_out=left_out)
@@ -344,9 +351,12 @@ def _files_builder(data: DataConfig, files: Files) -> DatasetBuilder:
     escaped = {split: [glob.escape(path) for path in paths] for split, paths in files.splits.items()}
     data_files = DataFilesDict.from_patterns(escaped)
     paths = [path for paths in files.splits.values() for path in paths]
-    features = _tar_features(data, paths) if files.kind == "webdataset" else None  # part of the name of datasets' cached copy
+    options: dict[str, Any] = {}
+    if files.kind == "webdataset":  # part of the name of datasets' cached copy, like all keyword arguments
+        rules = f"rules {TAR_RULES}, label {data.label_column}, text {data.text_column}"
+        options = {"features": _tar_features(data, paths), "description": rules}
     # datasets obeys a README.md in the folder that it is given, so it is given one without: this package's.
-    return _load_builder(data, str(Path(__file__).parents[1]), data_files=data_files, features=features)
+    return _load_builder(data, str(Path(__file__).parents[1]), data_files=data_files, **options)
 
 
 def _set_samples(builder: Any, data: DataConfig, tars: list[str]) -> None:

@@ -285,17 +285,18 @@ def _splits_of_images(data: DataConfig, root: str, names: list[str]) -> Iterable
     if all(found and found[0] for found in splits):
         return [str(found[0]) for found in splits]
     words = [[_split_words(part) for part in path] for path in folders]  # also of train2017 or test_images
+    named: Sequence[Sequence[Any]] = splits if any(map(any, splits)) else words
     called = sorted(
         {
             "/".join(path[: level + 1])
-            for path, found in zip(folders, words, strict=True)
+            for path, found in zip(folders, named, strict=True)
             for level in range(len(path))
             if found[level]
         }
     )
     one_class = len(set().union(*chain.from_iterable(words))) < 2
     if not one_class or any(split for found in splits for split in found[:-1]):
-        other = next((name.split("/")[0] for name, found in zip(names, words, strict=True) if not any(found)), None)
+        other = next((name.split("/")[0] for name, found in zip(names, named, strict=True) if not any(found)), None)
         beside = f", {other} beside it is not" if other else ""
         remedy = f"name one split, as data.source={root}/{called[0]}, or all images: {pattern_in(root, '**')}"
         raise ConfigError(f"data.source = {data.source!r}: the folder {called[0]} is called like a split{beside}: {remedy}")
@@ -318,8 +319,9 @@ def _splits_of_tables(data: DataConfig, root: str, names: list[str]) -> Iterable
     return [split for splits in found for split in splits]
 
 
-def _split_words(name: str) -> set[str]:
-    return {SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS}
+@cache  # a million images have few folders
+def _split_words(name: str) -> frozenset[str]:
+    return frozenset(SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS)
 
 
 def pattern_in(root: str, pattern: str) -> str:

@@ -29,7 +29,7 @@ def labelled(folder, **fields):
     [
         (("train2017/1.png", "val2017/2.png"), "train2017"),
         (("train_images/cat/1.png", "train_images/dog/2.png", "test_images/cat/3.png"), "test_images"),
-        (("train/cat/1.png", "train/dog/2.png", "Test-Set/cat/3.png"), "Test-Set"),
+        (("train/cat/1.png", "train/dog/2.png", "Test-Set/cat/3.png"), "train"),
         (("faces/my train/1.png", "faces/my eval/2.png"), "faces/my eval"),
         (("Training Data/1.png", "validation.old/2.png", "bus/3.png"), "Training Data"),
     ],
@@ -65,6 +65,16 @@ def test_files_that_a_card_does_not_name_are_counted(tmp_path):
     assert [name for name, _ in found(tmp_path)] == ["1.png", "2.png"]
     said = source_of(tmp_path).summarise()
     assert "2 images" in said and "2 not named by README.md (b/1.png, b/2.png)" in said and "1 .heic (a/3.heic)" in said
+
+
+def test_a_file_that_a_card_names_otherwise_is_not_left_out(tmp_path):
+    fill(tmp_path, "real/1.png", "other/2.png", "3.png")
+    (tmp_path / "link").symlink_to("real")
+    paths = {"one": ["link/*", "./3.png"], "two": ["other/*"]}
+    card = {"configs": [{"config_name": name, "data_files": paths[name]} for name in paths]}
+    (tmp_path / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    said = source_of(tmp_path, subset="one", streaming=True).summarise()
+    assert said.endswith("1 not named by README.md for subset one (other/2.png)")
 
 
 def test_formats_are_images_if_they_can_be_read(tmp_path):
@@ -131,6 +141,13 @@ def test_metadata_files_may_call_the_text_otherwise(rows, expected, tmp_path):
         fill(tmp_path / str(number), "1.png")
         (tmp_path / f"{number}/metadata.csv").write_text(f"file_name,{text}\n")
     assert [text for _, _, text in labelled(tmp_path)] == expected
+
+
+def test_columns_beside_the_text_that_hold_no_text_are_ignored(tmp_path):
+    fill(tmp_path, "1.png", "2.png")
+    rows = [{"file_name": f"{number}.png", "text": "a", "captions": ["b"], "description": {"c": 1}} for number in (1, 2)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert labelled(tmp_path) == [("1.png", None, "a"), ("2.png", None, "a")]
 
 
 def test_images_that_metadata_lack_are_named_by_their_paths(tmp_path):
@@ -222,6 +239,17 @@ def test_columns_of_tars_by_other_names(tars, expected, streaming, tmp_path):
     for number, members in enumerate(tars):
         write_tar(tmp_path / f"{number}.tar", members)
     assert labelled(tmp_path, streaming=streaming) == expected
+
+
+def test_a_copy_of_a_tar_is_read_only_for_the_same_columns(tmp_path):
+    members = {"1.jpg": JPEG, "1.txt": b"a", "1.cls": b"4", "2.jpg": JPEG, "2.caption": b"b", "2.label": b"5"}
+    write_tar(tmp_path / "a.tar", members)
+    for fields, expected in (
+        ({"text_column": "txt"}, [("1", 4, "a"), ("2", 5, None)]),
+        ({}, [("1", 4, "a"), ("2", 5, "b")]),
+        ({"text_column": "caption", "label_column": "cls"}, [("1", 4, None), ("2", None, "b")]),
+    ):
+        assert labelled(tmp_path / "a.tar", **fields) == expected
 
 
 @pytest.mark.parametrize("streaming", [False, True])
