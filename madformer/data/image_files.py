@@ -259,6 +259,7 @@ def _read_metadata(data: DataConfig, path: str) -> Any:
     """A metadata file as a table of Arrow. In CSV names and texts stay as they are, even if all are numbers."""
     import fsspec
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.csv
     import pyarrow.json
     import pyarrow.parquet
@@ -275,7 +276,11 @@ def _read_metadata(data: DataConfig, path: str) -> Any:
     if kind == "json":
         return pyarrow.json.read_json(source)
     strings = dict.fromkeys(("file_name", *TEXT_NAMES, data.text_column or "text"), pa.string())
-    return pyarrow.csv.read_csv(source, convert_options=pyarrow.csv.ConvertOptions(column_types=strings))
+    table = pyarrow.csv.read_csv(source, convert_options=pyarrow.csv.ConvertOptions(column_types=strings))
+    for index, (name, cells) in enumerate(zip(table.column_names, table.columns, strict=True)):
+        if name in strings:  # an empty cell is no text
+            table = table.set_column(index, name, pc.if_else(pc.equal(cells, ""), None, cells))
+    return table
 
 
 NUMBERS = ("cls", "cls2", "index", "inx", "id")

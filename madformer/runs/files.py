@@ -207,7 +207,7 @@ def parse_json(text: str | bytes) -> Any:
 
 def is_finite(value: object) -> bool:
     """Whether it is a finite number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) < math.inf
 
 
 def _refuse_constant(name: str) -> None:
@@ -282,7 +282,7 @@ def append_preview(run: Path, step: int, metrics: Mapping[str, float]) -> None:
 
 
 def read_previews(run: Path) -> list[dict[str, Any]]:
-    """`step` and `metrics` of all previews so far, without broken lines."""
+    """`step` and `metrics` of all previews so far, without broken lines. The first metric is a finite number."""
     try:
         lines = _previews_path(run).read_bytes().splitlines()
     except FileNotFoundError:
@@ -291,7 +291,7 @@ def read_previews(run: Path) -> list[dict[str, Any]]:
     for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             preview = parse_json(line)
-            if isinstance(preview["step"], int) and all(map(is_finite, preview["metrics"].values())):
+            if isinstance(preview["step"], int) and is_finite(next(iter(preview["metrics"].values()), None)):
                 previews.append(preview)
     return previews
 

@@ -118,6 +118,7 @@ def test_rows_of_metadata_that_are_no_image_each_are_refused(rows, said, tmp_pat
     [
         ("file_name,text\n1.png,12\n2.png,007\n", [("1.png", None, "12"), ("2.png", None, "007")]),
         ("file_name,caption\n1.png,true\n2.png,NA\n", [("1.png", None, "true"), ("2.png", None, "NA")]),
+        ("file_name,text\n1.png,\n2.png,\n", [("1.png", None, None), ("2.png", None, None)]),
         ("\ufefffile_name,text\r\n1.png,a\r\n2.png,b\r\n", [("1.png", None, "a"), ("2.png", None, "b")]),
         ("file_name,image,__name__,label\n1.png,9,x,1\n2.png,8,y,\n", [("1.png", 1, None), ("2.png", None, None)]),
     ],

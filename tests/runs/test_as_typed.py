@@ -232,7 +232,7 @@ def test_what_is_not_finite_is_never_written_as_a_number():
     assert json.loads(to_json(content)) == {"a": [1.5, None, {"b": [None, None]}], "c": None}
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", pytest.param(f"1{'0' * 400}e99", id="huge")])
 def test_what_is_not_finite_is_never_read_as_a_number(number, tmp_path):
     """By hand, or by another program."""
     config = tiny_run(tmp_path)
@@ -242,7 +242,7 @@ def test_what_is_not_finite_is_never_read_as_a_number(number, tmp_path):
     entry = f'{{"step": {{"done": {number}, "total": 9, "per_second": {number}, "time": {number}}}}}'
     (config.run_dir / "progress.json").write_text(entry)
     assert training_state(config).startswith("stopped at step 0 of")
-    if number == "1e999":  # is JSON
+    if "e" in number:  # is JSON
         return
     record_path(config.run_dir).write_text(f'{{"kind": "point", "metrics": {{"fd": {number}}}}}\n')
     for words in (["report", config.run_dir], ["show", config.run_dir]):
